@@ -1,0 +1,143 @@
+"""Bucket edges by exact dynamic programme over a decayed histogram of arriving lengths.
+
+The paper says that the optimum is too expensive and bisects instead; on a binned histogram it costs milliseconds and is
+needed every few seconds. Objectives, both additive over buckets:
+
+- padding (engines that pad): tokens computed in vain when every prompt is padded to the longest of its bucket.
+- interference (packed engines, which pad nothing): how much longer requests wait for their batch mates than for
+  themselves. In a bucket with lengths l a request's slowdown is about mean(l) / l, so a bucket costs
+  sum(l) * sum(1 / l) / n - n, which is 0 when all are equal.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+__all__ = ["LengthHistogram", "best_edges", "edges_cost"]
+
+BUCKET_PENALTY = 0.02
+"""A further bucket must save this share of the whole cost of one bucket: buckets split the supply of batches."""
+
+
+class LengthHistogram:
+    """Arriving lengths, binned, older ones fading with a half-life."""
+
+    def __init__(self, context_tokens: int, half_life_s: float, bins_per_octave: int = 8) -> None:
+        """Covers lengths 0 to context_tokens; half_life_s in seconds."""
+        edges = sorted({round(2 ** (i / bins_per_octave)) for i in range(40 * bins_per_octave)})
+        self.highs = [edge for edge in edges if 1 < edge <= context_tokens] + [context_tokens + 1]
+        self._half_life_s = half_life_s
+        self._since_s = 0.0
+        self._weight = 1.0
+        n = len(self.highs)
+        self.counts = [0.0] * n
+        self.tokens = [0.0] * n
+        self.inverses = [0.0] * n
+        self.longest = [0] * n
+
+    def add(self, length: int, now_s: float) -> None:
+        """Notes an arrival. Later arrivals weigh more, which is the same as older ones fading, but O(1)."""
+        elapsed_s = now_s - self._since_s
+        if elapsed_s > 20 * self._half_life_s:
+            self._rescale(now_s)
+            elapsed_s = 0.0
+        weight = 2.0 ** (elapsed_s / self._half_life_s)
+        i = bisect_right(self.highs, length)
+        self.counts[i] += weight
+        self.tokens[i] += weight * length
+        self.inverses[i] += weight / max(length, 1)
+        self.longest[i] = max(self.longest[i], length)
+
+    def _rescale(self, now_s: float) -> None:
+        factor = 2.0 ** (-min((now_s - self._since_s) / self._half_life_s, 1000.0))
+        for values in (self.counts, self.tokens, self.inverses):
+            values[:] = [value * factor if value * factor > 1e-9 else 0.0 for value in values]
+        self._since_s = now_s
+
+
+def best_edges(
+    histogram: LengthHistogram, *, max_buckets: int, min_share: float, pays_padding: bool
+) -> tuple[tuple[int, ...], float]:
+    """Returns (upper edges, cost) of the cheapest partition into at most max_buckets buckets.
+
+    Every bucket holds at least min_share of the weight. Bins x bins x buckets steps; the last edge is the context
+    length + 1.
+    """
+    prefix = _Prefix(histogram, pays_padding)
+    n, total = len(histogram.highs), prefix.count[-1]
+    if total <= 0:
+        return (histogram.highs[-1],), 0.0
+    least = min_share * total
+    used = [i for i in range(n) if histogram.counts[i] > 0]
+    # Only the ends of bins in use can be edges worth having.
+    ends = [0, *(i + 1 for i in used[:-1]), n]
+    whole = prefix.cost(0, n)
+    penalty = BUCKET_PENALTY * whole
+    infinity = float("inf")
+    best: list[list[float]] = [[infinity] * len(ends) for _ in range(max_buckets + 1)]
+    cut: list[list[int]] = [[0] * len(ends) for _ in range(max_buckets + 1)]
+    best[0][0] = 0.0
+    for k in range(1, max_buckets + 1):
+        for j in range(1, len(ends)):
+            for i in range(j):
+                if best[k - 1][i] == infinity or prefix.count[ends[j]] - prefix.count[ends[i]] < least:
+                    continue
+                value = best[k - 1][i] + prefix.cost(ends[i], ends[j]) + penalty
+                if value < best[k][j]:
+                    best[k][j], cut[k][j] = value, i
+    k = min(range(1, max_buckets + 1), key=lambda k: best[k][-1])
+    if best[k][-1] == infinity:
+        return (histogram.highs[-1],), whole
+    edges: list[int] = []
+    j = len(ends) - 1
+    for level in range(k, 0, -1):
+        edges.append(histogram.highs[ends[j] - 1])
+        j = cut[level][j]
+    return tuple(reversed(edges)), best[k][-1]
+
+
+def edges_cost(histogram: LengthHistogram, edges: Sequence[int], *, pays_padding: bool) -> float:
+    """Returns the cost of given edges, comparable with best_edges; an edge inside a bin counts as the bin's end."""
+    prefix = _Prefix(histogram, pays_padding)
+    n = len(histogram.highs)
+    penalty = BUCKET_PENALTY * prefix.cost(0, n)
+    cost, start = 0.0, 0
+    for edge in edges:
+        end = min(bisect_right(histogram.highs, edge - 1) + 1, n)
+        if end > start:
+            cost += prefix.cost(start, end) + penalty
+            start = end
+    return cost
+
+
+class _Prefix:
+    """Prefix sums, for the cost of a range of bins in O(1)."""
+
+    def __init__(self, histogram: LengthHistogram, pays_padding: bool) -> None:
+        self._pays_padding = pays_padding
+        # The longest length below each bin's end: in a range with requests it is the range's longest.
+        self._longest = [0]
+        for longest in histogram.longest:
+            self._longest.append(longest or self._longest[-1])
+        self.count, self._tokens, self._inverses = (
+            _sums(histogram.counts),
+            _sums(histogram.tokens),
+            _sums(histogram.inverses),
+        )
+
+    def cost(self, start: int, end: int) -> float:
+        count = self.count[end] - self.count[start]
+        if count <= 0:
+            return 0.0
+        tokens = self._tokens[end] - self._tokens[start]
+        if self._pays_padding:
+            return count * self._longest[end] - tokens
+        return tokens * (self._inverses[end] - self._inverses[start]) / count - count
+
+
+def _sums(values: Sequence[float]) -> list[float]:
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return sums

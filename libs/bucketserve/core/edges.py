@@ -1,0 +1,103 @@
+"""The buckets in force, and when they change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from bucketserve.core.adaptive import LengthHistogram, best_edges, edges_cost
+from bucketserve.core.cells import WaitingCells
+from bucketserve.core.paper import algorithm_1, n_max
+from bucketserve.core.settings import CoreSettings, EdgeRule
+from bucketserve.core.types import Bucket
+from bucketserve.core.workers import WorkerState
+
+__all__ = ["EdgeChooser"]
+
+INITIAL_EDGES = (256, 1024, 4096, 16384)
+"""Before anything has arrived: enough to keep short prompts from waiting for long ones."""
+MIN_ARRIVALS = 32
+"""Arrivals before the histogram is believed."""
+
+
+class EdgeChooser:
+    """Owns the edges; the last one is always the context length + 1."""
+
+    def __init__(self, settings: CoreSettings, context_tokens: int) -> None:
+        """Starts with one bucket, or, adaptive, with round edges until arrivals have been seen."""
+        self._settings = settings
+        self._last_edge = context_tokens + 1
+        self._histogram = LengthHistogram(context_tokens, settings.histogram_half_life_s)
+        self._next_s = 0.0
+        self._interval_s = settings.rebucket_interval_s
+        self._changed_s = float("-inf")
+        self._num_arrivals = 0
+        first = INITIAL_EDGES if settings.edges is EdgeRule.ADAPTIVE else ()
+        self.edges: tuple[int, ...] = (*(edge for edge in first if edge < self._last_edge - 1), self._last_edge)
+        self.buckets: tuple[Bucket, ...] = _buckets(self.edges)
+
+    def restore(self, edges: Sequence[int], waiting: WaitingCells) -> None:
+        """Takes edges over from a store."""
+        kept = sorted({edge for edge in edges if 0 < edge < self._last_edge})
+        self._set((*kept, self._last_edge), waiting)
+
+    def arrived(self, length: int, now_s: float) -> None:
+        """Notes an arrival's prefill length."""
+        self._num_arrivals += 1
+        self._histogram.add(length, now_s)
+
+    def update(self, waiting: WaitingCells, workers: Iterable[WorkerState], now_s: float) -> bool:
+        """Looks at the edges if it is time to; returns whether they changed."""
+        if now_s < self._next_s or self._settings.edges is EdgeRule.NONE:
+            return False
+        known = list(workers)
+        self._next_s = now_s + self._interval_s
+        if self._settings.edges is EdgeRule.PAPER:
+            edges = self._paper_edges(waiting, known)
+        else:
+            edges = self._adaptive_edges(known, now_s)
+        if edges == self.edges:
+            return False
+        self._set(edges, waiting)
+        self._changed_s = now_s
+        return True
+
+    def _paper_edges(self, waiting: WaitingCells, workers: Sequence[WorkerState]) -> tuple[int, ...]:
+        if not workers:
+            return self.edges
+        safe_tokens = max(worker.safe_tokens(self._settings.memory_reserve) for worker in workers)
+        return algorithm_1(
+            self.edges,
+            n_max(safe_tokens, waiting.longest()),
+            self._settings.theta,
+            lambda bucket: waiting.count(bucket)[0],
+            waiting.count_below,
+        )
+
+    def _adaptive_edges(self, workers: Sequence[WorkerState], now_s: float) -> tuple[int, ...]:
+        if self._num_arrivals < MIN_ARRIVALS or now_s - self._changed_s < self._settings.edge_cooldown_s:
+            return self.edges
+        pays_padding = any(worker.pays_padding for worker in workers)
+        edges, cost = best_edges(
+            self._histogram,
+            max_buckets=self._settings.max_buckets,
+            min_share=self._settings.min_bucket_share,
+            pays_padding=pays_padding,
+        )
+        present = edges_cost(self._histogram, self.edges, pays_padding=pays_padding)
+        # Hysteresis: a change must be worth it, or edges would follow the noise of arrivals.
+        if cost < present * (1 - self._settings.edge_gain):
+            self._interval_s = self._settings.rebucket_interval_s
+            return edges
+        # Nothing to gain: look again later and later, so that the programme stays a small share of the time.
+        self._interval_s = min(self._interval_s * 2, self._settings.edge_cooldown_s)
+        return self.edges
+
+    def _set(self, edges: tuple[int, ...], waiting: WaitingCells) -> None:
+        for edge in edges[:-1]:
+            waiting.split_at(edge)
+        self.edges = edges
+        self.buckets = _buckets(edges)
+
+
+def _buckets(edges: Sequence[int]) -> tuple[Bucket, ...]:
+    return tuple(Bucket(low, high) for low, high in zip((0, *edges[:-1]), edges, strict=True))

@@ -1,0 +1,154 @@
+"""Errors of the project, each with what a caller can do about it.
+
+BucketServeError
+├── InvalidRequestError      the request can never succeed as it is      INVALID_ARGUMENT
+├── UnknownModelError        nobody serves that model                    NOT_FOUND
+├── DuplicateRequestError    the request id is in use                    ALREADY_EXISTS
+├── OverloadedError          full; try again after retry_delay_s         RESOURCE_EXHAUSTED
+├── UnavailableError         a part is down; try again                   UNAVAILABLE
+├── DeadlineError            the deadline passed or can't be met         DEADLINE_EXCEEDED
+├── RequestCancelledError    the client cancelled                        CANCELLED
+├── StaleEpochError          another scheduler leads; discard and re-read
+├── EngineError              the model failed
+│   └── OutOfMemoryError     the device ran out of memory
+├── ModelLoadError           a model directory or id can't be served; says what to do
+└── SettingsError            settings are wrong; lists every problem
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "BucketServeError",
+    "DeadlineError",
+    "DuplicateRequestError",
+    "EngineError",
+    "FieldViolation",
+    "InvalidRequestError",
+    "ModelLoadError",
+    "OutOfMemoryError",
+    "OverloadedError",
+    "RequestCancelledError",
+    "SettingsError",
+    "StaleEpochError",
+    "UnavailableError",
+    "UnknownModelError",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One thing wrong with one field of a request."""
+
+    field: str
+    """Path of the field, as in the proto: sampling.temperature."""
+    description: str
+    """What is wrong and what would be right."""
+
+
+class BucketServeError(Exception):
+    """Root of all errors raised on purpose."""
+
+    reason: str = "INTERNAL"
+    """Stable machine-readable reason (ErrorInfo.reason, metric label)."""
+
+
+class InvalidRequestError(BucketServeError):
+    """The request can never succeed as it is."""
+
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, violations: Sequence[FieldViolation]) -> None:
+        """Keeps the violations; at least one."""
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations = tuple(violations)
+
+
+class UnknownModelError(BucketServeError):
+    """Nobody serves that model."""
+
+    reason = "UNKNOWN_MODEL"
+
+    def __init__(self, model: str, served: Sequence[str]) -> None:
+        """Names the model asked for and those that could have been."""
+        super().__init__(f"unknown model {model!r}; served: {', '.join(served) or 'none'}")
+        self.model = model
+
+
+class DuplicateRequestError(BucketServeError):
+    """The request id is in use."""
+
+    reason = "DUPLICATE_REQUEST"
+
+
+class OverloadedError(BucketServeError):
+    """The system is full."""
+
+    reason = "OVERLOADED"
+
+    def __init__(self, message: str, *, reason: str, retry_delay_s: float) -> None:
+        """Names the limit that was hit and when to try again, in seconds."""
+        super().__init__(message)
+        self.reason = reason
+        self.retry_delay_s = retry_delay_s
+
+
+class UnavailableError(BucketServeError):
+    """A part of the system is down or going down; trying again helps."""
+
+    reason = "UNAVAILABLE"
+
+    def __init__(self, message: str, *, reason: str = "UNAVAILABLE", retry_delay_s: float = 1.0) -> None:
+        """Names what is down and when to try again, in seconds."""
+        super().__init__(message)
+        self.reason = reason
+        self.retry_delay_s = retry_delay_s
+
+
+class DeadlineError(BucketServeError):
+    """The request's deadline passed or can't be met any more."""
+
+    reason = "DEADLINE"
+
+
+class RequestCancelledError(BucketServeError):
+    """The request was cancelled."""
+
+    reason = "CANCELLED"
+
+
+class StaleEpochError(BucketServeError):
+    """Another scheduler leads: the write was refused."""
+
+    reason = "STALE_EPOCH"
+
+
+class EngineError(BucketServeError):
+    """The model failed."""
+
+    reason = "ENGINE_FAILED"
+
+
+class OutOfMemoryError(EngineError):
+    """The device ran out of memory."""
+
+    reason = "OUT_OF_MEMORY"
+
+
+class ModelLoadError(BucketServeError):
+    """A model can't be served; the message says what to do."""
+
+    reason = "MODEL_LOAD"
+
+
+class SettingsError(BucketServeError):
+    """Settings are wrong."""
+
+    reason = "SETTINGS"
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        """Keeps every problem found."""
+        super().__init__("settings are wrong:\n  " + "\n  ".join(problems))
+        self.problems = tuple(problems)

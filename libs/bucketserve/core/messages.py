@@ -1,0 +1,245 @@
+"""What goes into SchedulerCore.step (events) and what comes out (commands, drops)."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from bucketserve.core.types import (
+    Batch,
+    BatchId,
+    Headroom,
+    Request,
+    RequestId,
+    StepSample,
+    WorkerId,
+    WorkerRole,
+)
+
+__all__ = [
+    "AdmitRequest",
+    "BatchPrefilled",
+    "CancelAtWorker",
+    "ChangeEdges",
+    "Command",
+    "Decision",
+    "DispatchBatch",
+    "Drop",
+    "DropReason",
+    "Event",
+    "ForgetRequest",
+    "KvMoved",
+    "MoveKv",
+    "RefuseReason",
+    "RefuseRequest",
+    "RequestCancelled",
+    "RequestFinished",
+    "RequestSubmitted",
+    "WorkerDraining",
+    "WorkerJoined",
+    "WorkerLost",
+    "WorkerReported",
+]
+
+
+class RefuseReason(enum.Enum):
+    """Why a request was not admitted."""
+
+    QUEUE_REQUESTS = "queue_requests"
+    QUEUE_TOKENS = "queue_tokens"
+    TENANT_QUOTA = "tenant_quota"
+    SLO_UNATTAINABLE = "slo_unattainable"
+    TOO_LARGE = "too_large"
+    NO_WORKER = "no_worker"
+    DUPLICATE = "duplicate"
+
+
+class DropReason(enum.Enum):
+    """Why an admitted request ended without a worker finishing it."""
+
+    DEADLINE = "deadline"
+    CANCELLED = "cancelled"
+    WORKER_LOST = "worker_lost"
+    WORKER_FAILED = "worker_failed"
+    TOO_LARGE = "too_large"
+
+
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSubmitted:
+    """A gateway wants a request queued. Answered by AdmitRequest or RefuseRequest in the same step."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCancelled:
+    """The client is gone. Idempotent; unknown ids are ignored."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerJoined:
+    """A worker is ready, or is back after its stream or the scheduler was interrupted.
+
+    Requests that the core believes to be at this worker but that are not among `running` are lost
+    (Drop with WORKER_LOST); running ones that the core doesn't know are answered with CancelAtWorker.
+    """
+
+    worker_id: WorkerId
+    role: WorkerRole
+    headroom: Headroom
+    context_tokens: int
+    pays_padding: bool
+    running: tuple[RequestId, ...] = ()
+    """Requests that the worker still holds from before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReported:
+    """A worker's headroom changed, or its report interval passed."""
+
+    worker_id: WorkerId
+    headroom: Headroom
+    steps: tuple[StepSample, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDraining:
+    """The worker finishes what it has and takes nothing more."""
+
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """Lease over or stream broken. Its requests are dropped with WORKER_LOST; their gateways resubmit them."""
+
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPrefilled:
+    """The prompts of a batch (or a part of it) are computed."""
+
+    worker_id: WorkerId
+    batch_id: BatchId
+    request_ids: tuple[RequestId, ...]
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFinished:
+    """A request left its worker: complete, cancelled or failed. Stale attempts are ignored."""
+
+    request_id: RequestId
+    attempt: int
+    worker_id: WorkerId
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvMoved:
+    """The transfer that MoveKv asked for is over; until then both workers count the request's KV."""
+
+    request_id: RequestId
+    attempt: int
+    source_id: WorkerId
+    target_id: WorkerId
+    is_ok: bool
+
+
+Event = (
+    RequestSubmitted
+    | RequestCancelled
+    | WorkerJoined
+    | WorkerReported
+    | WorkerDraining
+    | WorkerLost
+    | BatchPrefilled
+    | RequestFinished
+    | KvMoved
+)
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitRequest:
+    """Store the request as waiting and tell its gateway."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseRequest:
+    """Tell the gateway; nothing is stored."""
+
+    request_id: RequestId
+    attempt: int
+    reason: RefuseReason
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeEdges:
+    """The buckets are now [0, edges[0]), [edges[0], edges[1]) ...; the last edge is the context length + 1."""
+
+    edges: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchBatch:
+    """Claim the batch's requests in the store, then send it to its worker."""
+
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAtWorker:
+    """Tell a worker to stop a request at its next step."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetRequest:
+    """The request finished at its worker: remove its record."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveKv:
+    """Tell a decode worker to pull a prefilled request's KV and to go on with it. Answered by KvMoved."""
+
+    request_id: RequestId
+    source_id: WorkerId
+    target_id: WorkerId
+
+
+Command = AdmitRequest | RefuseRequest | ChangeEdges | DispatchBatch | MoveKv | CancelAtWorker | ForgetRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """An admitted request ends here: remove its record and tell its gateway why."""
+
+    request_id: RequestId
+    attempt: int
+    reason: DropReason
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do, in order."""
+
+    commands: tuple[Command, ...] = ()
+    drops: tuple[Drop, ...] = ()
+    wake_s: float | None = field(default=None)
+    """Call step again at this time at the latest, even without events; None: only on events."""

@@ -1,0 +1,105 @@
+"""Settings of the scheduling core, range-checked."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from bucketserve.core.errors import SettingsError
+
+__all__ = ["BatchOrder", "CoreSettings", "EdgeRule"]
+
+
+class EdgeRule(enum.Enum):
+    """How bucket edges are chosen."""
+
+    ADAPTIVE = "adaptive"
+    """Exact dynamic programme over a decayed histogram of arriving lengths (core/adaptive.py)."""
+    PAPER = "paper"
+    """Algorithm 1 of arXiv 2507.17120 (core/paper.py)."""
+    NONE = "none"
+    """One bucket."""
+
+
+class BatchOrder(enum.Enum):
+    """Order of batch-class requests inside a bucket."""
+
+    SJF = "sjf"
+    """Shortest first: requests per second."""
+    LJF = "ljf"
+    """Longest first: tokens per second."""
+    FCFS = "fcfs"
+    """By arrival."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreSettings:
+    """What can be chosen. Times are seconds, lengths tokens.
+
+    Raises:
+        SettingsError: with every value that is out of range.
+    """
+
+    edges: EdgeRule = EdgeRule.ADAPTIVE
+    theta: float = 0.5
+    """Algorithm 1: a bucket splits when more than this share lies below its middle."""
+    max_buckets: int = 8
+    rebucket_interval_s: float = 0.25
+    """Least time between two evaluations of the edges."""
+    edge_cooldown_s: float = 5.0
+    """Adaptive: least time between two changes."""
+    edge_gain: float = 0.1
+    """Adaptive: least relative gain for a change (hysteresis)."""
+    min_bucket_share: float = 0.05
+    """Adaptive: least share of the arriving requests in a bucket."""
+    histogram_half_life_s: float = 30.0
+
+    memory_reserve: float = 0.1
+    """Share of a worker's free KV that is never planned with (paper, formula 5)."""
+    max_batch_tokens: int = 8192
+    """Most prompt tokens in a batch: beyond it the device is saturated and batches only delay each other."""
+    max_outstanding_batches: int = 2
+    """Batches at a worker whose prompts aren't computed: one runs, one is ready."""
+    max_chunk_tokens: int = 512
+    """Most prompt tokens per step beside running decodes, unless a TPOT target asks for fewer; 0: no limit."""
+
+    batch_order: BatchOrder = BatchOrder.SJF
+    default_ttft_s: float = 2.0
+    """Target of interactive requests that name none."""
+    batch_patience_s: float = 60.0
+    """A batch-class request comes before interactive ones that arrive this much later."""
+    batch_order_s_per_token: float = 0.002
+    """SJF/LJF: how much later or earlier a prompt token makes a batch-class request count."""
+
+    max_queued_requests: int = 100_000
+    max_queued_tokens: int = 50_000_000
+    max_tenant_share: float = 1.0
+    """Most of max_queued_tokens that one tenant may hold."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        problems = [
+            f"{name} = {getattr(self, name)}: must be {rule}"
+            for name, rule, is_good in (
+                ("theta", "in (0, 1)", 0 < self.theta < 1),
+                ("max_buckets", "at least 1", self.max_buckets >= 1),
+                ("rebucket_interval_s", "positive", self.rebucket_interval_s > 0),
+                ("edge_cooldown_s", "at least 0", self.edge_cooldown_s >= 0),
+                ("edge_gain", "in [0, 1)", 0 <= self.edge_gain < 1),
+                ("min_bucket_share", "in [0, 1)", 0 <= self.min_bucket_share < 1),
+                ("histogram_half_life_s", "positive", self.histogram_half_life_s > 0),
+                ("memory_reserve", "in [0, 1)", 0 <= self.memory_reserve < 1),
+                ("max_batch_tokens", "at least 1", self.max_batch_tokens >= 1),
+                ("max_outstanding_batches", "at least 1", self.max_outstanding_batches >= 1),
+                ("max_chunk_tokens", "at least 0", self.max_chunk_tokens >= 0),
+                ("default_ttft_s", "positive", self.default_ttft_s > 0),
+                ("batch_patience_s", "at least 0", self.batch_patience_s >= 0),
+                ("batch_order_s_per_token", "at least 0", self.batch_order_s_per_token >= 0),
+                ("max_queued_requests", "at least 1", self.max_queued_requests >= 1),
+                ("max_queued_tokens", "at least 1", self.max_queued_tokens >= 1),
+                ("max_tenant_share", "in (0, 1]", 0 < self.max_tenant_share <= 1),
+            )
+            if not is_good
+        ]
+        if problems:
+            raise SettingsError(problems)

@@ -1,0 +1,265 @@
+"""What the drivers need from outside, as protocols: the queue's store and the engine.
+
+Adapters live in bucketserve.store and bucketserve.engine; composition roots (app.py of each service) choose them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from bucketserve.core.types import BatchId, FinishReason, Headroom, RequestId, StepSample, WorkerId
+
+__all__ = [
+    "Admit",
+    "Claim",
+    "Engine",
+    "EngineInfo",
+    "Leadership",
+    "Logprob",
+    "QueueStore",
+    "Remove",
+    "Sampling",
+    "SequenceFailure",
+    "SequenceSpec",
+    "SetEdges",
+    "StepOutput",
+    "StoreSnapshot",
+    "StoredRecord",
+    "TokenLogprobs",
+    "TokenOutput",
+    "Write",
+]
+
+
+# --- store ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admit:
+    """Adds a waiting record. Writing the same id and attempt again changes nothing; a newer attempt replaces it."""
+
+    request_id: RequestId
+    attempt: int
+    prefill_tokens: int
+    payload: bytes
+    """The serialised queue record; opaque to the store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """Moves waiting records to a worker; those that are not waiting any more stay as they are."""
+
+    worker_id: WorkerId
+    batch_id: BatchId
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remove:
+    """Forgets records, waiting or claimed: finished, cancelled, expired or lost."""
+
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetEdges:
+    """Replaces the bucket edges.
+
+    A record's bucket follows from its length and the edges, so that no record moves and none can be lost on the way.
+    """
+
+    edges: tuple[int, ...]
+
+
+Write = Admit | Claim | Remove | SetEdges
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRecord:
+    """A record as read back."""
+
+    request_id: RequestId
+    attempt: int
+    payload: bytes
+    worker_id: WorkerId | None
+    """The worker that holds it; None while it waits."""
+    batch_id: BatchId | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSnapshot:
+    """Everything that is stored for a model."""
+
+    edges: tuple[int, ...]
+    records: tuple[StoredRecord, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leadership:
+    """The right to write for a model, until the time to live ends without renewal."""
+
+    owner: str
+    epoch: int
+    """Fencing token: grows with each change of leader; writes under an older one are refused."""
+
+
+class QueueStore(Protocol):
+    """Durable state of one model's queue. Every method is atomic and safe to repeat."""
+
+    async def lead(self, owner: str, ttl_s: float) -> Leadership | None:
+        """Takes or renews the leadership; None while someone else holds it.
+
+        Raises:
+            UnavailableError: the store can't be reached.
+        """
+
+    async def resign(self, leadership: Leadership) -> None:
+        """Gives the leadership up if it is still held."""
+
+    async def load(self, leadership: Leadership) -> StoreSnapshot:
+        """Returns all that is stored.
+
+        Raises:
+            StaleEpochError: someone else leads.
+            UnavailableError: the store can't be reached.
+        """
+
+    async def apply(self, leadership: Leadership, writes: Sequence[Write]) -> Sequence[frozenset[RequestId]]:
+        """Performs the writes in order, in one round trip; for each one returns the ids on which it took effect.
+
+        Raises:
+            StaleEpochError: someone else leads; none of the writes after the first refused one took effect.
+            UnavailableError: the store can't be reached; repeat the call.
+        """
+
+    async def close(self) -> None:
+        """Gives up connections."""
+
+
+# --- engine ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; see SamplingParams in protos/bucketserve/v1/common.proto for ranges."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSpec:
+    """A request as the engine runs it."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    """Prompt, then tokens that earlier attempts generated."""
+    max_new_tokens: int
+    num_resumed_tokens: int = 0
+    """How many of token_ids were generated: output position 0 of this attempt is generated position that many."""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_token_ids: frozenset[int] = frozenset()
+    num_logprobs: int | None = None
+    batch_id: BatchId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token and the natural logarithm of its probability."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, from the model's distribution before temperature and filters."""
+
+    chosen: Logprob
+    top: tuple[Logprob, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOutput:
+    """One new token of one sequence, or its end."""
+
+    request_id: RequestId
+    token_id: int | None
+    """None when the sequence ended on a stop token, which is not part of the output."""
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    """Set with the sequence's last output (STOP or LENGTH); the engine has then freed its KV."""
+    matched_stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceFailure:
+    """A sequence that the engine gave up; its KV is free again."""
+
+    request_id: RequestId
+    message: str
+    is_retryable: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What one forward pass brought."""
+
+    tokens: tuple[TokenOutput, ...] = ()
+    prefilled: tuple[RequestId, ...] = ()
+    """Sequences whose prompt was completed by this step (their first token is among tokens)."""
+    failures: tuple[SequenceFailure, ...] = ()
+    sample: StepSample | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine is."""
+
+    name: str
+    device: str
+    dtype: str
+    context_tokens: int
+    kv_bytes_per_token: int
+    pays_padding: bool
+    """Whether it computes padding tokens (padded batches) or none (packed batches)."""
+
+
+class Engine(Protocol):
+    """A model on a device. Not thread-safe: one thread owns it and calls everything."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What it is."""
+
+    def headroom(self) -> Headroom:
+        """Memory and slots free now; last_assignment is 0 (the worker fills it in)."""
+
+    def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
+        """Queues sequences for prefill, reserving KV for prompt and max_new_tokens as memory allows, in order.
+
+        Args:
+            sequences: a batch, to be prefilled together.
+            max_chunk_tokens: most prompt tokens per step while other sequences decode; 0 for no limit.
+
+        Raises:
+            EngineError: a sequence could never fit (context or total KV); none of them was added.
+        """
+
+    def cancel(self, request_ids: Sequence[RequestId]) -> None:
+        """Forgets sequences and frees their KV; unknown ids are ignored."""
+
+    def step(self) -> StepOutput:
+        """Runs one forward pass over what is queued and running; returns at once, empty, if there is nothing."""
+
+    def has_work(self) -> bool:
+        """Whether step would do anything."""
+
+    def close(self) -> None:
+        """Frees the device."""

@@ -1,0 +1,268 @@
+"""What holds for every sequence of events: random worlds, driven by hypothesis."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bucketserve.core.messages import (
+    AdmitRequest,
+    BatchPrefilled,
+    CancelAtWorker,
+    ChangeEdges,
+    Decision,
+    DispatchBatch,
+    DropReason,
+    Event,
+    ForgetRequest,
+    RefuseRequest,
+    RequestCancelled,
+    RequestFinished,
+    RequestSubmitted,
+    WorkerLost,
+)
+from bucketserve.core.order import order_key, starvation_bound_s
+from bucketserve.core.scheduler import SchedulerCore
+from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule
+from bucketserve.core.types import Batch, Request, RequestClass, RequestId, WorkerId
+from tests.builders import a_request, joined, reported
+
+CONTEXT = 2048
+
+
+class World:
+    """Workers that behave, and a check of every decision. Time passes by one tenth of a second a turn."""
+
+    def __init__(self, core_settings: CoreSettings, capacities: list[int]) -> None:
+        self.core = SchedulerCore(core_settings, CONTEXT)
+        self.capacities = {WorkerId(f"w{i}"): capacity for i, capacity in enumerate(capacities)}
+        self.held: dict[WorkerId, dict[RequestId, Request]] = {}
+        self.seen: dict[WorkerId, int] = {}
+        self.requests: dict[RequestId, Request] = {}
+        self.state: dict[RequestId, str] = {}
+        self.ends: Counter[RequestId] = Counter()
+        self.log: list[tuple[float, list[Event], Decision]] = []
+        self.now_s = 0.0
+
+    def turn(self, events: list[Event], elapsed_s: float = 0.1) -> None:
+        self.now_s += elapsed_s
+        decision = self.core.step(events, self.now_s)
+        self.log.append((self.now_s, events, decision))
+        for command in decision.commands:
+            match command:
+                case AdmitRequest(request=request):
+                    assert self.state[request.request_id] == "new"
+                    self.state[request.request_id] = "waiting"
+                case RefuseRequest(request_id=request_id):
+                    assert self.state[request_id] == "new"
+                    self.end(request_id)
+                case DispatchBatch(batch=batch):
+                    self.dispatch(batch)
+                case CancelAtWorker():
+                    pass
+                case ForgetRequest(request_id=request_id):
+                    assert self.state[request_id] == "running"
+                    self.end(request_id)
+                case ChangeEdges(edges=edges):
+                    assert list(edges) == sorted(set(edges))
+                    assert edges[-1] == CONTEXT + 1
+        for drop in decision.drops:
+            assert self.state[drop.request_id] in ("waiting", "running")
+            self.end(drop.request_id)
+
+    def end(self, request_id: RequestId) -> None:
+        self.state[request_id] = "ended"
+        self.ends[request_id] += 1
+
+    def dispatch(self, batch: Batch) -> None:
+        held = self.held[batch.worker_id]
+        requests = [self.requests[request_id] for request_id in batch.request_ids]
+        for request in requests:
+            assert self.state[request.request_id] == "waiting"
+            assert batch.bucket.low <= request.prefill_tokens < batch.bucket.high
+            self.state[request.request_id] = "running"
+            held[request.request_id] = request
+        assert batch.prefill_tokens == sum(request.prefill_tokens for request in requests)
+        assert batch.reserved_kv_tokens == sum(request.reserved_tokens for request in requests)
+        # Never more than the worker really has.
+        assert sum(request.reserved_tokens for request in held.values()) <= self.capacities[batch.worker_id]
+        self.seen[batch.worker_id] = batch.assignment
+
+    def join(self, worker_id: WorkerId) -> Event:
+        self.held[worker_id] = {}
+        self.seen[worker_id] = 0
+        return joined(worker_id, free=self.capacities[worker_id], max_sequences=8)
+
+    def report(self, worker_id: WorkerId) -> Event:
+        used = sum(request.reserved_tokens for request in self.held[worker_id].values())
+        total = self.capacities[worker_id]
+        return reported(
+            worker_id,
+            free=total - used,
+            total=total,
+            max_sequences=8,
+            num_running=len(self.held[worker_id]),
+            last_assignment=self.seen[worker_id],
+        )
+
+    def finish_one(self, worker_id: WorkerId) -> list[Event]:
+        held = self.held[worker_id]
+        if not held:
+            return []
+        request_id, request = next(iter(held.items()))
+        del held[request_id]
+        batch_ids = {
+            command.batch.batch_id
+            for _, _, decision in self.log
+            for command in decision.commands
+            if isinstance(command, DispatchBatch) and request_id in command.batch.request_ids
+        }
+        computed = [
+            BatchPrefilled(worker_id=worker_id, batch_id=batch_id, request_ids=(request_id,), duration_s=0.1)
+            for batch_id in batch_ids
+        ]
+        done = RequestFinished(request_id=request_id, attempt=request.attempt, worker_id=worker_id, output_tokens=1)
+        return [*computed, done, self.report(worker_id)]
+
+
+request_shapes = st.tuples(
+    st.integers(1, 1500),
+    st.integers(1, 600),
+    st.sampled_from(list(RequestClass)),
+    st.one_of(st.none(), st.floats(0.05, 5.0)),
+    st.one_of(st.none(), st.floats(0.1, 3.0)),
+    st.sampled_from(["alice", "bob"]),
+)
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.lists(request_shapes, min_size=1, max_size=6)),
+        st.tuples(st.just("cancel"), st.integers(0, 30)),
+        st.tuples(st.just("finish"), st.integers(0, 2)),
+        st.tuples(st.just("report"), st.integers(0, 2)),
+        st.tuples(st.just("lose"), st.integers(0, 2)),
+        st.tuples(st.just("join"), st.integers(0, 2)),
+    ),
+    max_size=40,
+)
+core_settings = st.builds(
+    CoreSettings,
+    edges=st.sampled_from(list(EdgeRule)),
+    batch_order=st.sampled_from(list(BatchOrder)),
+    max_outstanding_batches=st.integers(1, 3),
+    max_queued_requests=st.sampled_from([5, 1000]),
+    edge_cooldown_s=st.just(0.2),
+    rebucket_interval_s=st.just(0.1),
+)
+
+
+def play(world: World, script: list) -> None:
+    workers = list(world.capacities)
+    for kind, argument in script:
+        if kind == "submit":
+            events = []
+            for shape in argument:
+                prompt, output, request_class, ttft, life, tenant = shape
+                request = a_request(
+                    f"r{len(world.requests):03}",
+                    prompt,
+                    output,
+                    world.now_s,
+                    request_class=request_class,
+                    ttft_slo_s=ttft,
+                    deadline_s=None if life is None else world.now_s + life,
+                    tenant=tenant,
+                )
+                world.requests[request.request_id] = request
+                world.state[request.request_id] = "new"
+                events.append(RequestSubmitted(request))
+            world.turn(events)
+            continue
+        if kind == "cancel":
+            world.turn([RequestCancelled(RequestId(f"r{argument:03}"))])
+            continue
+        worker_id = workers[argument % len(workers)]
+        if kind == "join" and worker_id not in world.held:
+            world.turn([world.join(worker_id)])
+        elif worker_id in world.held:
+            if kind == "finish":
+                world.turn(world.finish_one(worker_id))
+            elif kind == "report":
+                world.turn([world.report(worker_id)])
+            elif kind == "lose":
+                del world.held[worker_id]
+                world.turn([WorkerLost(worker_id)])
+        else:
+            world.turn([])
+
+
+def settle(world: World) -> None:
+    """Lets everything that still runs or waits come to its end."""
+    for worker_id in world.capacities:
+        if worker_id not in world.held:
+            world.turn([world.join(worker_id)])
+    for _ in range(5 * len(world.requests) + 50):
+        for worker_id in list(world.held):
+            world.turn(world.finish_one(worker_id) or [world.report(worker_id)], elapsed_s=2.0)
+        if all(state == "ended" for state in world.state.values()):
+            return
+
+
+@given(core_settings, st.lists(st.integers(500, 4000), min_size=1, max_size=3), actions)
+@settings(max_examples=150, deadline=None)
+def test_every_request_ends_exactly_once_and_budgets_hold(
+    config: CoreSettings, capacities: list[int], script: list
+) -> None:
+    world = World(config, capacities)
+    play(world, script)
+    settle(world)
+    assert all(state == "ended" for state in world.state.values())
+    assert all(count == 1 for count in world.ends.values())
+    view = world.core.status()
+    assert (view.num_waiting, view.num_running) == (0, 0)
+    assert sum(bucket.num_waiting for bucket in view.buckets) == 0
+
+
+@given(core_settings, st.lists(st.integers(500, 4000), min_size=1, max_size=3), actions)
+@settings(max_examples=60, deadline=None)
+def test_a_recorded_log_replays_to_the_same_decisions(
+    config: CoreSettings, capacities: list[int], script: list
+) -> None:
+    world = World(config, capacities)
+    play(world, script)
+    replay = SchedulerCore(config, CONTEXT)
+    for now_s, events, decision in world.log:
+        assert replay.step(events, now_s) == decision
+
+
+any_request = st.builds(
+    a_request,
+    name=st.sampled_from(["a", "b"]),
+    prompt_tokens=st.integers(1, 100_000),
+    arrival_s=st.floats(0, 1000),
+    request_class=st.sampled_from(list(RequestClass)),
+    ttft_slo_s=st.one_of(st.none(), st.floats(0.01, 100)),
+)
+
+
+@given(st.sampled_from(list(BatchOrder)), any_request, any_request, st.floats(0, 100), st.floats(0, 100))
+@settings(max_examples=300, deadline=None)
+def test_nothing_that_arrives_later_than_the_bound_goes_first(
+    order: BatchOrder, request: Request, other: Request, own_prefill_s: float, other_prefill_s: float
+) -> None:
+    config = CoreSettings(batch_order=order)
+    if other.arrival_s > request.arrival_s + starvation_bound_s(request, config):
+        assert order_key(other, config, other_prefill_s) > order_key(request, config, own_prefill_s)
+
+
+@given(st.lists(st.integers(1, 1400), min_size=2, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_dropped_only_for_a_reason(lengths: list[int]) -> None:
+    world = World(CoreSettings(), [2000])
+    play(world, [("join", 0), ("submit", [(n, 50, RequestClass.INTERACTIVE, None, None, "a") for n in lengths])])
+    settle(world)
+    drops = [drop for _, _, decision in world.log for drop in decision.drops]
+    assert not drops or {drop.reason for drop in drops} <= {DropReason.DEADLINE}
+    finished = [c for _, _, decision in world.log for c in decision.commands if isinstance(c, ForgetRequest)]
+    assert len(finished) == len(lengths)

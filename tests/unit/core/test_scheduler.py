@@ -1,0 +1,275 @@
+"""SchedulerCore on literal events."""
+
+from __future__ import annotations
+
+from bucketserve.core.messages import (
+    AdmitRequest,
+    BatchPrefilled,
+    CancelAtWorker,
+    ChangeEdges,
+    Decision,
+    DispatchBatch,
+    Drop,
+    DropReason,
+    ForgetRequest,
+    RefuseReason,
+    RefuseRequest,
+    RequestCancelled,
+    RequestFinished,
+    RequestSubmitted,
+    WorkerDraining,
+    WorkerLost,
+)
+from bucketserve.core.scheduler import SchedulerCore
+from bucketserve.core.settings import CoreSettings, EdgeRule
+from bucketserve.core.types import Batch, LimitedBy, RequestClass, RequestId, StepSample, WorkerId
+from tests.builders import a_request, joined, reported
+
+W = WorkerId("w")
+
+
+def core(**settings) -> SchedulerCore:
+    return SchedulerCore(CoreSettings(**{"edges": EdgeRule.NONE, **settings}), 4096)
+
+
+def submitted(*names: str, **more) -> list[RequestSubmitted]:
+    return [RequestSubmitted(a_request(name, **more)) for name in names]
+
+
+def batches(decision: Decision) -> list[Batch]:
+    return [command.batch for command in decision.commands if isinstance(command, DispatchBatch)]
+
+
+def refusals(decision: Decision) -> list[RefuseReason]:
+    return [command.reason for command in decision.commands if isinstance(command, RefuseRequest)]
+
+
+def prefilled(batch: Batch) -> BatchPrefilled:
+    return BatchPrefilled(worker_id=W, batch_id=batch.batch_id, request_ids=batch.request_ids, duration_s=0.1)
+
+
+def finished(name: str, attempt: int = 1, worker: str = "w") -> RequestFinished:
+    return RequestFinished(request_id=RequestId(name), attempt=attempt, worker_id=WorkerId(worker), output_tokens=5)
+
+
+def test_requests_wait_without_a_worker_and_go_when_one_joins() -> None:
+    under_test = core()
+    first = under_test.step(submitted("a", "b"), 1.0)
+    assert [type(command) for command in first.commands] == [AdmitRequest, AdmitRequest]
+    (batch,) = batches(under_test.step([joined()], 2.0))
+    assert (batch.request_ids, batch.worker_id, batch.assignment) == (("a", "b"), W, 1)
+    assert (batch.prefill_tokens, batch.padded_tokens, batch.reserved_kv_tokens) == (20, 20, 40)
+    assert batch.limited_by is LimitedBy.SUPPLY
+    view = under_test.status()
+    assert (view.num_waiting, view.num_running) == (0, 2)
+
+
+def test_memory_limits_a_batch_to_nine_tenths_of_what_is_free() -> None:
+    under_test = core()
+    # 0.9 x 200 tokens hold 9 requests of 20.
+    (batch,) = batches(under_test.step([joined(free=200), *submitted(*(f"r{i:02}" for i in range(20)))], 0.0))
+    assert len(batch.request_ids) == 9
+    assert batch.limited_by is LimitedBy.MEMORY
+
+
+def test_less_reported_headroom_means_a_smaller_batch() -> None:
+    sizes = []
+    for free in (1000, 500, 100):
+        under_test = core()
+        events = [joined(free=free, total=1000), *submitted(*(f"r{i:03}" for i in range(100)))]
+        sizes.append(len(batches(under_test.step(events, 0.0))[0].request_ids))
+    assert sizes == [45, 22, 4]
+
+
+def test_what_a_report_does_not_contain_yet_is_still_counted() -> None:
+    under_test = core()
+    first = batches(under_test.step([joined(free=200), *submitted("a", "b", max_new_tokens=50)], 0.0))
+    assert [len(batch.request_ids) for batch in first] == [2]
+    # The report was sent before the batch arrived (last_assignment 0): 80 of 200 tokens are left, 72 of them safe.
+    late = batches(under_test.step([reported(free=200, total=200), *submitted("c", "d", max_new_tokens=50)], 0.1))
+    assert [batch.request_ids for batch in late] == [("c",)]
+    # This one contains both batches.
+    after = under_test.step([reported(free=200, total=200, last_assignment=2), prefilled(first[0])], 0.2)
+    assert [batch.request_ids for batch in batches(after)] == [("d",)]
+
+
+def test_sequences_and_outstanding_batches_are_bounded() -> None:
+    under_test = core(max_outstanding_batches=1)
+    names = [f"r{i}" for i in range(9)]
+    decision = under_test.step([joined(free=4000, max_sequences=4), *submitted(*names)], 0.0)
+    (batch,) = batches(decision)
+    assert (len(batch.request_ids), batch.limited_by) == (4, LimitedBy.COUNT)
+    # Another batch needs the first one's prompts to be computed, and a free sequence.
+    assert not batches(under_test.step([reported(free=3900, total=4000, last_assignment=1, num_running=2)], 0.1))
+    events = [prefilled(batch), reported(free=3900, total=4000, last_assignment=1, num_running=2, max_sequences=4)]
+    assert len(batches(under_test.step(events, 0.2))[0].request_ids) == 2
+
+
+def test_time_limits_a_batch_to_its_tightest_ttft() -> None:
+    under_test = core()
+    slow = StepSample(prefill_tokens=100, duration_s=1.0)
+    under_test.step([joined(free=100_000), reported(free=100_000, total=100_000, steps=(slow,))], 0.0)
+    events = submitted(*(f"r{i}" for i in range(10)), prompt_tokens=50, ttft_slo_s=1.6)
+    # 50 tokens take 0.5 s each: three meet 1.6 s, a fourth would not.
+    (first, second) = batches(under_test.step(events, 0.0))
+    assert (len(first.request_ids), first.limited_by) == (3, LimitedBy.TIME)
+    assert len(second.request_ids) == 3
+
+
+def test_least_slack_first_and_batch_class_last() -> None:
+    under_test = core()
+    under_test.step(submitted("relaxed", ttft_slo_s=5.0), 0.0)
+    under_test.step(submitted("urgent", ttft_slo_s=0.5, arrival_s=1.0), 1.0)
+    under_test.step(submitted("batch", request_class=RequestClass.BATCH), 1.0)
+    (batch,) = batches(under_test.step([joined()], 1.0))
+    assert batch.request_ids == ("urgent", "relaxed", "batch")
+
+
+def test_cancelling_in_the_queue_and_at_a_worker() -> None:
+    under_test = core()
+    under_test.step(submitted("a"), 0.0)
+    decision = under_test.step([RequestCancelled(RequestId("a")), RequestCancelled(RequestId("unknown"))], 0.1)
+    assert decision.drops == (Drop(RequestId("a"), 1, DropReason.CANCELLED),)
+    under_test.step([joined(), *submitted("b")], 0.2)
+    decision = under_test.step([RequestCancelled(RequestId("b"))], 0.3)
+    assert decision.commands == (CancelAtWorker(W, RequestId("b")),)
+    assert under_test.step([finished("b")], 0.4).commands == (ForgetRequest(RequestId("b")),)
+    assert under_test.step([finished("b")], 0.5).commands == ()
+
+
+def test_a_lost_worker_s_requests_are_dropped_for_resubmission() -> None:
+    under_test = core()
+    under_test.step([joined(), *submitted("a", "b")], 0.0)
+    decision = under_test.step([WorkerLost(W)], 1.0)
+    assert {drop.request_id for drop in decision.drops} == {"a", "b"}
+    assert {drop.reason for drop in decision.drops} == {DropReason.WORKER_LOST}
+    again = under_test.step([*submitted("a", attempt=2), joined("w2")], 1.1)
+    assert batches(again)[0].request_ids == ("a",)
+    # What the lost worker still says of the first attempt is ignored.
+    assert under_test.step([finished("a", attempt=1)], 1.2).commands == ()
+
+
+def test_a_worker_that_comes_back_keeps_what_it_still_has() -> None:
+    under_test = core()
+    under_test.step([joined(), *submitted("a", "b")], 0.0)
+    decision = under_test.step([joined(running=(RequestId("a"), RequestId("ghost")))], 1.0)
+    assert [drop.request_id for drop in decision.drops] == ["b"]
+    assert CancelAtWorker(W, RequestId("ghost")) in decision.commands
+    assert under_test.step([finished("a")], 1.1).commands == (ForgetRequest(RequestId("a")),)
+
+
+def test_a_newer_attempt_takes_over_and_an_older_one_is_refused() -> None:
+    under_test = core()
+    under_test.step([joined(), *submitted("a", attempt=2)], 0.0)
+    assert refusals(under_test.step(submitted("a", attempt=2), 0.1)) == [RefuseReason.DUPLICATE]
+    assert refusals(under_test.step(submitted("a", attempt=1), 0.1)) == [RefuseReason.DUPLICATE]
+    decision = under_test.step(submitted("a", attempt=3), 0.2)
+    kinds = [type(command) for command in decision.commands]
+    assert kinds == [CancelAtWorker, AdmitRequest, DispatchBatch]
+
+
+def test_deadlines_end_requests_wherever_they_are() -> None:
+    under_test = core()
+    decision = under_test.step(submitted("waits", deadline_s=5.0), 0.0)
+    assert decision.wake_s == 5.0
+    assert under_test.step([], 5.0).drops == (Drop(RequestId("waits"), 1, DropReason.DEADLINE),)
+    under_test.step([joined(), *submitted("runs", deadline_s=9.0)], 6.0)
+    decision = under_test.step([], 9.5)
+    assert decision.drops == (Drop(RequestId("runs"), 1, DropReason.DEADLINE),)
+    assert decision.commands == (CancelAtWorker(W, RequestId("runs")),)
+
+
+def test_the_queue_is_bounded_and_refusals_say_when_to_come_back() -> None:
+    under_test = core(max_queued_requests=2, max_queued_tokens=100)
+    assert refusals(under_test.step(submitted("a", "b", "c"), 0.0)) == [RefuseReason.QUEUE_REQUESTS]
+    under_test = core(max_queued_tokens=25)
+    decision = under_test.step(submitted("a", "b", "c"), 0.0)
+    assert refusals(decision) == [RefuseReason.QUEUE_TOKENS]
+    assert next(c for c in decision.commands if isinstance(c, RefuseRequest)).retry_after_s > 0
+    under_test = core(max_queued_tokens=100, max_tenant_share=0.3)
+    events = [*submitted("a", "b", "c", "d", tenant="greedy"), *submitted("e", tenant="modest")]
+    assert refusals(under_test.step(events, 0.0)) == [RefuseReason.TENANT_QUOTA]
+
+
+def test_what_fits_nowhere_is_refused() -> None:
+    under_test = core()
+    assert refusals(under_test.step(submitted("a", prompt_tokens=4000, max_new_tokens=200), 0.0)) == [
+        RefuseReason.TOO_LARGE
+    ]
+    under_test.step([joined(free=100)], 0.0)
+    assert refusals(under_test.step(submitted("b", max_new_tokens=100), 0.0)) == [RefuseReason.TOO_LARGE]
+
+
+def test_an_unattainable_slo_is_refused_at_once_if_asked_for() -> None:
+    under_test = core()
+    slow = StepSample(prefill_tokens=10, duration_s=1.0)
+    under_test.step([joined(), reported(steps=(slow,))], 0.0)
+    decision = under_test.step(submitted("a", ttft_slo_s=0.5, reject_if_unattainable=True), 0.0)
+    assert refusals(decision) == [RefuseReason.SLO_UNATTAINABLE]
+    assert refusals(under_test.step(submitted("b", ttft_slo_s=0.5), 0.0)) == []
+
+
+def test_a_draining_worker_gets_nothing_more() -> None:
+    under_test = core()
+    assert not batches(under_test.step([joined(), WorkerDraining(W), *submitted("a")], 0.0))
+
+
+def test_an_empty_worker_may_be_filled_by_one_request() -> None:
+    under_test = core()
+    (batch,) = batches(under_test.step([joined(free=100), *submitted("a", max_new_tokens=90)], 0.0))
+    assert batch.reserved_kv_tokens == 100
+
+
+def test_what_no_worker_could_ever_hold_is_dropped_once_it_is_late() -> None:
+    under_test = core()
+    under_test.step(submitted("large", prompt_tokens=500), 0.0)
+    assert under_test.step([joined(free=100)], 1.0).drops == ()
+    assert under_test.step([], 3.0).drops == (Drop(RequestId("large"), 1, DropReason.TOO_LARGE),)
+
+
+def test_a_late_large_request_is_not_starved_by_small_ones() -> None:
+    under_test = core(edges=EdgeRule.ADAPTIVE)
+    under_test.step([joined(free=1000), *submitted("holder", max_new_tokens=400)], 0.0)
+    under_test.step(submitted("large", prompt_tokens=700, max_new_tokens=100), 0.0)
+    early = under_test.step([reported(free=590, total=1000, last_assignment=1), *submitted("s1", arrival_s=0.1)], 0.1)
+    assert [batch.request_ids for batch in batches(early)] == [("s1",)]
+    # Past its TTFT the large one blocks what comes after it until it fits.
+    late = under_test.step([reported(free=570, total=1000, last_assignment=2), *submitted("s2", arrival_s=5.0)], 5.0)
+    assert batches(late) == []
+    done = under_test.step([finished("holder"), finished("s1"), reported(last_assignment=2)], 6.0)
+    assert [batch.request_ids for batch in batches(done)] == [("large",), ("s2",)]
+
+
+def test_batches_are_cut_from_one_bucket() -> None:
+    under_test = core(edges=EdgeRule.ADAPTIVE)
+    events = [*submitted("a", "b"), *submitted("long", prompt_tokens=700), joined(free=4000)]
+    short, long = batches(under_test.step(events, 0.0))
+    assert (short.request_ids, long.request_ids) == (("a", "b"), ("long",))
+    assert short.bucket.high <= long.bucket.low <= 700 < long.bucket.high
+
+
+def test_adaptive_edges_follow_the_arrivals() -> None:
+    under_test = core(edges=EdgeRule.ADAPTIVE)
+    under_test.step([joined(free=4000, max_sequences=1)], 0.0)
+    edges = None
+    for i in range(200):
+        lengths = (20, 30, 2000, 2200)
+        decision = under_test.step(submitted(f"r{i}", prompt_tokens=lengths[i % 4], arrival_s=i / 50), i / 50)
+        for command in decision.commands:
+            if isinstance(command, ChangeEdges):
+                edges = command.edges
+    assert edges is not None
+    assert edges[-1] == 4097
+    # Short and long ones are apart, and nothing splits the gap between them twice.
+    assert any(30 < edge <= 2000 for edge in edges)
+    assert sum(60 < edge <= 1900 for edge in edges) <= 1
+
+
+def test_a_restored_core_goes_on() -> None:
+    under_test = core()
+    running = a_request("runs")
+    under_test.restore(waiting=[a_request("waits")], running={running: W}, edges=())
+    decision = under_test.step([joined(running=(RequestId("runs"),), free=980, total=1000)], 0.0)
+    assert decision.drops == ()
+    assert [batch.request_ids for batch in batches(decision)] == [("waits",)]
+    assert under_test.step([finished("runs")], 1.0).commands == (ForgetRequest(RequestId("runs")),)
