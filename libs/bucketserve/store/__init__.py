@@ -1,0 +1,1 @@
+"""Adapters of ports.QueueStore: memory (the reference) and Redis. Policy is not here: a store only moves records."""

@@ -1,0 +1,62 @@
+"""Every Redis key, its type and its units.
+
+All keys of a model share the hash tag {model}, so that they live in one Cluster slot and one script may touch them all.
+
+| key                        | type   | content                                                               |
+|----------------------------|--------|-----------------------------------------------------------------------|
+| bs:{model}:leader          | string | owner of the leadership; expires after its lease (milliseconds)       |
+| bs:{model}:epoch           | hash   | epoch: fencing epoch, only grows; owner: who got it                   |
+| bs:{model}:waiting         | zset   | request id -> prefill length in tokens                                |
+| bs:{model}:record          | hash   | request id -> attempt, a colon, the serialised queue record           |
+| bs:{model}:claim           | hash   | request id -> worker id, a newline, batch id; only of claimed records |
+| bs:{model}:edges           | string | bucket edges in tokens, comma-separated                               |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import quote
+
+__all__ = ["Keys"]
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one model."""
+
+    model: str
+
+    @property
+    def _prefix(self) -> str:
+        # Braces in a name would move the hash tag; quote() leaves none.
+        return f"bs:{{{quote(self.model, safe='')}}}:"
+
+    @property
+    def leader(self) -> str:
+        """Who leads."""
+        return f"{self._prefix}leader"
+
+    @property
+    def epoch(self) -> str:
+        """Fencing epoch."""
+        return f"{self._prefix}epoch"
+
+    @property
+    def waiting(self) -> str:
+        """Waiting records by prefill length."""
+        return f"{self._prefix}waiting"
+
+    @property
+    def record(self) -> str:
+        """All records."""
+        return f"{self._prefix}record"
+
+    @property
+    def claim(self) -> str:
+        """Who has claimed what."""
+        return f"{self._prefix}claim"
+
+    @property
+    def edges(self) -> str:
+        """Bucket edges."""
+        return f"{self._prefix}edges"

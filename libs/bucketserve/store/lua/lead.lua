@@ -1,0 +1,15 @@
+-- Takes or renews the leadership.
+-- KEYS: leader, epoch.  ARGV: owner, time to live in milliseconds.
+-- Returns the fencing epoch, or -1 while someone else leads.  O(1).
+-- An expired leader whom nobody replaced goes on under its old epoch only if the epoch still names it: the owner of the
+-- last epoch is kept beside it, so that a flushed or failed-over server starts a new one.
+-- A new epoch is at least the server's time in seconds, so that it also grows across a loss of all data.
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return -1 end
+local epoch = tonumber(redis.call('HGET', KEYS[2], 'epoch') or '0')
+if epoch == 0 or redis.call('HGET', KEYS[2], 'owner') ~= ARGV[1] then
+  epoch = math.max(epoch + 1, tonumber(redis.call('TIME')[1]))
+  redis.call('HSET', KEYS[2], 'epoch', string.format('%d', epoch), 'owner', ARGV[1])
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return epoch

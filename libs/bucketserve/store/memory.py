@@ -1,0 +1,117 @@
+"""The reference store: everything in this process's memory. For tests, the simulator's cousins, and memory:// stacks.
+
+State outlives a MemoryStore object if several share one MemoryState, as Redis outlives its clients.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from bucketserve.core.errors import StaleEpochError
+from bucketserve.core.types import BatchId, RequestId, WorkerId
+from bucketserve.ports import (
+    Admit,
+    Claim,
+    Leadership,
+    Remove,
+    SetEdges,
+    StoredRecord,
+    StoreSnapshot,
+    Write,
+)
+
+__all__ = ["MemoryState", "MemoryStore"]
+
+
+@dataclass(slots=True)
+class MemoryState:
+    """What the keys of one model hold."""
+
+    leader: str | None = None
+    leader_until_s: float = 0.0
+    epoch: int = 0
+    epoch_owner: str | None = None
+    edges: tuple[int, ...] = ()
+    records: dict[RequestId, tuple[int, bytes]] = field(default_factory=dict)
+    waiting: dict[RequestId, int] = field(default_factory=dict)
+    claims: dict[RequestId, tuple[WorkerId, BatchId]] = field(default_factory=dict)
+
+
+class MemoryStore:
+    """A QueueStore over a MemoryState."""
+
+    def __init__(self, state: MemoryState | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """Shares `state` with other stores of the same model; the clock runs the leader's lease, in seconds."""
+        self._state = state if state is not None else MemoryState()
+        self._clock = clock
+
+    async def lead(self, owner: str, ttl_s: float) -> Leadership | None:
+        """See QueueStore."""
+        state, now_s = self._state, self._clock()
+        if state.leader is not None and state.leader != owner and now_s < state.leader_until_s:
+            return None
+        if state.epoch_owner != owner:
+            state.epoch, state.epoch_owner = state.epoch + 1, owner
+        state.leader, state.leader_until_s = owner, now_s + ttl_s
+        return Leadership(owner=owner, epoch=state.epoch)
+
+    async def resign(self, leadership: Leadership) -> None:
+        """See QueueStore."""
+        if self._state.leader == leadership.owner and self._state.epoch == leadership.epoch:
+            self._state.leader = None
+
+    async def load(self, leadership: Leadership) -> StoreSnapshot:
+        """See QueueStore."""
+        self._check(leadership)
+        state = self._state
+        records = []
+        for request_id, (attempt, payload) in sorted(state.records.items()):
+            worker_id, batch_id = state.claims.get(request_id, (None, None))
+            records.append(
+                StoredRecord(
+                    request_id=request_id, attempt=attempt, payload=payload, worker_id=worker_id, batch_id=batch_id
+                )
+            )
+        return StoreSnapshot(edges=state.edges, records=tuple(records))
+
+    async def apply(self, leadership: Leadership, writes: Sequence[Write]) -> Sequence[frozenset[RequestId]]:
+        """See QueueStore."""
+        self._check(leadership)
+        return [frozenset(self._apply(write)) for write in writes]
+
+    async def close(self) -> None:
+        """See QueueStore."""
+
+    def _check(self, leadership: Leadership) -> None:
+        if self._state.epoch != leadership.epoch:
+            raise StaleEpochError(f"epoch {leadership.epoch} is over; now {self._state.epoch}")
+
+    def _apply(self, write: Write) -> list[RequestId]:
+        state = self._state
+        match write:
+            case Admit():
+                stored = state.records.get(write.request_id)
+                if stored is not None and stored[0] > write.attempt:
+                    return []
+                if stored is None or stored[0] < write.attempt:
+                    state.claims.pop(write.request_id, None)
+                    state.records[write.request_id] = (write.attempt, write.payload)
+                    state.waiting[write.request_id] = write.prefill_tokens
+                return [write.request_id]
+            case Claim():
+                mark = (write.worker_id, write.batch_id)
+                for request_id in write.request_ids:
+                    if state.waiting.pop(request_id, None) is not None:
+                        state.claims[request_id] = mark
+                return [request_id for request_id in write.request_ids if state.claims.get(request_id) == mark]
+            case Remove():
+                removed = [rid for rid in write.request_ids if state.records.pop(rid, None) is not None]
+                for request_id in write.request_ids:
+                    state.waiting.pop(request_id, None)
+                    state.claims.pop(request_id, None)
+                return removed
+            case SetEdges():
+                state.edges = write.edges
+                return []

@@ -1,0 +1,79 @@
+"""What only a real server can show."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from bucketserve.core.errors import StaleEpochError, UnavailableError
+from bucketserve.store.embedded import EmbeddedServer
+from bucketserve.store.redis import RedisStore, connect
+from tests.contract.store.test_queue_store import admit, claim, held, led
+
+pytestmark = pytest.mark.redis
+
+
+async def test_all_keys_of_a_model_share_a_cluster_slot(valkey: EmbeddedServer) -> None:
+    client = connect(valkey.url)
+    await client.flushdb()
+    store = RedisStore(client, "org/mo{d}el")
+    lead = await led(store)
+    await store.apply(lead, [admit("r1"), admit("r2"), claim("r1")])
+    keys = await client.keys("*")
+    assert len(keys) == 5
+    tags = {key.decode().split("{", 1)[1].split("}", 1)[0] for key in keys}
+    assert tags == {"org%2Fmo%7Bd%7Del"}
+    await client.aclose()
+
+
+async def test_scripts_are_loaded_again_after_the_server_forgot_them(valkey: EmbeddedServer) -> None:
+    client = connect(valkey.url)
+    store = RedisStore(client, "forgetful")
+    lead = await led(store)
+    await store.apply(lead, [admit("r1")])
+    await client.script_flush()
+    await store.apply(lead, [admit("r2"), claim("r1")])
+    assert await held(store, lead) == {"r1": (1, b"p", "w", "b"), "r2": (1, b"p", None, None)}
+    await client.aclose()
+
+
+async def test_apply_is_one_round_trip(valkey: EmbeddedServer) -> None:
+    client = connect(valkey.url)
+    store = RedisStore(client, "trips")
+    lead = await led(store)
+    await store.apply(lead, [admit("r0")])
+    sent = 0
+    connection = await client.connection_pool.get_connection()
+    send = connection.send_packed_command
+
+    async def counting(*args, **kwargs):
+        nonlocal sent
+        sent += 1
+        return await send(*args, **kwargs)
+
+    connection.send_packed_command = counting
+    await client.connection_pool.release(connection)
+    await store.apply(lead, [admit(f"r{i}") for i in range(500)])
+    assert sent == 1
+    await client.aclose()
+
+
+async def test_a_dead_server_is_unavailable_and_an_emptied_one_starts_a_new_epoch() -> None:
+    with EmbeddedServer() as server:
+        client = connect(server.url)
+        store = RedisStore(client, "m")
+        lead = await led(store)
+        await store.apply(lead, [admit("r1")])
+        server.stop()
+        with pytest.raises(UnavailableError):
+            await store.apply(lead, [admit("r2")])
+        with pytest.raises(UnavailableError):
+            await store.lead("a", 1.0)
+        server.start()
+        with pytest.raises(StaleEpochError):
+            await store.apply(lead, [admit("r2")])
+        # The old value is lost; the new one is greater all the same, once a second has passed.
+        await asyncio.sleep(1.1)
+        assert (await led(store)).epoch > lead.epoch
+        await client.aclose()
