@@ -1,0 +1,209 @@
+"""An engine without a model: deterministic tokens, a latency model, the same KV accounting as a real one.
+
+For tests of the serving path and for scale runs. The next token depends on all tokens before it, so that a request
+resumed elsewhere goes on as if nothing had happened, and a mix-up of sequences shows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from bucketserve.core.errors import EngineError
+from bucketserve.core.stepping import plan_prefill
+from bucketserve.core.types import FinishReason, Headroom, RequestId, StepSample
+from bucketserve.ports import EngineInfo, Logprob, SequenceSpec, StepOutput, TokenLogprobs, TokenOutput
+
+__all__ = ["FakeEngine", "FakeSettings", "next_token"]
+
+MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeSettings:
+    """Size and speed. A step takes step_s + prefill_s_per_token x prompt tokens + decode_s_per_sequence x decodes."""
+
+    kv_total_tokens: int = 100_000
+    context_tokens: int = 8_192
+    max_sequences: int = 64
+    max_step_tokens: int = 2_048
+    vocab_size: int = 256
+    step_s: float = 0.0
+    prefill_s_per_token: float = 0.0
+    decode_s_per_sequence: float = 0.0
+
+
+@dataclass(slots=True)
+class _Sequence:
+    spec: SequenceSpec
+    state: int
+    """Running hash of all tokens so far."""
+    num_prefilled: int = 0
+    num_generated: int = 0
+    max_chunk_tokens: int = 0
+
+    @property
+    def reserved(self) -> int:
+        return len(self.spec.token_ids) + self.spec.max_new_tokens
+
+    @property
+    def remaining(self) -> int:
+        return len(self.spec.token_ids) - self.num_prefilled
+
+
+def next_token(state: int, vocab_size: int, seed: int) -> int:
+    """Returns the token after a sequence whose hash is `state`."""
+    return _mix(state ^ seed) % vocab_size
+
+
+@dataclass(slots=True)
+class FakeEngine:
+    """See ports.Engine."""
+
+    settings: FakeSettings = field(default_factory=FakeSettings)
+    sleep: Callable[[float], None] = time.sleep
+    _waiting: dict[RequestId, _Sequence] = field(default_factory=dict)
+    _running: dict[RequestId, _Sequence] = field(default_factory=dict)
+
+    @property
+    def info(self) -> EngineInfo:
+        """See ports.Engine."""
+        return EngineInfo(
+            name="fake",
+            device="none",
+            dtype="none",
+            context_tokens=self.settings.context_tokens,
+            kv_bytes_per_token=1,
+            pays_padding=False,
+        )
+
+    def headroom(self) -> Headroom:
+        """See ports.Engine."""
+        reserved = sum(s.reserved for group in (self._waiting, self._running) for s in group.values())
+        return Headroom(
+            kv_total_tokens=self.settings.kv_total_tokens,
+            kv_free_tokens=self.settings.kv_total_tokens - reserved,
+            max_sequences=self.settings.max_sequences,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            waiting_prefill_tokens=sum(s.remaining for s in self._waiting.values()),
+            kv_bytes_per_token=1,
+        )
+
+    def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
+        """See ports.Engine."""
+        for spec in sequences:
+            needed = len(spec.token_ids) + spec.max_new_tokens
+            if needed > min(self.settings.context_tokens, self.settings.kv_total_tokens):
+                raise EngineError(f"{needed} tokens can never fit into a context of {self.settings.context_tokens}")
+        for spec in sequences:
+            state = 0
+            for token_id in spec.token_ids:
+                state = _mix(state ^ token_id)
+            self._waiting[spec.request_id] = _Sequence(spec, state, max_chunk_tokens=max_chunk_tokens)
+
+    def cancel(self, request_ids: Sequence[RequestId]) -> None:
+        """See ports.Engine."""
+        for request_id in request_ids:
+            self._waiting.pop(request_id, None)
+            self._running.pop(request_id, None)
+
+    def has_work(self) -> bool:
+        """See ports.Engine."""
+        return bool(self._waiting or self._running)
+
+    def step(self) -> StepOutput:
+        """See ports.Engine."""
+        if not self.has_work():
+            return StepOutput()
+        start_s = time.perf_counter()
+        decoding = list(self._running.values())
+        context = sum(len(s.spec.token_ids) + s.num_generated for s in decoding)
+        prefill_tokens, attention, prefilled = self._prefill(len(decoding))
+        settings = self.settings
+        busy_s = (
+            settings.step_s
+            + settings.prefill_s_per_token * prefill_tokens
+            + settings.decode_s_per_sequence * len(decoding)
+        )
+        if busy_s > 0:
+            self.sleep(busy_s)
+        tokens = [output for s in (*decoding, *prefilled) for output in [self._generate(s)]]
+        return StepOutput(
+            tokens=tuple(tokens),
+            prefilled=tuple(s.spec.request_id for s in prefilled),
+            sample=StepSample(
+                prefill_tokens=prefill_tokens,
+                prefill_attention=attention,
+                decode_sequences=len(decoding),
+                decode_context_tokens=context,
+                duration_s=time.perf_counter() - start_s,
+            ),
+        )
+
+    def close(self) -> None:
+        """See ports.Engine."""
+        self._waiting.clear()
+        self._running.clear()
+
+    def _prefill(self, num_decoding: int) -> tuple[int, int, list[_Sequence]]:
+        """Computes prompt pieces; returns tokens, attention and the sequences whose prompt is complete."""
+        free = self.settings.max_sequences - len(self._running)
+        waiting = list(self._waiting.values())[: max(free, 0)]
+        limits = [s.max_chunk_tokens for s in waiting if s.max_chunk_tokens]
+        pieces = plan_prefill(
+            ((s.spec.request_id, s.remaining) for s in waiting),
+            num_decoding=num_decoding,
+            max_step_tokens=self.settings.max_step_tokens,
+            max_chunk_tokens=min(limits, default=0),
+        )
+        attention, done = 0, []
+        for piece in pieces:
+            sequence = self._waiting[piece.request_id]
+            sequence.num_prefilled += piece.num_tokens
+            attention += piece.num_tokens * sequence.num_prefilled
+            if sequence.remaining == 0:
+                self._running[piece.request_id] = self._waiting.pop(piece.request_id)
+                done.append(sequence)
+        return sum(piece.num_tokens for piece in pieces), attention, done
+
+    def _generate(self, sequence: _Sequence) -> TokenOutput:
+        spec = sequence.spec
+        seed = spec.sampling.seed if spec.sampling.temperature > 0 else 0
+        token_id = next_token(sequence.state, self.settings.vocab_size, seed)
+        if token_id in spec.stop_token_ids:
+            del self._running[spec.request_id]
+            return TokenOutput(
+                request_id=spec.request_id,
+                token_id=None,
+                finish_reason=FinishReason.STOP,
+                matched_stop_token_id=token_id,
+            )
+        sequence.state = _mix(sequence.state ^ token_id)
+        sequence.num_generated += 1
+        is_last = sequence.num_generated == spec.max_new_tokens
+        if is_last:
+            del self._running[spec.request_id]
+        return TokenOutput(
+            request_id=spec.request_id,
+            token_id=token_id,
+            logprobs=_logprobs(token_id, spec.num_logprobs, self.settings.vocab_size),
+            finish_reason=FinishReason.LENGTH if is_last else None,
+        )
+
+
+def _logprobs(token_id: int, number: int | None, vocab_size: int) -> TokenLogprobs | None:
+    """The chosen token is certain; alternatives follow it in the vocabulary."""
+    if number is None:
+        return None
+    top = [Logprob((token_id + i) % vocab_size, 0.0 if i == 0 else -100.0) for i in range(number)]
+    return TokenLogprobs(Logprob(token_id, 0.0), tuple(top))
+
+
+def _mix(value: int) -> int:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): every bit of the input reaches every bit of the output."""
+    value = (value + 0x9E3779B97F4A7C15) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
