@@ -1,0 +1,80 @@
+"""How a service process starts and ends: event loop, signals, exit status. Knows no service."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import uvloop
+
+from bucketserve.config import Section, TelemetrySettings, load_settings, section_of
+from bucketserve.core.errors import ModelLoadError, SettingsError
+
+__all__ = ["EXIT_FAILED", "EXIT_MISCONFIGURED", "default_instance_id", "run_service", "service_main"]
+
+S = TypeVar("S", bound=Section)
+
+EXIT_FAILED = 1
+EXIT_MISCONFIGURED = 2
+
+
+def default_instance_id(kind: str) -> str:
+    """Returns an id that is unique per process: kind-host-pid."""
+    return f"{kind}-{socket.gethostname()}-{os.getpid()}"
+
+
+def service_main(
+    section: str, model: type[S], serve: Callable[[S, TelemetrySettings, asyncio.Event], Awaitable[None]]
+) -> int:
+    """Reads a service's settings from the environment and its file, runs it, returns the exit status."""
+    try:
+        loaded = load_settings({section: model, "telemetry": TelemetrySettings}, environ=os.environ)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISCONFIGURED
+    settings = section_of(loaded, section, model)
+    telemetry = section_of(loaded, "telemetry", TelemetrySettings)
+    return run_service(lambda stop: serve(settings, telemetry, stop))
+
+
+def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+    """Runs main(stop) to its end and returns the process's exit status.
+
+    SIGTERM or SIGINT sets `stop`: main drains and returns. A second one cancels main. Settings or a model that can't be
+    used end the process with a message that says what to do, not with a traceback.
+    """
+    try:
+        uvloop.run(_with_signals(main))
+    except asyncio.CancelledError:
+        return EXIT_FAILED
+    except (SettingsError, ModelLoadError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISCONFIGURED
+    except ExceptionGroup as group:
+        expected, unexpected = group.split((SettingsError, ModelLoadError))
+        if unexpected is not None or expected is None:
+            raise
+        for problem in expected.exceptions:
+            print(f"error: {problem}", file=sys.stderr)
+        return EXIT_MISCONFIGURED
+    return 0
+
+
+async def _with_signals(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    stop = asyncio.Event()
+    task = asyncio.ensure_future(main(stop))
+
+    def on_signal() -> None:
+        if stop.is_set():
+            task.cancel()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await task

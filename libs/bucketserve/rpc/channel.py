@@ -1,0 +1,48 @@
+"""Channels with the options that long-lived streams need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import grpc
+
+__all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "SERVER_OPTIONS", "open_channel"]
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""A batch assignment carries the prompts of its requests; the public limit is the gateway's max_prompt_bytes."""
+
+_KEEPALIVE = [
+    # Half-open connections (a peer that was stopped or cut off) are noticed within 30 s, also while a stream is idle.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+CHANNEL_OPTIONS: Sequence[tuple[str, int | str]] = [
+    *_KEEPALIVE,
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Reconnecting after a peer's restart should not wait for the default two minutes of backoff.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
+]
+
+SERVER_OPTIONS: Sequence[tuple[str, int | str]] = [
+    *_KEEPALIVE,
+    # Without this, clients that ping while idle are cut with GOAWAY too_many_pings.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A second process must not silently share the port.
+    ("grpc.so_reuseport", 0),
+]
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """Returns an insecure channel to host:port with keepalive and message limits for internal streams."""
+    return grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))

@@ -1,0 +1,95 @@
+"""The server interceptor that turns what a handler raises into a status, and unreadable bytes into INVALID_ARGUMENT."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from bucketserve.core.errors import BucketServeError, FieldViolation, InvalidRequestError
+from bucketserve.rpc.status import status_of
+
+__all__ = ["ErrorInterceptor"]
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class _Unreadable:
+    """Stands for a request whose bytes are not the message that the method takes."""
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Maps typed errors to statuses with details; anything unexpected to INTERNAL, reported once, its detail kept in.
+
+    Cancellation passes through untouched: swallowing it leaks the call.
+    """
+
+    def __init__(self, on_unexpected: Callable[[str, BaseException], None]) -> None:
+        """on_unexpected(method, error) is called for errors that are not ours."""
+        self._on_unexpected = on_unexpected
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Wraps unary and server-streaming handlers of unary requests; bidirectional streams are left alone."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        method = handler_call_details.method
+        read: Any = handler.request_deserializer
+
+        def deserialize(data: bytes) -> Any:
+            try:
+                return read(data)
+            except (DecodeError, UnicodeDecodeError):
+                return _Unreadable
+
+        if handler.response_streaming:
+            inner: Any = handler.unary_stream
+
+            async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+                try:
+                    _check(request)
+                    answers = inner(request, context)
+                    if inspect.isasyncgen(answers):
+                        async for answer in answers:
+                            yield answer
+                    else:
+                        await answers
+                except BaseException as error:
+                    await self._abort(method, context, error)
+
+            return grpc.unary_stream_rpc_method_handler(
+                stream, request_deserializer=deserialize, response_serializer=handler.response_serializer
+            )
+        behavior: Any = handler.unary_unary
+
+        async def unary(request: Any, context: Any) -> Any:
+            try:
+                _check(request)
+                answer = behavior(request, context)
+                return await answer if inspect.isawaitable(answer) else answer
+            except BaseException as error:
+                await self._abort(method, context, error)
+
+        return grpc.unary_unary_rpc_method_handler(
+            unary, request_deserializer=deserialize, response_serializer=handler.response_serializer
+        )
+
+    async def _abort(self, method: str, context: Any, error: BaseException) -> None:
+        if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
+            raise error
+        if isinstance(error, BucketServeError):
+            await context.abort_with_status(status_of(error))
+        self._on_unexpected(method, error)
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+
+
+def _check(request: Any) -> None:
+    if request is _Unreadable:
+        raise InvalidRequestError([FieldViolation("", "not a readable message; are all strings valid UTF-8?")])

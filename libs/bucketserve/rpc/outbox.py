@@ -1,0 +1,48 @@
+"""Messages on their way out of one bidirectional stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Generic, TypeVar
+
+__all__ = ["Outbox"]
+
+M = TypeVar("M")
+
+
+class Outbox(Generic[M]):
+    """A bounded queue that one stream handler empties.
+
+    A peer that does not read is cut rather than waited for: the sender is the scheduling loop, which must not block.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Holds at most `limit` messages."""
+        self._queue: asyncio.Queue[M | None] = asyncio.Queue(limit)
+        self.is_closed = False
+
+    def send(self, message: M) -> bool:
+        """Queues a message; closes the box and returns False if it is full or closed."""
+        if self.is_closed:
+            return False
+        try:
+            self._queue.put_nowait(message)
+        except asyncio.QueueFull:
+            self.close()
+            return False
+        return True
+
+    def close(self) -> None:
+        """Ends messages() at once; what is still queued is not sent."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        while self._queue.full():
+            self._queue.get_nowait()
+        self._queue.put_nowait(None)
+
+    async def messages(self) -> AsyncIterator[M]:
+        """Yields messages as they come, until close()."""
+        while (message := await self._queue.get()) is not None and not self.is_closed:
+            yield message

@@ -1,0 +1,69 @@
+"""Lifecycle of a grpc.aio server: health, reflection, bound ports, drain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from bucketserve.core.errors import SettingsError
+from bucketserve.rpc.channel import SERVER_OPTIONS
+
+__all__ = ["RpcServer"]
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class RpcServer:
+    """A server with standard health and reflection; starts NOT_SERVING.
+
+    Servicers are added through `grpc_server` before start.
+    """
+
+    def __init__(
+        self,
+        listen: str,
+        *,
+        services: Sequence[str],
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        enable_reflection: bool = True,
+        options: Sequence[tuple[str, int | str]] = (),
+    ) -> None:
+        """Binds nothing yet; services are full names such as bucketserve.v1.InferenceService."""
+        self._listen = listen
+        self._services = [*services, ""]
+        self._health = health_aio.HealthServicer()
+        self.grpc_server = grpc.aio.server(interceptors=list(interceptors), options=[*SERVER_OPTIONS, *options])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
+        if enable_reflection:
+            names = [*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
+            reflection.enable_server_reflection(names, self.grpc_server)
+        self.port = 0
+
+    async def start(self) -> int:
+        """Binds and accepts connections, still NOT_SERVING; returns the port.
+
+        Raises:
+            SettingsError: the address can't be bound.
+        """
+        try:
+            self.port = self.grpc_server.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            raise SettingsError([f"can't listen on {self._listen}: {error}; is the port in use?"]) from error
+        await self.set_serving(False)
+        await self.grpc_server.start()
+        return self.port
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """Answers health checks and watchers with SERVING or NOT_SERVING, for every service."""
+        for service in self._services:
+            await self._health.set(service, _SERVING if is_serving else _NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls, lets running ones finish for at most grace_s seconds, then cuts them."""
+        await self._health.enter_graceful_shutdown()
+        await self.grpc_server.stop(grace_s)

@@ -1,0 +1,116 @@
+"""Errors of the project <-> gRPC status with details (google.rpc.Status in grpc-status-details-bin).
+
+| error                | code                | details besides ErrorInfo                                     |
+|----------------------|---------------------|---------------------------------------------------------------|
+| InvalidRequestError  | INVALID_ARGUMENT    | BadRequest with a violation for every field that is wrong     |
+| UnknownModelError    | NOT_FOUND           | ResourceInfo                                                  |
+| DuplicateRequestError| ALREADY_EXISTS      |                                                               |
+| OverloadedError      | RESOURCE_EXHAUSTED  | RetryInfo                                                     |
+| UnavailableError     | UNAVAILABLE         | RetryInfo                                                     |
+| DeadlineError        | DEADLINE_EXCEEDED   |                                                               |
+| RequestCancelledError| CANCELLED           |                                                               |
+| anything else        | INTERNAL            | none: what failed inside is logged, not told                  |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from bucketserve.core.errors import (
+    BucketServeError,
+    DeadlineError,
+    DuplicateRequestError,
+    FieldViolation,
+    InvalidRequestError,
+    OverloadedError,
+    RequestCancelledError,
+    UnavailableError,
+    UnknownModelError,
+)
+
+__all__ = ["DOMAIN", "error_from_call", "status_of"]
+
+DOMAIN = "bucketserve"
+
+_CODES: dict[type[BucketServeError], int] = {
+    InvalidRequestError: code_pb2.INVALID_ARGUMENT,
+    UnknownModelError: code_pb2.NOT_FOUND,
+    DuplicateRequestError: code_pb2.ALREADY_EXISTS,
+    OverloadedError: code_pb2.RESOURCE_EXHAUSTED,
+    UnavailableError: code_pb2.UNAVAILABLE,
+    DeadlineError: code_pb2.DEADLINE_EXCEEDED,
+    RequestCancelledError: code_pb2.CANCELLED,
+}
+
+
+def status_of(error: BucketServeError) -> grpc.Status:
+    """Returns the status to abort a call with."""
+    code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), code_pb2.INTERNAL)
+    message = str(error) if code != code_pb2.INTERNAL else "internal error"
+    status = status_pb2.Status(code=code, message=message)
+    status.details.append(_packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)))
+    if isinstance(error, InvalidRequestError):
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(field=violation.field, description=violation.description)
+            for violation in error.violations
+        ]
+        status.details.append(_packed(error_details_pb2.BadRequest(field_violations=violations)))
+    if isinstance(error, UnknownModelError):
+        resource = error_details_pb2.ResourceInfo(resource_type="model", resource_name=error.model)
+        status.details.append(_packed(resource))
+    if isinstance(error, OverloadedError | UnavailableError):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_delay_s * 1e9))
+        status.details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+    return rpc_status.to_status(status)
+
+
+def error_from_call(error: grpc.aio.AioRpcError) -> BucketServeError | None:
+    """Returns our error for a failed call, if its status says which; None for any other failure."""
+    status = _read_status(error)
+    message = error.details() or error.code().name
+    reason, retry_delay_s, violations, model = "", 1.0, [], ""
+    for detail in status.details if status else ():
+        info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+        retry, resource = error_details_pb2.RetryInfo(), error_details_pb2.ResourceInfo()
+        if detail.Unpack(info):
+            reason = info.reason
+        elif detail.Unpack(retry):
+            retry_delay_s = retry.retry_delay.ToNanoseconds() / 1e9
+        elif detail.Unpack(bad):
+            violations = [FieldViolation(item.field, item.description) for item in bad.field_violations]
+        elif detail.Unpack(resource):
+            model = resource.resource_name
+    build: dict[grpc.StatusCode, Callable[[], BucketServeError]] = {
+        grpc.StatusCode.INVALID_ARGUMENT: lambda: InvalidRequestError(violations or [FieldViolation("", message)]),
+        grpc.StatusCode.NOT_FOUND: lambda: UnknownModelError(model, ()),
+        grpc.StatusCode.ALREADY_EXISTS: lambda: DuplicateRequestError(message),
+        grpc.StatusCode.RESOURCE_EXHAUSTED: lambda: OverloadedError(
+            message, reason=reason or "OVERLOADED", retry_delay_s=retry_delay_s
+        ),
+        grpc.StatusCode.UNAVAILABLE: lambda: UnavailableError(
+            message, reason=reason or "UNAVAILABLE", retry_delay_s=retry_delay_s
+        ),
+        grpc.StatusCode.DEADLINE_EXCEEDED: lambda: DeadlineError(message),
+        grpc.StatusCode.CANCELLED: lambda: RequestCancelledError(message),
+    }
+    return build[error.code()]() if error.code() in build else None
+
+
+def _read_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+            return status_pb2.Status.FromString(value)
+    return None
+
+
+def _packed(message: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

@@ -1,0 +1,1 @@
+"""Traces, metrics and logs: names in one catalogue, set-up without globals. Knows no service."""

@@ -1,0 +1,84 @@
+"""Prometheus metrics of one process: created from the catalogue, kept in a registry of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from bucketserve.telemetry.names import METRICS, Kind, Service
+
+__all__ = ["MetricsEndpoint", "ProcessMetrics"]
+
+
+class ProcessMetrics:
+    """The metrics of one service, by the names in the catalogue. Naming one that isn't there is a KeyError."""
+
+    def __init__(self, service: Service) -> None:
+        """Creates all of the service's metrics, so that each is exported from the start."""
+        self.registry = CollectorRegistry()
+        self._counters: dict[str, Counter] = {}
+        self._gauges: dict[str, Gauge] = {}
+        self._histograms: dict[str, Histogram] = {}
+        for metric in METRICS.values():
+            if metric.service is not service:
+                continue
+            match metric.kind:
+                case Kind.COUNTER:
+                    name = metric.name.removesuffix("_total")
+                    self._counters[metric.name] = Counter(name, metric.help, metric.labels, registry=self.registry)
+                case Kind.GAUGE:
+                    self._gauges[metric.name] = Gauge(metric.name, metric.help, metric.labels, registry=self.registry)
+                case Kind.HISTOGRAM:
+                    self._histograms[metric.name] = Histogram(
+                        metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry
+                    )
+
+    def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        """Adds to a counter."""
+        counter = self._counters[name]
+        (counter.labels(**labels) if labels else counter).inc(amount)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Sets a gauge."""
+        gauge = self._gauges[name]
+        (gauge.labels(**labels) if labels else gauge).set(value)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Adds an observation to a histogram."""
+        histogram = self._histograms[name]
+        (histogram.labels(**labels) if labels else histogram).observe(value)
+
+    def values(self) -> Mapping[str, float]:
+        """Returns the samples without their labels summed by name, for tests and logs."""
+        totals: dict[str, float] = {}
+        for family in self.registry.collect():
+            for sample in family.samples:
+                totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+        return totals
+
+
+class MetricsEndpoint:
+    """HTTP /metrics in a thread, so that a busy event loop does not hide the process from its monitoring."""
+
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+        """Listens at once; port 0 takes a free one.
+
+        Raises:
+            OSError: the address can't be bound.
+        """
+        self._server, self._thread = start_http_server(port, host, registry)
+        self.port: int = self._server.server_port
+
+    def __enter__(self) -> MetricsEndpoint:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stops listening."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

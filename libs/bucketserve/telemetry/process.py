@@ -1,0 +1,55 @@
+"""All telemetry of one process, opened and closed together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from bucketserve.telemetry.logs import EventLog, open_log
+from bucketserve.telemetry.metrics import MetricsEndpoint, ProcessMetrics
+from bucketserve.telemetry.names import Service
+from bucketserve.telemetry.tracing import Tracing
+
+__all__ = ["Telemetry", "open_telemetry"]
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """The outlets of one process."""
+
+    log: EventLog
+    metrics: ProcessMetrics
+    tracing: Tracing
+
+
+@contextlib.contextmanager
+def open_telemetry(
+    service: Service,
+    instance_id: str,
+    *,
+    metrics_address: tuple[str, int] | None,
+    otlp_endpoint: str = "",
+    sample_ratio: float = 1.0,
+    log_level: str = "info",
+    log_format: Literal["auto", "json", "text"] = "auto",
+) -> Iterator[Telemetry]:
+    """Yields the outlets; on leaving exports the last spans and stops listening.
+
+    Raises:
+        OSError: metrics_address can't be bound.
+    """
+    log = open_log(service.value, instance_id, level=log_level, style=log_format)
+    metrics = ProcessMetrics(service)
+    tracing = Tracing(
+        f"bucketserve-{service.value}", instance_id, otlp_endpoint=otlp_endpoint, sample_ratio=sample_ratio
+    )
+    endpoint = (
+        contextlib.nullcontext() if metrics_address is None else MetricsEndpoint(metrics.registry, *metrics_address)
+    )
+    try:
+        with endpoint:
+            yield Telemetry(log, metrics, tracing)
+    finally:
+        tracing.shutdown()
