@@ -1,0 +1,108 @@
+"""Composition root of the gateway: settings -> models -> parts -> two servers."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+
+from bucketserve.config import TelemetrySettings, split_host_port
+from bucketserve.core.errors import SettingsError
+from bucketserve.process import default_instance_id
+from bucketserve.rpc.interceptors import ErrorInterceptor
+from bucketserve.rpc.server import RpcServer
+from bucketserve.telemetry.names import Service
+from bucketserve.telemetry.process import open_telemetry
+from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc, inference_pb2, inference_pb2_grpc
+from bucketserve_gateway.delivery import DeliveryServicer
+from bucketserve_gateway.models import load_models
+from bucketserve_gateway.requests import OpenRequests
+from bucketserve_gateway.scheduler_link import SchedulerLink
+from bucketserve_gateway.servicer import GatewayParts, InferenceServicer
+from bucketserve_gateway.settings import GatewaySettings
+from bucketserve_gateway.telemetry import GatewayTelemetry
+from bucketserve_gateway.tokenization import TokenizerPool
+
+__all__ = ["serve"]
+
+FLUSH_S = 2.0
+
+
+async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
+    """Runs the gateway until `stop` is set and its streams have ended, or drain_s have passed.
+
+    Raises:
+        ModelLoadError: a model's tokenizer can't be loaded.
+        SettingsError: an address can't be bound, or there is no model.
+    """
+    if not settings.models:
+        raise SettingsError(["[gateway] models: name at least one, BUCKETSERVE_GATEWAY_MODELS=name=directory"])
+    gateway_id = settings.gateway_id or default_instance_id("gateway")
+    with ExitStack() as stack:
+        outlets = stack.enter_context(
+            open_telemetry(
+                Service.GATEWAY,
+                gateway_id,
+                metrics_address=split_host_port(settings.metrics_listen) if settings.metrics_listen else None,
+                otlp_endpoint=telemetry.otlp_endpoint,
+                sample_ratio=telemetry.sample_ratio,
+                log_level=telemetry.log_level,
+                log_format=telemetry.log_format,
+            )
+        )
+        observer = GatewayTelemetry(outlets.log, outlets.metrics, outlets.tracing)
+        catalog = await asyncio.to_thread(
+            load_models,
+            settings.models,
+            settings.default_max_tokens,
+            lambda text: outlets.log.info("model.loading", progress=text),
+        )
+        tokenizers = TokenizerPool(settings.tokenizer_threads)
+        stack.callback(tokenizers.close)
+        requests = OpenRequests()
+        delivery = DeliveryServicer(requests)
+        scheduler = SchedulerLink(settings.scheduler_address.split(","), gateway_id, requests, observer.scheduler_state)
+        inference = InferenceServicer(
+            GatewayParts(
+                settings=settings,
+                gateway_id=gateway_id,
+                delivery_address=settings.delivery_address or settings.delivery_listen,
+                catalog=catalog,
+                tokenizers=tokenizers,
+                requests=requests,
+                scheduler=scheduler,
+                delivery=delivery,
+                telemetry=observer,
+            )
+        )
+        public = RpcServer(
+            settings.listen,
+            services=[inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name],
+            interceptors=[ErrorInterceptor(observer.unexpected)],
+            enable_reflection=settings.enable_reflection,
+        )
+        internal = RpcServer(
+            settings.delivery_listen,
+            services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name],
+            enable_reflection=False,
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, public.grpc_server)
+        delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(delivery, internal.grpc_server)
+        async with asyncio.TaskGroup() as tasks:
+            link = tasks.create_task(scheduler.run(), name="scheduler-link")
+            try:
+                await internal.start()
+                await public.start()
+                await internal.set_serving(True)
+                await public.set_serving(True)
+                observer.log.info("gateway.ready", listen=settings.listen, models=",".join(settings.models))
+                await stop.wait()
+                await public.set_serving(False)
+                inference.is_draining = True
+                is_drained = await requests.drained(settings.drain_s)
+                observer.log.info("gateway.drained", is_complete=is_drained, num_left=len(requests))
+            finally:
+                # The last messages of the drained streams leave within the grace; what is left is cut.
+                await public.stop(FLUSH_S)
+                link.cancel()
+                delivery.close()
+                await internal.stop(FLUSH_S)

@@ -1,0 +1,79 @@
+"""DeliveryService: workers bring the tokens of many requests; stops and acknowledgements go back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+
+from bucketserve.rpc.outbox import Outbox
+from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
+from bucketserve_gateway.requests import OpenRequest, OpenRequests
+
+__all__ = ["DeliveryServicer"]
+
+OUTBOX_LIMIT = 65_536
+
+Deliveries = AsyncIterator[delivery_pb2.DeliverRequest]
+Context = grpc.aio.ServicerContext[delivery_pb2.DeliverRequest, delivery_pb2.DeliverResponse]
+Response = delivery_pb2.DeliverResponse
+
+
+class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
+    """Hands deliveries to the requests that they belong to."""
+
+    def __init__(self, requests: OpenRequests) -> None:
+        """Reads the table; owns only the workers' streams."""
+        self._requests = requests
+        self._outboxes: dict[str, Outbox[Response]] = {}
+
+    def stop(self, opened: OpenRequest) -> None:
+        """Tells the worker that runs a request to stop it."""
+        if opened.dispatched is not None and (outbox := self._outboxes.get(opened.dispatched.worker_id)):
+            stop = delivery_pb2.StopDelivery(request_id=opened.request_id, attempt=opened.attempt)
+            outbox.send(Response(stops=[stop]))
+
+    def close(self) -> None:
+        """Ends all streams."""
+        for outbox in self._outboxes.values():
+            outbox.close()
+
+    async def Deliver(self, request_iterator: Deliveries, context: Context) -> AsyncIterator[Response]:
+        """One stream per worker."""
+        first = await anext(aiter(request_iterator))
+        outbox: Outbox[Response] = Outbox(OUTBOX_LIMIT)
+        if older := self._outboxes.get(first.worker_id):
+            older.close()
+        self._outboxes[first.worker_id] = outbox
+        reader = asyncio.create_task(self._read(request_iterator, outbox))
+        try:
+            async for response in outbox.messages():
+                yield response
+        finally:
+            if self._outboxes.get(first.worker_id) is outbox:
+                del self._outboxes[first.worker_id]
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
+                await reader
+
+    async def _read(self, deliveries: Deliveries, outbox: Outbox[Response]) -> None:
+        num_received = 0
+        try:
+            async for message in deliveries:
+                num_received += 1
+                stops = [
+                    delivery_pb2.StopDelivery(request_id=delivery.request_id, attempt=delivery.attempt)
+                    for delivery in message.deliveries
+                    if not self._is_wanted(delivery)
+                ]
+                outbox.send(Response(stops=stops, num_received=num_received))
+        finally:
+            outbox.close()
+
+    def _is_wanted(self, delivery: delivery_pb2.TokenDelivery) -> bool:
+        """Hands a delivery over; returns False if its worker should stop."""
+        opened = self._requests.get(delivery.request_id)
+        is_wanted = opened is not None and opened.deliver(delivery)
+        return is_wanted or delivery.HasField("finished")

@@ -1,0 +1,292 @@
+"""The open requests of this gateway, each with its one owner of state: OpenRequest.
+
+new --accepted--> queued --dispatched--> running --delivered--> ... --> finished or failed, exactly once
+^                       |
++---- next attempt <----+  (worker lost or failed, gap in its output)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+from bucketserve.core.errors import (
+    BucketServeError,
+    DuplicateRequestError,
+    EngineError,
+    OverloadedError,
+    UnavailableError,
+)
+from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2, scheduler_pb2
+from bucketserve_gateway.detokenizer import Detokenizer, StopMatcher
+from bucketserve_gateway.validation import ValidRequest
+
+__all__ = ["OpenRequest", "OpenRequests"]
+
+
+class OpenRequest:
+    """One request between its first and its last message to the client."""
+
+    def __init__(
+        self,
+        valid: ValidRequest,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        record: scheduler_pb2.QueueRecord,
+        *,
+        max_attempts: int,
+        max_pending_tokens: int,
+        submit: Callable[[OpenRequest], None],
+    ) -> None:
+        """Takes the first attempt's record; submit(self) is called for every further attempt."""
+        self.valid = valid
+        self.prompt_ids = tuple(prompt_ids)
+        self.max_tokens = max_tokens
+        self.record = record
+        self.tokens: list[int] = []
+        """Everything generated so far, over all attempts."""
+        self.dispatched: scheduler_pb2.RecordDispatched | None = None
+        self.first_token_s: float | None = None
+        self.arrival_s = time.monotonic()
+        self.finished: inference_pb2.GenerateFinished | None = None
+        self.error: BucketServeError | None = None
+        self._max_attempts = max_attempts
+        self._max_pending_tokens = max_pending_tokens
+        self._submit = submit
+        self._attempt_start = 0
+        """How many tokens earlier attempts had generated."""
+        tokenizer = valid.model.tokenizer
+        self._detokenizer = Detokenizer(
+            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
+            self.prompt_ids,
+        )
+        self._stops = StopMatcher(valid.stop_strings)
+        self._pending = inference_pb2.GenerateChunk()
+        self._changed = asyncio.Event()
+        self._accepted = asyncio.Event()
+
+    @property
+    def request_id(self) -> str:
+        """Its id."""
+        return self.valid.request_id
+
+    @property
+    def attempt(self) -> int:
+        """The attempt whose output counts."""
+        return self.record.attempt
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has its one terminal state."""
+        return self.finished is not None or self.error is not None
+
+    # --- for the servicer ---------------------------------------------------------------------------------------
+
+    async def accepted(self, timeout_s: float) -> None:
+        """Returns when the scheduler has queued it.
+
+        Raises:
+            BucketServeError: it was refused, or nobody answered within timeout_s seconds.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._accepted.wait()
+        except TimeoutError:
+            raise UnavailableError("no scheduler answers", reason="NO_SCHEDULER", retry_delay_s=1.0) from None
+        if self.error is not None:
+            raise self.error
+
+    async def chunks(self) -> AsyncIterator[inference_pb2.GenerateChunk]:
+        """Yields what has arrived since the last chunk, until the end.
+
+        Raises:
+            BucketServeError: it failed.
+        """
+        while True:
+            if self._pending.token_ids or self._pending.text:
+                chunk, self._pending = self._pending, inference_pb2.GenerateChunk()
+                # While the client takes this one more may come, the end included: look again before ending.
+                yield chunk
+                continue
+            if self.error is not None:
+                raise self.error
+            if self.finished is not None:
+                return
+            await self._changed.wait()
+            self._changed.clear()
+
+    # --- from the scheduler -------------------------------------------------------------------------------------
+
+    def on_accepted(self) -> None:
+        """The scheduler has queued it."""
+        self._accepted.set()
+
+    def on_dispatched(self, dispatched: scheduler_pb2.RecordDispatched) -> None:
+        """It is at a worker."""
+        self.dispatched = dispatched
+
+    def fail(self, error: BucketServeError) -> None:
+        """Ends it, unless it is over already."""
+        if self.is_over:
+            return
+        self.error = error
+        self._accepted.set()
+        self._changed.set()
+
+    def restart(self, cause: str) -> None:
+        """Starts the next attempt: the prompt and all tokens so far, on whatever worker comes."""
+        if self.is_over:
+            return
+        if self.attempt >= self._max_attempts:
+            self.fail(UnavailableError(f"gave up after {self.attempt} attempts: {cause}", reason="ATTEMPTS_EXHAUSTED"))
+            return
+        self._attempt_start = len(self.tokens)
+        record = scheduler_pb2.QueueRecord()
+        record.CopyFrom(self.record)
+        record.attempt += 1
+        record.ClearField("token_ids")
+        record.token_ids.extend((*self.prompt_ids, *self.tokens))
+        record.num_resumed_tokens = len(self.tokens)
+        record.max_new_tokens = self.max_tokens - len(self.tokens)
+        self.record = record
+        self.dispatched = None
+        self._submit(self)
+
+    # --- from workers -------------------------------------------------------------------------------------------
+
+    def deliver(self, delivery: delivery_pb2.TokenDelivery) -> bool:
+        """Takes output; returns whether more of this attempt is wanted."""
+        if self.is_over or delivery.attempt != self.attempt:
+            return False
+        expected = len(self.tokens) - self._attempt_start
+        if delivery.first_index > expected:
+            self.restart("a gap in the worker's output")
+            return False
+        repeated = expected - delivery.first_index
+        self._take(delivery, repeated)
+        if not self.is_over and delivery.HasField("finished"):
+            self._end_attempt(delivery.finished)
+        return not self.is_over
+
+    def _take(self, delivery: delivery_pb2.TokenDelivery, start: int) -> None:
+        """Adds tokens from index `start` of the delivery on; stops at a stop string."""
+        token_ids = list(delivery.token_ids[start:])
+        if not token_ids:
+            return
+        if self.first_token_s is None:
+            self.first_token_s = time.monotonic()
+        # With stop strings one by one, since a match ends the output at the token that completes it.
+        groups = [[token_id] for token_id in token_ids] if self.valid.stop_strings else [token_ids]
+        for group in groups:
+            piece = self._stops.put(self._detokenizer.put(group))
+            self.tokens += group
+            self._pending.text += piece.text
+            self._pending.token_ids.extend(group)
+            self._pending.logprobs.extend(delivery.logprobs[start : start + len(group)])
+            start += len(group)
+            if piece.matched_stop:
+                self._finish(common_pb2.FINISH_REASON_STOP, matched_stop=piece.matched_stop)
+                return
+        if len(self._pending.token_ids) > self._max_pending_tokens:
+            self.fail(OverloadedError("the client does not read its stream", reason="SLOW_CLIENT", retry_delay_s=1.0))
+        self._changed.set()
+
+    def _end_attempt(self, end: delivery_pb2.DeliveryFinished) -> None:
+        if end.reason == common_pb2.FINISH_REASON_ERROR:
+            if end.is_retryable:
+                self.restart(end.error_message)
+            else:
+                self.fail(EngineError(end.error_message))
+            return
+        if end.reason not in (common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH):
+            self.restart("the worker gave it up")
+            return
+        piece = self._stops.put(self._detokenizer.put((), is_last=True), is_last=True)
+        self._pending.text += piece.text
+        if piece.matched_stop:
+            self._finish(common_pb2.FINISH_REASON_STOP, end, matched_stop=piece.matched_stop)
+        else:
+            self._finish(end.reason, end)
+
+    def _finish(
+        self,
+        reason: common_pb2.FinishReason,
+        end: delivery_pb2.DeliveryFinished | None = None,
+        matched_stop: str = "",
+    ) -> None:
+        now_s = time.monotonic()
+        total_ms = (now_s - self.arrival_s) * 1e3
+        ttft_ms = total_ms if self.first_token_s is None else (self.first_token_s - self.arrival_s) * 1e3
+        queue_ms = 0.0
+        if self.dispatched is not None:
+            queue_ms = max(self.dispatched.dispatched_unix_us - self.record.arrival_unix_us, 0) / 1e3
+        timings = common_pb2.RequestTimings(queue_ms=queue_ms, ttft_ms=ttft_ms, total_ms=total_ms)
+        timings.prefill_ms = end.prefill_us / 1e3 if end is not None else max(ttft_ms - queue_ms, 0.0)
+        timings.decode_ms = end.decode_us / 1e3 if end is not None else total_ms - ttft_ms
+        self.finished = inference_pb2.GenerateFinished(
+            reason=reason,
+            matched_stop=matched_stop,
+            usage=inference_pb2.Usage(
+                prompt_tokens=len(self.prompt_ids),
+                output_tokens=len(self.tokens),
+                cached_prompt_tokens=end.cached_prompt_tokens if end is not None else 0,
+            ),
+            timings=timings,
+            attempts=self.attempt,
+        )
+        if end is not None and end.HasField("matched_stop_token_id"):
+            self.finished.matched_stop_token_id = end.matched_stop_token_id
+        if self.dispatched is not None:
+            self.finished.batch.CopyFrom(self.dispatched.batch)
+        self._changed.set()
+
+
+class OpenRequests:
+    """Open requests by id."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._open: dict[str, OpenRequest] = {}
+        self._nothing_open = asyncio.Event()
+        self._nothing_open.set()
+
+    def __len__(self) -> int:
+        """Number of open requests."""
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[OpenRequest]:
+        """Yields them; the caller may close some meanwhile."""
+        return iter(list(self._open.values()))
+
+    def add(self, opened: OpenRequest) -> None:
+        """Takes a request.
+
+        Raises:
+            DuplicateRequestError: its id is in use.
+        """
+        if opened.request_id in self._open:
+            raise DuplicateRequestError(f"request id {opened.request_id!r} is in use")
+        self._open[opened.request_id] = opened
+        self._nothing_open.clear()
+
+    def get(self, request_id: str, attempt: int | None = None) -> OpenRequest | None:
+        """Returns an open request; with an attempt given, only if that is the one that counts."""
+        opened = self._open.get(request_id)
+        return opened if opened is not None and attempt in (None, opened.attempt) else None
+
+    def remove(self, opened: OpenRequest) -> None:
+        """Forgets a request."""
+        if self._open.get(opened.request_id) is opened:
+            del self._open[opened.request_id]
+        if not self._open:
+            self._nothing_open.set()
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Waits until none is open; False if that took longer than timeout_s seconds."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._nothing_open.wait()
+        except TimeoutError:
+            return False
+        return True

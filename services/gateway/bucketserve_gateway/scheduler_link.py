@@ -1,0 +1,156 @@
+"""The gateway's stream to the scheduler: records and cancellations out; admissions, refusals and dispatches in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+
+from bucketserve.core.errors import (
+    BucketServeError,
+    DeadlineError,
+    DuplicateRequestError,
+    FieldViolation,
+    InvalidRequestError,
+    OverloadedError,
+    RequestCancelledError,
+    UnavailableError,
+)
+from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.outbox import Outbox
+from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
+from bucketserve_gateway.requests import OpenRequest, OpenRequests
+
+__all__ = ["SchedulerLink"]
+
+OUTBOX_LIMIT = 65_536
+RECONNECT_S = 0.2
+
+Submit = scheduler_pb2.SubmitRequest
+
+
+class SchedulerLink:
+    """Keeps one Submit stream open, reconnecting for ever.
+
+    After every connection all open requests are submitted again under their ids and attempts: the scheduler answers
+    with what it knows of them, and takes those that it does not know.
+    """
+
+    def __init__(
+        self,
+        addresses: list[str],
+        gateway_id: str,
+        requests: OpenRequests,
+        on_state: Callable[[bool, str], None],
+    ) -> None:
+        """on_state(connected, detail) on every change; addresses are tried in turn."""
+        self._addresses = addresses
+        self._gateway_id = gateway_id
+        self._requests = requests
+        self._on_state = on_state
+        self._outbox: Outbox[Submit] | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a scheduler has welcomed us."""
+        return self._outbox is not None
+
+    def submit(self, opened: OpenRequest) -> None:
+        """Sends a request's present attempt, now or as soon as there is a stream."""
+        self._send(Submit(record=opened.record))
+
+    def cancel(self, opened: OpenRequest) -> None:
+        """Tells the scheduler to forget a request."""
+        record = opened.record
+        self._send(Submit(cancel=scheduler_pb2.CancelRecord(model=record.model, request_id=record.request_id)))
+
+    async def run(self) -> None:
+        """Stays connected; ends only by cancellation."""
+        turn = 0
+        while True:
+            address = self._addresses[turn % len(self._addresses)]
+            try:
+                async with open_channel(address) as channel:
+                    await self._converse(scheduler_pb2_grpc.SchedulerServiceStub(channel), address)
+                detail = "stream ended"
+            except grpc.aio.AioRpcError as error:
+                detail = f"{error.code().name}: {error.details()}"
+            self._on_state(False, f"{address}: {detail}")
+            turn += 1
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _converse(self, stub: scheduler_pb2_grpc.SchedulerServiceStub, address: str) -> None:
+        outbox: Outbox[Submit] = Outbox(OUTBOX_LIMIT)
+        outbox.send(Submit(hello=scheduler_pb2.GatewayHello(gateway_id=self._gateway_id)))
+        call = stub.Submit(outbox.messages())
+        try:
+            async for response in call:
+                if response.WhichOneof("message") == "hello":
+                    self._outbox = outbox
+                    self._on_state(True, f"{address}: {response.hello.scheduler_id}")
+                    for opened in self._requests:
+                        if not opened.is_over:
+                            self.submit(opened)
+                else:
+                    self._take(response)
+        finally:
+            self._outbox = None
+            outbox.close()
+            call.cancel()
+
+    def _take(self, response: scheduler_pb2.SubmitResponse) -> None:
+        kind = response.WhichOneof("message")
+        if kind is None:
+            return
+        message = getattr(response, kind)
+        opened = self._requests.get(message.request_id, message.attempt)
+        if opened is None:
+            return
+        match kind:
+            case "accepted":
+                opened.on_accepted()
+            case "dispatched":
+                opened.on_dispatched(message)
+            case "rejected":
+                opened.fail(_refusal(message))
+            case "dropped":
+                _drop(opened, message.reason)
+
+    def _send(self, message: Submit) -> None:
+        if self._outbox is not None:
+            self._outbox.send(message)
+
+
+def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
+    match reason:
+        case scheduler_pb2.DROP_REASON_WORKER_LOST:
+            opened.restart("its worker was lost")
+        case scheduler_pb2.DROP_REASON_WORKER_FAILED:
+            opened.restart("its worker failed")
+        case scheduler_pb2.DROP_REASON_DEADLINE:
+            opened.fail(DeadlineError("the deadline passed before the request was served"))
+        case scheduler_pb2.DROP_REASON_CANCELLED:
+            opened.fail(RequestCancelledError("cancelled"))
+        case _:
+            opened.fail(UnavailableError("no worker can hold the request any more", reason="TOO_LARGE"))
+
+
+def _refusal(rejected: scheduler_pb2.RecordRejected) -> BucketServeError:
+    """Returns the error that a refusal means for the client."""
+    name = scheduler_pb2.RejectReason.Name(rejected.reason).removeprefix("REJECT_REASON_")
+    delay_s = rejected.retry_delay_ms / 1e3
+    match rejected.reason:
+        case scheduler_pb2.REJECT_REASON_DUPLICATE:
+            return DuplicateRequestError(f"request id {rejected.request_id!r} is in use")
+        case scheduler_pb2.REJECT_REASON_TOO_LARGE:
+            description = "prompt and max_tokens together need more KV memory than any worker has"
+            return InvalidRequestError([FieldViolation("stopping.max_tokens", description)])
+        case (
+            scheduler_pb2.REJECT_REASON_NO_WORKER
+            | scheduler_pb2.REJECT_REASON_DRAINING
+            | scheduler_pb2.REJECT_REASON_STORE_UNAVAILABLE
+        ):
+            return UnavailableError(f"refused: {name}", reason=name, retry_delay_s=max(delay_s, 0.1))
+        case _:
+            return OverloadedError(f"refused: {name}", reason=name, retry_delay_s=delay_s)

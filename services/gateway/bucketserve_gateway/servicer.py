@@ -1,0 +1,198 @@
+"""InferenceService. Generate is the life of a request, from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import grpc
+from opentelemetry.trace import Span
+
+from bucketserve.core.errors import BucketServeError, FieldViolation, InvalidRequestError, UnavailableError
+from bucketserve.v1 import inference_pb2, inference_pb2_grpc, scheduler_pb2
+from bucketserve_gateway.delivery import DeliveryServicer
+from bucketserve_gateway.models import ModelCatalog
+from bucketserve_gateway.requests import OpenRequest, OpenRequests
+from bucketserve_gateway.scheduler_link import SchedulerLink
+from bucketserve_gateway.settings import GatewaySettings
+from bucketserve_gateway.telemetry import GatewayTelemetry
+from bucketserve_gateway.tokenization import TokenizerPool
+from bucketserve_gateway.validation import ValidRequest, check_length, validate
+
+__all__ = ["GatewayParts", "InferenceServicer"]
+
+GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
+TokenizeContext = grpc.aio.ServicerContext[inference_pb2.TokenizeRequest, inference_pb2.TokenizeResponse]
+ListContext = grpc.aio.ServicerContext[inference_pb2.ListModelsRequest, inference_pb2.ListModelsResponse]
+GetContext = grpc.aio.ServicerContext[inference_pb2.GetModelRequest, inference_pb2.GetModelResponse]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayParts:
+    """What the servicer works with."""
+
+    settings: GatewaySettings
+    gateway_id: str
+    delivery_address: str
+    catalog: ModelCatalog
+    tokenizers: TokenizerPool
+    requests: OpenRequests
+    scheduler: SchedulerLink
+    delivery: DeliveryServicer
+    telemetry: GatewayTelemetry
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """The public API."""
+
+    def __init__(self, parts: GatewayParts) -> None:
+        """Takes new requests until is_draining is set."""
+        self._parts = parts
+        self.is_draining = False
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: GenerateContext
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Validate, tokenise, submit, stream, finish. Leaving early, for whatever reason, stops the work everywhere."""
+        parts = self._parts
+        span = parts.telemetry.begin(request, _text_metadata(context))
+        try:
+            opened = await self._open(request, context, span)
+            try:
+                parts.scheduler.submit(opened)
+                await opened.accepted(parts.settings.scheduler_wait_s)
+                yield inference_pb2.GenerateResponse(started=_started(opened))
+                async for chunk in opened.chunks():
+                    yield inference_pb2.GenerateResponse(chunk=chunk)
+                yield inference_pb2.GenerateResponse(finished=opened.finished)
+            finally:
+                self._close(opened, span)
+        finally:
+            span.end()
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: TokenizeContext
+    ) -> inference_pb2.TokenizeResponse:
+        """The ids that Generate would see."""
+        generate = inference_pb2.GenerateRequest(model=request.model)
+        match request.WhichOneof("input"):
+            case "prompt":
+                generate.prompt = request.prompt
+            case "chat":
+                generate.chat.CopyFrom(request.chat)
+        valid = validate(generate, self._parts.catalog, max_prompt_bytes=self._parts.settings.max_prompt_bytes)
+        return inference_pb2.TokenizeResponse(token_ids=await self._tokenize(valid))
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: ListContext
+    ) -> inference_pb2.ListModelsResponse:
+        """All models."""
+        return inference_pb2.ListModelsResponse(models=[card.to_pb() for card in self._parts.catalog.cards()])
+
+    async def GetModel(
+        self, request: inference_pb2.GetModelRequest, context: GetContext
+    ) -> inference_pb2.GetModelResponse:
+        """One model."""
+        if not request.name:
+            raise InvalidRequestError([FieldViolation("name", "must not be empty")])
+        return inference_pb2.GetModelResponse(model=self._parts.catalog.get(request.name).card.to_pb())
+
+    async def _open(self, request: inference_pb2.GenerateRequest, context: GenerateContext, span: Span) -> OpenRequest:
+        """Returns the request, validated, tokenised and in the table.
+
+        Raises:
+            BucketServeError: it can't be served; nothing of it reached the scheduler.
+        """
+        parts, settings = self._parts, self._parts.settings
+        arrival_s, arrival_unix_us = time.monotonic(), time.time_ns() // 1000
+        try:
+            if self.is_draining:
+                raise UnavailableError("the gateway is shutting down", reason="DRAINING", retry_delay_s=1.0)
+            valid = validate(request, parts.catalog, max_prompt_bytes=settings.max_prompt_bytes)
+            with parts.telemetry.tokenizing(span):
+                prompt_ids = await self._tokenize(valid)
+            max_tokens = check_length(prompt_ids, valid.max_tokens, valid.model.card, _input_field(valid))
+        except BucketServeError as error:
+            parts.telemetry.refused("", "", error)
+            raise
+        record = self._record(valid, prompt_ids, max_tokens, arrival_unix_us)
+        record.traceparent, record.tracestate = parts.telemetry.context(span)
+        remaining_s = context.time_remaining()
+        if remaining_s is not None:
+            record.deadline_unix_us = arrival_unix_us + round(remaining_s * 1e6)
+        opened = OpenRequest(
+            valid,
+            prompt_ids,
+            max_tokens,
+            record,
+            max_attempts=settings.max_attempts,
+            max_pending_tokens=settings.output_queue_tokens,
+            submit=self._submit_again,
+        )
+        opened.arrival_s = arrival_s
+        parts.requests.add(opened)
+        parts.telemetry.opened(len(parts.requests), opened)
+        return opened
+
+    def _close(self, opened: OpenRequest, span: Span) -> None:
+        """Takes a request out of the table; what still runs of it is stopped."""
+        parts = self._parts
+        parts.requests.remove(opened)
+        if opened.finished is None:
+            parts.scheduler.cancel(opened)
+            parts.delivery.stop(opened)
+        parts.telemetry.closed(len(parts.requests), opened, span)
+
+    def _submit_again(self, opened: OpenRequest) -> None:
+        self._parts.telemetry.restarted(opened)
+        self._parts.scheduler.submit(opened)
+
+    async def _tokenize(self, valid: ValidRequest) -> Sequence[int]:
+        if valid.token_ids is not None:
+            return valid.token_ids
+        if valid.chat is not None:
+            return await self._parts.tokenizers.encode_chat(valid.model, valid.chat)
+        return await self._parts.tokenizers.encode(valid.model, valid.prompt or "")
+
+    def _record(
+        self, valid: ValidRequest, prompt_ids: Sequence[int], max_tokens: int, arrival_unix_us: int
+    ) -> scheduler_pb2.QueueRecord:
+        """Returns the first attempt's record."""
+        return scheduler_pb2.QueueRecord(
+            request_id=valid.request_id,
+            attempt=1,
+            model=valid.model.card.name,
+            token_ids=prompt_ids,
+            max_new_tokens=max_tokens,
+            sampling=valid.sampling,
+            stop_token_ids=valid.stop_token_ids,
+            num_logprobs=valid.num_logprobs,
+            request_class=valid.request_class,
+            tenant=valid.tenant,
+            slo=valid.slo,
+            arrival_unix_us=arrival_unix_us,
+            gateway_id=self._parts.gateway_id,
+            delivery_address=self._parts.delivery_address,
+            context_tokens=valid.model.card.context_tokens,
+        )
+
+
+def _started(opened: OpenRequest) -> inference_pb2.GenerateStarted:
+    return inference_pb2.GenerateStarted(
+        request_id=opened.request_id,
+        model=opened.valid.model.card.name,
+        prompt_tokens=len(opened.prompt_ids),
+        seed=opened.valid.sampling.seed,
+    )
+
+
+def _input_field(valid: ValidRequest) -> str:
+    if valid.token_ids is not None:
+        return "token_ids.ids"
+    return "chat" if valid.chat is not None else "prompt"
+
+
+def _text_metadata(context: GenerateContext) -> dict[str, str]:
+    """Returns the call's metadata that is text."""
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}

@@ -1,0 +1,49 @@
+"""Settings of the gateway: [gateway] in the file, BUCKETSERVE_GATEWAY_* in the environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from bucketserve.config import Section
+
+__all__ = ["GatewaySettings"]
+
+
+class GatewaySettings(Section):
+    """[gateway]."""
+
+    listen: str = Field("127.0.0.1:50051", description="host:port of the public API and health checks")
+    delivery_listen: str = Field("127.0.0.1:50053", description="host:port for workers' token streams; internal")
+    delivery_address: str = Field(
+        "", description="host:port at which workers reach delivery_listen of this very process; default: the same"
+    )
+    metrics_listen: str = Field("127.0.0.1:9101", description="host:port for Prometheus /metrics; empty: off")
+    gateway_id: str = Field("", description="unique per process; default: host name and process id")
+    scheduler_address: str = Field(
+        "127.0.0.1:50052", description="host:port of the scheduler; several, separated by commas, are tried in turn"
+    )
+    models: dict[str, str] = Field(
+        default_factory=dict, description="served models: name=directory or hub id (for the tokenizer), comma-separated"
+    )
+    max_prompt_bytes: int = Field(4 * 1024 * 1024, ge=1, description="longest prompt in bytes, before tokenising")
+    default_max_tokens: int = Field(256, ge=1, description="max_tokens of a request that names none")
+    max_attempts: int = Field(3, ge=1, le=20, description="starts of a request, with the first, when workers fail")
+    output_queue_tokens: int = Field(16_384, ge=16, description="tokens kept for a client that does not read")
+    scheduler_wait_s: float = Field(10.0, gt=0, description="how long a new request waits for an absent scheduler")
+    tokenizer_threads: int = Field(2, ge=1, le=64, description="threads that tokenise")
+    drain_s: float = Field(25.0, ge=0, le=600, description="most time to finish on SIGTERM, seconds")
+    enable_reflection: bool = Field(True, description="answer gRPC reflection")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _parse_models(cls, value: Any) -> Any:
+        """Takes name=path,name=path as well as a table."""
+        if not isinstance(value, str):
+            return value
+        pairs = [item.partition("=") for item in value.split(",") if item.strip()]
+        bad = [name for name, separator, path in pairs if not (name.strip() and separator and path.strip())]
+        if bad:
+            raise ValueError(f"write name=directory, not {bad[0]!r}")
+        return {name.strip(): path.strip() for name, _, path in pairs}

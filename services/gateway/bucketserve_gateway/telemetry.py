@@ -1,0 +1,132 @@
+"""What the gateway reports of itself: logs, metrics, spans."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+
+from opentelemetry.trace import Span
+
+from bucketserve.core.errors import BucketServeError
+from bucketserve.rpc.convert import finish_reason_from_pb, request_class_from_pb
+from bucketserve.telemetry.logs import EventLog
+from bucketserve.telemetry.metrics import ProcessMetrics
+from bucketserve.telemetry.tracing import Tracing
+from bucketserve.v1 import inference_pb2
+from bucketserve_gateway.requests import OpenRequest
+
+__all__ = ["GatewayTelemetry"]
+
+
+class GatewayTelemetry:
+    """Observes; changes nothing but the trace context of new records."""
+
+    def __init__(self, log: EventLog, metrics: ProcessMetrics, tracing: Tracing) -> None:
+        """Takes the process's outlets."""
+        self.log = log
+        self._metrics = metrics
+        self._tracing = tracing
+
+    def begin(self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str]) -> Span:
+        """Starts a request's root span, under the caller's if it sent its context."""
+        parent = self._tracing.extract(metadata.get("traceparent", ""), metadata.get("tracestate", ""))
+        span = self._tracing.start("bucketserve.generate", parent=parent, is_server=True)
+        if span.is_recording():
+            operation = "chat" if request.WhichOneof("input") == "chat" else "text_completion"
+            span.set_attribute("gen_ai.operation.name", operation)
+            span.set_attribute("gen_ai.request.model", request.model)
+        return span
+
+    @contextlib.contextmanager
+    def tokenizing(self, parent: Span) -> Iterator[None]:
+        """Around tokenising."""
+        if not parent.is_recording():
+            yield
+            return
+        span = self._tracing.start("bucketserve.tokenize", parent=self._tracing.context_of(parent))
+        try:
+            yield
+        finally:
+            span.end()
+
+    def context(self, span: Span) -> tuple[str, str]:
+        """Returns (traceparent, tracestate) for the queue record."""
+        return self._tracing.inject(span) if span.is_recording() else ("", "")
+
+    def opened(self, num_open: int, opened: OpenRequest) -> None:
+        """When a request has been validated and tokenised."""
+        self._metrics.set("bucketserve_gateway_open_requests", num_open)
+        model = opened.valid.model.card.name
+        self._metrics.count("bucketserve_gateway_prompt_tokens_total", len(opened.prompt_ids), model=model)
+
+    def restarted(self, opened: OpenRequest) -> None:
+        """When a request starts again."""
+        self._metrics.count("bucketserve_gateway_resubmissions_total", model=opened.record.model)
+        self.log.warning("request.resubmitted", request_id=opened.request_id, attempt=opened.attempt)
+
+    def closed(self, num_open: int, opened: OpenRequest, span: Span) -> None:
+        """When a request is over, however it ended."""
+        self._metrics.set("bucketserve_gateway_open_requests", num_open)
+        labels = {
+            "model": opened.valid.model.card.name,
+            "request_class": request_class_from_pb(opened.record.request_class).value,
+        }
+        outcome = "cancelled"
+        if opened.finished is not None:
+            outcome = finish_reason_from_pb(opened.finished.reason).value
+        elif opened.error is not None:
+            outcome = opened.error.reason.lower()
+        self._metrics.count("bucketserve_gateway_requests_total", 1, **labels, outcome=outcome)
+        num_tokens = len(opened.tokens)
+        self._metrics.count("bucketserve_gateway_output_tokens_total", num_tokens, model=labels["model"])
+        ttft_ms = None
+        if opened.first_token_s is not None:
+            ttft_s = opened.first_token_s - opened.arrival_s
+            ttft_ms = round(ttft_s * 1e3, 2)
+            self._metrics.observe("bucketserve_gateway_ttft_seconds", ttft_s, **labels)
+            if num_tokens > 1:
+                tpot_s = (time.monotonic() - opened.first_token_s) / (num_tokens - 1)
+                self._metrics.observe("bucketserve_gateway_tpot_seconds", tpot_s, **labels)
+        if opened.finished is not None:
+            self._metrics.observe("bucketserve_gateway_queue_seconds", opened.finished.timings.queue_ms / 1e3, **labels)
+        self.log.info(
+            "request.done",
+            request_id=opened.request_id,
+            outcome=outcome,
+            prompt_tokens=len(opened.prompt_ids),
+            output_tokens=num_tokens,
+            ttft_ms=ttft_ms,
+            attempts=opened.attempt,
+        )
+        if span.is_recording():
+            span.set_attribute("bucketserve.request_id", opened.request_id)
+            span.set_attribute("bucketserve.attempt", opened.attempt)
+            span.set_attribute("bucketserve.request_class", labels["request_class"])
+            span.set_attribute("bucketserve.tenant", opened.valid.tenant)
+            span.set_attribute("gen_ai.request.max_tokens", opened.max_tokens)
+            span.set_attribute("gen_ai.usage.input_tokens", len(opened.prompt_ids))
+            span.set_attribute("gen_ai.usage.output_tokens", num_tokens)
+            span.set_attribute("gen_ai.response.finish_reasons", [outcome])
+            if ttft_ms is not None:
+                span.set_attribute("bucketserve.ttft_ms", ttft_ms)
+
+    def refused(self, model: str, request_class: str, error: BucketServeError) -> None:
+        """When a request was not even opened."""
+        self._metrics.count(
+            "bucketserve_gateway_requests_total",
+            model=model,
+            request_class=request_class,
+            outcome=error.reason.lower(),
+        )
+
+    def scheduler_state(self, is_connected: bool, detail: str) -> None:
+        """When the scheduler's stream comes or goes."""
+        if is_connected:
+            self.log.info("scheduler.connected", detail=detail)
+        else:
+            self.log.warning("scheduler.disconnected", detail=detail)
+
+    def unexpected(self, method: str, error: BaseException) -> None:
+        """When a handler fails in a way that nobody foresaw."""
+        self.log.error("rpc.failed", error=error, method=method)

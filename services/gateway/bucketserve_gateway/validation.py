@@ -1,0 +1,198 @@
+"""From a GenerateRequest to values that are complete and in range, or every violation at once."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bucketserve.core.errors import FieldViolation, InvalidRequestError
+from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
+
+__all__ = ["ValidRequest", "check_length", "validate"]
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGPROBS = 20
+MAX_TENANT_CHARACTERS = 64
+MAX_CHAT_MESSAGES = 4096
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+Violations = list[FieldViolation]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidRequest:
+    """A request whose every field is set and in range; only its length in tokens is still unknown."""
+
+    request_id: str
+    model: ServedModel
+    prompt: str | None
+    chat: tuple[tuple[str, str], ...] | None
+    token_ids: tuple[int, ...] | None
+    sampling: common_pb2.SamplingParams
+    max_tokens: int | None
+    stop_strings: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    num_logprobs: int | None
+    request_class: common_pb2.RequestClass
+    tenant: str
+    slo: common_pb2.Slo
+
+
+def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, max_prompt_bytes: int) -> ValidRequest:
+    """Returns the request with every default filled in.
+
+    Raises:
+        UnknownModelError: nobody serves the model.
+        InvalidRequestError: with every violation that can be seen before tokenising.
+    """
+    model = catalog.get(request.model)
+    card = model.card
+    bad: Violations = []
+    if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
+        bad.append(FieldViolation("request_id", "1 to 128 printable ASCII characters without spaces"))
+    _check_input(request, card, max_prompt_bytes, bad)
+    sampling = _sampling(request.sampling, bad)
+    _check_stopping(request.stopping, card, bad)
+    num_logprobs = request.response.num_logprobs if request.response.HasField("num_logprobs") else None
+    if num_logprobs is not None and num_logprobs > MAX_LOGPROBS:
+        bad.append(FieldViolation("response.num_logprobs", f"at most {MAX_LOGPROBS}"))
+    if request.request_class not in common_pb2.RequestClass.values():
+        bad.append(FieldViolation("request_class", f"unknown value {request.request_class}"))
+    if len(request.tenant) > MAX_TENANT_CHARACTERS or not request.tenant.isprintable():
+        bad.append(FieldViolation("tenant", f"at most {MAX_TENANT_CHARACTERS} printable characters"))
+    for field in ("ttft_ms", "tpot_ms"):
+        if request.slo.HasField(field) and getattr(request.slo, field) == 0:
+            bad.append(FieldViolation(f"slo.{field}", "must be positive; leave it out for none"))
+    if bad:
+        raise InvalidRequestError(bad)
+    stopping = request.stopping
+    eos = () if stopping.ignore_eos else card.eos_token_ids
+    kind = request.WhichOneof("input")
+    return ValidRequest(
+        request_id=request.request_id or uuid.uuid4().hex,
+        model=model,
+        prompt=request.prompt if kind == "prompt" else None,
+        chat=tuple((turn.role, turn.content) for turn in request.chat.messages) if kind == "chat" else None,
+        token_ids=tuple(request.token_ids.ids) if kind == "token_ids" else None,
+        sampling=sampling,
+        max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
+        stop_strings=tuple(stopping.stop_strings),
+        stop_token_ids=tuple(sorted({*eos, *stopping.stop_token_ids})),
+        num_logprobs=num_logprobs,
+        request_class=request.request_class or common_pb2.REQUEST_CLASS_INTERACTIVE,
+        tenant=request.tenant or "default",
+        slo=request.slo,
+    )
+
+
+def check_length(prompt_ids: Sequence[int], max_tokens: int | None, card: ModelCard, field: str) -> int:
+    """Returns the max_tokens in force.
+
+    Args:
+        prompt_ids: the tokenised prompt.
+        max_tokens: as asked for; None for the default.
+        card: the model.
+        field: where the prompt came from, for the violation.
+
+    Raises:
+        InvalidRequestError: the prompt is empty, or prompt and max_tokens exceed the context.
+    """
+    left = card.context_tokens - len(prompt_ids)
+    if not prompt_ids:
+        raise InvalidRequestError([FieldViolation(field, "must not be empty")])
+    if left < 1:
+        description = f"{len(prompt_ids)} tokens fill the context of {card.context_tokens}"
+        raise InvalidRequestError([FieldViolation(field, description)])
+    if max_tokens is None:
+        return min(card.default_max_tokens, left)
+    if max_tokens > left:
+        description = (
+            f"prompt ({len(prompt_ids)} tokens) and max_tokens ({max_tokens}) exceed the context of "
+            f"{card.context_tokens}; at most {left} for this prompt"
+        )
+        raise InvalidRequestError([FieldViolation("stopping.max_tokens", description)])
+    return max_tokens
+
+
+def _check_input(request: inference_pb2.GenerateRequest, card: ModelCard, max_bytes: int, bad: Violations) -> None:
+    kind = request.WhichOneof("input")
+    if kind is None:
+        bad.append(FieldViolation("input", "give one of prompt, chat and token_ids"))
+    elif kind == "prompt":
+        _check_text("prompt", request.prompt, max_bytes, bad)
+    elif kind == "chat":
+        messages = request.chat.messages
+        if not card.has_chat_template:
+            bad.append(FieldViolation("chat", f"model {card.name} has no chat template; send a prompt"))
+        if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
+            bad.append(FieldViolation("chat.messages", f"1 to {MAX_CHAT_MESSAGES} messages"))
+        elif sum(len(turn.content.encode()) for turn in messages) > max_bytes:
+            bad.append(FieldViolation("chat.messages", f"at most {max_bytes} bytes together"))
+        bad += [
+            FieldViolation(f"chat.messages[{i}].role", "must not be empty")
+            for i, turn in enumerate(messages)
+            if not turn.role
+        ]
+    else:
+        ids = request.token_ids.ids
+        if not ids:
+            bad.append(FieldViolation("token_ids.ids", "must not be empty"))
+        unknown = next((i for i, token_id in enumerate(ids) if token_id >= card.vocab_size), None)
+        if unknown is not None:
+            description = f"{ids[unknown]} is not in the vocabulary of {card.vocab_size}"
+            bad.append(FieldViolation(f"token_ids.ids[{unknown}]", description))
+
+
+def _check_text(field: str, text: str, max_bytes: int, bad: Violations) -> None:
+    if not text:
+        bad.append(FieldViolation(field, "must not be empty"))
+    # Characters first: encoding ten megabytes to refuse them would be work for nothing.
+    elif len(text) > max_bytes or len(text.encode()) > max_bytes:
+        bad.append(FieldViolation(field, f"at most {max_bytes} bytes"))
+
+
+def _sampling(params: common_pb2.SamplingParams, bad: Violations) -> common_pb2.SamplingParams:
+    """Returns parameters with every field set."""
+
+    def number(name: str, default: float, low: float, high: float, low_open: bool = False) -> float:
+        value = float(getattr(params, name)) if params.HasField(name) else default
+        is_low = value <= low if low_open else value < low
+        if not math.isfinite(value) or is_low or value > high:
+            bracket = "(" if low_open else "["
+            bad.append(FieldViolation(f"sampling.{name}", f"{value} is not in {bracket}{low:g}, {high:g}]"))
+        return value
+
+    return common_pb2.SamplingParams(
+        temperature=number("temperature", 0.0, 0.0, 100.0),
+        top_p=number("top_p", 1.0, 0.0, 1.0, low_open=True),
+        top_k=params.top_k,
+        min_p=number("min_p", 0.0, 0.0, 1.0),
+        repetition_penalty=number("repetition_penalty", 1.0, 0.0, 100.0, low_open=True),
+        seed=params.seed if params.HasField("seed") else secrets.randbits(63),
+    )
+
+
+def _check_stopping(stopping: common_pb2.StoppingParams, card: ModelCard, bad: Violations) -> None:
+    if stopping.HasField("max_tokens") and stopping.max_tokens == 0:
+        bad.append(FieldViolation("stopping.max_tokens", "must be positive"))
+    if len(stopping.stop_strings) > MAX_STOP_STRINGS:
+        bad.append(FieldViolation("stopping.stop_strings", f"at most {MAX_STOP_STRINGS}"))
+    bad += [
+        FieldViolation(f"stopping.stop_strings[{i}]", f"1 to {MAX_STOP_CHARACTERS} characters")
+        for i, stop in enumerate(stopping.stop_strings)
+        if not 1 <= len(stop) <= MAX_STOP_CHARACTERS
+    ]
+    if len(stopping.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        bad.append(FieldViolation("stopping.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS}"))
+    bad += [
+        FieldViolation(f"stopping.stop_token_ids[{i}]", f"{token_id} is not in the vocabulary of {card.vocab_size}")
+        for i, token_id in enumerate(stopping.stop_token_ids)
+        if token_id >= card.vocab_size
+    ]

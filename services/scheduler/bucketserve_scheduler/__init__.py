@@ -1,0 +1,1 @@
+"""The scheduler service: admission, buckets, batches, placement. Never sees an output token."""

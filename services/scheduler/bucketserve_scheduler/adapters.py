@@ -1,0 +1,42 @@
+"""The concrete core and stores that settings name: the one line to touch for a further one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+from bucketserve.core.errors import SettingsError
+from bucketserve.core.scheduler import SchedulerCore
+from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule
+from bucketserve.ports import QueueStore
+from bucketserve.store.memory import MemoryStore
+from bucketserve.store.redis import RedisStore, connect
+from bucketserve_scheduler.settings import SchedulerSettings
+
+__all__ = ["new_core", "stores"]
+
+
+def new_core(settings: SchedulerSettings, context_tokens: int) -> SchedulerCore:
+    """Returns a core for one model."""
+    core_settings = CoreSettings(
+        edges=EdgeRule(settings.policy),
+        batch_order=BatchOrder(settings.batch_order),
+        max_queued_requests=settings.max_queued_requests,
+        max_queued_tokens=settings.max_queued_tokens,
+    )
+    return SchedulerCore(core_settings, context_tokens)
+
+
+async def stores(url: str, stack: AsyncExitStack) -> Callable[[str], QueueStore]:
+    """Returns a function that gives a model's store; connections close with the stack.
+
+    Raises:
+        SettingsError: the URL names no store that we know.
+    """
+    if url.startswith("memory://"):
+        return lambda model: MemoryStore()
+    if url.startswith(("redis://", "rediss://", "unix://")):
+        client = connect(url)
+        stack.push_async_callback(client.aclose)
+        return lambda model: RedisStore(client, model)
+    raise SettingsError([f"redis_url {url!r}: begin with redis://, rediss://, unix:// or memory://"])

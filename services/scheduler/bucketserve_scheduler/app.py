@@ -1,0 +1,114 @@
+"""Composition root of the scheduler: settings -> adapters -> loops -> server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+from bucketserve.config import TelemetrySettings, split_host_port
+from bucketserve.ports import QueueStore
+from bucketserve.process import default_instance_id
+from bucketserve.rpc.server import RpcServer
+from bucketserve.telemetry.names import Service
+from bucketserve.telemetry.process import open_telemetry
+from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
+from bucketserve_scheduler.adapters import new_core, stores
+from bucketserve_scheduler.loop import LoopDeps, SchedulingLoop
+from bucketserve_scheduler.peers import GatewayPeers
+from bucketserve_scheduler.servicer import SchedulerServicer
+from bucketserve_scheduler.settings import SchedulerSettings
+from bucketserve_scheduler.telemetry import LoopTelemetry
+
+__all__ = ["serve"]
+
+
+class _Loops:
+    """The loops by model; each is started when its model is first named."""
+
+    def __init__(self, tasks: asyncio.TaskGroup, deps: LoopDeps, new_store: Callable[[str], QueueStore]) -> None:
+        self._tasks = tasks
+        self._deps = deps
+        self._new_store = new_store
+        self._loops: dict[str, SchedulingLoop] = {}
+        self._running: list[asyncio.Task[None]] = []
+
+    def of(self, model: str, context_tokens: int) -> SchedulingLoop:
+        loop = self._loops.get(model)
+        if loop is None:
+            loop = SchedulingLoop(model, context_tokens, self._new_store(model), self._deps)
+            self._loops[model] = loop
+            self._running.append(self._tasks.create_task(loop.run(), name=f"loop-{model}"))
+        return loop
+
+    def all(self) -> list[SchedulingLoop]:
+        return [loop for _, loop in sorted(self._loops.items())]
+
+    def stop(self) -> None:
+        for task in self._running:
+            task.cancel()
+
+
+async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
+    """Runs the scheduler until `stop` is set.
+
+    There is nothing to drain: what waits is in the store, what runs goes on without a scheduler. Leadership is given
+    up, so that a standby or the next start leads at once.
+    """
+    scheduler_id = settings.scheduler_id or default_instance_id("scheduler")
+    clock = _steady_unix_clock()
+    gateways = GatewayPeers()
+    server = RpcServer(
+        settings.listen,
+        services=[scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name],
+        enable_reflection=settings.enable_reflection,
+    )
+    async with AsyncExitStack() as stack:
+        outlets = stack.enter_context(
+            open_telemetry(
+                Service.SCHEDULER,
+                scheduler_id,
+                metrics_address=split_host_port(settings.metrics_listen) if settings.metrics_listen else None,
+                otlp_endpoint=telemetry.otlp_endpoint,
+                sample_ratio=telemetry.sample_ratio,
+                log_level=telemetry.log_level,
+                log_format=telemetry.log_format,
+            )
+        )
+        deps = LoopDeps(
+            settings=settings,
+            scheduler_id=scheduler_id,
+            gateways=gateways,
+            telemetry=LoopTelemetry(outlets.log, outlets.metrics, outlets.tracing),
+            clock=clock,
+            new_core=lambda context_tokens: new_core(settings, context_tokens),
+        )
+        new_store = await stores(settings.redis_url, stack)
+        async with asyncio.TaskGroup() as tasks:
+            loops = _Loops(tasks, deps, new_store)
+            servicer = SchedulerServicer(
+                settings=settings,
+                scheduler_id=scheduler_id,
+                gateways=gateways,
+                loop_of=loops.of,
+                loops=loops.all,
+                clock=clock,
+            )
+            scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(servicer, server.grpc_server)
+            try:
+                await server.start()
+                await server.set_serving(True)
+                outlets.log.info("scheduler.ready", listen=settings.listen, policy=settings.policy)
+                await stop.wait()
+                await server.set_serving(False)
+            finally:
+                loops.stop()
+                gateways.cut_all()
+                await server.stop(grace_s=1.0)
+
+
+def _steady_unix_clock() -> Callable[[], float]:
+    """Returns a clock that starts at the wall clock's time and never goes back."""
+    offset_s = time.time() - time.monotonic()
+    return lambda: time.monotonic() + offset_s

@@ -1,0 +1,331 @@
+"""The scheduling loop of one model: take events, decide, write, tell.
+
+    gateways and workers --events--> core.step --Decision--> store (one round trip) --> gateways and workers
+
+One task owns everything here. Servicers only post events and read messages from their peer's outbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bucketserve.core.errors import StaleEpochError, UnavailableError
+from bucketserve.core.messages import (
+    BatchPrefilled,
+    Decision,
+    DispatchBatch,
+    Event,
+    ForgetRequest,
+    RequestCancelled,
+    RequestFinished,
+    RequestSubmitted,
+    WorkerDraining,
+    WorkerJoined,
+    WorkerLost,
+    WorkerReported,
+)
+from bucketserve.core.scheduler import SchedulerCore
+from bucketserve.core.types import BatchId, RequestId, WorkerId
+from bucketserve.ports import Claim, Leadership, QueueStore, Write
+from bucketserve.rpc.convert import headroom_from_pb, request_from_record, role_from_pb, steps_from_pb
+from bucketserve.rpc.outbox import Outbox
+from bucketserve.v1 import scheduler_pb2
+from bucketserve_scheduler.peers import GatewayPeers, WorkerPeer
+from bucketserve_scheduler.records import RecordTable
+from bucketserve_scheduler.settings import SchedulerSettings
+from bucketserve_scheduler.telemetry import LoopTelemetry
+from bucketserve_scheduler.translate import Announcer, writes_of
+
+__all__ = ["LoopDeps", "SchedulingLoop"]
+
+MAX_EVENTS_PER_TURN = 2_000
+INBOX_LIMIT = 20_000
+WORKER_OUTBOX_LIMIT = 4_096
+TICK_S = 0.25
+STORE_RETRY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopDeps:
+    """What a loop needs from outside; shared by the loops of all models."""
+
+    settings: SchedulerSettings
+    scheduler_id: str
+    gateways: GatewayPeers
+    telemetry: LoopTelemetry
+    clock: Callable[[], float]
+    """Seconds since the Unix epoch, never going back."""
+    new_core: Callable[[int], SchedulerCore]
+    """Builds a core for a context of that many tokens."""
+
+
+class SchedulingLoop:
+    """Owns one model's core, records and workers."""
+
+    def __init__(self, model: str, context_tokens: int, store: QueueStore, deps: LoopDeps) -> None:
+        """Starts with nothing; run() does the work."""
+        self.model = model
+        self.core = deps.new_core(context_tokens)
+        self.leadership: Leadership | None = None
+        self.workers: dict[WorkerId, WorkerPeer] = {}
+        self._context_tokens = context_tokens
+        self._store = store
+        self._deps = deps
+        self._inbox: asyncio.Queue[Event | scheduler_pb2.QueueRecord] = asyncio.Queue(INBOX_LIMIT)
+        self._records = RecordTable(deps.gateways)
+        self._announcer = Announcer(self._records, deps.gateways, self.workers, deps.telemetry)
+        self._expected: dict[WorkerId, float] = {}
+        """Workers known from the store only -> when they count as lost."""
+        self.num_batches = 0
+        self.num_finished = 0
+        self._renew_s = 0.0
+        self._tick_s = 0.0
+
+    # --- what servicers call ------------------------------------------------------------------------------------
+
+    async def submit(self, record: scheduler_pb2.QueueRecord) -> None:
+        """Queues a record; the answer goes to its gateway. A repeated one is answered with what is known of it."""
+        await self._inbox.put(record)
+
+    async def cancel(self, request_id: RequestId) -> None:
+        """Ends a request wherever it is."""
+        await self._inbox.put(RequestCancelled(request_id))
+
+    async def connect(self, hello: scheduler_pb2.WorkerHello) -> WorkerPeer:
+        """Registers a worker; batches come through the returned peer's outbox."""
+        worker_id = WorkerId(hello.worker_id)
+        if older := self.workers.get(worker_id):
+            older.outbox.close()
+        peer = WorkerPeer(
+            worker_id=worker_id,
+            hello=hello,
+            outbox=Outbox(WORKER_OUTBOX_LIMIT),
+            report=hello.report,
+            reported_s=self._deps.clock(),
+        )
+        self.workers[worker_id] = peer
+        self._deps.telemetry.worker_joined(self.model, worker_id, len(hello.running_request_ids))
+        self._expected.pop(worker_id, None)
+        await self._inbox.put(
+            WorkerJoined(
+                worker_id=worker_id,
+                role=role_from_pb(hello.role),
+                headroom=headroom_from_pb(hello.report),
+                context_tokens=hello.context_tokens,
+                pays_padding=hello.pays_padding,
+                running=tuple(RequestId(request_id) for request_id in hello.running_request_ids),
+            )
+        )
+        return peer
+
+    async def disconnect(self, peer: WorkerPeer) -> None:
+        """Gives up a worker whose stream ended, unless it is back on a newer stream."""
+        peer.outbox.close()
+        if self.workers.get(peer.worker_id) is peer:
+            del self.workers[peer.worker_id]
+            self._deps.telemetry.worker_lost(self.model, peer.worker_id, "stream ended")
+            await self._inbox.put(WorkerLost(peer.worker_id))
+
+    async def hear(self, peer: WorkerPeer, message: scheduler_pb2.WorkRequest) -> None:
+        """Takes one message of a worker; those of a stream that was replaced are ignored."""
+        if self.workers.get(peer.worker_id) is not peer:
+            return
+        match message.WhichOneof("message"):
+            case "report":
+                peer.report, peer.reported_s = message.report, self._deps.clock()
+                await self._inbox.put(
+                    WorkerReported(
+                        worker_id=peer.worker_id,
+                        headroom=headroom_from_pb(message.report),
+                        steps=steps_from_pb(message.report),
+                    )
+                )
+            case "prefilled":
+                await self._inbox.put(
+                    BatchPrefilled(
+                        worker_id=peer.worker_id,
+                        batch_id=BatchId(message.prefilled.batch_id),
+                        request_ids=tuple(RequestId(request_id) for request_id in message.prefilled.request_ids),
+                        duration_s=message.prefilled.duration_us / 1e6,
+                    )
+                )
+            case "finished":
+                self._records.note_finished(message.finished)
+                await self._inbox.put(
+                    RequestFinished(
+                        request_id=RequestId(message.finished.request_id),
+                        attempt=message.finished.attempt,
+                        worker_id=peer.worker_id,
+                        output_tokens=message.finished.output_tokens,
+                    )
+                )
+            case "draining":
+                peer.is_draining = True
+                await self._inbox.put(WorkerDraining(peer.worker_id))
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Leads the model whenever it can; ends only by cancellation."""
+        try:
+            while True:
+                self.leadership = await self._become_leader()
+                with contextlib.suppress(StaleEpochError):
+                    await self._recover(self.leadership)
+                    wake_s: float | None = 0.0
+                    while True:
+                        wake_s = await self._turn(self.leadership, wake_s)
+                self._step_down()
+        finally:
+            if self.leadership is not None:
+                with contextlib.suppress(UnavailableError, StaleEpochError):
+                    await self._store.resign(self.leadership)
+
+    async def _turn(self, leadership: Leadership, wake_s: float | None) -> float | None:
+        """One round: take events, decide, write, tell. Returns when the core wants the next one."""
+        events = [*await self._take(wake_s), *self._watch_leases()]
+        now_s = self._deps.clock()
+        with self._deps.telemetry.step(self.model, self.core):
+            decision = self.core.step(events, now_s)
+        claimed = await self._write(leadership, decision)
+        self._announcer.announce(decision, claimed, leadership, now_s)
+        self.num_batches += len(claimed)
+        self.num_finished += sum(isinstance(command, ForgetRequest) for command in decision.commands)
+        await self._renew(leadership)
+        return decision.wake_s
+
+    async def _take(self, wake_s: float | None) -> list[Event]:
+        """Waits for events until the core wants to wake, and takes all there are."""
+        now_s = self._deps.clock()
+        timeout_s = TICK_S if wake_s is None else min(max(wake_s - now_s, 0.0), TICK_S)
+        items: list[Event | scheduler_pb2.QueueRecord] = []
+        if self._inbox.empty() and timeout_s > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    items.append(await self._inbox.get())
+        else:
+            await asyncio.sleep(0)
+        while len(items) < MAX_EVENTS_PER_TURN and not self._inbox.empty():
+            items.append(self._inbox.get_nowait())
+        return [event for item in items if (event := self._as_event(item)) is not None]
+
+    def _as_event(self, item: Event | scheduler_pb2.QueueRecord) -> Event | None:
+        """Returns what the core is to know; a record that is already here is only answered again.
+
+        Records are looked at here rather than on arrival, since after a restart gateways submit theirs again while the
+        store's copy is still being read.
+        """
+        if not isinstance(item, scheduler_pb2.QueueRecord):
+            return item
+        if entry := self._records.known(item):
+            self._announcer.repeat(entry, item)
+            return None
+        self._records.add(item, self.model, self._deps.clock())
+        return RequestSubmitted(request_from_record(item))
+
+    async def _write(self, leadership: Leadership, decision: Decision) -> dict[BatchId, frozenset[RequestId]]:
+        """Makes a decision durable; returns which requests of each batch were claimed.
+
+        While the store is away it is tried again and again: what runs goes on, what is new waits.
+        """
+        writes: Sequence[Write] = writes_of(decision, self._records)
+        if not writes:
+            return {}
+        while True:
+            try:
+                with self._deps.telemetry.store_round_trip():
+                    effects = await self._store.apply(leadership, writes)
+                break
+            except UnavailableError as error:
+                self._deps.telemetry.store_unavailable(self.model, str(error))
+                await asyncio.sleep(STORE_RETRY_S)
+        claims = [command.batch.batch_id for command in decision.commands if isinstance(command, DispatchBatch)]
+        done = [effect for write, effect in zip(writes, effects, strict=True) if isinstance(write, Claim)]
+        return dict(zip(claims, done, strict=True))
+
+    # --- leadership and leases ----------------------------------------------------------------------------------
+
+    async def _become_leader(self) -> Leadership:
+        settings = self._deps.settings
+        while True:
+            try:
+                leadership = await self._store.lead(self._deps.scheduler_id, settings.leader_lease_s)
+            except UnavailableError as error:
+                self._deps.telemetry.store_unavailable(self.model, str(error))
+                leadership = None
+            if leadership is not None:
+                self._renew_s = self._deps.clock() + settings.leader_lease_s / 3
+                self._deps.telemetry.leading(self.model, leadership.epoch)
+                return leadership
+            await asyncio.sleep(settings.leader_lease_s / 4)
+
+    async def _renew(self, leadership: Leadership) -> None:
+        """Renews the leadership every third of its lease.
+
+        Raises:
+            StaleEpochError: it went to someone else, or the store lost it.
+        """
+        now_s = self._deps.clock()
+        if now_s < self._renew_s:
+            return
+        try:
+            renewed = await self._store.lead(leadership.owner, self._deps.settings.leader_lease_s)
+        except UnavailableError as error:
+            # The fencing epoch keeps us from harm if someone else leads by the time the store is back.
+            self._deps.telemetry.store_unavailable(self.model, str(error))
+            return
+        if renewed is None or renewed.epoch != leadership.epoch:
+            raise StaleEpochError(f"{self.model}: leadership lost")
+        self._renew_s = now_s + self._deps.settings.leader_lease_s / 3
+
+    async def _recover(self, leadership: Leadership) -> None:
+        """Rebuilds the core from the store. Workers that hold requests have one lease to come back."""
+        while True:
+            try:
+                snapshot = await self._store.load(leadership)
+                break
+            except UnavailableError as error:
+                self._deps.telemetry.store_unavailable(self.model, str(error))
+                await asyncio.sleep(STORE_RETRY_S)
+        now_s = self._deps.clock()
+        waiting, running = self._records.restore(snapshot, self.model, now_s)
+        self.core.restore(waiting=waiting, running=running, edges=snapshot.edges)
+        lost_s = now_s + self._deps.settings.worker_lease_s
+        self._expected = {worker_id: lost_s for worker_id in set(running.values()) if worker_id not in self.workers}
+
+    def _step_down(self) -> None:
+        """Forgets everything and cuts every peer: they reconnect and say again what they have."""
+        self._deps.telemetry.stepped_down(self.model)
+        self.leadership = None
+        for worker in self.workers.values():
+            worker.outbox.close()
+        self.workers.clear()
+        self._deps.gateways.cut_all()
+        self._records.clear()
+        self.core = self._deps.new_core(self._context_tokens)
+        while not self._inbox.empty():
+            self._inbox.get_nowait()
+
+    def _watch_leases(self) -> list[Event]:
+        """Returns what silence means: lost workers, cancelled requests of lost gateways."""
+        now_s = self._deps.clock()
+        if now_s < self._tick_s:
+            return []
+        self._tick_s = now_s + TICK_S
+        events: list[Event] = []
+        for peer in list(self.workers.values()):
+            if now_s - peer.reported_s > self._deps.settings.worker_lease_s:
+                peer.outbox.close()
+                del self.workers[peer.worker_id]
+                self._deps.telemetry.worker_lost(self.model, peer.worker_id, "no report within its lease")
+                events.append(WorkerLost(peer.worker_id))
+        for worker_id, lost_s in list(self._expected.items()):
+            if now_s > lost_s:
+                del self._expected[worker_id]
+                events.append(WorkerLost(worker_id))
+        expired = self._deps.gateways.expire(self.model, self._deps.settings.gateway_lease_s, now_s)
+        events += [RequestCancelled(request_id) for request_id in expired]
+        return events

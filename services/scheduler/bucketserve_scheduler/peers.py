@@ -1,0 +1,98 @@
+"""Who is connected: gateways and workers, and the outbox of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bucketserve.core.types import RequestId, WorkerId
+from bucketserve.rpc.outbox import Outbox
+from bucketserve.v1 import scheduler_pb2
+
+__all__ = ["GatewayPeer", "GatewayPeers", "WorkerPeer"]
+
+
+@dataclass(slots=True, eq=False)
+class GatewayPeer:
+    """A connected gateway."""
+
+    gateway_id: str
+    outbox: Outbox[scheduler_pb2.SubmitResponse]
+
+
+@dataclass(slots=True, eq=False)
+class WorkerPeer:
+    """A connected worker."""
+
+    worker_id: WorkerId
+    hello: scheduler_pb2.WorkerHello
+    outbox: Outbox[scheduler_pb2.WorkResponse]
+    report: scheduler_pb2.WorkerReport
+    reported_s: float
+    is_draining: bool = False
+
+
+@dataclass(slots=True)
+class GatewayPeers:
+    """Gateways by id, and the requests that each has open.
+
+    A gateway that reconnects within its lease finds its requests as they were.
+    """
+
+    _connected: dict[str, GatewayPeer] = field(default_factory=dict)
+    _requests: dict[str, dict[RequestId, str]] = field(default_factory=dict)
+    """gateway id -> open request -> model."""
+    _absent_since: dict[str, float] = field(default_factory=dict)
+
+    def connect(self, peer: GatewayPeer) -> None:
+        """Registers a stream; an older one of the same gateway is closed."""
+        if older := self._connected.get(peer.gateway_id):
+            older.outbox.close()
+        self._connected[peer.gateway_id] = peer
+        self._absent_since.pop(peer.gateway_id, None)
+
+    def disconnect(self, peer: GatewayPeer, now_s: float) -> None:
+        """Forgets a stream, unless a newer one took its place; the gateway's lease starts to run."""
+        if self._connected.get(peer.gateway_id) is peer:
+            del self._connected[peer.gateway_id]
+            self._absent_since[peer.gateway_id] = now_s
+
+    def open(self, gateway_id: str, request_id: RequestId, model: str, now_s: float) -> None:
+        """Notes a request; a gateway known only from the store starts as absent."""
+        self._requests.setdefault(gateway_id, {})[request_id] = model
+        if gateway_id not in self._connected:
+            self._absent_since.setdefault(gateway_id, now_s)
+
+    def close(self, gateway_id: str, request_id: RequestId) -> None:
+        """Forgets a request."""
+        requests = self._requests.get(gateway_id)
+        if requests is None:
+            return
+        requests.pop(request_id, None)
+        if not requests:
+            del self._requests[gateway_id]
+
+    def expire(self, model: str, lease_s: float, now_s: float) -> list[RequestId]:
+        """Returns a model's requests of gateways that have been away for longer than lease_s seconds, once."""
+        expired: list[RequestId] = []
+        for gateway_id, since_s in list(self._absent_since.items()):
+            if now_s - since_s < lease_s:
+                continue
+            requests = self._requests.get(gateway_id)
+            if requests is None:
+                del self._absent_since[gateway_id]
+                continue
+            gone = [request_id for request_id, of_model in requests.items() if of_model == model]
+            for request_id in gone:
+                self.close(gateway_id, request_id)
+            expired += gone
+        return expired
+
+    def send(self, gateway_id: str, message: scheduler_pb2.SubmitResponse) -> None:
+        """Sends to a gateway if it is connected; one that reconnects asks for what it missed."""
+        if peer := self._connected.get(gateway_id):
+            peer.outbox.send(message)
+
+    def cut_all(self) -> None:
+        """Ends every gateway's stream, so that each reconnects and submits its open requests again."""
+        for peer in self._connected.values():
+            peer.outbox.close()

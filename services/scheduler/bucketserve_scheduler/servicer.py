@@ -1,0 +1,163 @@
+"""SchedulerService: the streams of gateways and workers, each reduced to posting to a loop and emptying an outbox."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+
+from bucketserve.core.types import RequestId
+from bucketserve.rpc.convert import role_from_pb, role_to_pb
+from bucketserve.rpc.outbox import Outbox
+from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
+from bucketserve_scheduler.loop import SchedulingLoop
+from bucketserve_scheduler.peers import GatewayPeer, GatewayPeers, WorkerPeer
+from bucketserve_scheduler.settings import SchedulerSettings
+
+__all__ = ["SchedulerServicer"]
+
+GATEWAY_OUTBOX_LIMIT = 65_536
+
+SubmitRequests = AsyncIterator[scheduler_pb2.SubmitRequest]
+WorkRequests = AsyncIterator[scheduler_pb2.WorkRequest]
+SubmitContext = grpc.aio.ServicerContext[scheduler_pb2.SubmitRequest, scheduler_pb2.SubmitResponse]
+WorkContext = grpc.aio.ServicerContext[scheduler_pb2.WorkRequest, scheduler_pb2.WorkResponse]
+StatusContext = grpc.aio.ServicerContext[scheduler_pb2.GetStatusRequest, scheduler_pb2.GetStatusResponse]
+
+
+class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
+    """Speaks to gateways and workers; decides nothing."""
+
+    def __init__(
+        self,
+        *,
+        settings: SchedulerSettings,
+        scheduler_id: str,
+        gateways: GatewayPeers,
+        loop_of: Callable[[str, int], SchedulingLoop],
+        loops: Callable[[], list[SchedulingLoop]],
+        clock: Callable[[], float],
+    ) -> None:
+        """loop_of(model, context_tokens) returns the model's loop and starts it if there is none yet."""
+        self._settings = settings
+        self._scheduler_id = scheduler_id
+        self._gateways = gateways
+        self._loop_of = loop_of
+        self._loops = loops
+        self._clock = clock
+
+    async def Submit(
+        self, request_iterator: SubmitRequests, context: SubmitContext
+    ) -> AsyncIterator[scheduler_pb2.SubmitResponse]:
+        """One stream per gateway."""
+        first = await anext(aiter(request_iterator))
+        if first.WhichOneof("message") != "hello":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be hello")
+        peer = GatewayPeer(first.hello.gateway_id, Outbox(GATEWAY_OUTBOX_LIMIT))
+        self._gateways.connect(peer)
+        reader = asyncio.create_task(self._read_gateway(request_iterator, peer))
+        try:
+            yield scheduler_pb2.SubmitResponse(hello=self._hello())
+            async for message in peer.outbox.messages():
+                yield message
+        finally:
+            self._gateways.disconnect(peer, self._clock())
+            await _end(reader)
+
+    async def Work(
+        self, request_iterator: WorkRequests, context: WorkContext
+    ) -> AsyncIterator[scheduler_pb2.WorkResponse]:
+        """One stream per worker."""
+        first = await anext(aiter(request_iterator))
+        if first.WhichOneof("message") != "hello":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be hello")
+        loop = self._loop_of(first.hello.model, first.hello.context_tokens)
+        peer = await loop.connect(first.hello)
+        reader = asyncio.create_task(self._read_worker(request_iterator, loop, peer))
+        try:
+            yield scheduler_pb2.WorkResponse(
+                welcome=scheduler_pb2.WorkerWelcome(
+                    scheduler=self._hello(),
+                    report_interval_ms=round(self._settings.report_interval_s * 1e3),
+                    lease_ms=round(self._settings.worker_lease_s * 1e3),
+                )
+            )
+            async for message in peer.outbox.messages():
+                yield message
+        finally:
+            await _end(reader)
+            await loop.disconnect(peer)
+
+    async def GetStatus(
+        self, request: scheduler_pb2.GetStatusRequest, context: StatusContext
+    ) -> scheduler_pb2.GetStatusResponse:
+        """What the scheduler sees."""
+        return scheduler_pb2.GetStatusResponse(
+            scheduler=self._hello(), models=[self._model_status(loop) for loop in self._loops()]
+        )
+
+    async def _read_gateway(self, requests: SubmitRequests, peer: GatewayPeer) -> None:
+        try:
+            async for message in requests:
+                if message.WhichOneof("message") == "record":
+                    record = message.record
+                    await self._loop_of(record.model, record.context_tokens).submit(record)
+                elif message.WhichOneof("message") == "cancel":
+                    cancel = message.cancel
+                    for loop in self._loops():
+                        if loop.model == cancel.model:
+                            await loop.cancel(RequestId(cancel.request_id))
+        finally:
+            peer.outbox.close()
+
+    async def _read_worker(self, requests: WorkRequests, loop: SchedulingLoop, peer: WorkerPeer) -> None:
+        try:
+            async for message in requests:
+                await loop.hear(peer, message)
+        finally:
+            peer.outbox.close()
+
+    def _hello(self) -> scheduler_pb2.SchedulerHello:
+        epochs = [loop.leadership.epoch for loop in self._loops() if loop.leadership is not None]
+        return scheduler_pb2.SchedulerHello(scheduler_id=self._scheduler_id, epoch=max(epochs, default=0))
+
+    def _model_status(self, loop: SchedulingLoop) -> scheduler_pb2.ModelStatus:
+        now_s = self._clock()
+        view = loop.core.status()
+        return scheduler_pb2.ModelStatus(
+            model=loop.model,
+            buckets=[
+                scheduler_pb2.BucketStatus(
+                    low_tokens=bucket.bucket.low,
+                    high_tokens=bucket.bucket.high,
+                    num_waiting=bucket.num_waiting,
+                    waiting_tokens=bucket.waiting_tokens,
+                )
+                for bucket in view.buckets
+            ],
+            workers=[
+                scheduler_pb2.WorkerStatus(
+                    worker_id=peer.worker_id,
+                    role=role_to_pb(role_from_pb(peer.hello.role)),
+                    engine=peer.hello.engine,
+                    report=peer.report,
+                    report_age_ms=max(round((now_s - peer.reported_s) * 1e3), 0),
+                    is_draining=peer.is_draining,
+                )
+                for _, peer in sorted(loop.workers.items())
+            ],
+            num_waiting=view.num_waiting,
+            num_running=view.num_running,
+            policy=self._settings.policy,
+            num_finished=loop.num_finished,
+            num_batches=loop.num_batches,
+        )
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancels a reader and waits for it; its stream's own end is no news."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError, grpc.RpcError, grpc.aio.AioRpcError):
+        await task

@@ -1,0 +1,34 @@
+"""Settings of the scheduler: [scheduler] in the file, BUCKETSERVE_SCHEDULER_* in the environment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from bucketserve.config import Section
+
+__all__ = ["SchedulerSettings"]
+
+
+class SchedulerSettings(Section):
+    """[scheduler]."""
+
+    listen: str = Field("127.0.0.1:50052", description="host:port for gateways and workers, and health checks")
+    metrics_listen: str = Field("127.0.0.1:9102", description="host:port for Prometheus /metrics; empty: off")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0", description="Redis or Valkey; memory:// keeps state in memory only"
+    )
+    scheduler_id: str = Field("", description="unique per process; default: host name and process id")
+    policy: Literal["adaptive", "paper"] = Field("adaptive", description="how bucket edges are chosen")
+    batch_order: Literal["sjf", "ljf"] = Field("sjf", description="order of batch-class requests in a bucket")
+    max_queued_requests: int = Field(100_000, ge=1, description="requests that may wait, per model")
+    max_queued_tokens: int = Field(50_000_000, ge=1, description="prompt tokens that may wait, per model")
+    leader_lease_s: float = Field(3.0, gt=0.2, le=60, description="a silent leader is replaced after this, seconds")
+    worker_lease_s: float = Field(5.0, gt=0.5, le=300, description="a silent worker counts as lost after this, seconds")
+    report_interval_s: float = Field(0.5, gt=0.01, le=60, description="most time between a worker's reports, seconds")
+    gateway_lease_s: float = Field(
+        10.0, ge=0, le=300, description="requests of a disconnected gateway are cancelled after this, seconds"
+    )
+    drain_s: float = Field(25.0, ge=0, le=600, description="most time to finish on SIGTERM, seconds")
+    enable_reflection: bool = Field(True, description="answer gRPC reflection")

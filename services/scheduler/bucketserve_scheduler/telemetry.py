@@ -1,0 +1,135 @@
+"""What the scheduler reports of itself: logs, metrics, spans."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+from bucketserve.core.messages import DropReason, RefuseReason
+from bucketserve.core.scheduler import SchedulerCore
+from bucketserve.core.types import Batch
+from bucketserve.rpc.convert import request_class_from_pb
+from bucketserve.telemetry.logs import EventLog
+from bucketserve.telemetry.metrics import ProcessMetrics
+from bucketserve.telemetry.tracing import Tracing
+from bucketserve.v1 import scheduler_pb2
+
+__all__ = ["LoopTelemetry"]
+
+GAUGE_INTERVAL_S = 0.5
+
+
+class LoopTelemetry:
+    """Observes; changes nothing."""
+
+    def __init__(self, log: EventLog, metrics: ProcessMetrics, tracing: Tracing) -> None:
+        """Takes the process's outlets."""
+        self._log = log
+        self._metrics = metrics
+        self._tracing = tracing
+        self._gauges_s: dict[str, float] = {}
+        self._is_store_away = False
+
+    @contextlib.contextmanager
+    def step(self, model: str, core: SchedulerCore) -> Iterator[None]:
+        """Around each core step."""
+        start_s = time.perf_counter()
+        yield
+        end_s = time.perf_counter()
+        self._metrics.observe("bucketserve_scheduler_step_seconds", end_s - start_s)
+        if end_s - self._gauges_s.get(model, 0.0) < GAUGE_INTERVAL_S:
+            return
+        self._gauges_s[model] = end_s
+        view = core.status()
+        self._metrics.set("bucketserve_scheduler_waiting_requests", view.num_waiting, model=model)
+        waiting_tokens = sum(bucket.waiting_tokens for bucket in view.buckets)
+        self._metrics.set("bucketserve_scheduler_waiting_tokens", waiting_tokens, model=model)
+        self._metrics.set("bucketserve_scheduler_running_requests", view.num_running, model=model)
+        self._metrics.set("bucketserve_scheduler_buckets", len(view.buckets), model=model)
+
+    @contextlib.contextmanager
+    def store_round_trip(self) -> Iterator[None]:
+        """Around each write to the store."""
+        start_s = time.perf_counter()
+        yield
+        self._metrics.observe("bucketserve_scheduler_store_seconds", time.perf_counter() - start_s)
+        if self._is_store_away:
+            self._is_store_away = False
+            self._log.info("store.back")
+
+    def store_unavailable(self, model: str, detail: str) -> None:
+        """When the store can't be reached; logged once per outage."""
+        if not self._is_store_away:
+            self._is_store_away = True
+            self._log.warning("store.unavailable", model=model, detail=detail)
+
+    def leading(self, model: str, epoch: int) -> None:
+        """When this scheduler takes the lead."""
+        self._metrics.set("bucketserve_scheduler_leading", 1, model=model)
+        self._log.info("leader.elected", model=model, epoch=epoch)
+
+    def stepped_down(self, model: str) -> None:
+        """When it loses the lead."""
+        self._metrics.set("bucketserve_scheduler_leading", 0, model=model)
+        self._log.warning("leader.lost", model=model)
+
+    def worker_joined(self, model: str, worker_id: str, num_running: int) -> None:
+        """When a worker's stream begins."""
+        self._log.info("worker.joined", model=model, worker_id=worker_id, num_running=num_running)
+
+    def worker_lost(self, model: str, worker_id: str, cause: str) -> None:
+        """When a worker's stream ends or its lease runs out."""
+        self._log.warning("worker.lost", model=model, worker_id=worker_id, cause=cause)
+
+    def admitted(self, record: scheduler_pb2.QueueRecord) -> None:
+        """When a record is in the queue."""
+        request_class = request_class_from_pb(record.request_class).value
+        self._metrics.count("bucketserve_scheduler_admitted_total", model=record.model, request_class=request_class)
+
+    def refused(self, reason: RefuseReason) -> None:
+        """When a record is not."""
+        self._metrics.count("bucketserve_scheduler_refused_total", reason=reason.value)
+
+    def dropped(self, reason: DropReason) -> None:
+        """When a queued or running record ends early."""
+        self._metrics.count("bucketserve_scheduler_dropped_total", reason=reason.value)
+
+    def dispatched(self, batch: Batch, records: Sequence[scheduler_pb2.QueueRecord], now_s: float) -> None:
+        """When a batch goes to its worker: one span per request, one for the batch, linked to them."""
+        self._metrics.count("bucketserve_scheduler_batches_total", limited_by=batch.limited_by.value)
+        self._metrics.observe("bucketserve_scheduler_batch_requests", len(batch.request_ids))
+        padding = 1.0 - batch.prefill_tokens / batch.padded_tokens if batch.padded_tokens else 0.0
+        self._metrics.observe("bucketserve_scheduler_batch_padding_ratio", padding)
+        if not self._tracing.is_enabled:
+            return
+        now_us = round(now_s * 1e6)
+        attributes: dict[str, str | int] = {
+            "bucketserve.batch.id": batch.batch_id,
+            "bucketserve.batch.num_requests": len(batch.request_ids),
+            "bucketserve.batch.prompt_tokens": batch.prefill_tokens,
+            "bucketserve.batch.padded_tokens": batch.padded_tokens,
+            "bucketserve.batch.reserved_kv_tokens": batch.reserved_kv_tokens,
+            "bucketserve.batch.limited_by": batch.limited_by.value,
+            "bucketserve.bucket.low_tokens": batch.bucket.low,
+            "bucketserve.bucket.high_tokens": batch.bucket.high,
+            "bucketserve.worker_id": batch.worker_id,
+        }
+        parents = []
+        for record in records:
+            parent = self._tracing.extract(record.traceparent, record.tracestate)
+            if parent is None:
+                continue
+            parents.append(parent)
+            self._tracing.record(
+                "bucketserve.queue",
+                record.arrival_unix_us,
+                now_us,
+                parent=parent,
+                attributes={
+                    **attributes,
+                    "bucketserve.request_id": record.request_id,
+                    "bucketserve.attempt": record.attempt,
+                },
+            )
+        self._tracing.record("bucketserve.batch", now_us, now_us, attributes=attributes, links=parents)

@@ -1,0 +1,1 @@
+"""The worker service: one engine on one device, its reports, its token streams."""

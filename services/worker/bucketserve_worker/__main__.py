@@ -1,0 +1,12 @@
+"""`python -m bucketserve_worker`: one worker process, configured by environment and file."""
+
+from __future__ import annotations
+
+import sys
+
+from bucketserve.process import service_main
+from bucketserve_worker.app import serve
+from bucketserve_worker.settings import WorkerSettings
+
+if __name__ == "__main__":
+    sys.exit(service_main("worker", WorkerSettings, serve))

@@ -1,0 +1,223 @@
+"""Token streams to gateways: one Deliver call per gateway, tokens of many requests coalesced.
+
+The first token of a request and its end go out at once; tokens in between wait up to flush_s to share a message, since
+the cost of a stream is per message, not per token. What a gateway has not acknowledged when a stream breaks is sent
+again on the next one; it drops what it has seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+
+from bucketserve.core.types import RequestId
+from bucketserve.rpc.channel import open_channel
+from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
+
+__all__ = ["DeliveryPool", "key_of"]
+
+MAX_PENDING_TOKENS = 1_000_000
+MAX_UNACKNOWLEDGED = 10_000
+RECONNECT_S = 0.2
+IDLE_CLOSE_S = 60.0
+
+
+def key_of(request_id: str, attempt: int) -> RequestId:
+    """Returns the engine's name for an attempt of a request."""
+    return RequestId(f"{request_id}#{attempt}")
+
+
+class DeliveryPool:
+    """The streams to all gateways, opened when first needed and closed when long idle."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        *,
+        flush_s: float,
+        give_up_s: float,
+        on_stop: Callable[[list[RequestId]], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        """on_stop(keys) when a gateway wants no more; on_lost(address) when it can't be reached for give_up_s."""
+        self._worker_id = worker_id
+        self._flush_s = flush_s
+        self._give_up_s = give_up_s
+        self._on_stop = on_stop
+        self._on_lost = on_lost
+        self._streams: dict[str, _GatewayStream] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def send(self, address: str, delivery: delivery_pb2.TokenDelivery) -> None:
+        """Queues output for the gateway at that address."""
+        stream = self._streams.get(address)
+        if stream is None:
+            stream = _GatewayStream(address, self._worker_id, self._flush_s, self._give_up_s, self._on_stop)
+            self._streams[address] = stream
+            self._tasks[address] = asyncio.create_task(self._serve(stream), name=f"deliver-{address}")
+        stream.put(delivery)
+
+    async def flush(self, timeout_s: float) -> None:
+        """Waits until everything queued has been sent, for at most timeout_s seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                for stream in list(self._streams.values()):
+                    await stream.drained.wait()
+
+    async def close(self) -> None:
+        """Ends all streams."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _serve(self, stream: _GatewayStream) -> None:
+        try:
+            await stream.run()
+        except _GatewayLostError:
+            self._on_lost(stream.address)
+        finally:
+            self._streams.pop(stream.address, None)
+            self._tasks.pop(stream.address, None)
+
+
+class _GatewayLostError(Exception):
+    """The gateway could not be reached in time."""
+
+
+class _GatewayStream:
+    """One gateway's pending output and its Deliver call."""
+
+    def __init__(
+        self,
+        address: str,
+        worker_id: str,
+        flush_s: float,
+        give_up_s: float,
+        on_stop: Callable[[list[RequestId]], None],
+    ) -> None:
+        self.address = address
+        self.drained = asyncio.Event()
+        self.drained.set()
+        self._worker_id = worker_id
+        self._flush_s = flush_s
+        self._give_up_s = give_up_s
+        self._on_stop = on_stop
+        self._pending: dict[str, delivery_pb2.TokenDelivery] = {}
+        self._unacknowledged: deque[delivery_pb2.DeliverRequest] = deque()
+        self._num_acknowledged = 0
+        self._num_pending_tokens = 0
+        self._has_pending = asyncio.Event()
+        self._is_urgent = asyncio.Event()
+        self._is_lost = False
+
+    def put(self, delivery: delivery_pb2.TokenDelivery) -> None:
+        """Adds output, merged with what is pending of the same attempt."""
+        pending = self._pending.get(delivery.request_id)
+        if pending is not None and pending.attempt == delivery.attempt:
+            pending.MergeFrom(_without_index(delivery, pending.first_index))
+        else:
+            self._pending[delivery.request_id] = delivery
+        self._num_pending_tokens += len(delivery.token_ids)
+        self.drained.clear()
+        self._has_pending.set()
+        if delivery.first_index == 0 or delivery.HasField("finished"):
+            self._is_urgent.set()
+        if self._num_pending_tokens > MAX_PENDING_TOKENS or len(self._unacknowledged) > MAX_UNACKNOWLEDGED:
+            self._is_lost = True
+
+    async def run(self) -> None:
+        """Keeps a call open and sends; returns when idle for long.
+
+        Raises:
+            _GatewayLostError: the gateway can't be reached, or does not read.
+        """
+        lost_since_s: float | None = None
+        clock = asyncio.get_running_loop().time
+        async with open_channel(self.address) as channel:
+            stub = delivery_pb2_grpc.DeliveryServiceStub(channel)
+            while True:
+                try:
+                    if not await self._converse(stub):
+                        return
+                    lost_since_s = None
+                except grpc.aio.AioRpcError:
+                    lost_since_s = lost_since_s or clock()
+                if lost_since_s is not None and clock() - lost_since_s > self._give_up_s:
+                    raise _GatewayLostError
+                await asyncio.sleep(RECONNECT_S)
+
+    async def _converse(self, stub: delivery_pb2_grpc.DeliveryServiceStub) -> bool:
+        """One call, until it breaks (AioRpcError, or True) or is idle for long (False)."""
+        call = stub.Deliver()
+        # Nothing is taken from the pending output before the gateway is known to be there.
+        await call.wait_for_connection()
+        await call.write(delivery_pb2.DeliverRequest(worker_id=self._worker_id))
+        self._num_acknowledged = 0
+        for message in list(self._unacknowledged):
+            await call.write(message)
+        reader = asyncio.create_task(self._read(call))
+        try:
+            while not reader.done():
+                if not await self._wait(reader):
+                    await call.done_writing()
+                    return False
+                if self._is_lost:
+                    raise _GatewayLostError
+                await self._write(call)
+            await reader
+            return True
+        finally:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
+                await reader
+            call.cancel()
+
+    async def _wait(self, reader: asyncio.Task[None]) -> bool:
+        """Waits until there is something to send and, unless it is urgent, until its time to share is over."""
+        if not self._has_pending.is_set():
+            waiter = asyncio.create_task(self._has_pending.wait())
+            try:
+                done, _ = await asyncio.wait(
+                    {waiter, reader}, timeout=IDLE_CLOSE_S, return_when=asyncio.FIRST_COMPLETED
+                )
+            finally:
+                waiter.cancel()
+            if not done:
+                return False
+        if self._flush_s and not self._is_urgent.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._flush_s):
+                    await self._is_urgent.wait()
+        return True
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[delivery_pb2.DeliverRequest, object]) -> None:
+        deliveries = list(self._pending.values())
+        self._pending.clear()
+        self._num_pending_tokens = 0
+        self._has_pending.clear()
+        self._is_urgent.clear()
+        if deliveries:
+            message = delivery_pb2.DeliverRequest(deliveries=deliveries)
+            self._unacknowledged.append(message)
+            await call.write(message)
+
+    async def _read(self, call: AsyncIterator[delivery_pb2.DeliverResponse]) -> None:
+        async for response in call:
+            while self._num_acknowledged < response.num_received and self._unacknowledged:
+                self._unacknowledged.popleft()
+                self._num_acknowledged += 1
+            if not self._unacknowledged and not self._pending:
+                self.drained.set()
+            if response.stops:
+                self._on_stop([key_of(stop.request_id, stop.attempt) for stop in response.stops])
+
+
+def _without_index(delivery: delivery_pb2.TokenDelivery, first_index: int) -> delivery_pb2.TokenDelivery:
+    """Returns it with the first index of what it is merged into, which MergeFrom would otherwise overwrite."""
+    delivery.first_index = first_index
+    return delivery

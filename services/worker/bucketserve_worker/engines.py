@@ -1,0 +1,59 @@
+"""The engines that settings name: the one place to touch for a further one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bucketserve.core.errors import SettingsError
+from bucketserve.engine.fake import FakeEngine, FakeSettings
+from bucketserve.ports import Engine
+from bucketserve_worker.settings import WorkerSettings
+
+__all__ = ["engine_loader"]
+
+
+def engine_loader(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Callable[[], Engine]:
+    """Returns the function that loads the engine; it runs in the engine's thread and may take minutes."""
+    return _LOADERS[settings.engine](settings, on_progress)
+
+
+def _fake(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Callable[[], Engine]:
+    defaults = FakeSettings()
+    fake = FakeSettings(
+        kv_total_tokens=settings.kv_budget_tokens or defaults.kv_total_tokens,
+        context_tokens=settings.context_tokens or defaults.context_tokens,
+        max_sequences=settings.max_sequences,
+        max_step_tokens=settings.max_step_tokens,
+        step_s=settings.fake_decode_us_per_step / 1e6,
+        prefill_s_per_token=settings.fake_prefill_us_per_token / 1e6,
+    )
+    return lambda: FakeEngine(fake)
+
+
+def _transformers(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Callable[[], Engine]:
+    if not settings.model:
+        raise SettingsError(["[worker] model: name a directory or hub id (BUCKETSERVE_WORKER_MODEL)"])
+
+    def load() -> Engine:
+        # Only here: a worker with another engine needs no torch.
+        from bucketserve.engine.loader import LoadSettings, load_engine
+
+        return load_engine(
+            LoadSettings(
+                model=settings.model,
+                device=settings.device,
+                dtype=settings.dtype,
+                num_threads=settings.num_threads,
+                kv_budget_bytes=settings.kv_budget_bytes,
+                kv_budget_tokens=settings.kv_budget_tokens,
+                context_tokens=settings.context_tokens,
+                max_sequences=settings.max_sequences,
+                max_step_tokens=settings.max_step_tokens,
+            ),
+            on_progress,
+        )
+
+    return load
+
+
+_LOADERS = {"fake": _fake, "transformers": _transformers}

@@ -1,0 +1,147 @@
+"""The requests at this worker: whose they are, how far they are, and their output on its way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from bucketserve.core.types import FinishReason, RequestId
+from bucketserve.ports import SequenceFailure, StepOutput, TokenOutput
+from bucketserve.rpc.convert import finish_reason_to_pb, logprobs_to_pb
+from bucketserve.v1 import common_pb2, delivery_pb2, scheduler_pb2
+from bucketserve_worker.delivery import DeliveryPool, key_of
+
+__all__ = ["Finished", "Running", "RunningTable"]
+
+
+@dataclass(slots=True)
+class Running:
+    """A request at this worker."""
+
+    record: scheduler_pb2.QueueRecord
+    batch: common_pb2.BatchInfo
+    received_s: float
+    prefilled_s: float | None = None
+    num_output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request that has left, for the scheduler and the traces."""
+
+    running: Running
+    reason: FinishReason
+    finished_s: float
+
+
+@dataclass(slots=True)
+class RunningTable:
+    """Attempts of requests, by the engine's name for each (`key_of`). Owned by the event loop.
+
+    A newer attempt may arrive while the engine still works on an older one; their tokens must never be mixed up, so
+    that the engine knows them by different names.
+    """
+
+    delivery: DeliveryPool
+    clock: Callable[[], float]
+    _running: dict[RequestId, Running] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Number of requests here."""
+        return len(self._running)
+
+    def get(self, key: RequestId) -> Running | None:
+        """Returns an attempt, if it is here."""
+        return self._running.get(key)
+
+    def keys_of(self, request_id: str) -> list[RequestId]:
+        """Returns the attempts of a request that are here; all but at most one are on their way out."""
+        return [key for key, running in self._running.items() if running.record.request_id == request_id]
+
+    def request_ids(self) -> list[str]:
+        """Returns the requests that are here."""
+        return [running.record.request_id for running in self._running.values()]
+
+    def add(self, assignment: scheduler_pb2.BatchAssignment) -> list[RequestId]:
+        """Takes a batch; returns its keys, in order."""
+        now_s = self.clock()
+        keys = [key_of(record.request_id, record.attempt) for record in assignment.records]
+        for key, record in zip(keys, assignment.records, strict=True):
+            self._running[key] = Running(record, assignment.batch, now_s)
+        return keys
+
+    def of_gateway(self, delivery_address: str) -> list[RequestId]:
+        """Returns the requests whose output goes to that address."""
+        return [key for key, running in self._running.items() if running.record.delivery_address == delivery_address]
+
+    def take_output(self, output: StepOutput) -> list[Finished]:
+        """Sends a step's tokens to their gateways; returns the requests that it ended."""
+        now_s = self.clock()
+        for key in output.prefilled:
+            if running := self._running.get(key):
+                running.prefilled_s = now_s
+        finished = [done for token in output.tokens if (done := self._take_token(token, now_s))]
+        finished += [done for failure in output.failures if (done := self._take_failure(failure, now_s))]
+        return finished
+
+    def take_cancelled(self, keys: Sequence[RequestId]) -> list[Finished]:
+        """Forgets requests that the engine has let go; nobody waits for their output."""
+        return self.give_up(keys, FinishReason.CANCELLED)
+
+    def give_up(self, keys: Sequence[RequestId], reason: FinishReason) -> list[Finished]:
+        """Forgets attempts without a word to their gateways; those not here are passed over."""
+        now_s = self.clock()
+        return [Finished(running, reason, now_s) for key in keys if (running := self._running.pop(key, None))]
+
+    def fail_all(self, message: str) -> list[Finished]:
+        """Ends everything: the engine is gone. Gateways start the requests elsewhere."""
+        failures = [SequenceFailure(request_id=key, message=message, is_retryable=True) for key in self._running]
+        now_s = self.clock()
+        return [done for failure in failures if (done := self._take_failure(failure, now_s))]
+
+    def _take_token(self, token: TokenOutput, now_s: float) -> Finished | None:
+        running = self._running.get(token.request_id)
+        if running is None:
+            return None
+        delivery = delivery_pb2.TokenDelivery(
+            request_id=running.record.request_id,
+            attempt=running.record.attempt,
+            first_index=running.num_output_tokens,
+        )
+        if token.token_id is not None:
+            delivery.token_ids.append(token.token_id)
+            running.num_output_tokens += 1
+            if token.logprobs is not None:
+                delivery.logprobs.append(logprobs_to_pb(token.logprobs))
+        if token.finish_reason is not None:
+            delivery.finished.CopyFrom(self._finished(running, token.finish_reason, now_s))
+            if token.matched_stop_token_id is not None:
+                delivery.finished.matched_stop_token_id = token.matched_stop_token_id
+            del self._running[token.request_id]
+        self.delivery.send(running.record.delivery_address, delivery)
+        return None if token.finish_reason is None else Finished(running, token.finish_reason, now_s)
+
+    def _take_failure(self, failure: SequenceFailure, now_s: float) -> Finished | None:
+        running = self._running.pop(failure.request_id, None)
+        if running is None:
+            return None
+        finished = self._finished(running, FinishReason.ERROR, now_s)
+        finished.error_message, finished.is_retryable = failure.message, failure.is_retryable
+        self.delivery.send(
+            running.record.delivery_address,
+            delivery_pb2.TokenDelivery(
+                request_id=running.record.request_id,
+                attempt=running.record.attempt,
+                first_index=running.num_output_tokens,
+                finished=finished,
+            ),
+        )
+        return Finished(running, FinishReason.ERROR, now_s)
+
+    def _finished(self, running: Running, reason: FinishReason, now_s: float) -> delivery_pb2.DeliveryFinished:
+        prefilled_s = running.prefilled_s if running.prefilled_s is not None else now_s
+        return delivery_pb2.DeliveryFinished(
+            reason=finish_reason_to_pb(reason),
+            prefill_us=round((prefilled_s - running.received_s) * 1e6),
+            decode_us=round((now_s - prefilled_s) * 1e6),
+        )

@@ -1,0 +1,121 @@
+"""The worker's stream to the scheduler: hello, reports and finished requests out; batches and cancellations in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import grpc
+
+from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.outbox import Outbox
+from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
+
+__all__ = ["SchedulerLink"]
+
+OUTBOX_LIMIT = 65_536
+RECONNECT_S = 0.3
+
+Work = scheduler_pb2.WorkRequest
+
+
+class SchedulerLink:
+    """Keeps one Work stream open, reconnecting for ever.
+
+    What is sent while there is no stream is lost on purpose: the next hello names what still runs, which tells the
+    scheduler everything.
+    """
+
+    def __init__(
+        self,
+        addresses: list[str],
+        *,
+        hello: Callable[[], scheduler_pb2.WorkerHello],
+        report: Callable[[], scheduler_pb2.WorkerReport],
+        on_batch: Callable[[scheduler_pb2.BatchAssignment], None],
+        on_cancel: Callable[[list[str]], None],
+        on_state: Callable[[bool, str], None],
+    ) -> None:
+        """on_state(connected, detail) on every change; addresses are tried in turn."""
+        self._addresses = addresses
+        self._hello = hello
+        self._report = report
+        self._on_batch = on_batch
+        self._on_cancel = on_cancel
+        self._on_state = on_state
+        self._outbox: Outbox[Work] | None = None
+        self._report_soon = asyncio.Event()
+        self.is_draining = False
+
+    def finished(self, message: scheduler_pb2.RecordFinished) -> None:
+        """Says that a request has left."""
+        self._send(Work(finished=message))
+
+    def prefilled(self, message: scheduler_pb2.BatchPrefilled) -> None:
+        """Says that prompts are computed."""
+        self._send(Work(prefilled=message))
+
+    def report_soon(self) -> None:
+        """Asks for a report with the next turn of the event loop, rather than at the next interval."""
+        self._report_soon.set()
+
+    def drain(self) -> None:
+        """Takes no more batches."""
+        self.is_draining = True
+        self._send(Work(draining=scheduler_pb2.WorkerDraining()))
+
+    async def run(self) -> None:
+        """Stays connected; ends only by cancellation."""
+        attempt = 0
+        while True:
+            address = self._addresses[attempt % len(self._addresses)]
+            try:
+                async with open_channel(address) as channel:
+                    await self._converse(scheduler_pb2_grpc.SchedulerServiceStub(channel), address)
+                detail = "stream ended"
+            except grpc.aio.AioRpcError as error:
+                detail = f"{error.code().name}: {error.details()}"
+            self._on_state(False, f"{address}: {detail}")
+            attempt += 1
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _converse(self, stub: scheduler_pb2_grpc.SchedulerServiceStub, address: str) -> None:
+        outbox: Outbox[Work] = Outbox(OUTBOX_LIMIT)
+        outbox.send(Work(hello=self._hello()))
+        call = stub.Work(outbox.messages())
+        reporter: asyncio.Task[None] | None = None
+        try:
+            async for response in call:
+                match response.WhichOneof("message"):
+                    case "welcome":
+                        self._outbox = outbox
+                        self._on_state(True, f"{address}: {response.welcome.scheduler.scheduler_id}")
+                        interval_s = response.welcome.report_interval_ms / 1e3
+                        reporter = asyncio.create_task(self._report_for_ever(interval_s))
+                        if self.is_draining:
+                            self.drain()
+                    case "batch":
+                        self._on_batch(response.batch)
+                    case "cancel":
+                        self._on_cancel(list(response.cancel.request_ids))
+        finally:
+            self._outbox = None
+            outbox.close()
+            call.cancel()
+            if reporter is not None:
+                reporter.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await reporter
+
+    async def _report_for_ever(self, interval_s: float) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._report_soon.wait()
+            self._report_soon.clear()
+            self._send(Work(report=self._report()))
+
+    def _send(self, message: Work) -> None:
+        if self._outbox is not None:
+            self._outbox.send(message)

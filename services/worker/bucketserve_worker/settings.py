@@ -1,0 +1,39 @@
+"""Settings of a worker: [worker] in the file, BUCKETSERVE_WORKER_* in the environment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from bucketserve.config import Section
+
+__all__ = ["WorkerSettings"]
+
+
+class WorkerSettings(Section):
+    """[worker]."""
+
+    scheduler_address: str = Field("127.0.0.1:50052", description="host:port of the scheduler")
+    listen: str = Field("127.0.0.1:50054", description="host:port for WorkerService and health checks")
+    address: str = Field("", description="host:port at which other workers reach this one; default: listen")
+    metrics_listen: str = Field("127.0.0.1:9103", description="host:port for Prometheus /metrics; empty: off")
+    worker_id: str = Field("", description="unique per process; default: host name and process id")
+    engine: Literal["transformers", "fake"] = Field("transformers", description="engine adapter")
+    model: str = Field("", description="directory or hub id of a Hugging Face causal LM; unused by the fake engine")
+    model_name: str = Field("default", min_length=1, max_length=128, description="name that clients use")
+    role: Literal["both", "prefill", "decode"] = Field("both", description="what the worker does")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights and KV")
+    num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: as torch chooses")
+    kv_budget_bytes: int = Field(0, ge=0, description="memory for KV; 0: measured at start")
+    kv_budget_tokens: int = Field(0, ge=0, description="KV in tokens; 0: by bytes, or measured")
+    context_tokens: int = Field(0, ge=0, description="most tokens per sequence; 0: what the model has")
+    max_sequences: int = Field(64, ge=1, le=4096, description="sequences that may run at once")
+    max_step_tokens: int = Field(2048, ge=16, description="most tokens in one forward pass; bounds activation memory")
+    fake_prefill_us_per_token: float = Field(50.0, ge=0, description="fake engine: prefill time per token")
+    fake_decode_us_per_step: float = Field(5_000.0, ge=0, description="fake engine: time of a decode step")
+    flush_ms: float = Field(20.0, ge=0, le=1000, description="tokens wait at most this to share a message")
+    gateway_timeout_s: float = Field(10.0, gt=0, description="output for an unreachable gateway is given up after this")
+    drain_s: float = Field(25.0, ge=0, le=600, description="most time to finish on SIGTERM, seconds")
+    enable_reflection: bool = Field(True, description="answer gRPC reflection")

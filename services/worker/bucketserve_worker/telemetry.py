@@ -1,0 +1,110 @@
+"""What a worker reports of itself: logs, metrics, spans."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from bucketserve.core.types import FinishReason, Headroom
+from bucketserve.ports import StepOutput
+from bucketserve.telemetry.logs import EventLog
+from bucketserve.telemetry.metrics import ProcessMetrics
+from bucketserve.telemetry.tracing import Tracing
+from bucketserve_worker.engine_thread import EngineTurn
+from bucketserve_worker.running import Finished
+
+__all__ = ["WorkerTelemetry"]
+
+
+class WorkerTelemetry:
+    """Observes; changes nothing."""
+
+    def __init__(self, log: EventLog, metrics: ProcessMetrics, tracing: Tracing, worker_id: str, model: str) -> None:
+        """Takes the process's outlets."""
+        self._log = log
+        self._metrics = metrics
+        self._tracing = tracing
+        self._worker_id = worker_id
+        self._model = model
+        self._num_out_of_memory = 0
+        self._unix_offset_s = time.time() - time.monotonic()
+
+    def turn(self, turn: EngineTurn, finished: Sequence[Finished]) -> None:
+        """After each engine turn."""
+        self._count_step(turn.output)
+        self._show_headroom(turn.headroom)
+        for done in finished:
+            self._metrics.count("bucketserve_worker_finished_total", model=self._model, reason=done.reason.value)
+            if done.reason in (FinishReason.STOP, FinishReason.LENGTH):
+                self._metrics.count(
+                    "vllm:request_success_total", model_name=self._model, finished_reason=done.reason.value
+                )
+            if self._tracing.is_enabled:
+                self._record_spans(done)
+        for failure in turn.output.failures:
+            self._log.warning("sequence.failed", request_id=failure.request_id, detail=failure.message)
+
+    def scheduler_state(self, is_connected: bool, detail: str) -> None:
+        """When the scheduler's stream comes or goes."""
+        if is_connected:
+            self._log.info("scheduler.connected", detail=detail)
+        else:
+            self._log.warning("scheduler.disconnected", detail=detail)
+
+    def gateway_lost(self, address: str, num_requests: int) -> None:
+        """When a gateway can't be reached."""
+        self._log.warning("gateway.lost", address=address, num_requests=num_requests)
+
+    def _count_step(self, output: StepOutput) -> None:
+        sample = output.sample
+        if sample is None:
+            return
+        model = self._model
+        self._metrics.count("bucketserve_worker_steps_total", model=model)
+        self._metrics.observe("bucketserve_worker_step_seconds", sample.duration_s, model=model)
+        self._metrics.count("bucketserve_worker_prefill_tokens_total", sample.prefill_tokens, model=model)
+        self._metrics.count("bucketserve_worker_decode_tokens_total", sample.decode_sequences, model=model)
+        self._metrics.count("vllm:prompt_tokens_total", sample.prefill_tokens, model_name=model)
+        self._metrics.count("vllm:generation_tokens_total", len(output.tokens), model_name=model)
+
+    def _show_headroom(self, headroom: Headroom) -> None:
+        model, total = self._model, max(headroom.kv_total_tokens, 1)
+        self._metrics.set("bucketserve_worker_kv_total_tokens", headroom.kv_total_tokens, model=model)
+        self._metrics.set("bucketserve_worker_kv_free_tokens", headroom.kv_free_tokens, model=model)
+        self._metrics.set("vllm:num_requests_running", headroom.num_running, model_name=model)
+        self._metrics.set("vllm:num_requests_waiting", headroom.num_waiting, model_name=model)
+        self._metrics.set("vllm:kv_cache_usage_perc", 1.0 - headroom.kv_free_tokens / total, model_name=model)
+        if headroom.num_out_of_memory > self._num_out_of_memory:
+            new = headroom.num_out_of_memory - self._num_out_of_memory
+            self._metrics.count("bucketserve_worker_out_of_memory_total", new, model=model)
+            self._log.warning("device.out_of_memory", num_new=new, kv_total_tokens=headroom.kv_total_tokens)
+            self._num_out_of_memory = headroom.num_out_of_memory
+
+    def _record_spans(self, done: Finished) -> None:
+        record = done.running.record
+        parent = self._tracing.extract(record.traceparent, record.tracestate)
+        if parent is None:
+            return
+        attributes: dict[str, str | int] = {
+            "bucketserve.request_id": record.request_id,
+            "bucketserve.attempt": record.attempt,
+            "bucketserve.worker_id": self._worker_id,
+            "bucketserve.batch.id": done.running.batch.batch_id,
+            "bucketserve.output_tokens": done.running.num_output_tokens,
+            "bucketserve.finish_reason": done.reason.value,
+        }
+        prefilled_s = done.running.prefilled_s
+        prefill_end_us = self._unix_us(done.finished_s if prefilled_s is None else prefilled_s)
+        received_us = self._unix_us(done.running.received_s)
+        self._tracing.record("bucketserve.prefill", received_us, prefill_end_us, parent=parent, attributes=attributes)
+        if prefilled_s is not None:
+            self._tracing.record(
+                "bucketserve.decode",
+                prefill_end_us,
+                self._unix_us(done.finished_s),
+                parent=parent,
+                attributes=attributes,
+            )
+
+    def _unix_us(self, monotonic_s: float) -> int:
+        return round((monotonic_s + self._unix_offset_s) * 1e6)

@@ -1,0 +1,167 @@
+"""The worker's hub: batches from the scheduler to the engine, tokens from the engine to the gateways, reports back.
+
+SchedulerLink --batch, cancel--> Worker --> EngineThread
+EngineThread --turn--> Worker --> RunningTable --> DeliveryPool --> gateways
+└--> SchedulerLink: prefilled, finished, report
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from bucketserve.core.types import FinishReason, Headroom, RequestId, StepSample, WorkerRole
+from bucketserve.rpc.convert import (
+    finish_reason_to_pb,
+    headroom_to_pb,
+    role_to_pb,
+    sequence_from_record,
+)
+from bucketserve.v1 import scheduler_pb2
+from bucketserve_worker.delivery import DeliveryPool
+from bucketserve_worker.engine_thread import EngineStarted, EngineThread, EngineTurn
+from bucketserve_worker.running import Finished, Running, RunningTable
+from bucketserve_worker.scheduler_link import SchedulerLink
+from bucketserve_worker.settings import WorkerSettings
+from bucketserve_worker.telemetry import WorkerTelemetry
+
+__all__ = ["Worker"]
+
+MAX_STEP_SAMPLES = 256
+"""Samples kept between two reports; older ones give way, since the fit wants the present."""
+
+
+class Worker:
+    """Owns the requests at this process. Everything runs in the event loop; only EngineThread has another thread."""
+
+    def __init__(self, settings: WorkerSettings, worker_id: str, telemetry: WorkerTelemetry) -> None:
+        """Connects to nothing yet; attach() completes it once the engine is warm."""
+        self.worker_id = worker_id
+        self._settings = settings
+        self._telemetry = telemetry
+        self.delivery = DeliveryPool(
+            worker_id,
+            flush_s=settings.flush_ms / 1e3,
+            give_up_s=settings.gateway_timeout_s,
+            on_stop=self._on_stop,
+            on_lost=self._on_gateway_lost,
+        )
+        self.running = RunningTable(self.delivery, time.monotonic)
+        self.link = SchedulerLink(
+            settings.scheduler_address.split(","),
+            hello=self._hello,
+            report=self._report,
+            on_batch=self._on_batch,
+            on_cancel=self._on_cancel,
+            on_state=telemetry.scheduler_state,
+        )
+        self._steps: deque[StepSample] = deque(maxlen=MAX_STEP_SAMPLES)
+        self._last_assignment = 0
+
+    def attach(self, engine: EngineThread, started: EngineStarted) -> None:
+        """Takes the warm engine."""
+        self._engine = engine
+        self._info = started.info
+        self._headroom: Headroom = started.headroom
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Waits until no request is left and all output is sent; False if that took longer than timeout_s."""
+        deadline_s = time.monotonic() + timeout_s
+        while len(self.running) and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        await self.delivery.flush(max(deadline_s - time.monotonic(), 0.2))
+        return not len(self.running)
+
+    def engine_failed(self, error: BaseException) -> None:
+        """Hands every request back: the engine is gone."""
+        self._tell_finished(self.running.fail_all(f"engine failed: {type(error).__name__}"))
+
+    # --- from the engine ----------------------------------------------------------------------------------------
+
+    def on_turn(self, turn: EngineTurn) -> None:
+        """Takes what one turn of the engine brought."""
+        self._headroom, self._last_assignment = turn.headroom, turn.last_assignment
+        output = turn.output
+        if output.sample is not None:
+            self._steps.append(output.sample)
+        # Looked up first: a request of one token is prefilled and finished in the same turn.
+        prefilled = [running for key in output.prefilled if (running := self.running.get(key))]
+        finished = [*self.running.take_output(output), *self.running.take_cancelled(turn.cancelled)]
+        self._telemetry.turn(turn, finished)
+        self._tell_prefilled(prefilled)
+        self._tell_finished(finished)
+        if finished or output.prefilled or turn.cancelled:
+            self.link.report_soon()
+
+    def _tell_prefilled(self, prefilled: Sequence[Running]) -> None:
+        batches: dict[str, scheduler_pb2.BatchPrefilled] = {}
+        for running in prefilled:
+            batch_id = running.batch.batch_id
+            duration_us = round((self.running.clock() - running.received_s) * 1e6)
+            message = batches.setdefault(
+                batch_id, scheduler_pb2.BatchPrefilled(batch_id=batch_id, duration_us=duration_us)
+            )
+            message.request_ids.append(running.record.request_id)
+        for message in batches.values():
+            self.link.prefilled(message)
+
+    def _tell_finished(self, finished: Sequence[Finished]) -> None:
+        for done in finished:
+            self.link.finished(
+                scheduler_pb2.RecordFinished(
+                    request_id=done.running.record.request_id,
+                    attempt=done.running.record.attempt,
+                    reason=finish_reason_to_pb(done.reason),
+                    output_tokens=done.running.num_output_tokens,
+                )
+            )
+
+    # --- from the scheduler and the gateways ----------------------------------------------------------------------
+
+    def _on_batch(self, assignment: scheduler_pb2.BatchAssignment) -> None:
+        older = [key for record in assignment.records for key in self.running.keys_of(record.request_id)]
+        if older:
+            self._engine.cancel(older)
+        keys = self.running.add(assignment)
+        sequences = [
+            sequence_from_record(record, key, assignment.batch.batch_id)
+            for key, record in zip(keys, assignment.records, strict=True)
+        ]
+        self._engine.add(assignment.assignment, sequences, assignment.max_chunk_tokens)
+
+    def _on_cancel(self, request_ids: list[str]) -> None:
+        self._engine.cancel([key for request_id in request_ids for key in self.running.keys_of(request_id)])
+
+    def _on_stop(self, keys: list[RequestId]) -> None:
+        self._engine.cancel(keys)
+
+    def _on_gateway_lost(self, address: str) -> None:
+        lost = self.running.of_gateway(address)
+        self._telemetry.gateway_lost(address, len(lost))
+        self._tell_finished(self.running.give_up(lost, FinishReason.ERROR))
+        self._engine.cancel(lost)
+
+    # --- what the scheduler is told -------------------------------------------------------------------------------
+
+    def _hello(self) -> scheduler_pb2.WorkerHello:
+        # A new stream counts assignments from one again.
+        self._engine.reset_assignments()
+        self._last_assignment = 0
+        return scheduler_pb2.WorkerHello(
+            worker_id=self.worker_id,
+            model=self._settings.model_name,
+            role=role_to_pb(WorkerRole(self._settings.role)),
+            address=self._settings.address or self._settings.listen,
+            engine=self._info.name,
+            pays_padding=self._info.pays_padding,
+            context_tokens=self._info.context_tokens,
+            report=self._report(),
+            running_request_ids=self.running.request_ids(),
+        )
+
+    def _report(self) -> scheduler_pb2.WorkerReport:
+        report = headroom_to_pb(self._headroom, self._steps, last_assignment=self._last_assignment)
+        self._steps.clear()
+        return report

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from bucketserve.core.errors import InvalidRequestError, UnknownModelError
+from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway.validation import check_length, validate
+from tests.unit.gateway.builders import catalog
+
+CATALOG = catalog()
+CARD = CATALOG.get("demo").card
+
+
+def a_request(**fields) -> inference_pb2.GenerateRequest:
+    if not {"prompt", "chat", "token_ids"} & fields.keys():
+        fields["prompt"] = "hello"
+    return inference_pb2.GenerateRequest(**fields)
+
+
+def sampling(**fields) -> inference_pb2.GenerateRequest:
+    return a_request(sampling=common_pb2.SamplingParams(**fields))
+
+
+def stopping(**fields) -> inference_pb2.GenerateRequest:
+    return a_request(stopping=common_pb2.StoppingParams(**fields))
+
+
+def ids(*token_ids: int) -> inference_pb2.GenerateRequest:
+    return a_request(token_ids=inference_pb2.TokenIds(ids=token_ids))
+
+
+BAD = {
+    "no input": (inference_pb2.GenerateRequest(), "input"),
+    "empty prompt": (a_request(prompt=""), "prompt"),
+    "prompt of ten megabytes": (a_request(prompt="x" * 10_000_000), "prompt"),
+    "long in bytes only": (a_request(prompt="é" * 600), "prompt"),
+    "no ids": (ids(), "token_ids.ids"),
+    "id outside the vocabulary": (ids(1, CARD.vocab_size), "token_ids.ids[1]"),
+    "chat without template": (
+        a_request(chat=inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="x")])),
+        "chat",
+    ),
+    "empty chat": (a_request(chat=inference_pb2.Chat()), "chat.messages"),
+    "negative temperature": (sampling(temperature=-0.1), "sampling.temperature"),
+    "NaN temperature": (sampling(temperature=math.nan), "sampling.temperature"),
+    "infinite temperature": (sampling(temperature=math.inf), "sampling.temperature"),
+    "top_p zero": (sampling(top_p=0.0), "sampling.top_p"),
+    "top_p above one": (sampling(top_p=1.5), "sampling.top_p"),
+    "NaN top_p": (sampling(top_p=math.nan), "sampling.top_p"),
+    "negative min_p": (sampling(min_p=-1), "sampling.min_p"),
+    "negative penalty": (sampling(repetition_penalty=-1), "sampling.repetition_penalty"),
+    "NaN penalty": (sampling(repetition_penalty=math.nan), "sampling.repetition_penalty"),
+    "no tokens": (stopping(max_tokens=0), "stopping.max_tokens"),
+    "empty stop string": (stopping(stop_strings=["a", ""]), "stopping.stop_strings[1]"),
+    "long stop string": (stopping(stop_strings=["a" * 257]), "stopping.stop_strings[0]"),
+    "many stop strings": (stopping(stop_strings=["a"] * 17), "stopping.stop_strings"),
+    "stop id outside": (stopping(stop_token_ids=[CARD.vocab_size]), "stopping.stop_token_ids[0]"),
+    "many logprobs": (a_request(response=inference_pb2.ResponseOptions(num_logprobs=21)), "response.num_logprobs"),
+    "unknown class": (a_request(request_class=9), "request_class"),
+    "long tenant": (a_request(tenant="t" * 65), "tenant"),
+    "tenant with control": (a_request(tenant="a\n"), "tenant"),
+    "request id with space": (a_request(request_id="a b"), "request_id"),
+    "long request id": (a_request(request_id="a" * 129), "request_id"),
+    "zero TTFT": (a_request(slo=common_pb2.Slo(ttft_ms=0)), "slo.ttft_ms"),
+}
+
+
+@pytest.mark.parametrize(("request_", "field"), BAD.values(), ids=BAD)
+def test_bad_fields_are_named(request_: inference_pb2.GenerateRequest, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        validate(request_, CATALOG, max_prompt_bytes=1000)
+    assert field in [violation.field for violation in caught.value.violations]
+    assert all(violation.description for violation in caught.value.violations)
+
+
+def test_all_violations_are_reported_at_once() -> None:
+    request = a_request(
+        prompt="",
+        tenant="t" * 65,
+        sampling=common_pb2.SamplingParams(temperature=-1, top_p=math.nan),
+        stopping=common_pb2.StoppingParams(max_tokens=0),
+    )
+    with pytest.raises(InvalidRequestError) as caught:
+        validate(request, CATALOG, max_prompt_bytes=1000)
+    assert {violation.field for violation in caught.value.violations} == {
+        "prompt",
+        "tenant",
+        "sampling.temperature",
+        "sampling.top_p",
+        "stopping.max_tokens",
+    }
+
+
+def test_unknown_model() -> None:
+    with pytest.raises(UnknownModelError, match="served: demo"):
+        validate(a_request(model="other"), CATALOG, max_prompt_bytes=1000)
+
+
+def test_defaults_are_filled_in() -> None:
+    valid = validate(a_request(), CATALOG, max_prompt_bytes=1000)
+    assert valid.model.card is CARD
+    assert (valid.tenant, valid.request_class) == ("default", common_pb2.REQUEST_CLASS_INTERACTIVE)
+    assert len(valid.request_id) == 32
+    assert valid.stop_token_ids == CARD.eos_token_ids
+    given = valid.sampling
+    assert (given.temperature, given.top_p, given.top_k, given.min_p, given.repetition_penalty) == (0, 1, 0, 0, 1)
+    assert given.HasField("seed")
+    ignoring = validate(stopping(ignore_eos=True, stop_token_ids=[7]), CATALOG, max_prompt_bytes=1000)
+    assert ignoring.stop_token_ids == (7,)
+
+
+def test_length_against_the_context() -> None:
+    assert check_length([1] * 90, None, CARD, "prompt") == 10
+    assert check_length([1] * 10, None, CARD, "prompt") == 32
+    assert check_length([1] * 90, 10, CARD, "prompt") == 10
+    for prompt, max_tokens, field in (
+        ([], 5, "prompt"),
+        ([1] * 100, None, "prompt"),
+        ([1] * 90, 11, "stopping.max_tokens"),
+    ):
+        with pytest.raises(InvalidRequestError) as caught:
+            check_length(prompt, max_tokens, CARD, "prompt")
+        assert caught.value.violations[0].field == field
