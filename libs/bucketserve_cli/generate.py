@@ -1,0 +1,81 @@
+"""`bucketserve generate`: one prompt, its text as it comes, its figures at the end."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from bucketserve.client import BucketServeClient, Chunk, Finished
+from bucketserve.v1 import common_pb2
+
+__all__ = ["GenerateOptions", "stream_generation"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """How to continue the prompt."""
+
+    model: str
+    is_chat: bool
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    is_batch: bool
+    tenant: str
+    ttft_ms: int | None
+    timeout_s: float
+
+
+async def stream_generation(client: BucketServeClient, prompt: str, options: GenerateOptions, errors: Console) -> None:
+    """Writes the text to standard output as it comes, and one line of figures to `errors`.
+
+    Raises:
+        BucketServeError: the request was refused or failed.
+    """
+    events = client.generate(
+        prompt=None if options.is_chat else prompt,
+        chat=[("user", prompt)] if options.is_chat else None,
+        model=options.model,
+        max_tokens=options.max_tokens,
+        sampling=common_pb2.SamplingParams(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            seed=options.seed,
+        ),
+        stop_strings=options.stop,
+        ignore_eos=options.ignore_eos,
+        is_batch=options.is_batch,
+        tenant=options.tenant,
+        slo=common_pb2.Slo(ttft_ms=options.ttft_ms),
+        timeout_s=options.timeout_s,
+    )
+    async for event in events:
+        if isinstance(event, Chunk):
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+        elif isinstance(event, Finished):
+            sys.stdout.write("\n")
+            errors.print(_figures(event), style="dim", highlight=False)
+
+
+def _figures(finished: Finished) -> str:
+    usage, timings, batch = finished.usage, finished.timings, finished.batch
+    reason = common_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower()
+    rate = usage.output_tokens / timings.total_ms * 1e3 if timings.total_ms else 0.0
+    return (
+        f"{reason}: {usage.prompt_tokens} prompt + {usage.output_tokens} output tokens, "
+        f"TTFT {timings.ttft_ms:.0f} ms (queue {timings.queue_ms:.0f}, prefill {timings.prefill_ms:.0f}), "
+        f"{rate:.0f} tokens/s, bucket [{batch.bucket_low_tokens}, {batch.bucket_high_tokens}), "
+        f"batch of {batch.num_requests}"
+    )

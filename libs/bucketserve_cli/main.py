@@ -1,0 +1,265 @@
+"""`bucketserve`: the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import typer
+from bucketserve.client import BucketServeClient
+from rich.console import Console
+from rich.table import Table
+
+from bucketserve.config import Section, TelemetrySettings, load_settings
+from bucketserve.core.errors import BucketServeError, SettingsError
+from bucketserve_cli import demo as demo_command
+from bucketserve_cli.generate import GenerateOptions, stream_generation
+from bucketserve_cli.stack import LocalStack, StackError, StackSpec
+from bucketserve_cli.status import show_status
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="BucketServe: LLM serving over gRPC with adaptive length buckets.", no_args_is_help=True, add_completion=False
+)
+config_app = typer.Typer(help="Settings.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+console = Console()
+errors = Console(stderr=True)
+
+ModelOption = Annotated[str, typer.Option("--model", help="directory or hub id of a Hugging Face causal LM")]
+AddressOption = Annotated[str, typer.Option(help="host:port of the gateway")]
+
+DEMO_MODEL = Path(__file__).resolve().parents[2] / "models" / "demo" / "model"
+
+
+def default_model() -> str:
+    """Returns the small model of a source checkout; empty if this is not one."""
+    for candidate in (DEMO_MODEL, Path.cwd() / "models" / "demo" / "model"):
+        if (candidate / "config.json").exists():
+            return str(candidate)
+    return ""
+
+
+def _model_or_exit(model: str, engine: str) -> str:
+    model = model or default_model()
+    if not model and engine != "fake":
+        errors.print("[red]error:[/] no model: give --model DIR_OR_ID (the demo model is in the source repository)")
+        raise typer.Exit(2)
+    return model
+
+
+@app.command()
+def up(
+    model: ModelOption = "",
+    model_name: Annotated[str, typer.Option(help="name that clients use")] = "demo",
+    workers: Annotated[int, typer.Option(min=1, max=64, help="worker processes")] = 1,
+    engine: Annotated[str, typer.Option(help="transformers or fake")] = "transformers",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port of the public API; 0: any")] = 50051,
+    redis_url: Annotated[str, typer.Option(help="Redis or Valkey to use; default: an embedded one")] = "",
+    otlp_endpoint: Annotated[str, typer.Option(help="OTLP gRPC endpoint for traces, http://host:4317")] = "",
+    log_dir: Annotated[Path | None, typer.Option(help="keep the services' logs here")] = None,
+) -> None:
+    """Start the whole stack on this machine and keep it running until Ctrl-C, which drains it."""
+    spec = StackSpec(
+        model=_model_or_exit(model, engine),
+        model_name=model_name,
+        num_workers=workers,
+        engine=engine,
+        port=port,
+        redis_url=redis_url,
+        log_dir=log_dir,
+        environ={"BUCKETSERVE_TELEMETRY_OTLP_ENDPOINT": otlp_endpoint} if otlp_endpoint else {},
+    )
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        with LocalStack(spec, lambda line: console.print(f"  {line}", highlight=False)) as stack:
+            console.print(f"\n[bold green]ready[/]  gateway {stack.gateway_address}  model {model_name}")
+            console.print(f"       scheduler {stack.scheduler_address}")
+            for name, address in stack.metrics_addresses.items():
+                console.print(f"       {name} metrics http://{address}/metrics", highlight=False)
+            console.print(
+                f'try    bucketserve generate --address {stack.gateway_address} "And the king said"\n'
+                f"       bucketserve status --address {stack.scheduler_address}\nCtrl-C drains and stops.",
+                highlight=False,
+            )
+            while not stop.wait(0.5):
+                for name, service in stack.services.items():
+                    if service.exit_status is not None:
+                        errors.print(f"[red]{name} ended with status {service.exit_status}[/]\n{service.log_tail()}")
+                        raise typer.Exit(1)
+            console.print("draining ...")
+    except StackError as error:
+        errors.print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    console.print("stopped")
+
+
+@app.command()
+def demo(
+    model: ModelOption = "",
+    workers: Annotated[int, typer.Option(min=1, max=16, help="worker processes")] = 2,
+) -> None:
+    """Start the stack, send short and long prompts at once, show the text streaming, then a table."""
+    try:
+        demo_command.run_demo(_model_or_exit(model, "transformers"), workers, console)
+    except (StackError, BucketServeError) as error:
+        errors.print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
+    address: AddressOption = "127.0.0.1:50051",
+    model: Annotated[str, typer.Option("--model", help="served model; may be left out if there is one")] = "",
+    chat: Annotated[bool, typer.Option(help="send the prompt as a user's turn")] = False,
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    min_p: Annotated[float, typer.Option()] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="text that ends the output; may be repeated")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="go on past the model's end token")] = False,
+    batch: Annotated[bool, typer.Option(help="class batch rather than interactive")] = False,
+    tenant: Annotated[str, typer.Option()] = "",
+    ttft_ms: Annotated[int | None, typer.Option(min=1, help="SLO: time to first token")] = None,
+    timeout: Annotated[float, typer.Option(help="deadline in seconds")] = 300.0,
+) -> None:
+    """Continue a prompt; the text streams to standard output, the figures to standard error."""
+    options = GenerateOptions(
+        model=model,
+        is_chat=chat,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        is_batch=batch,
+        tenant=tenant,
+        ttft_ms=ttft_ms,
+        timeout_s=timeout,
+    )
+    text = sys.stdin.read() if prompt == "-" else prompt
+
+    async def main() -> None:
+        async with BucketServeClient(address) as client:
+            await stream_generation(client, text, options, errors)
+
+    _run(main())
+
+
+@app.command()
+def status(
+    address: Annotated[str, typer.Option(help="host:port of the scheduler")] = "127.0.0.1:50052",
+    watch: Annotated[float, typer.Option(min=0.0, help="repeat every so many seconds")] = 0.0,
+) -> None:
+    """Show workers, headroom, buckets and queues."""
+    _run(show_status(address, watch, console))
+
+
+def _service(module: str, assignments: list[str], config: Path | None) -> None:
+    section = module.removeprefix("bucketserve_")
+    environ = dict(os.environ)
+    if config is not None:
+        environ["BUCKETSERVE_CONFIG"] = str(config)
+    for assignment in assignments:
+        name, separator, value = assignment.partition("=")
+        if not separator:
+            errors.print(f"[red]error:[/] --set {assignment}: write --set NAME=VALUE")
+            raise typer.Exit(2)
+        group, dot, field = name.rpartition(".")
+        environ[f"BUCKETSERVE_{(group if dot else section).upper()}_{field.upper()}"] = value
+    # The service replaces this process: signals, standard streams and exit status are its own.
+    os.execve(sys.executable, [sys.executable, "-m", module], environ)
+
+
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="a setting, NAME=VALUE or telemetry.NAME=VALUE; may be repeated")
+]
+ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings")]
+
+
+@app.command()
+def gateway(settings: SetOption = None, config: ConfigOption = None) -> None:
+    """Run one gateway in the foreground."""
+    _service("bucketserve_gateway", settings or [], config)
+
+
+@app.command()
+def scheduler(settings: SetOption = None, config: ConfigOption = None) -> None:
+    """Run one scheduler in the foreground."""
+    _service("bucketserve_scheduler", settings or [], config)
+
+
+@app.command()
+def worker(settings: SetOption = None, config: ConfigOption = None) -> None:
+    """Run one worker in the foreground."""
+    _service("bucketserve_worker", settings or [], config)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def sim(context: typer.Context) -> None:
+    """Simulate a cluster under a workload (sim --help lists the options)."""
+    from bucketserve.sim.cli import main
+
+    raise typer.Exit(main(context.args))
+
+
+@config_app.command("show")
+def config_show(config: ConfigOption = None) -> None:
+    """Show every setting in force and where it comes from."""
+    from bucketserve_gateway.settings import GatewaySettings
+
+    from bucketserve_scheduler.settings import SchedulerSettings
+    from bucketserve_worker.settings import WorkerSettings
+
+    sections: dict[str, type[Section]] = {
+        "gateway": GatewaySettings,
+        "scheduler": SchedulerSettings,
+        "worker": WorkerSettings,
+        "telemetry": TelemetrySettings,
+    }
+    try:
+        loaded = load_settings(sections, environ=os.environ, file=config)
+    except SettingsError as error:
+        errors.print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(2) from None
+    table = Table("section", "setting", "value", "from", "meaning", box=None)
+    for section, field, value, source in loaded.describe():
+        meaning = sections[section].model_fields[field].description or ""
+        table.add_row(section, field, value, source, meaning, style="" if source == "default" else "bold")
+    console.print(table)
+
+
+def _run(main: object) -> None:
+    """Runs a client command; what goes wrong becomes one line and an exit status."""
+    try:
+        asyncio.run(main)  # type: ignore[arg-type]
+    except BucketServeError as error:
+        errors.print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    except grpc.aio.AioRpcError as error:
+        errors.print(f"[red]error:[/] {error.code().name}: {error.details()}", highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+if __name__ == "__main__":
+    app()
