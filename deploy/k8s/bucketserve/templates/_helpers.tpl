@@ -1,0 +1,105 @@
+{{- define "bucketserve.fullname" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{ .Release.Name | trunc 50 | trimSuffix "-" }}
+{{- else -}}
+{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 50 | trimSuffix "-" }}
+{{- end -}}
+{{- end }}
+
+{{- define "bucketserve.selector" -}}
+app.kubernetes.io/name: bucketserve
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "bucketserve.labels" -}}
+{{ include "bucketserve.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end }}
+
+{{- define "bucketserve.image" -}}
+{{- $image := .root.Values.image -}}
+{{- if $image.registry }}{{ $image.registry }}/{{ end }}{{ $image.prefix }}-{{ .component }}:{{ $image.tag | default .root.Chart.AppVersion }}
+{{- end }}
+
+{{- define "bucketserve.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create }}{{ .Values.serviceAccount.name | default (include "bucketserve.fullname" .) }}
+{{- else }}{{ .Values.serviceAccount.name | default "default" }}{{ end }}
+{{- end }}
+
+{{- define "bucketserve.redisUrl" -}}
+{{- if .Values.redis.enabled }}redis://{{ include "bucketserve.fullname" . }}-redis:6379/0
+{{- else }}{{ required "redis.url is needed when redis.enabled is false" .Values.redis.url }}{{ end }}
+{{- end }}
+
+{{- define "bucketserve.telemetryEnv" -}}
+{{- $endpoint := .Values.telemetry.otlpEndpoint -}}
+{{- if and (not $endpoint) .Values.jaeger.enabled }}{{ $endpoint = printf "http://%s-jaeger:4317" (include "bucketserve.fullname" .) }}{{ end -}}
+- { name: BUCKETSERVE_TELEMETRY_OTLP_ENDPOINT, value: {{ $endpoint | quote }} }
+- { name: BUCKETSERVE_TELEMETRY_SAMPLE_RATIO, value: {{ .Values.telemetry.sampleRatio | quote }} }
+- { name: BUCKETSERVE_TELEMETRY_LOG_LEVEL, value: {{ .Values.telemetry.logLevel | quote }} }
+- { name: BUCKETSERVE_TELEMETRY_LOG_FORMAT, value: json }
+{{- end }}
+
+{{- define "bucketserve.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: { drop: [ALL] }
+{{- end }}
+
+{{- /* What every pod of ours has: who it runs as, where it may run, how long it may take to go. */ -}}
+{{- define "bucketserve.podSpec" -}}
+serviceAccountName: {{ include "bucketserve.serviceAccountName" .root }}
+automountServiceAccountToken: false
+securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
+# Draining, then flushing; Kubernetes kills after it.
+terminationGracePeriodSeconds: {{ add .values.drainSeconds 35 }}
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+volumes:
+  - { name: tmp, emptyDir: {} }
+  {{- if and .root.Values.model.existingClaim (ne .component "scheduler") }}
+  - name: models
+    persistentVolumeClaim: { claimName: {{ .root.Values.model.existingClaim }}, readOnly: true }
+  {{- end }}
+{{- end }}
+
+{{- define "bucketserve.mounts" -}}
+- { name: tmp, mountPath: /tmp }
+{{- if and .root.Values.model.existingClaim (ne .component "scheduler") }}
+- { name: models, mountPath: /models, readOnly: true }
+{{- end }}
+{{- end }}
+
+{{- define "bucketserve.extraEnv" -}}
+{{- range $name, $value := .extraEnv }}
+- { name: {{ $name }}, value: {{ $value | quote }} }
+{{- end }}
+{{- end }}
+
+{{- define "bucketserve.pdb" -}}
+{{- if .values.podDisruptionBudget.enabled }}
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: {{ include "bucketserve.fullname" .root }}-{{ .component }}
+  labels: {{- include "bucketserve.labels" . | nindent 4 }}
+spec:
+  minAvailable: {{ .values.podDisruptionBudget.minAvailable }}
+  selector:
+    matchLabels: {{- include "bucketserve.selector" . | nindent 6 }}
+{{- end }}
+{{- end }}

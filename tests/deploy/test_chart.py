@@ -1,0 +1,214 @@
+"""The Helm chart: linted, rendered over a matrix of values, validated strictly, and held against code and compose."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from helm_python.chart import Chart, lint
+from helm_python.errors import HelmError
+
+from bucketserve.config import TelemetrySettings
+from bucketserve_gateway.settings import GatewaySettings
+from bucketserve_scheduler.settings import SchedulerSettings
+from bucketserve_worker.settings import WorkerSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "deploy" / "k8s" / "bucketserve"
+SECTIONS = {
+    "gateway": GatewaySettings,
+    "scheduler": SchedulerSettings,
+    "worker": WorkerSettings,
+    "telemetry": TelemetrySettings,
+}
+OLDEST, NEWEST = "1.27.0", "1.37.0"
+
+MATRIX: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "everything on": {
+        "jaeger": {"enabled": True},
+        "gateway": {"autoscaling": {"enabled": True}, "service": {"type": "LoadBalancer", "annotations": {"a": "b"}}},
+        "scheduler": {"podDisruptionBudget": {"enabled": True}},
+        "model": {"name": "llama", "source": "/models/llama", "existingClaim": "models"},
+        "imagePullSecrets": [{"name": "registry"}],
+        "image": {"registry": "registry.example/team", "tag": "9.9"},
+        "worker": {
+            "resources": {"limits": {"nvidia.com/gpu": 1}},
+            "device": "cuda",
+            "nodeSelector": {"gpu": "yes"},
+            "tolerations": [{"key": "gpu", "operator": "Exists"}],
+            "extraEnv": {"BUCKETSERVE_WORKER_MAX_STEP_TOKENS": "512"},
+            "podAnnotations": {"note": "x"},
+            "kvBudgetBytes": 30000000000,
+        },
+    },
+    "everything off": {
+        "redis": {"enabled": False, "url": "redis://mine:6379/1"},
+        "networkPolicy": {"enabled": False},
+        "serviceAccount": {"create": False},
+        "gateway": {"podDisruptionBudget": {"enabled": False}},
+        "worker": {"podDisruptionBudget": {"enabled": False}},
+        "telemetry": {"otlpEndpoint": "https://collector:4317"},
+    },
+    "redis without volume": {"redis": {"storage": {"enabled": False}}},
+}
+
+
+@cache
+def render(case: str) -> list[dict[str, Any]]:
+    files = Chart.load(CHART).render(MATRIX[case], name="rel", namespace="ns")
+    return [
+        document
+        for path, text in files.items()
+        if path.endswith(".yaml")
+        for document in yaml.safe_load_all(text)
+        if document
+    ]
+
+
+def of_kind(case: str, kind: str) -> dict[str, dict[str, Any]]:
+    return {d["metadata"]["name"]: d for d in render(case) if d["kind"] == kind}
+
+
+def workloads(case: str) -> dict[str, dict[str, Any]]:
+    return {**of_kind(case, "Deployment"), **of_kind(case, "StatefulSet")}
+
+
+def pod(workload: dict[str, Any]) -> dict[str, Any]:
+    return workload["spec"]["template"]
+
+
+def container(workload: dict[str, Any]) -> dict[str, Any]:
+    return pod(workload)["spec"]["containers"][0]
+
+
+def environment(workload: dict[str, Any]) -> dict[str, Any]:
+    return {item["name"]: item.get("value", "<field>") for item in container(workload)["env"]}
+
+
+def compose() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+
+
+def test_lint_finds_nothing() -> None:
+    report = lint(CHART, strict=True)
+    assert report["errors"] == []
+    assert [m for m in report["messages"] if m["severity"] >= 2] == []
+
+
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.parametrize("case", MATRIX)
+def test_manifests_are_strictly_valid(case: str, version: str) -> None:
+    documents = render(case)
+    assert len(documents) > 5
+    for document in documents:
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"unknown": 1},
+        {"worker": {"role": "chef"}},
+        {"worker": {"device": "tpu"}},
+        {"gateway": {"replicas": -1}},
+        {"scheduler": {"replicas": 3}},
+        {"telemetry": {"sampleRatio": 2}},
+        {"redis": {"enabled": False, "url": "http://x"}},
+        {"model": {"name": "a=b", "source": "x"}},
+        {"image": {"pullPolicy": "Sometimes"}},
+    ],
+    ids=str,
+)
+def test_the_schema_refuses_wrong_values(values: dict[str, Any]) -> None:
+    with pytest.raises(HelmError):
+        Chart.load(CHART).validate_schema(values)
+
+
+def test_redis_url_is_needed_without_redis() -> None:
+    with pytest.raises(HelmError, match=r"redis\.url is needed"):
+        Chart.load(CHART).render({"redis": {"enabled": False}}, name="rel")
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_selectors_ports_and_targets_agree(case: str) -> None:
+    known = workloads(case)
+    for workload in known.values():
+        labels = pod(workload)["metadata"]["labels"]
+        assert workload["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    pods = [(pod(w)["metadata"]["labels"], container(w)["ports"]) for w in known.values()]
+    for service in of_kind(case, "Service").values():
+        matching = [ports for labels, ports in pods if service["spec"]["selector"].items() <= labels.items()]
+        assert len(matching) == 1
+        offered = {port["name"]: port["containerPort"] for port in matching[0]}
+        for port in service["spec"]["ports"]:
+            assert offered[port["targetPort"]] == port["port"]
+    for budget in of_kind(case, "PodDisruptionBudget").values():
+        assert any(budget["spec"]["selector"]["matchLabels"].items() <= labels.items() for labels, _ in pods)
+    for scaler in of_kind(case, "HorizontalPodAutoscaler").values():
+        assert scaler["spec"]["scaleTargetRef"]["name"] in known
+    for policy in of_kind(case, "NetworkPolicy").values():
+        selected = policy["spec"]["podSelector"]["matchLabels"]
+        ports = next(ports for labels, ports in pods if selected.items() <= labels.items())
+        allowed = {p["port"] for rule in policy["spec"]["ingress"] for p in rule["ports"]}
+        assert allowed == {port["containerPort"] for port in ports}
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_our_pods_are_safe_and_probed_where_they_listen(case: str) -> None:
+    for name, workload in workloads(case).items():
+        spec = pod(workload)["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert container(workload)["securityContext"]["readOnlyRootFilesystem"] is True
+        component = name.removeprefix("rel-bucketserve-")
+        if component not in SECTIONS:
+            continue
+        env = environment(workload)
+        port = int(env[f"BUCKETSERVE_{component.upper()}_LISTEN"].rpartition(":")[2])
+        assert container(workload)["readinessProbe"]["grpc"]["port"] == port
+        assert container(workload)["startupProbe"]["grpc"]["port"] == port
+        drain_s = float(env[f"BUCKETSERVE_{component.upper()}_DRAIN_S"])
+        assert spec["terminationGracePeriodSeconds"] > drain_s + 5
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_every_variable_is_a_setting_with_a_good_value(case: str) -> None:
+    for name, workload in workloads(case).items():
+        component = name.removeprefix("rel-bucketserve-")
+        if component not in SECTIONS:
+            continue
+        for section in (component, "telemetry"):
+            prefix = f"BUCKETSERVE_{section.upper()}_"
+            values = {
+                key.removeprefix(prefix).lower(): value
+                for key, value in environment(workload).items()
+                if key.startswith(prefix) and value not in ("", "<field>")
+            }
+            assert values
+            SECTIONS[section](**values)
+
+
+def test_compose_and_chart_run_the_same_images_with_the_same_ports() -> None:
+    charted = workloads("defaults")
+    services = compose()
+    for component in ("gateway", "scheduler", "worker"):
+        in_chart = charted[f"rel-bucketserve-{component}"]
+        in_compose = services["worker-a" if component == "worker" else component]
+        image = in_compose["image"].replace("${BUCKETSERVE_TAG:-0.1.0}", "0.1.0")
+        assert container(in_chart)["image"] == image
+        here, there = environment(in_chart), in_compose["environment"]
+        for name in set(here) & set(there):
+            if name.endswith("LISTEN"):
+                assert here[name] == there[name]
+    assert container(charted["rel-bucketserve-redis"])["image"] == services["redis"]["image"]
+
+
+def test_version_is_the_distribution_s() -> None:
+    import bucketserve
+
+    assert Chart.load(CHART).metadata["appVersion"] == bucketserve.__version__
+    assert f"BUCKETSERVE_TAG={bucketserve.__version__}" in (ROOT / ".env").read_text()
