@@ -1,4 +1,4 @@
-"""Generates the protobuf and gRPC code under libs/bucketserve/v1 from protos/; with --check, fails if it is not current."""
+"""Generates the protobuf and gRPC code under libs/bucketserve/v1 from protos/; --check fails if it is not current."""
 
 from __future__ import annotations
 

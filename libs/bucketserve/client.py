@@ -1,9 +1,9 @@
 """A Python client for InferenceService, for asyncio.
 
 async with BucketServeClient("127.0.0.1:50051") as client:
-async for event in client.generate(prompt="And the king said", max_tokens=32):
-if isinstance(event, Chunk):
-print(event.text, end="")
+    async for event in client.generate(prompt="And the king said", max_tokens=32):
+        if isinstance(event, Chunk):
+            print(event.text, end="")
 """
 
 from __future__ import annotations

@@ -12,14 +12,18 @@ from typing import Annotated
 
 import grpc
 import typer
-from bucketserve.client import BucketServeClient
 from rich.console import Console
 from rich.table import Table
 
+from bucketserve.client import BucketServeClient
 from bucketserve.config import Section, TelemetrySettings, load_settings
 from bucketserve.core.errors import BucketServeError, SettingsError
+from bucketserve.sim.latency import CostMode
+from bucketserve.sim.policies import POLICIES
+from bucketserve.sim.workload import WORKLOADS, Arrivals
 from bucketserve_cli import demo as demo_command
 from bucketserve_cli.generate import GenerateOptions, stream_generation
+from bucketserve_cli.sim import SimOptions, option_slo, parse_settings, run_simulation
 from bucketserve_cli.stack import LocalStack, StackError, StackSpec
 from bucketserve_cli.status import show_status
 
@@ -213,19 +217,73 @@ def worker(settings: SetOption = None, config: ConfigOption = None) -> None:
     _service("bucketserve_worker", settings or [], config)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def sim(context: typer.Context) -> None:
-    """Simulate a cluster under a workload (sim --help lists the options)."""
-    from bucketserve.sim.cli import main
-
-    raise typer.Exit(main(context.args))
+@app.command()
+def sim(
+    policy: Annotated[str, typer.Option(help=", ".join(POLICIES))] = "adaptive",
+    workload: Annotated[str, typer.Option(help=", ".join(WORKLOADS))] = "mixed",
+    trace: Annotated[Path | None, typer.Option(help="CSV (.gz) of arrival_s, prompt_tokens, output_tokens")] = None,
+    cost: Annotated[CostMode, typer.Option(help="what a step costs: padded to its longest prompt, or packed")] = (
+        CostMode.PACKED
+    ),
+    cluster: Annotated[
+        str, typer.Option(help="such as 4xboth or 1xprefill+3xdecode; default: the policy's best split of --workers")
+    ] = "",
+    workers: Annotated[int, typer.Option(min=1, help="workers, without --cluster")] = 4,
+    device: Annotated[str, typer.Option(help="packaged device model, or a JSON file")] = "a100-40gb-13b",
+    rate: Annotated[float | None, typer.Option(help="arrivals per second; default: as recorded, or 1 a worker")] = None,
+    find_capacity: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="search the highest rate with this SLO attainment")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="requests per run")] = 2000,
+    arrivals: Annotated[Arrivals, typer.Option(help="how requests arrive")] = Arrivals.POISSON,
+    burstiness: Annotated[float, typer.Option(help="coefficient of variation of gamma gaps")] = 2.0,
+    context: Annotated[int, typer.Option(min=0, help="context in tokens; 0: the device model's")] = 0,
+    ttft: Annotated[float, typer.Option(help="SLO: fixed part of TTFT, seconds")] = 0.25,
+    ttft_factor: Annotated[float, typer.Option(help="SLO: multiple of the unloaded prefill")] = 3.0,
+    tpot: Annotated[float, typer.Option(help="SLO: seconds per further token")] = 0.1,
+    output_slack: Annotated[float, typer.Option(min=1.0, help="max_tokens as a multiple of the true output")] = 1.0,
+    reject_early: Annotated[bool, typer.Option(help="requests ask to be refused if their TTFT can't be met")] = False,
+    seed: Annotated[int, typer.Option(help="of all draws")] = 0,
+    turn_ms: Annotated[float, typer.Option(min=0.0, help="least time between two decisions; 0: every event")] = 0.0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="a setting of the core, NAME=VALUE; may be repeated")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
+) -> None:
+    """Simulate a cluster in virtual time: the production core or a rival policy under a workload."""
+    try:
+        if rate is None and arrivals is not Arrivals.RECORDED and find_capacity is None:
+            rate = float(workers)
+        options = SimOptions(
+            policy=policy,
+            workload=workload,
+            trace=trace,
+            cost=cost,
+            cluster=cluster,
+            workers=workers,
+            device=device,
+            rate_rps=rate,
+            find_capacity=find_capacity,
+            requests=requests,
+            arrivals=arrivals,
+            burstiness_cv=burstiness,
+            context_tokens=context,
+            slo=option_slo(ttft, ttft_factor, tpot, output_slack, reject_early),
+            seed=seed,
+            turn_s=turn_ms / 1e3,
+            settings=parse_settings(settings or []),
+            json_path=json_path,
+        )
+        run_simulation(options, console, errors)
+    except (BucketServeError, ValueError, OSError) as error:
+        errors.print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(2) from None
 
 
 @config_app.command("show")
 def config_show(config: ConfigOption = None) -> None:
     """Show every setting in force and where it comes from."""
     from bucketserve_gateway.settings import GatewaySettings
-
     from bucketserve_scheduler.settings import SchedulerSettings
     from bucketserve_worker.settings import WorkerSettings
 

@@ -33,9 +33,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
+    ) -> Handler | None:
         """Wraps unary and server-streaming handlers of unary requests; bidirectional streams are left alone."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:

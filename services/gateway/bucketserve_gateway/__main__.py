@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from bucketserve.process import service_main
 from bucketserve_gateway.app import serve
 from bucketserve_gateway.settings import GatewaySettings
-
-from bucketserve.process import service_main
 
 if __name__ == "__main__":
     sys.exit(service_main("gateway", GatewaySettings, serve))

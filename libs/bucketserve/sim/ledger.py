@@ -1,0 +1,141 @@
+"""What happened to each request. Every one ends in exactly one terminal state, or the simulation is void."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from bucketserve.core.messages import DropReason, RefuseReason
+from bucketserve.core.types import Batch, LimitedBy, RequestId
+from bucketserve.sim.errors import SimulationError
+from bucketserve.sim.workload import SimRequest
+
+__all__ = ["BatchWaste", "Ledger", "Outcome", "Record"]
+
+
+class Outcome(enum.Enum):
+    """Terminal states."""
+
+    FINISHED = "finished"
+    REFUSED = "refused"
+    DROPPED = "dropped"
+
+
+@dataclass(slots=True)
+class Record:
+    """One request's life, in seconds of virtual time."""
+
+    request: SimRequest
+    ttft_slo_s: float
+    tpot_slo_s: float
+    is_admitted: bool = False
+    dispatched_s: float | None = None
+    first_token_s: float | None = None
+    end_s: float | None = None
+    outcome: Outcome | None = None
+    reason: RefuseReason | DropReason | None = None
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time from arrival to the first token."""
+        return None if self.first_token_s is None else self.first_token_s - self.request.arrival_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per further token; None if there was none."""
+        if self.outcome is not Outcome.FINISHED or self.end_s is None or self.first_token_s is None:
+            return None
+        further = self.request.output_tokens - 1
+        return (self.end_s - self.first_token_s) / further if further else None
+
+    @property
+    def is_within_slo(self) -> bool:
+        """Whether it finished with both targets met."""
+        if self.outcome is not Outcome.FINISHED or self.ttft_s is None:
+            return False
+        tpot_s = self.tpot_s
+        return self.ttft_s <= self.ttft_slo_s and (tpot_s is None or tpot_s <= self.tpot_slo_s)
+
+
+@dataclass(slots=True)
+class BatchWaste:
+    """What padding each batch to its longest prompt would waste (paper, formulas 2 and 3)."""
+
+    num_batches: int = 0
+    num_requests: int = 0
+    prefill_tokens: int = 0
+    padded_tokens: int = 0
+    limited_by: dict[LimitedBy, int] = field(default_factory=dict)
+
+    def add(self, batch: Batch) -> None:
+        """Notes a dispatched batch."""
+        self.num_batches += 1
+        self.num_requests += len(batch.request_ids)
+        self.prefill_tokens += batch.prefill_tokens
+        self.padded_tokens += batch.padded_tokens
+        self._relative += len(batch.request_ids) - batch.prefill_tokens * len(batch.request_ids) / batch.padded_tokens
+        self.limited_by[batch.limited_by] = self.limited_by.get(batch.limited_by, 0) + 1
+
+    _relative: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Mean over requests of 1 - S / S_max of its batch."""
+        return self._relative / self.num_requests if self.num_requests else 0.0
+
+    @property
+    def padded_share(self) -> float:
+        """Share of padding in all padded tokens."""
+        return 1 - self.prefill_tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+
+class Ledger:
+    """Owns the records."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self.records: dict[RequestId, Record] = {}
+        self.waste = BatchWaste()
+        self.num_open = 0
+
+    def open(self, request_id: RequestId, record: Record) -> None:
+        """Notes an arrival."""
+        self.records[request_id] = record
+        self.num_open += 1
+
+    def admitted(self, request_id: RequestId) -> None:
+        """Notes an admission."""
+        self._open_record(request_id).is_admitted = True
+
+    def dispatched(self, batch: Batch, now_s: float) -> None:
+        """Notes a batch: its requests were admitted and run for the first time."""
+        self.waste.add(batch)
+        for request_id in batch.request_ids:
+            record = self._open_record(request_id)
+            if not record.is_admitted or record.dispatched_s is not None:
+                raise SimulationError(f"{request_id} was dispatched twice or never admitted")
+            record.dispatched_s = now_s
+
+    def first_token(self, request_id: RequestId, now_s: float) -> None:
+        """Notes the first token; those of requests dropped meanwhile reach nobody."""
+        record = self.records[request_id]
+        if record.outcome is None:
+            record.first_token_s = now_s
+
+    def ended(
+        self, request_id: RequestId, outcome: Outcome, now_s: float, reason: RefuseReason | DropReason | None = None
+    ) -> None:
+        """Notes the terminal state.
+
+        Raises:
+            SimulationError: it is in one already.
+        """
+        record = self._open_record(request_id)
+        record.outcome, record.end_s, record.reason = outcome, now_s, reason
+        self.num_open -= 1
+
+    def _open_record(self, request_id: RequestId) -> Record:
+        record = self.records.get(request_id)
+        if record is None or record.outcome is not None:
+            raise SimulationError(f"{request_id} is unknown or over: {record}")
+        return record

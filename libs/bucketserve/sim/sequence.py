@@ -1,0 +1,100 @@
+"""A sequence in a simulated worker, and what a worker is made of."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from bucketserve.core.types import BatchId, RequestId, StepSample, WorkerId, WorkerRole
+from bucketserve.sim.latency import CostMode, StepLatency
+
+__all__ = ["Discipline", "KvPolicy", "SimSequence", "StepOutcome", "WorkerMode", "WorkerSpec"]
+
+
+class Discipline(enum.Enum):
+    """When sequences join and leave."""
+
+    CONTINUOUS = "continuous"
+    """At every step."""
+    STATIC = "static"
+    """A batch runs until its longest member is done; finished members hold their slots."""
+
+
+class KvPolicy(enum.Enum):
+    """How KV memory is given out."""
+
+    RESERVED = "reserved"
+    """Prompt and all output that the request may generate, when it is assigned."""
+    PAGED_RECOMPUTE = "paged-recompute"
+    """As it grows; when it runs out, the last sequence is evicted and its context computed again (vLLM)."""
+    PAGED_SWAP = "paged-swap"
+    """As it grows; when it runs out, the last sequence waits in host memory (DistServe). The copy is free here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerMode:
+    """How a policy wants its workers' own loops to be. The production core wants the defaults."""
+
+    discipline: Discipline = Discipline.CONTINUOUS
+    kv: KvPolicy = KvPolicy.RESERVED
+    max_sequences: int = 256
+    max_step_tokens: int = 8192
+    """Most tokens of any kind in one step."""
+    kv_watermark: float = 0.01
+    """Paged: share of KV kept free when a prompt is let in, so that running sequences may grow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """One simulated worker."""
+
+    worker_id: WorkerId
+    role: WorkerRole
+    latency: StepLatency
+    kv_total_tokens: int
+    cost: CostMode
+    mode: WorkerMode
+
+
+@dataclass(slots=True)
+class SimSequence:
+    """A request at a worker. `output_tokens` is the truth that no policy sees."""
+
+    request_id: RequestId
+    prompt_tokens: int
+    output_tokens: int
+    max_new_tokens: int
+    batch_id: BatchId
+    batch_start_s: float = 0.0
+    max_chunk_tokens: int = 0
+    num_to_compute: int = 0
+    """Tokens whose KV has to be computed before it can decode: the prompt, after an eviction also its output so far."""
+    num_computed: int = 0
+    num_generated: int = 0
+    kv_tokens: int = 0
+    """What it holds or has reserved at its worker."""
+    finish_count: int = 0
+    """The worker's decode count at which its last token comes."""
+    join_count: int = 0
+    """The worker's decode count when it began to decode there, less what it had generated before."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that it attends to at its next decode step."""
+        return self.prompt_tokens + self.num_generated
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to compute before decoding."""
+        return self.num_to_compute - self.num_computed
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What the steps up to now brought."""
+
+    prefilled: list[SimSequence] = field(default_factory=list)
+    """They just produced their very first token."""
+    finished: list[SimSequence] = field(default_factory=list)
+    """Complete or cancelled."""
+    samples: list[StepSample] = field(default_factory=list)

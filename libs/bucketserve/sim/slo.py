@@ -1,0 +1,47 @@
+"""Targets of simulated requests: the same for every policy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bucketserve.core.types import Request, RequestId
+from bucketserve.sim.latency import DeviceModel
+from bucketserve.sim.workload import SimRequest
+
+__all__ = ["Slo"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """What each request wants, and what the policy is told of it.
+
+    TTFT <= ttft_fixed_s + ttft_factor x the request's prefill alone on one device; mean time per further token <=
+    tpot_s.
+    """
+
+    ttft_fixed_s: float = 0.25
+    ttft_factor: float = 3.0
+    tpot_s: float = 0.1
+    output_slack: float = 1.0
+    """max_new_tokens as a multiple of the true output. 1: exact, as published benchmarks have it (they make the model
+    ignore its end token); above 1 a policy that reserves output reserves too much."""
+    rejects_early: bool = False
+    """Requests ask to be refused at once when their TTFT can't be met."""
+
+    def ttft_s(self, device: DeviceModel, prompt_tokens: int) -> float:
+        """Returns a prompt's target, in seconds."""
+        return self.ttft_fixed_s + self.ttft_factor * device.latency[min(device.latency)].prefill_s(prompt_tokens)
+
+    def request(self, request_id: RequestId, drawn: SimRequest, ttft_s: float, context_tokens: int) -> Request:
+        """Returns the request as the policy sees it: a limit instead of the true output."""
+        limit = math.ceil(drawn.output_tokens * self.output_slack)
+        return Request(
+            request_id=request_id,
+            prompt_tokens=drawn.prompt_tokens,
+            max_new_tokens=max(min(limit, context_tokens - drawn.prompt_tokens), drawn.output_tokens),
+            arrival_s=drawn.arrival_s,
+            ttft_slo_s=ttft_s,
+            tpot_slo_s=self.tpot_s,
+            reject_if_unattainable=self.rejects_early,
+        )
