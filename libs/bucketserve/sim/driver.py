@@ -308,6 +308,7 @@ class Simulation:
         move = _Move(sequence, command, sequence.kv_tokens)
         self._moving[command.request_id] = move
         target.expect(sequence)
+        self._touched[command.target_id] = target
         # Transfers into one worker share its link, one after the other.
         start_s = max(self.now_s, self._link_free_s.get(command.target_id, 0.0))
         end_s = start_s + self._device.kv_transfer_s(sequence.prompt_tokens)

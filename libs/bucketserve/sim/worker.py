@@ -62,6 +62,7 @@ class SimWorker:
         self._static_prompt = 0
         self._pieces: list[PrefillPiece] = []
         self._is_run = False
+        self._is_expecting = False
 
     # --- what the driver brings ---------------------------------------------------------------------------------
 
@@ -81,8 +82,12 @@ class SimWorker:
                 self._prefilling[sequence.request_id] = sequence
 
     def expect(self, sequence: SimSequence) -> None:
-        """Sets room aside for a sequence whose KV is on its way."""
+        """Sets room aside for a sequence whose KV is on its way.
+
+        Paged: what runs may have grown since the last report, so that the room is made at the next step boundary.
+        """
         tokens = sequence.context_tokens if self._is_paged else sequence.prompt_tokens + sequence.max_new_tokens
+        self._is_expecting = self._is_paged
         self._take_kv(sequence, tokens)
 
     def join(self, sequence: SimSequence) -> None:
@@ -121,7 +126,9 @@ class SimWorker:
         """Starts a step if idle; cuts a leap at the step boundary where new work joins."""
         if self.end_s is None:
             self._compose(now_s)
-        elif self._is_run and (self._prefilling or self._queue or self._joining or self._cancelled):
+        elif self._is_run and (
+            self._prefilling or self._queue or self._joining or self._cancelled or self._is_expecting
+        ):
             done = self.spec.latency.decode_steps_until(now_s - self._start_s, self._num_slots, self._context)
             if done < self._num_planned and not (self._is_static and not self._cancelled):
                 self._num_planned = done
@@ -144,6 +151,7 @@ class SimWorker:
         return outcome
 
     def _compose(self, now_s: float) -> None:
+        self._is_expecting = False
         for sequence in self._joining:
             self._decode_from_here(sequence)
         self._joining.clear()
@@ -322,7 +330,7 @@ class SimWorker:
     def _use_kv(self, tokens: int) -> None:
         self._kv_used += tokens
         self.max_kv_used = max(self.max_kv_used, self._kv_used)
-        if self._kv_used > self.spec.kv_total_tokens:
+        if self._kv_used > self.spec.kv_total_tokens and not self._is_expecting:
             raise SimulationError(
                 f"{self.spec.worker_id}: {self._kv_used} KV tokens in a memory of {self.spec.kv_total_tokens}"
             )
@@ -351,9 +359,9 @@ class SimWorker:
     def _make_room_to_grow(self) -> None:
         """Evicts the sequence that joined last until every other one can grow by a token."""
         while self._num_slots and self._kv_used + self._num_slots > self.spec.kv_total_tokens:
-            if self._num_slots == 1 and not self._prefilling:
-                raise SimulationError(f"{self.spec.worker_id}: one sequence outgrows the whole KV memory")
             sequence = self._running[next(reversed(self._running))]
+            if self._kv_used == sequence.context_tokens:
+                raise SimulationError(f"{self.spec.worker_id}: one sequence outgrows the whole KV memory")
             self._leave(sequence)
             self.num_evictions += 1
             if self.spec.mode.kv is KvPolicy.PAGED_SWAP:
