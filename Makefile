@@ -44,6 +44,9 @@ protos-check: $(READY) ## Lint the protos and fail if the generated code is not 
 	$(BIN)/buf format -d --exit-code
 	$(BIN)/python scripts/gen_protos.py --check
 
+docs: $(READY) ## Write the generated documents again
+	$(BIN)/python scripts/metrics_doc.py
+
 docs-check: $(READY) ## Fail if a generated document is not current
 	$(BIN)/python scripts/metrics_doc.py --check
 
@@ -82,5 +85,5 @@ images: ## Build the images (needs Docker)
 clean: ## Remove what was built
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
-.PHONY: help setup demo up test test-fast test-e2e check protos protos-check docs-check format lint types imports bench-path \
+.PHONY: help setup demo up test test-fast test-e2e check protos protos-check docs docs-check format lint types imports bench-path \
 	bench-core paper compose-check k8s-render images clean
