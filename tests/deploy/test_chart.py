@@ -113,7 +113,7 @@ def test_manifests_are_strictly_valid(case: str, version: str) -> None:
     "values",
     [
         {"unknown": 1},
-        {"worker": {"role": "chef"}},
+        {"worker": {"engine": "chef"}},
         {"worker": {"device": "tpu"}},
         {"gateway": {"replicas": -1}},
         {"scheduler": {"replicas": 3}},

@@ -60,7 +60,7 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
             servicer = WorkerServicer(
                 worker_id=worker_id,
                 model=settings.model_name,
-                role=WorkerRole(settings.role),
+                role=WorkerRole.BOTH,
                 info=started.info,
             )
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server.grpc_server)

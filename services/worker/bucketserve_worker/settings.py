@@ -22,7 +22,6 @@ class WorkerSettings(Section):
     engine: Literal["transformers", "fake"] = Field("transformers", description="engine adapter")
     model: str = Field("", description="directory or hub id of a Hugging Face causal LM; unused by the fake engine")
     model_name: str = Field("default", min_length=1, max_length=128, description="name that clients use")
-    role: Literal["both", "prefill", "decode"] = Field("both", description="what the worker does")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights and KV")
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: as torch chooses")

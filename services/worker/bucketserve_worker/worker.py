@@ -152,7 +152,7 @@ class Worker:
         return scheduler_pb2.WorkerHello(
             worker_id=self.worker_id,
             model=self._settings.model_name,
-            role=role_to_pb(WorkerRole(self._settings.role)),
+            role=role_to_pb(WorkerRole.BOTH),
             address=self._settings.address or self._settings.listen,
             engine=self._info.name,
             pays_padding=self._info.pays_padding,
