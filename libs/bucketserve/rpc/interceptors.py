@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
@@ -57,8 +58,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                     _check(request)
                     answers = inner(request, context)
                     if inspect.isasyncgen(answers):
-                        async for answer in answers:
-                            yield answer
+                        # Closed at once when the call is cancelled, rather than whenever it is collected.
+                        async with aclosing(answers):
+                            async for answer in answers:
+                                yield answer
                     else:
                         await answers
                 except BaseException as error:

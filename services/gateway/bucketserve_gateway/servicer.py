@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import grpc
@@ -56,20 +57,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Validate, tokenise, submit, stream, finish. Leaving early, for whatever reason, stops the work everywhere."""
         parts = self._parts
-        span = parts.telemetry.begin(request, _text_metadata(context))
-        try:
+        with ExitStack() as end:
+            span = parts.telemetry.begin(request, _text_metadata(context))
+            end.callback(span.end)
             opened = await self._open(request, context, span)
-            try:
-                parts.scheduler.submit(opened)
-                await opened.accepted(parts.settings.scheduler_wait_s)
-                yield inference_pb2.GenerateResponse(started=_started(opened))
-                async for chunk in opened.chunks():
-                    yield inference_pb2.GenerateResponse(chunk=chunk)
-                yield inference_pb2.GenerateResponse(finished=opened.finished)
-            finally:
-                self._close(opened, span)
-        finally:
-            span.end()
+            end.callback(self._close, opened, span)
+            parts.scheduler.submit(opened)
+            await opened.accepted(parts.settings.scheduler_wait_s)
+            yield inference_pb2.GenerateResponse(started=_started(opened))
+            async for chunk in opened.chunks():
+                yield inference_pb2.GenerateResponse(chunk=chunk)
+            # Everything is booked before the client sees the end: it may hang up at once.
+            end.close()
+            yield inference_pb2.GenerateResponse(finished=opened.finished)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: TokenizeContext
