@@ -234,7 +234,8 @@ def sim(
     find_capacity: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="search the highest rate with this SLO attainment")
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="requests per run")] = 2000,
+    requests: Annotated[int, typer.Option(min=1, help="requests per run, at least")] = 2000,
+    span: Annotated[float, typer.Option(min=0.0, help="seconds over which they arrive, at least")] = 60.0,
     arrivals: Annotated[Arrivals, typer.Option(help="how requests arrive")] = Arrivals.POISSON,
     burstiness: Annotated[float, typer.Option(help="coefficient of variation of gamma gaps")] = 2.0,
     context: Annotated[int, typer.Option(min=0, help="context in tokens; 0: the device model's")] = 0,
@@ -265,6 +266,7 @@ def sim(
             rate_rps=rate,
             find_capacity=find_capacity,
             requests=requests,
+            min_span_s=span,
             arrivals=arrivals,
             burstiness_cv=burstiness,
             context_tokens=context,

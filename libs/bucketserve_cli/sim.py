@@ -37,6 +37,7 @@ class SimOptions:
     rate_rps: float | None
     find_capacity: float | None
     requests: int
+    min_span_s: float
     arrivals: Arrivals
     burstiness_cv: float
     context_tokens: int
@@ -65,6 +66,7 @@ def run_simulation(options: SimOptions, console: Console, progress_console: Cons
             source_name=options.trace.name if options.trace else options.workload,
             device=device,
             num_requests=options.requests,
+            min_span_s=options.min_span_s,
             seed=options.seed,
             cost=options.cost,
             arrivals=options.arrivals,

@@ -11,10 +11,13 @@ needed every few seconds. Objectives, both additive over buckets:
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
-__all__ = ["LengthHistogram", "best_edges", "edges_cost"]
+from bucketserve.core.waste import Waste
+
+__all__ = ["LengthHistogram", "best_edges", "edges_cost", "expected_waste"]
 
 BUCKET_PENALTY = 0.02
 """A further bucket must save this share of the whole cost of one bucket: buckets split the supply of batches."""
@@ -23,7 +26,7 @@ BUCKET_PENALTY = 0.02
 class LengthHistogram:
     """Arriving lengths, binned, older ones fading with a half-life."""
 
-    def __init__(self, context_tokens: int, half_life_s: float, bins_per_octave: int = 8) -> None:
+    def __init__(self, context_tokens: int, half_life_s: float, bins_per_octave: int = 4) -> None:
         """Covers lengths 0 to context_tokens; half_life_s in seconds."""
         edges = sorted({round(2 ** (i / bins_per_octave)) for i in range(40 * bins_per_octave)})
         self.highs = [edge for edge in edges if 1 < edge <= context_tokens] + [context_tokens + 1]
@@ -48,6 +51,13 @@ class LengthHistogram:
         self.tokens[i] += weight * length
         self.inverses[i] += weight / max(length, 1)
         self.longest[i] = max(self.longest[i], length)
+
+    def token_rate(self, low: int, high: int, now_s: float) -> float:
+        """Returns the tokens per second that arrive with lengths in [low, high)."""
+        fading = 2.0 ** (-min((now_s - self._since_s) / self._half_life_s, 1000.0))
+        first, last = bisect_right(self.highs, low), bisect_right(self.highs, high - 1)
+        # In a steady state a decayed sum is the rate times half-life / ln 2.
+        return float(sum(self.tokens[first : last + 1]) * fading * math.log(2) / self._half_life_s)
 
     def _rescale(self, now_s: float) -> None:
         factor = 2.0 ** (-min((now_s - self._since_s) / self._half_life_s, 1000.0))
@@ -109,6 +119,21 @@ def edges_cost(histogram: LengthHistogram, edges: Sequence[int], *, pays_padding
             cost += prefix.cost(start, end) + penalty
             start = end
     return cost
+
+
+def expected_waste(histogram: LengthHistogram, edges: Sequence[int]) -> Waste:
+    """Returns formula 3 in both readings over the histogram; a bin counts with its mean length."""
+    total = sum(histogram.counts)
+    if total <= 0:
+        return Waste(0.0, 0.0)
+    relative = tokens = padded = 0.0
+    for count, length_sum in zip(histogram.counts, histogram.tokens, strict=True):
+        if count > 0:
+            mean = length_sum / count
+            bound = next(edge for edge in edges if mean < edge) - 1 or 1
+            relative += count * (1 - mean / bound)
+            tokens, padded = tokens + length_sum, padded + count * bound
+    return Waste(max(relative / total, 0.0), max(1 - tokens / padded, 0.0))
 
 
 class _Prefix:

@@ -1,112 +1,246 @@
-"""Batches: which bucket, which worker, how many requests, and what stopped it from being more."""
+"""Batches: which lane and bucket, which worker, how many requests, and what stopped it from being more."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 
-from bucketserve.core.cells import WaitingCells
+from bucketserve.core.demand import Demand
+from bucketserve.core.edges import EdgeChooser
+from bucketserve.core.fleet import Fleet
+from bucketserve.core.lanes import Lane, Lanes
 from bucketserve.core.messages import DispatchBatch
 from bucketserve.core.placement import place
-from bucketserve.core.settings import CoreSettings
-from bucketserve.core.types import Batch, BatchId, Bucket, LimitedBy, Request, WorkerId
+from bucketserve.core.settings import CoreSettings, QueueOrder
+from bucketserve.core.types import Batch, BatchId, Bucket, LimitedBy, Request, RequestClass, RequestId
 from bucketserve.core.workers import WorkerState
 
-__all__ = ["BatchFormer"]
+__all__ = ["BatchFormer", "Formed"]
+
+INFINITY = float("inf")
+DEFERRED_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Formed:
+    """A batch, its requests and the lane they came from."""
+
+    command: DispatchBatch
+    requests: Sequence[Request]
+    lane: Lane
+
+
+@dataclass(slots=True)
+class _Cut:
+    """A batch in the making: what it holds and how much more it may."""
+
+    chosen: list[Request] = field(default_factory=list)
+    prefill_tokens: int = 0
+    attention: int = 0
+    kv_tokens: int = 0
+    due_s: float = INFINITY
+    tpot_s: float = INFINITY
 
 
 class BatchFormer:
-    """Forms one batch at a time out of the waiting requests; removes nothing itself."""
+    """Forms one batch at a time out of the waiting requests; removes nothing itself but what is late."""
 
-    def __init__(self, settings: CoreSettings, waiting: WaitingCells) -> None:
-        """Reads `waiting`, which its owner changes between calls."""
+    def __init__(self, settings: CoreSettings, lanes: Lanes, fleet: Fleet, edges: EdgeChooser, demand: Demand) -> None:
+        """Reads what its owner changes between calls."""
         self._settings = settings
-        self._waiting = waiting
+        self._lanes = lanes
+        self._fleet = fleet
+        self._edges = edges
+        self._demand = demand
         self._num_formed = 0
+        self._saving: tuple[RequestId, WorkerState] | None = None
+        self.wake_s: float | None = None
+        """When to look again without an event: a batch that is held back to fill goes then, or deferred ones may."""
 
-    def form(
-        self, buckets: Sequence[Bucket], workers: Mapping[WorkerId, WorkerState], now_s: float
-    ) -> tuple[DispatchBatch, list[Request]] | None:
-        """Returns the next batch and its requests; None if no worker can take anything that waits.
+    def form(self, now_s: float) -> Formed | None:
+        """Returns the next batch; None if no worker can take anything that may go now.
 
-        Buckets are tried in the order of their most urgent request. One whose first request fits nowhere is passed
-        over, unless that request is already late: then nothing goes before it, so that a large request is not starved
-        by small ones that take each bit of memory as it becomes free.
+        Lanes are tried in turn, buckets in the order of their first requests. A first request that fits nowhere is
+        passed over, with two exceptions: if the order is first come, first served, nothing goes before it; and a
+        deferred one has a worker saved for it, or small requests would take each bit of memory as it becomes free.
         """
-        heads = sorted((key, bucket) for bucket in buckets if (key := self._waiting.head(bucket)) is not None)
-        for key, bucket in heads:
-            with closing(self._waiting.in_order(bucket)) as ordered:
-                first = next(ordered)
-            worker = place(first, workers.values(), self._settings)
-            if worker is not None:
-                return self._cut(bucket, worker, now_s)
-            if key[0] < now_s and any(w.could_hold(first) for w in workers.values()):
+        candidates = self._fleet.candidates()
+        if not candidates:
+            return None
+        for lane in self._lanes.in_turn():
+            formed = self._form_from(lane, candidates, now_s)
+            if formed is not None:
+                return formed
+            if self._settings.queue_order is QueueOrder.FCFS:
                 return None
         return None
 
-    def _cut(self, bucket: Bucket, worker: WorkerState, now_s: float) -> tuple[DispatchBatch, list[Request]]:
-        """Takes requests from the bucket in order until something stops it; the first one fits by `place`."""
-        chosen: list[Request] = []
-        reserved = tokens = 0
-        safe_tokens = worker.safe_tokens(self._settings.memory_reserve)
-        sequences = worker.free_sequences()
-        latest_s = float("inf")
-        limited_by = LimitedBy.SUPPLY
-        with closing(self._waiting.in_order(bucket)) as ordered:
-            for request in ordered:
-                total = tokens + request.prefill_tokens
-                due_s = min(latest_s, _latest_s(request, now_s))
-                if chosen:
-                    finish_s = now_s + worker.times.prefill_s(total)
-                    if len(chosen) >= sequences:
-                        limited_by = LimitedBy.COUNT
-                    elif reserved + request.reserved_tokens > safe_tokens:
-                        limited_by = LimitedBy.MEMORY
-                    elif total > self._settings.max_batch_tokens or finish_s > due_s:
-                        limited_by = LimitedBy.TIME
-                    if limited_by is not LimitedBy.SUPPLY:
-                        break
-                chosen.append(request)
-                reserved += request.reserved_tokens
-                tokens, latest_s = total, due_s
-        return self._dispatch(bucket, worker, chosen, limited_by), chosen
+    def forget(self, request_id: RequestId) -> None:
+        """Gives up the worker saved for a request that does not wait any more."""
+        if self._saving is not None and self._saving[0] == request_id:
+            self._saving[1].saved_for = None
+            self._fleet.changed(self._saving[1])
+            self._saving = None
 
-    def _dispatch(
-        self, bucket: Bucket, worker: WorkerState, chosen: Sequence[Request], limited_by: LimitedBy
-    ) -> DispatchBatch:
+    def worker_left(self, worker: WorkerState) -> None:
+        """Gives up what was saved at a worker that takes no more."""
+        if self._saving is not None and self._saving[1] is worker:
+            worker.saved_for = None
+            self._saving = None
+
+    def _form_from(self, lane: Lane, candidates: Sequence[WorkerState], now_s: float) -> Formed | None:
+        cells = self._lanes.of(lane)
+        heads = sorted((key, bucket) for bucket in self._edges.buckets if (key := cells.head(bucket)) is not None)
+        room = self._deferred_room() if lane is Lane.DEFERRED else None
+        for key, bucket in heads:
+            first = cells.get(RequestId(key[2]))
+            assert first is not None  # a head waits
+            if room is not None and first.reserved_tokens > room and not self._is_alone_in_turn():
+                # The room grows with time alone, as what was needed in time fades from the average.
+                self._wake_at(now_s + DEFERRED_RETRY_S)
+                continue
+            worker = place(first, candidates, self._settings)
+            if worker is None:
+                if self._settings.queue_order is QueueOrder.FCFS:
+                    return None
+                if lane is Lane.DEFERRED and key[0] <= now_s:
+                    self._save_for(first)
+                continue
+            if self._is_held(lane, bucket, first, worker, now_s):
+                continue
+            cut, limited_by = self._cut(lane, bucket, worker, now_s, room)
+            return Formed(self._dispatch(bucket, worker, cut, limited_by), cut.chosen, lane)
+        return None
+
+    def _deferred_room(self) -> int:
+        """KV tokens that deferred requests may still take: what those in time leave, at least their share."""
+        return self._demand.deferred_room(self._fleet.kv_total_tokens, self._settings.deferred_share)
+
+    def _is_alone_in_turn(self) -> bool:
+        """Whether the deferred lane is owed something and has nothing running: then one goes, however large."""
+        return self._lanes.may_save() and not self._demand.tokens(Lane.DEFERRED)
+
+    def _save_for(self, request: Request) -> None:
+        """Lets the roomiest worker that could hold the request take nothing else until it does."""
+        if self._saving is not None or not self._lanes.may_save():
+            return
+        able = [worker for worker in self._fleet.candidates() if worker.could_hold(request)]
+        worker = max(able, key=lambda worker: (worker.free_tokens(), worker.worker_id), default=None)
+        if worker is not None:
+            worker.saved_for = request.request_id
+            self._saving = (request.request_id, worker)
+
+    def _is_held(self, lane: Lane, bucket: Bucket, first: Request, worker: WorkerState, now_s: float) -> bool:
+        """Whether the bucket should still fill.
+
+        It may for at most a share of its first request's slack, and no longer than filling takes at the rate at
+        which its tokens arrive.
+        """
+        share, target = self._settings.fill_wait_share, self._settings.fill_tokens
+        if not share or lane is Lane.DEFERRED or first.ttft_slo_s is None:
+            return False
+        _, tokens = self._lanes.of(lane).count(bucket)
+        if tokens >= target:
+            return False
+        rate = self._edges.token_rate(bucket, now_s)
+        fill_s = (target - tokens) / rate if rate else INFINITY
+        slack_s = max(first.ttft_slo_s - worker.prefill_in_s(target, 0, self._settings.max_chunk_tokens), 0.0)
+        if fill_s > share * slack_s:
+            # It would not fill in time: waiting would only delay.
+            return False
+        until_s = min(first.arrival_s + share * slack_s, now_s + fill_s)
+        if until_s <= now_s:
+            return False
+        self._wake_at(until_s)
+        return True
+
+    def _wake_at(self, at_s: float) -> None:
+        self.wake_s = at_s if self.wake_s is None else min(self.wake_s, at_s)
+
+    def _cut(
+        self, lane: Lane, bucket: Bucket, worker: WorkerState, now_s: float, room: int | None
+    ) -> tuple[_Cut, LimitedBy]:
+        """Takes requests from the bucket in order until something stops it; the first one fits by `place`."""
+        cut = _Cut()
+        safe_tokens = worker.safe_tokens(self._settings.memory_reserve)
+        if room is not None:
+            safe_tokens = min(safe_tokens, room)
+        sequences = 1 if worker.saved_for is not None else worker.free_sequences()
+        with closing(self._lanes.of(lane).in_order(bucket)) as ordered:
+            for request in ordered:
+                kv_tokens = cut.kv_tokens + worker.kv_tokens(request)
+                if cut.chosen:
+                    if len(cut.chosen) >= sequences:
+                        return cut, LimitedBy.COUNT
+                    if kv_tokens > safe_tokens:
+                        return cut, LimitedBy.MEMORY
+                    if cut.prefill_tokens + request.prefill_tokens > self._settings.max_batch_tokens:
+                        return cut, LimitedBy.TIME
+                    if self._settings.is_time_aware and not self._is_in_time(cut, request, worker, now_s):
+                        return cut, LimitedBy.TIME
+                cut.chosen.append(request)
+                cut.kv_tokens = kv_tokens
+                cut.prefill_tokens += request.prefill_tokens
+                cut.attention += request.prefill_tokens * request.prompt_tokens
+                cut.due_s = min(cut.due_s, _due_s(request, now_s))
+                cut.tpot_s = min(cut.tpot_s, request.tpot_slo_s or INFINITY)
+        return cut, LimitedBy.SUPPLY
+
+    def _is_in_time(self, cut: _Cut, request: Request, worker: WorkerState, now_s: float) -> bool:
+        """Whether the batch with one more request still meets its tightest TTFT and the TPOT of what decodes there."""
+        due_s = min(cut.due_s, _due_s(request, now_s))
+        if due_s < INFINITY:
+            took_s = worker.prefill_in_s(
+                cut.prefill_tokens + request.prefill_tokens,
+                cut.attention + request.prefill_tokens * request.prompt_tokens,
+                self._settings.max_chunk_tokens,
+            )
+            if now_s + took_s > due_s:
+                return False
+        tpot_s = min(cut.tpot_s, request.tpot_slo_s or INFINITY)
+        if tpot_s == INFINITY:
+            return True
+        number = worker.num_sequences() + len(cut.chosen) + 1
+        held = worker.context_tokens_held() + cut.kv_tokens + request.prompt_tokens
+        return worker.times.decode_s(number, held) <= tpot_s
+
+    def _dispatch(self, bucket: Bucket, worker: WorkerState, cut: _Cut, limited_by: LimitedBy) -> DispatchBatch:
         self._num_formed += 1
         worker.num_assigned += 1
+        chosen = cut.chosen
         batch = Batch(
             batch_id=BatchId(f"{worker.worker_id}/{self._num_formed}"),
             worker_id=worker.worker_id,
             assignment=worker.num_assigned,
             bucket=bucket,
             request_ids=tuple(request.request_id for request in chosen),
-            prefill_tokens=sum(request.prefill_tokens for request in chosen),
+            prefill_tokens=cut.prefill_tokens,
             padded_tokens=max(request.prefill_tokens for request in chosen) * len(chosen),
             reserved_kv_tokens=sum(request.reserved_tokens for request in chosen),
             limited_by=limited_by,
-            max_chunk_tokens=self._chunk_tokens(worker, chosen),
+            max_chunk_tokens=self._chunk_tokens(worker, cut),
         )
-        worker.unaccounted.append((batch.assignment, batch.reserved_kv_tokens, len(chosen)))
-        worker.outstanding[batch.batch_id] = set(batch.request_ids)
-        worker.requests.update(batch.request_ids)
+        worker.assign(batch, cut.kv_tokens)
+        if worker.saved_for is not None:
+            self.forget(worker.saved_for)
+        self._fleet.changed(worker)
         return DispatchBatch(batch)
 
-    def _chunk_tokens(self, worker: WorkerState, chosen: Sequence[Request]) -> int:
-        """Prompt tokens per step that keep a step within the tightest TPOT target of the batch."""
+    def _chunk_tokens(self, worker: WorkerState, cut: _Cut) -> int:
+        """Prompt tokens per step that keep a step beside the running decodes within the tightest TPOT of the batch."""
         limit = self._settings.max_chunk_tokens
-        targets = [request.tpot_slo_s for request in chosen if request.tpot_slo_s is not None]
-        per_token_s = worker.times.prefill_s(1)
-        if not targets or not per_token_s:
+        per_token_s = worker.times.prefill_token_s()
+        if cut.tpot_s == INFINITY or not per_token_s or not self._settings.is_time_aware:
             return limit
-        wanted = max(int(min(targets) / per_token_s), 16)
+        left_s = cut.tpot_s - worker.times.decode_s(worker.num_sequences(), worker.context_tokens_held())
+        wanted = max(int(left_s / per_token_s), 16)
         return min(limit, wanted) if limit else wanted
 
 
-def _latest_s(request: Request, now_s: float) -> float:
+def _due_s(request: Request, now_s: float) -> float:
     """When its prefill must be over; a request that is late already asks for nothing of the others."""
-    if request.ttft_slo_s is None:
-        return float("inf")
-    latest_s = request.arrival_s + request.ttft_slo_s
-    return latest_s if latest_s > now_s else float("inf")
+    if request.ttft_slo_s is None or request.request_class is RequestClass.BATCH:
+        return INFINITY
+    due_s = request.arrival_s + request.ttft_slo_s
+    return due_s if due_s > now_s else INFINITY

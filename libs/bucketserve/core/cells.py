@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 from bucketserve.core.types import Bucket, Request, RequestId
 
-__all__ = ["Waiting", "WaitingCells"]
+__all__ = ["Key", "Waiting", "WaitingCells"]
 
 CELLS_PER_OCTAVE = 8
-Key = tuple[float, float, str]
-"""(order key, arrival, id): ties break on arrival, then id."""
+Key = tuple[float, float, str, int]
+"""(order key, arrival, id, entry): ties break on arrival, then id; the entry tells an attempt from its older ones."""
 
 
 @dataclass(slots=True)
@@ -70,6 +70,7 @@ class WaitingCells:
         self._cells = [_Cell(low, high) for low, high in zip(lows, [*lows[1:], context_tokens + 1], strict=True)]
         self._by_id: dict[RequestId, Waiting] = {}
         self.num_tokens = 0
+        self._num_added = 0
 
     def __len__(self) -> int:
         """Number of waiting requests."""
@@ -88,9 +89,15 @@ class WaitingCells:
         waiting = self._by_id.get(request_id)
         return waiting.request if waiting else None
 
+    def key(self, request_id: RequestId) -> Key | None:
+        """Returns a waiting request's key."""
+        waiting = self._by_id.get(request_id)
+        return waiting.key if waiting else None
+
     def add(self, request: Request, order_key: float) -> None:
         """Adds a request. O(log n)."""
-        waiting = Waiting(request, (order_key, request.arrival_s, request.request_id))
+        self._num_added += 1
+        waiting = Waiting(request, (order_key, request.arrival_s, request.request_id, self._num_added))
         self._by_id[request.request_id] = waiting
         self._cell_of(request.prefill_tokens).add(waiting)
         self.num_tokens += request.prefill_tokens

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from bucketserve.core.adaptive import LengthHistogram, best_edges, edges_cost
-from bucketserve.core.cells import WaitingCells
+from bucketserve.core.adaptive import LengthHistogram, best_edges, edges_cost, expected_waste
+from bucketserve.core.lanes import Lanes
 from bucketserve.core.paper import algorithm_1, n_max
 from bucketserve.core.settings import CoreSettings, EdgeRule
 from bucketserve.core.types import Bucket
+from bucketserve.core.waste import Waste
 from bucketserve.core.workers import WorkerState
 
 __all__ = ["EdgeChooser"]
@@ -35,7 +36,7 @@ class EdgeChooser:
         self.edges: tuple[int, ...] = (*(edge for edge in first if edge < self._last_edge - 1), self._last_edge)
         self.buckets: tuple[Bucket, ...] = _buckets(self.edges)
 
-    def restore(self, edges: Sequence[int], waiting: WaitingCells) -> None:
+    def restore(self, edges: Sequence[int], waiting: Lanes) -> None:
         """Takes edges over from a store."""
         kept = sorted({edge for edge in edges if 0 < edge < self._last_edge})
         self._set((*kept, self._last_edge), waiting)
@@ -45,7 +46,15 @@ class EdgeChooser:
         self._num_arrivals += 1
         self._histogram.add(length, now_s)
 
-    def update(self, waiting: WaitingCells, workers: Iterable[WorkerState], now_s: float) -> bool:
+    def token_rate(self, bucket: Bucket, now_s: float) -> float:
+        """Returns the prompt tokens per second that arrive in a bucket."""
+        return self._histogram.token_rate(bucket.low, bucket.high, now_s)
+
+    def predicted_waste(self) -> Waste:
+        """Returns the waste of prompts padded to their bucket's upper edge, over the lengths that arrive."""
+        return expected_waste(self._histogram, self.edges)
+
+    def update(self, waiting: Lanes, workers: Iterable[WorkerState], now_s: float) -> bool:
         """Looks at the edges if it is time to; returns whether they changed."""
         if now_s < self._next_s or self._settings.edges is EdgeRule.NONE:
             return False
@@ -61,7 +70,7 @@ class EdgeChooser:
         self._changed_s = now_s
         return True
 
-    def _paper_edges(self, waiting: WaitingCells, workers: Sequence[WorkerState]) -> tuple[int, ...]:
+    def _paper_edges(self, waiting: Lanes, workers: Sequence[WorkerState]) -> tuple[int, ...]:
         if not workers:
             return self.edges
         safe_tokens = max(worker.safe_tokens(self._settings.memory_reserve) for worker in workers)
@@ -92,7 +101,7 @@ class EdgeChooser:
         self._interval_s = min(self._interval_s * 2, self._settings.edge_cooldown_s)
         return self.edges
 
-    def _set(self, edges: tuple[int, ...], waiting: WaitingCells) -> None:
+    def _set(self, edges: tuple[int, ...], waiting: Lanes) -> None:
         for edge in edges[:-1]:
             waiting.split_at(edge)
         self.edges = edges

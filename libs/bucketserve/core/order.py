@@ -1,39 +1,51 @@
 """Who goes first: one key per request, fixed at admission; the smallest goes first.
 
 - Interactive: the latest moment at which it may start and still meet its TTFT (least slack first: since every request's
-  slack shrinks at the same pace, the order of slacks is the order of these moments, and the key need not change).
+  slack shrinks at the same pace, the order of slacks is the order of these moments, and the key need not change), later
+  by what it costs: a request may be overtaken by a cheaper one that arrives later by no more than the difference of
+  their costs. Without that, a few long outputs fill the memory and every request behind them is late.
 - Batch class: arrival + patience, earlier or later by its length (SJF, LJF).
+- A tenant that is ahead of the others in tokens is later by its lead (core/tenants.py).
 
-Ageing is built in: the key of a request is at most `arrival + spread` for a spread that the settings bound, so that a
-request which arrives more than `spread` later never goes first. That is the starvation bound: once admitted, a request
-is overtaken only by requests that arrive within `starvation_bound_s` of it.
+Ageing is built in: the key of a request is `arrival + bound` for a bound that is fixed at admission, so that a request
+which arrives later than that never goes first. An interactive request that can't meet its target any more leaves the
+lane of those that can (core/lanes.py); the order inside a lane is the same.
 """
 
 from __future__ import annotations
 
-from bucketserve.core.settings import BatchOrder, CoreSettings
+from bucketserve.core.settings import BatchOrder, CoreSettings, QueueOrder
 from bucketserve.core.types import Request, RequestClass
 
-__all__ = ["order_key", "starvation_bound_s"]
+__all__ = ["latest_start_s", "order_key"]
 
 
-def order_key(request: Request, settings: CoreSettings, predicted_prefill_s: float) -> float:
-    """Returns the key, a time in seconds on the core's clock."""
+def order_key(
+    request: Request, settings: CoreSettings, *, prefill_s: float = 0.0, cost_s: float = 0.0, lead_s: float = 0.0
+) -> float:
+    """Returns the key, a time in seconds on the core's clock; never before the request's arrival.
+
+    Args:
+        request: the request.
+        settings: the order asked for.
+        prefill_s: its predicted prefill alone.
+        cost_s: seconds of the whole cluster's KV memory that it takes.
+        lead_s: how far its tenant is ahead of the others.
+    """
+    if settings.queue_order is QueueOrder.FCFS:
+        return request.arrival_s
     if request.request_class is RequestClass.INTERACTIVE:
-        target_s = request.ttft_slo_s if request.ttft_slo_s is not None else settings.default_ttft_s
-        return request.arrival_s + target_s - min(predicted_prefill_s, target_s)
+        slack_s = latest_start_s(request, settings, prefill_s) - request.arrival_s
+        return request.arrival_s + slack_s + settings.cost_weight * cost_s + lead_s
     length_s = request.prefill_tokens * settings.batch_order_s_per_token
     if settings.batch_order is BatchOrder.FCFS:
         length_s = 0.0
     sign = -1.0 if settings.batch_order is BatchOrder.LJF else 1.0
     # LJF brings long ones forward, but never before their arrival.
-    return request.arrival_s + max(settings.batch_patience_s + sign * length_s, 0.0)
+    return request.arrival_s + max(settings.batch_patience_s + sign * length_s, 0.0) + lead_s
 
 
-def starvation_bound_s(request: Request, settings: CoreSettings) -> float:
-    """Returns how much later than `request` another one may arrive and still go first, in seconds.
-
-    The other one's key is at least its arrival (both classes: target minus at most the target; patience minus length is
-    cut at 0), and this one's key is its arrival plus this bound.
-    """
-    return order_key(request, settings, 0.0) - request.arrival_s
+def latest_start_s(request: Request, settings: CoreSettings, prefill_s: float) -> float:
+    """Returns when an interactive request must start to meet its TTFT; never before its arrival."""
+    target_s = request.ttft_slo_s if request.ttft_slo_s is not None else settings.default_ttft_s
+    return request.arrival_s + max(target_s - prefill_s, 0.0)

@@ -10,10 +10,13 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from bucketserve.core.admission import Admission
 from bucketserve.core.batching import BatchFormer
-from bucketserve.core.cells import WaitingCells
-from bucketserve.core.drain import DrainRate
+from bucketserve.core.demand import Demand
 from bucketserve.core.edges import EdgeChooser
+from bucketserve.core.fleet import Fleet
+from bucketserve.core.handover import Handover
+from bucketserve.core.lanes import Lane, Lanes
 from bucketserve.core.messages import (
     AdmitRequest,
     BatchPrefilled,
@@ -36,9 +39,11 @@ from bucketserve.core.messages import (
     WorkerLost,
     WorkerReported,
 )
-from bucketserve.core.order import order_key
-from bucketserve.core.settings import CoreSettings
-from bucketserve.core.types import Bucket, Request, RequestId, WorkerId
+from bucketserve.core.order import latest_start_s, order_key
+from bucketserve.core.settings import CoreSettings, QueueOrder
+from bucketserve.core.tenants import TenantBook
+from bucketserve.core.types import Bucket, Request, RequestClass, RequestId, WorkerId, WorkerRole
+from bucketserve.core.waste import Waste, WasteBook
 from bucketserve.core.workers import WorkerState
 
 __all__ = ["BucketView", "CoreView", "SchedulerCore"]
@@ -59,13 +64,22 @@ class CoreView:
 
     buckets: tuple[BucketView, ...]
     num_waiting: int
+    num_deferred: int
     num_running: int
+    predicted_waste: Waste
+    """Of a batch padded to its bucket's edge, over the lengths that arrive."""
+    observed_waste: Waste
+    """Of the batches so far, if each were padded to its longest prompt."""
 
 
 @dataclass(slots=True)
 class _Running:
     request: Request
     worker_id: WorkerId
+    lane: Lane
+    is_prefilled: bool = False
+    target_id: WorkerId | None = None
+    """The decode worker that its KV moves to."""
 
 
 class SchedulerCore:
@@ -74,34 +88,45 @@ class SchedulerCore:
     def __init__(self, settings: CoreSettings, context_tokens: int) -> None:
         """Starts empty. Lengths reach from 1 to context_tokens."""
         self._settings = settings
-        self._waiting = WaitingCells(context_tokens)
+        self._lanes = Lanes(context_tokens, settings.deferred_share)
         self._edges = EdgeChooser(settings, context_tokens)
-        self._former = BatchFormer(settings, self._waiting)
-        self._workers: dict[WorkerId, WorkerState] = {}
+        self._fleet = Fleet(settings)
+        self._demand = Demand()
+        self._former = BatchFormer(settings, self._lanes, self._fleet, self._edges, self._demand)
+        self._handover = Handover(settings, self._fleet)
+        self._tenants = TenantBook()
+        self._admission = Admission(settings, self._lanes, self._fleet, self._tenants)
+        self._waste = WasteBook()
         self._running: dict[RequestId, _Running] = {}
         self._deadlines: list[tuple[float, str, int]] = []
-        self._tenant_tokens: dict[str, int] = {}
-        self._drain = DrainRate()
         self._commands: list[Command] = []
         self._drops: list[Drop] = []
 
     def restore(self, *, waiting: Iterable[Request], running: Mapping[Request, WorkerId], edges: Sequence[int]) -> None:
         """Takes over what a store holds; admission limits don't apply to what was admitted before."""
         if edges:
-            self._edges.restore(edges, self._waiting)
+            self._edges.restore(edges, self._lanes)
         for request in waiting:
             self._enqueue(request)
         for request, worker_id in running.items():
-            self._running[request.request_id] = _Running(request, worker_id)
-            self._watch_deadline(request)
+            self._running[request.request_id] = _Running(request, worker_id, Lane.IN_TIME)
+            self._demand.took(Lane.IN_TIME, request.reserved_tokens, 0.0)
+            self._watch_deadline(request, 0.0)
 
     def status(self) -> CoreView:
         """Returns buckets and totals. O(cells)."""
         views = []
         for bucket in self._edges.buckets:
-            number, tokens = self._waiting.count(bucket)
+            number, tokens = self._lanes.count(bucket)
             views.append(BucketView(bucket, number, tokens))
-        return CoreView(tuple(views), len(self._waiting), len(self._running))
+        return CoreView(
+            tuple(views),
+            len(self._lanes),
+            len(self._lanes.of(Lane.DEFERRED)),
+            len(self._running),
+            self._edges.predicted_waste(),
+            self._waste.observed(),
+        )
 
     def step(self, events: Sequence[Event], now_s: float) -> Decision:
         """Returns what to do about the events at that time.
@@ -114,8 +139,9 @@ class SchedulerCore:
         for event in events:
             self._take(event, now_s)
         self._expire(now_s)
-        if self._edges.update(self._waiting, self._workers.values(), now_s):
+        if self._edges.update(self._lanes, self._fleet, now_s):
             self._commands.append(ChangeEdges(self._edges.edges))
+        self._commands += self._hand_over()
         self._dispatch(now_s)
         return Decision(tuple(self._commands), tuple(self._drops), self._wake_s())
 
@@ -133,34 +159,34 @@ class SchedulerCore:
                 self._report(event)
             case BatchPrefilled():
                 self._prefilled(event)
-            case WorkerJoined():
-                self._join(event)
-            case WorkerDraining(worker_id=worker_id):
-                if worker := self._workers.get(worker_id):
-                    worker.is_draining = True
-            case WorkerLost(worker_id=worker_id):
-                self._workers.pop(worker_id, None)
-                self._lose([rid for rid, running in self._running.items() if running.worker_id == worker_id])
             case KvMoved():
-                # No worker has role prefill or decode yet, so that nothing was asked to move.
-                pass
+                self._moved(event, now_s)
+            case WorkerJoined():
+                self._join(event, now_s)
+            case WorkerDraining(worker_id=worker_id):
+                if worker := self._fleet.get(worker_id):
+                    worker.is_draining = True
+                    self._fleet.changed(worker)
+                    self._former.worker_left(worker)
+            case WorkerLost(worker_id=worker_id):
+                worker = self._fleet.leave(worker_id)
+                if worker is not None:
+                    self._former.worker_left(worker)
+                self._lose([rid for rid, r in self._running.items() if worker_id in (r.worker_id, r.target_id)], now_s)
 
     def _submit(self, request: Request, now_s: float) -> None:
-        known = self._waiting.get(request.request_id)
+        known = self._lanes.get(request.request_id)
         running = self._running.get(request.request_id)
         current = known or (running.request if running else None)
         if current is not None and current.attempt >= request.attempt:
-            self._refuse(request, RefuseReason.DUPLICATE, 0.0)
+            self._commands.append(RefuseRequest(request.request_id, request.attempt, RefuseReason.DUPLICATE, 0.0))
             return
         if known is not None:
             self._dequeue(request.request_id)
         elif running is not None:
-            del self._running[request.request_id]
-            self._commands.append(CancelAtWorker(running.worker_id, request.request_id))
-            if worker := self._workers.get(running.worker_id):
-                worker.release(request.request_id)
-        elif refusal := self._reason_to_refuse(request):
-            self._refuse(request, refusal, self._retry_after_s(request, refusal))
+            self._stop(running, now_s)
+        elif refusal := self._admission.refusal(request, now_s):
+            self._commands.append(RefuseRequest(request.request_id, request.attempt, *refusal))
             return
         self._edges.arrived(request.prefill_tokens, now_s)
         self._enqueue(request)
@@ -170,117 +196,133 @@ class SchedulerCore:
         if request := self._dequeue(request_id):
             self._drops.append(Drop(request_id, request.attempt, DropReason.CANCELLED))
         elif running := self._running.get(request_id):
-            self._commands.append(CancelAtWorker(running.worker_id, request_id))
+            for worker_id in (running.worker_id, running.target_id):
+                if worker_id is not None:
+                    self._commands.append(CancelAtWorker(worker_id, request_id))
 
     def _finish(self, event: RequestFinished, now_s: float) -> None:
         running = self._running.get(event.request_id)
         if running is None or running.request.attempt != event.attempt or running.worker_id != event.worker_id:
             return
-        del self._running[event.request_id]
-        if worker := self._workers.get(event.worker_id):
-            worker.release(event.request_id)
-        self._drain.finished(running.request.prefill_tokens, now_s)
+        self._end(running, now_s)
+        self._admission.drain.finished(running.request.prefill_tokens, now_s)
         self._commands.append(ForgetRequest(event.request_id))
 
     def _report(self, event: WorkerReported) -> None:
-        worker = self._workers.get(event.worker_id)
+        worker = self._fleet.get(event.worker_id)
         if worker is None:
             return
         worker.report(event.headroom)
         for sample in event.steps:
-            worker.times.learn(sample)
+            self._fleet.learn(worker, sample)
+        self._fleet.changed(worker)
 
     def _prefilled(self, event: BatchPrefilled) -> None:
-        if worker := self._workers.get(event.worker_id):
-            for request_id in event.request_ids:
-                worker.prefilled(request_id)
+        worker = self._fleet.get(event.worker_id)
+        if worker is None:
+            return
+        for request_id in event.request_ids:
+            worker.prefilled(request_id)
+            running = self._running.get(request_id)
+            if running is not None and running.worker_id == event.worker_id:
+                running.is_prefilled = True
+                if worker.role is WorkerRole.PREFILL:
+                    self._handover.ready(running.request, event.worker_id)
+        self._fleet.changed(worker)
 
-    def _join(self, event: WorkerJoined) -> None:
+    def _moved(self, event: KvMoved, now_s: float) -> None:
+        for worker_id in (event.source_id, event.target_id):
+            if worker := self._fleet.get(worker_id):
+                if worker_id == event.target_id and event.is_ok:
+                    worker.incoming.pop(event.request_id, None)
+                else:
+                    worker.release(event.request_id)
+                self._fleet.changed(worker)
+        running = self._running.get(event.request_id)
+        if running is None or running.request.attempt != event.attempt or running.target_id != event.target_id:
+            return
+        if event.is_ok:
+            running.worker_id, running.target_id = event.target_id, None
+        else:
+            # Never served as it is: its gateway submits it again and the prompt is computed anew.
+            self._lose([event.request_id], now_s, DropReason.WORKER_FAILED)
+
+    def _join(self, event: WorkerJoined, now_s: float) -> None:
+        if older := self._fleet.get(event.worker_id):
+            self._former.worker_left(older)
         worker = WorkerState.joined(event)
-        self._workers[event.worker_id] = worker
         still = set(event.running)
-        here = {rid for rid, running in self._running.items() if running.worker_id == event.worker_id}
+        here = {rid for rid, r in self._running.items() if event.worker_id in (r.worker_id, r.target_id)}
         worker.requests = here & still
-        self._lose(sorted(here - still))
+        self._fleet.join(worker)
+        self._lose(sorted(here - still), now_s)
         for request_id in sorted(still - here):
             self._commands.append(CancelAtWorker(event.worker_id, request_id))
 
-    def _lose(self, request_ids: Sequence[RequestId]) -> None:
+    def _lose(
+        self, request_ids: Sequence[RequestId], now_s: float, reason: DropReason = DropReason.WORKER_LOST
+    ) -> None:
         for request_id in request_ids:
-            running = self._running.pop(request_id)
-            self._drops.append(Drop(request_id, running.request.attempt, DropReason.WORKER_LOST))
-
-    # --- admission ----------------------------------------------------------------------------------------------
-
-    def _reason_to_refuse(self, request: Request) -> RefuseReason | None:
-        settings = self._settings
-        if request.reserved_tokens > self._waiting.context_tokens:
-            return RefuseReason.TOO_LARGE
-        if self._workers and not any(worker.could_hold(request) for worker in self._workers.values()):
-            return RefuseReason.TOO_LARGE
-        if len(self._waiting) >= settings.max_queued_requests:
-            return RefuseReason.QUEUE_REQUESTS
-        if self._waiting.num_tokens + request.prefill_tokens > settings.max_queued_tokens:
-            return RefuseReason.QUEUE_TOKENS
-        tenant_tokens = self._tenant_tokens.get(request.tenant, 0) + request.prefill_tokens
-        if tenant_tokens > settings.max_queued_tokens * settings.max_tenant_share:
-            return RefuseReason.TENANT_QUOTA
-        if request.reject_if_unattainable and request.ttft_slo_s is not None:
-            ahead_s = self._drain.seconds_for(self._waiting.num_tokens)
-            if ahead_s + self._prefill_s(request) > request.ttft_slo_s:
-                return RefuseReason.SLO_UNATTAINABLE
-        return None
-
-    def _refuse(self, request: Request, reason: RefuseReason, retry_after_s: float) -> None:
-        self._commands.append(RefuseRequest(request.request_id, request.attempt, reason, retry_after_s))
-
-    def _retry_after_s(self, request: Request, reason: RefuseReason) -> float:
-        """When as many tokens as the request has will have left the queue, by the measured rate."""
-        if reason is RefuseReason.TOO_LARGE:
-            return 0.0
-        if reason is RefuseReason.SLO_UNATTAINABLE:
-            late_s = self._drain.seconds_for(self._waiting.num_tokens) + self._prefill_s(request)
-            return min(max(late_s - (request.ttft_slo_s or 0.0), 0.1), 60.0)
-        return min(max(self._drain.seconds_for(request.prefill_tokens), 0.1), 60.0)
-
-    def _prefill_s(self, request: Request) -> float:
-        """Predicted duration of its prefill alone on the fastest worker."""
-        return min((w.times.prefill_s(request.prefill_tokens) for w in self._workers.values()), default=0.0)
+            running = self._running[request_id]
+            self._stop(running, now_s, but_not_at_lost=True)
+            self._drops.append(Drop(request_id, running.request.attempt, reason))
 
     # --- the queue ----------------------------------------------------------------------------------------------
 
     def _enqueue(self, request: Request) -> None:
-        self._waiting.add(request, order_key(request, self._settings, self._prefill_s(request)))
-        self._tenant_tokens[request.tenant] = self._tenant_tokens.get(request.tenant, 0) + request.prefill_tokens
-        self._watch_deadline(request)
+        prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
+        lead_tokens = self._tenants.lead(request.tenant)
+        key = order_key(
+            request,
+            self._settings,
+            prefill_s=prefill_s,
+            cost_s=self._cost_s(request, prefill_s),
+            lead_s=self._admission.drain.seconds_for(round(lead_tokens)) if lead_tokens else 0.0,
+        )
+        late_s: float | None = float("inf")
+        if self._settings.queue_order is QueueOrder.SLACK:
+            is_batch = request.request_class is RequestClass.BATCH
+            late_s = None if is_batch else latest_start_s(request, self._settings, prefill_s)
+        self._lanes.add(request, key, late_s)
+        self._tenants.entered(request)
+        self._admission.entered(request)
+        self._watch_deadline(request, prefill_s)
+
+    def _cost_s(self, request: Request, prefill_s: float) -> float:
+        """Seconds of the whole cluster's KV memory that a request takes: tokens held x time held / all tokens."""
+        if not self._fleet.kv_total_tokens:
+            return 0.0
+        held_s = prefill_s + request.max_new_tokens * self._fleet.tpot_s
+        return request.reserved_tokens * held_s / self._fleet.kv_total_tokens
 
     def _dequeue(self, request_id: RequestId) -> Request | None:
-        request = self._waiting.remove(request_id)
+        request = self._lanes.remove(request_id)
         if request is not None:
-            left = self._tenant_tokens[request.tenant] - request.prefill_tokens
-            self._tenant_tokens[request.tenant] = left
-            if left == 0:
-                del self._tenant_tokens[request.tenant]
+            self._tenants.left(request)
+            self._admission.left(request)
+            self._former.forget(request_id)
         return request
 
-    def _watch_deadline(self, request: Request) -> None:
+    def _watch_deadline(self, request: Request, prefill_s: float) -> None:
+        """Watches for the moment from which on a waiting request can't have a token by its deadline any more."""
         if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.deadline_s, request.request_id, request.attempt))
+            heapq.heappush(self._deadlines, (request.deadline_s - prefill_s, request.request_id, request.attempt))
 
     def _expire(self, now_s: float) -> None:
-        """Drops what can't be in time any more; what runs is stopped."""
+        """Drops what can't be in time any more; what runs is stopped at its deadline."""
         while self._deadlines and self._deadlines[0][0] <= now_s:
             _, name, attempt = heapq.heappop(self._deadlines)
             request_id = RequestId(name)
-            waiting = self._waiting.get(request_id)
+            waiting = self._lanes.get(request_id)
             running = self._running.get(request_id)
             if waiting is not None and waiting.attempt == attempt:
                 self._dequeue(request_id)
             elif running is not None and running.request.attempt == attempt:
-                del self._running[request_id]
-                self._commands.append(CancelAtWorker(running.worker_id, request_id))
-                if worker := self._workers.get(running.worker_id):
-                    worker.release(request_id)
+                deadline_s = running.request.deadline_s or 0.0
+                if deadline_s > now_s:
+                    heapq.heappush(self._deadlines, (deadline_s, name, attempt))
+                    continue
+                self._stop(running, now_s)
             else:
                 continue
             self._drops.append(Drop(request_id, attempt, DropReason.DEADLINE))
@@ -289,28 +331,76 @@ class SchedulerCore:
 
     def _dispatch(self, now_s: float) -> None:
         """Cuts batches while a worker has room and a bucket has requests that fit."""
-        if not len(self._waiting):
+        self._former.wake_s = None
+        self._demand.advance(now_s)
+        if not len(self._lanes):
             return
+        self._lanes.defer_late(now_s)
         self._drop_what_fits_nowhere(now_s)
-        while (formed := self._former.form(self._edges.buckets, self._workers, now_s)) is not None:
-            command, requests = formed
-            for request in requests:
+        while len(self._lanes) and (formed := self._former.form(now_s)) is not None:
+            batch = formed.command.batch
+            for request in formed.requests:
                 self._dequeue(request.request_id)
-                self._running[request.request_id] = _Running(request, command.batch.worker_id)
-            self._commands.append(command)
+                self._running[request.request_id] = _Running(request, batch.worker_id, formed.lane)
+            self._demand.took(formed.lane, batch.reserved_kv_tokens, now_s)
+            self._lanes.dispatched(formed.lane, batch.reserved_kv_tokens)
+            self._waste.add(batch)
+            self._commands.append(formed.command)
 
     def _drop_what_fits_nowhere(self, now_s: float) -> None:
         """Ends requests that are late and that no worker here could hold even if it were empty.
 
         They were admitted while there was another worker, or none: until they are late one may still come.
         """
-        for bucket in self._edges.buckets:
-            while self._workers and (key := self._waiting.head(bucket)) is not None and key[0] < now_s:
-                request = self._waiting.get(RequestId(key[2]))
-                if request is None or any(worker.could_hold(request) for worker in self._workers.values()):
-                    break
-                self._dequeue(request.request_id)
-                self._drops.append(Drop(request.request_id, request.attempt, DropReason.TOO_LARGE))
+        if not len(self._fleet):
+            return
+        for lane in Lane:
+            cells = self._lanes.of(lane)
+            if not len(cells):
+                continue
+            for bucket in self._edges.buckets:
+                while (key := cells.head(bucket)) is not None and key[0] < now_s:
+                    request = cells.get(RequestId(key[2]))
+                    if request is None or self._fleet.could_hold(request):
+                        break
+                    self._dequeue(request.request_id)
+                    self._drops.append(Drop(request.request_id, request.attempt, DropReason.TOO_LARGE))
+
+    def _hand_over(self) -> Sequence[Command]:
+        moves = self._handover.moves(self._ready_at)
+        for move in moves:
+            self._running[move.request_id].target_id = move.target_id
+        return moves
+
+    def _ready_at(self, request_id: RequestId, source_id: WorkerId) -> Request | None:
+        running = self._running.get(request_id)
+        if running is None or running.worker_id != source_id or not running.is_prefilled or running.target_id:
+            return None
+        return running.request
+
+    # --- the end of what runs -----------------------------------------------------------------------------------
+
+    def _stop(self, running: _Running, now_s: float, *, but_not_at_lost: bool = False) -> None:
+        """Takes a running request away from its workers; those that are still there are told to stop it."""
+        for worker_id in (running.worker_id, running.target_id):
+            if worker_id is None:
+                continue
+            worker = self._fleet.get(worker_id)
+            if not but_not_at_lost or (worker is not None and running.request.request_id in worker.requests):
+                self._commands.append(CancelAtWorker(worker_id, running.request.request_id))
+        self._end(running, now_s)
+
+    def _end(self, running: _Running, now_s: float) -> None:
+        request_id = running.request.request_id
+        del self._running[request_id]
+        self._demand.took(running.lane, -running.request.reserved_tokens, now_s)
+        for worker_id in (running.worker_id, running.target_id):
+            if worker_id is not None and (worker := self._fleet.get(worker_id)):
+                worker.release(request_id)
+                self._fleet.changed(worker)
 
     def _wake_s(self) -> float | None:
-        return self._deadlines[0][0] if self._deadlines else None
+        times = [self._deadlines[0][0]] if self._deadlines else []
+        if self._former.wake_s is not None:
+            times.append(self._former.wake_s)
+        return min(times, default=None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bucketserve.core.errors import SettingsError
 
-__all__ = ["BatchOrder", "CoreSettings", "EdgeRule"]
+__all__ = ["BatchOrder", "CoreSettings", "EdgeRule", "QueueOrder"]
 
 
 class EdgeRule(enum.Enum):
@@ -19,6 +19,15 @@ class EdgeRule(enum.Enum):
     """Algorithm 1 of arXiv 2507.17120 (core/paper.py)."""
     NONE = "none"
     """One bucket."""
+
+
+class QueueOrder(enum.Enum):
+    """Order of waiting requests."""
+
+    SLACK = "slack"
+    """Least slack and cost first; what can't meet its target any more is deferred (core/order.py, core/lanes.py)."""
+    FCFS = "fcfs"
+    """By arrival, whatever the class."""
 
 
 class BatchOrder(enum.Enum):
@@ -63,6 +72,18 @@ class CoreSettings:
     max_chunk_tokens: int = 512
     """Most prompt tokens per step beside running decodes, unless a TPOT target asks for fewer; 0: no limit."""
 
+    is_time_aware: bool = True
+    """Batches end where a larger one would miss its tightest TTFT, or a running decode's TPOT."""
+    fill_wait_share: float = 0.0
+    """Share of its slack that a bucket's most urgent request may be held back for the batch to fill; 0: never."""
+    fill_tokens: int = 512
+    """Prompt tokens at which a batch is full: the device is busy with them."""
+
+    queue_order: QueueOrder = QueueOrder.SLACK
+    cost_weight: float = 2.0
+    """How much later a request counts per second of the whole cluster's KV memory that it takes."""
+    deferred_share: float = 0.1
+    """Share of dispatched tokens owed to deferred requests while others wait as well."""
     batch_order: BatchOrder = BatchOrder.SJF
     default_ttft_s: float = 2.0
     """Target of interactive requests that name none."""
@@ -73,8 +94,10 @@ class CoreSettings:
 
     max_queued_requests: int = 100_000
     max_queued_tokens: int = 50_000_000
+    max_batch_share: float = 0.9
+    """Most of both that batch-class requests may hold: under overload they give way first."""
     max_tenant_share: float = 1.0
-    """Most of max_queued_tokens that one tenant may hold."""
+    """Most of both that one tenant may hold."""
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -92,11 +115,16 @@ class CoreSettings:
                 ("max_batch_tokens", "at least 1", self.max_batch_tokens >= 1),
                 ("max_outstanding_batches", "at least 1", self.max_outstanding_batches >= 1),
                 ("max_chunk_tokens", "at least 0", self.max_chunk_tokens >= 0),
+                ("fill_wait_share", "in [0, 1]", 0 <= self.fill_wait_share <= 1),
+                ("fill_tokens", "at least 1", self.fill_tokens >= 1),
+                ("cost_weight", "at least 0", self.cost_weight >= 0),
+                ("deferred_share", "in (0, 1)", 0 < self.deferred_share < 1),
                 ("default_ttft_s", "positive", self.default_ttft_s > 0),
                 ("batch_patience_s", "at least 0", self.batch_patience_s >= 0),
                 ("batch_order_s_per_token", "at least 0", self.batch_order_s_per_token >= 0),
                 ("max_queued_requests", "at least 1", self.max_queued_requests >= 1),
                 ("max_queued_tokens", "at least 1", self.max_queued_tokens >= 1),
+                ("max_batch_share", "in (0, 1]", 0 < self.max_batch_share <= 1),
                 ("max_tenant_share", "in (0, 1]", 0 < self.max_tenant_share <= 1),
             )
             if not is_good

@@ -6,32 +6,25 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from bucketserve.core.messages import WorkerJoined
-from bucketserve.core.types import BatchId, Headroom, Request, RequestId, StepSample, WorkerId, WorkerRole
+from bucketserve.core.step_times import StepTimes
+from bucketserve.core.types import Batch, BatchId, Headroom, Request, RequestId, WorkerId, WorkerRole
 
-__all__ = ["StepTimes", "WorkerState"]
-
-
-@dataclass(slots=True)
-class StepTimes:
-    """Prefill speed of a worker, fitted online: exponentially weighted seconds and tokens of steps with prompts."""
-
-    seconds: float = 0.0
-    tokens: float = 0.0
-
-    def learn(self, sample: StepSample) -> None:
-        """Takes a measured step."""
-        if sample.prefill_tokens:
-            self.seconds = 0.95 * self.seconds + sample.duration_s
-            self.tokens = 0.95 * self.tokens + sample.prefill_tokens
-
-    def prefill_s(self, num_tokens: int) -> float:
-        """Returns the predicted duration of that many prompt tokens; 0 before anything was measured."""
-        return num_tokens * self.seconds / self.tokens if self.tokens else 0.0
+__all__ = ["WorkerState"]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class _Unaccounted:
+    """A batch that the worker's report does not contain yet."""
+
+    assignment: int
+    kv_tokens: int
+    prefill_tokens: int
+    num_requests: int
+
+
+@dataclass(slots=True, eq=False)
 class WorkerState:
-    """One worker. Mutated only by SchedulerCore."""
+    """One worker. Mutated only by SchedulerCore and its parts."""
 
     worker_id: WorkerId
     role: WorkerRole
@@ -41,12 +34,19 @@ class WorkerState:
     times: StepTimes = field(default_factory=StepTimes)
     num_assigned: int = 0
     """Sequence number of the last batch given to it."""
-    unaccounted: deque[tuple[int, int, int]] = field(default_factory=deque)
-    """Batches that its report does not contain yet: (assignment, reserved tokens, requests)."""
+    unaccounted: deque[_Unaccounted] = field(default_factory=deque)
+    incoming: dict[RequestId, int] = field(default_factory=dict)
+    """Requests whose KV is on its way here: tokens to hold, counted here and at the source until it has arrived."""
     outstanding: dict[BatchId, set[RequestId]] = field(default_factory=dict)
     """Batches whose prompts aren't all computed: the requests still to come."""
+    batch_of: dict[RequestId, BatchId] = field(default_factory=dict)
+    """The outstanding batch of each such request."""
     requests: set[RequestId] = field(default_factory=set)
+    saved_for: RequestId | None = None
+    """Takes nothing but this request, so that its memory becomes free."""
     is_draining: bool = False
+    version: int = 0
+    """Counts changes that matter to placement."""
 
     @classmethod
     def joined(cls, event: WorkerJoined) -> WorkerState:
@@ -62,38 +62,95 @@ class WorkerState:
     def report(self, headroom: Headroom) -> None:
         """Takes a report; batches that it accounts for are no longer subtracted from it."""
         self.headroom = headroom
-        while self.unaccounted and self.unaccounted[0][0] <= headroom.last_assignment:
+        while self.unaccounted and self.unaccounted[0].assignment <= headroom.last_assignment:
             self.unaccounted.popleft()
 
-    def free_tokens(self) -> int:
-        """KV tokens free by its report, less what was assigned since."""
-        return self.headroom.kv_free_tokens - sum(tokens for _, tokens, _ in self.unaccounted)
+    def assign(self, batch: Batch, kv_tokens: int) -> None:
+        """Notes a batch given to it."""
+        self.unaccounted.append(_Unaccounted(batch.assignment, kv_tokens, batch.prefill_tokens, len(batch.request_ids)))
+        self.outstanding[batch.batch_id] = set(batch.request_ids)
+        for request_id in batch.request_ids:
+            self.batch_of[request_id] = batch.batch_id
+        self.requests.update(batch.request_ids)
 
-    def safe_tokens(self, reserve: float) -> int:
-        """M_safe in tokens (paper, formula 5). An empty worker may give everything to the one request it holds."""
-        return int(self.free_tokens() * (1 - reserve))
-
-    def free_sequences(self) -> int:
-        """Sequences that it may still take."""
-        assigned = sum(number for _, _, number in self.unaccounted)
-        return self.headroom.max_sequences - self.headroom.num_running - self.headroom.num_waiting - assigned
-
-    def could_hold(self, request: Request) -> bool:
-        """Whether it could hold the request if it were empty."""
-        return request.reserved_tokens <= min(self.headroom.kv_total_tokens, self.context_tokens)
-
-    def is_empty(self) -> bool:
-        """Whether nothing runs or waits there."""
-        return not self.requests and self.free_tokens() >= self.headroom.kv_total_tokens
+    def prefilled(self, request_id: RequestId) -> None:
+        """Notes that a request's prompt is computed."""
+        batch_id = self.batch_of.pop(request_id, None)
+        if batch_id is not None:
+            left = self.outstanding[batch_id]
+            left.discard(request_id)
+            if not left:
+                del self.outstanding[batch_id]
 
     def release(self, request_id: RequestId) -> None:
         """Forgets a request that has left."""
         self.requests.discard(request_id)
+        self.incoming.pop(request_id, None)
         self.prefilled(request_id)
 
-    def prefilled(self, request_id: RequestId) -> None:
-        """Notes that a request's prompt is computed."""
-        for batch_id, left in list(self.outstanding.items()):
-            left.discard(request_id)
-            if not left:
-                del self.outstanding[batch_id]
+    # --- memory -------------------------------------------------------------------------------------------------
+
+    def kv_tokens(self, request: Request) -> int:
+        """Returns the KV tokens to reserve for a request here: a prefill worker holds prompts only."""
+        return request.prompt_tokens if self.role is WorkerRole.PREFILL else request.reserved_tokens
+
+    def free_tokens(self) -> int:
+        """KV tokens free by its report, less what was assigned since and what is on its way."""
+        free = self.headroom.kv_free_tokens
+        for batch in self.unaccounted:
+            free -= batch.kv_tokens
+        return free - sum(self.incoming.values()) if self.incoming else free
+
+    def safe_tokens(self, reserve: float) -> int:
+        """M_safe in tokens (paper, formula 5): the reserve is for surprises."""
+        return int(self.free_tokens() * (1 - reserve))
+
+    def room_for_one(self, reserve: float) -> int:
+        """KV tokens that a single request may take: all of an empty worker's, since nothing there can surprise it."""
+        free = self.free_tokens()
+        return free if self._is_empty(free) else int(free * (1 - reserve))
+
+    def could_hold(self, request: Request) -> bool:
+        """Whether it could hold the request if it were empty."""
+        return self.kv_tokens(request) <= min(self.headroom.kv_total_tokens, self.context_tokens)
+
+    def _is_empty(self, free: int) -> bool:
+        return not self.requests and free >= self.headroom.kv_total_tokens
+
+    # --- load ---------------------------------------------------------------------------------------------------
+
+    def num_sequences(self) -> int:
+        """Sequences there or on their way."""
+        number = self.headroom.num_running + self.headroom.num_waiting + len(self.incoming)
+        for batch in self.unaccounted:
+            number += batch.num_requests
+        return number
+
+    def free_sequences(self) -> int:
+        """Sequences that it may still take."""
+        return self.headroom.max_sequences - self.num_sequences()
+
+    def backlog_tokens(self) -> int:
+        """Prompt tokens given to it and not computed yet."""
+        backlog = self.headroom.waiting_prefill_tokens
+        for batch in self.unaccounted:
+            backlog += batch.prefill_tokens
+        return backlog
+
+    def context_tokens_held(self) -> int:
+        """KV tokens in use or reserved, by its report."""
+        return self.headroom.kv_total_tokens - self.headroom.kv_free_tokens
+
+    def prefill_in_s(self, num_tokens: int, attention: int, max_chunk_tokens: int) -> float:
+        """Returns when that many further prompt tokens are computed, in seconds from now.
+
+        They come after its backlog, and in chunks while it has decodes running.
+        """
+        tokens = num_tokens + self.backlog_tokens()
+        running = self.headroom.num_running
+        if not running:
+            return self.times.step_s(tokens, attention, 0, 0)
+        chunk = max_chunk_tokens or tokens
+        num_steps = -(-tokens // max(chunk, 1))
+        step_s = self.times.decode_s(running, self.context_tokens_held())
+        return num_steps * step_s + tokens * self.times.prefill_token_s()

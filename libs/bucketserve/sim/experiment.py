@@ -29,6 +29,9 @@ class Experiment:
     source_name: str
     device: DeviceModel
     num_requests: int = 2000
+    min_span_s: float = 0.0
+    """At high rates more requests are drawn, so that they arrive over at least this time: a short run ends before its
+    queues have filled."""
     seed: int = 0
     cost: CostMode = CostMode.PACKED
     arrivals: Arrivals = Arrivals.POISSON
@@ -47,7 +50,7 @@ def run_experiment(experiment: Experiment, layout: Layout, rate_rps: float | Non
     context_tokens = experiment.context_tokens or experiment.device.context_tokens
     workload = make_workload(
         experiment.source,
-        num_requests=experiment.num_requests,
+        num_requests=max(experiment.num_requests, round((rate_rps or 0.0) * experiment.min_span_s)),
         rate_rps=rate_rps,
         context_tokens=context_tokens,
         seed=experiment.seed,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.settings import CoreSettings, EdgeRule
+from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
 from bucketserve.core.types import RequestId
 from bucketserve.sim.baselines.chunked import Chunked, chunked_mode
 from bucketserve.sim.baselines.distserve import DISTSERVE_MODE, DistServe
@@ -113,11 +113,13 @@ def _any(num_workers: int, devices: int) -> Sequence[Layout]:
 _CORE = CoreSettings(max_queued_requests=10_000_000, max_queued_tokens=10**12)
 """Queues without bounds: a refusal would spare a policy the requests that it can't serve."""
 
+_PAPER = replace(_CORE, edges=EdgeRule.PAPER, queue_order=QueueOrder.FCFS, is_time_aware=False)
+
 POLICIES: Mapping[str, PolicySpec] = {
     spec.name: spec
     for spec in (
-        core_policy("adaptive", "the default: exact edges, slack order, time-aware batches", _CORE, _aggregated_only),
-        core_policy("paper", "Algorithm 1 as published", replace(_CORE, edges=EdgeRule.PAPER), _aggregated_only),
+        core_policy("adaptive", "the default: exact edges, slack order, time-aware batches", _CORE, _any),
+        core_policy("paper", "Algorithm 1, earliest arrival first", _PAPER, _any),
         PolicySpec(
             "fcfs-static",
             "static batches in order of arrival",

@@ -7,24 +7,37 @@ from contextlib import AsyncExitStack
 
 from bucketserve.core.errors import SettingsError
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule
+from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule, QueueOrder
 from bucketserve.ports import QueueStore
 from bucketserve.store.memory import MemoryStore
 from bucketserve.store.redis import RedisStore, connect
 from bucketserve_scheduler.settings import SchedulerSettings
 
-__all__ = ["new_core", "stores"]
+__all__ = ["core_settings", "new_core", "stores"]
 
 
 def new_core(settings: SchedulerSettings, context_tokens: int) -> SchedulerCore:
     """Returns a core for one model."""
-    core_settings = CoreSettings(
+    return SchedulerCore(core_settings(settings), context_tokens)
+
+
+def core_settings(settings: SchedulerSettings) -> CoreSettings:
+    """Returns the core's part of the settings. Policy `paper` is Algorithm 1 in order of arrival, for comparison."""
+    is_paper = settings.policy == "paper"
+    return CoreSettings(
         edges=EdgeRule(settings.policy),
+        queue_order=QueueOrder.FCFS if is_paper else QueueOrder.SLACK,
+        is_time_aware=not is_paper,
         batch_order=BatchOrder(settings.batch_order),
+        default_ttft_s=settings.default_ttft_s,
+        deferred_share=settings.deferred_share,
+        memory_reserve=settings.memory_reserve,
+        max_chunk_tokens=settings.max_chunk_tokens,
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
+        max_batch_share=settings.max_batch_share,
+        max_tenant_share=settings.max_tenant_share,
     )
-    return SchedulerCore(core_settings, context_tokens)
 
 
 async def stores(url: str, stack: AsyncExitStack) -> Callable[[str], QueueStore]:

@@ -20,10 +20,18 @@ class SchedulerSettings(Section):
         "redis://127.0.0.1:6379/0", description="Redis or Valkey; memory:// keeps state in memory only"
     )
     scheduler_id: str = Field("", description="unique per process; default: host name and process id")
-    policy: Literal["adaptive", "paper"] = Field("adaptive", description="how bucket edges are chosen")
+    policy: Literal["adaptive", "paper"] = Field("adaptive", description="adaptive, or Algorithm 1 of the paper")
     batch_order: Literal["sjf", "ljf"] = Field("sjf", description="order of batch-class requests in a bucket")
+    default_ttft_s: float = Field(2.0, gt=0, description="TTFT target of interactive requests that name none, seconds")
+    deferred_share: float = Field(
+        0.1, gt=0, lt=1, description="share of tokens owed to late and batch-class requests while others wait as well"
+    )
+    memory_reserve: float = Field(0.1, ge=0, lt=1, description="share of a worker's free KV never planned with")
+    max_chunk_tokens: int = Field(512, ge=0, description="most prompt tokens a step beside decodes; 0: no limit")
     max_queued_requests: int = Field(100_000, ge=1, description="requests that may wait, per model")
     max_queued_tokens: int = Field(50_000_000, ge=1, description="prompt tokens that may wait, per model")
+    max_batch_share: float = Field(0.9, gt=0, le=1, description="share of both that batch-class requests may hold")
+    max_tenant_share: float = Field(1.0, gt=0, le=1, description="share of both that one tenant may hold")
     leader_lease_s: float = Field(3.0, gt=0.2, le=60, description="a silent leader is replaced after this, seconds")
     worker_lease_s: float = Field(5.0, gt=0.5, le=300, description="a silent worker counts as lost after this, seconds")
     report_interval_s: float = Field(0.5, gt=0.01, le=60, description="most time between a worker's reports, seconds")

@@ -7,6 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bucketserve.core.lanes import Lane, Lanes
 from bucketserve.core.messages import (
     AdmitRequest,
     BatchPrefilled,
@@ -23,10 +24,10 @@ from bucketserve.core.messages import (
     RequestSubmitted,
     WorkerLost,
 )
-from bucketserve.core.order import order_key, starvation_bound_s
+from bucketserve.core.order import order_key
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule
-from bucketserve.core.types import Batch, Request, RequestClass, RequestId, WorkerId
+from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule, QueueOrder
+from bucketserve.core.types import Batch, BatchId, Request, RequestClass, RequestId, WorkerId
 from tests.builders import a_request, joined, reported
 
 CONTEXT = 2048
@@ -44,6 +45,7 @@ class World:
         self.state: dict[RequestId, str] = {}
         self.ends: Counter[RequestId] = Counter()
         self.log: list[tuple[float, list[Event], Decision]] = []
+        self.batch_of: dict[RequestId, BatchId] = {}
         self.now_s = 0.0
 
     def turn(self, events: list[Event], elapsed_s: float = 0.1) -> None:
@@ -84,6 +86,7 @@ class World:
             assert batch.bucket.low <= request.prefill_tokens < batch.bucket.high
             self.state[request.request_id] = "running"
             held[request.request_id] = request
+            self.batch_of[request.request_id] = batch.batch_id
         assert batch.prefill_tokens == sum(request.prefill_tokens for request in requests)
         assert batch.reserved_kv_tokens == sum(request.reserved_tokens for request in requests)
         # Never more than the worker really has.
@@ -113,18 +116,10 @@ class World:
             return []
         request_id, request = next(iter(held.items()))
         del held[request_id]
-        batch_ids = {
-            command.batch.batch_id
-            for _, _, decision in self.log
-            for command in decision.commands
-            if isinstance(command, DispatchBatch) and request_id in command.batch.request_ids
-        }
-        computed = [
-            BatchPrefilled(worker_id=worker_id, batch_id=batch_id, request_ids=(request_id,), duration_s=0.1)
-            for batch_id in batch_ids
-        ]
+        batch_id = self.batch_of[request_id]
+        computed = BatchPrefilled(worker_id=worker_id, batch_id=batch_id, request_ids=(request_id,), duration_s=0.1)
         done = RequestFinished(request_id=request_id, attempt=request.attempt, worker_id=worker_id, output_tokens=1)
-        return [*computed, done, self.report(worker_id)]
+        return [computed, done, self.report(worker_id)]
 
 
 request_shapes = st.tuples(
@@ -246,14 +241,75 @@ any_request = st.builds(
 )
 
 
-@given(st.sampled_from(list(BatchOrder)), any_request, any_request, st.floats(0, 100), st.floats(0, 100))
+@given(st.floats(0.01, 0.9), st.lists(st.integers(1, 5000), min_size=1, max_size=300))
+@settings(max_examples=100, deadline=None)
+def test_deferred_requests_get_their_share_while_both_lanes_wait(share: float, sizes: list[int]) -> None:
+    lanes = Lanes(CONTEXT, share)
+    lanes.add(a_request("urgent"), 1.0, late_s=1.0)
+    lanes.add(a_request("patient"), 1.0, late_s=None)
+    tokens = dict.fromkeys(Lane, 0)
+    for size in sizes:
+        lane = lanes.in_turn()[0]
+        tokens[lane] += size
+        lanes.dispatched(lane, size)
+        # What is owed is never more than one dispatch's share, in either direction.
+        assert -max(sizes) <= share * sum(tokens.values()) - tokens[Lane.DEFERRED] <= max(sizes)
+
+
+seconds = st.floats(0, 100)
+
+
+@given(
+    st.builds(
+        CoreSettings, batch_order=st.sampled_from(list(BatchOrder)), queue_order=st.sampled_from(list(QueueOrder))
+    ),
+    any_request,
+    any_request,
+    st.tuples(seconds, seconds, seconds),
+    st.tuples(seconds, seconds, seconds),
+)
 @settings(max_examples=300, deadline=None)
-def test_nothing_that_arrives_later_than_the_bound_goes_first(
-    order: BatchOrder, request: Request, other: Request, own_prefill_s: float, other_prefill_s: float
+def test_in_a_lane_nothing_that_arrives_after_a_request_s_key_goes_before_it(
+    config: CoreSettings, request: Request, other: Request, own: tuple, others: tuple
 ) -> None:
-    config = CoreSettings(batch_order=order)
-    if other.arrival_s > request.arrival_s + starvation_bound_s(request, config):
-        assert order_key(other, config, other_prefill_s) > order_key(request, config, own_prefill_s)
+    names = ("prefill_s", "cost_s", "lead_s")
+    key = order_key(request, config, **dict(zip(names, own, strict=True)))
+    assert key >= request.arrival_s
+    if other.arrival_s > key:
+        assert order_key(other, config, **dict(zip(names, others, strict=True))) > key
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(100, 1900),
+    st.lists(st.tuples(st.integers(1, 400), st.integers(1, 200)), min_size=1, max_size=8),
+    st.integers(1, 6),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_deferred_request_gets_its_turn_in_a_flood_of_urgent_ones(
+    num_workers: int, size: int, flood: list, per_turn: int
+) -> None:
+    world = World(
+        CoreSettings(max_queued_requests=10_000, batch_patience_s=1.0, deferred_share=0.5), [2000] * num_workers
+    )
+    for worker_id in world.capacities:
+        world.turn([world.join(worker_id)])
+
+    def submit(shapes: list) -> None:
+        play(world, [("submit", shapes)])
+
+    submit([(p, n, RequestClass.INTERACTIVE, 0.5, None, "urgent") for p, n in flood * 4])
+    patient = RequestId(f"r{len(world.requests):03}")
+    submit([(size, 50, RequestClass.BATCH, None, None, "patient")])
+    # Until those before it in its lane have gone, then until a worker saved for it has room.
+    for turn in range(400):
+        if world.state[patient] != "waiting":
+            return
+        shape = flood[turn % len(flood)]
+        submit([(*shape, RequestClass.INTERACTIVE, 0.5, None, "urgent")] * per_turn)
+        for worker_id in world.capacities:
+            world.turn([*world.finish_one(worker_id), world.report(worker_id)], elapsed_s=0.05)
+    raise AssertionError("starved")
 
 
 @given(st.lists(st.integers(1, 1400), min_size=2, max_size=12))

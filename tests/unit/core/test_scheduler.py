@@ -105,15 +105,19 @@ def test_sequences_and_outstanding_batches_are_bounded() -> None:
     assert len(batches(under_test.step(events, 0.2))[0].request_ids) == 2
 
 
+def prefill_steps(seconds_per_token: float) -> tuple[StepSample, ...]:
+    """Enough steps of different sizes to learn a speed from."""
+    return tuple(StepSample(prefill_tokens=n, duration_s=n * seconds_per_token) for n in range(20, 400, 20))
+
+
 def test_time_limits_a_batch_to_its_tightest_ttft() -> None:
     under_test = core()
-    slow = StepSample(prefill_tokens=100, duration_s=1.0)
-    under_test.step([joined(free=100_000), reported(free=100_000, total=100_000, steps=(slow,))], 0.0)
-    events = submitted(*(f"r{i}" for i in range(10)), prompt_tokens=50, ttft_slo_s=1.6)
-    # 50 tokens take 0.5 s each: three meet 1.6 s, a fourth would not.
+    under_test.step([joined(free=100_000), reported(free=100_000, total=100_000, steps=prefill_steps(0.01))], 0.0)
+    events = submitted(*(f"r{i}" for i in range(10)), prompt_tokens=50, ttft_slo_s=1.7)
+    # 50 tokens take 0.5 s each: three meet 1.7 s, a fourth would not; the second batch comes after the first.
     (first, second) = batches(under_test.step(events, 0.0))
     assert (len(first.request_ids), first.limited_by) == (3, LimitedBy.TIME)
-    assert len(second.request_ids) == 3
+    assert (len(second.request_ids), second.limited_by) == (1, LimitedBy.TIME)
 
 
 def test_least_slack_first_and_batch_class_last() -> None:
@@ -121,8 +125,8 @@ def test_least_slack_first_and_batch_class_last() -> None:
     under_test.step(submitted("relaxed", ttft_slo_s=5.0), 0.0)
     under_test.step(submitted("urgent", ttft_slo_s=0.5, arrival_s=1.0), 1.0)
     under_test.step(submitted("batch", request_class=RequestClass.BATCH), 1.0)
-    (batch,) = batches(under_test.step([joined()], 1.0))
-    assert batch.request_ids == ("urgent", "relaxed", "batch")
+    formed = batches(under_test.step([joined()], 1.0))
+    assert [batch.request_ids for batch in formed] == [("urgent", "relaxed"), ("batch",)]
 
 
 def test_cancelling_in_the_queue_and_at_a_worker() -> None:
@@ -202,8 +206,7 @@ def test_what_fits_nowhere_is_refused() -> None:
 
 def test_an_unattainable_slo_is_refused_at_once_if_asked_for() -> None:
     under_test = core()
-    slow = StepSample(prefill_tokens=10, duration_s=1.0)
-    under_test.step([joined(), reported(steps=(slow,))], 0.0)
+    under_test.step([joined(), reported(steps=prefill_steps(0.1))], 0.0)
     decision = under_test.step(submitted("a", ttft_slo_s=0.5, reject_if_unattainable=True), 0.0)
     assert refusals(decision) == [RefuseReason.SLO_UNATTAINABLE]
     assert refusals(under_test.step(submitted("b", ttft_slo_s=0.5), 0.0)) == []
@@ -228,16 +231,20 @@ def test_what_no_worker_could_ever_hold_is_dropped_once_it_is_late() -> None:
 
 
 def test_a_late_large_request_is_not_starved_by_small_ones() -> None:
-    under_test = core(edges=EdgeRule.ADAPTIVE)
+    under_test = core(edges=EdgeRule.ADAPTIVE, max_outstanding_batches=9)
     under_test.step([joined(free=1000), *submitted("holder", max_new_tokens=400)], 0.0)
     under_test.step(submitted("large", prompt_tokens=700, max_new_tokens=100), 0.0)
     early = under_test.step([reported(free=590, total=1000, last_assignment=1), *submitted("s1", arrival_s=0.1)], 0.1)
     assert [batch.request_ids for batch in batches(early)] == [("s1",)]
-    # Past its TTFT the large one blocks what comes after it until it fits.
+    # Past its TTFT the large one gives way to those in time, until its lane is owed its share ...
     late = under_test.step([reported(free=570, total=1000, last_assignment=2), *submitted("s2", arrival_s=5.0)], 5.0)
-    assert batches(late) == []
-    done = under_test.step([finished("holder"), finished("s1"), reported(last_assignment=2)], 6.0)
-    assert [batch.request_ids for batch in batches(done)] == [("large",), ("s2",)]
+    assert [batch.request_ids for batch in batches(late)] == [("s2",)]
+    # ... and the worker is saved for it.
+    saved = under_test.step([reported(free=550, total=1000, last_assignment=3), *submitted("s3", arrival_s=5.1)], 5.1)
+    assert batches(saved) == []
+    ends = [finished(name) for name in ("holder", "s1", "s2")]
+    done = under_test.step([*ends, reported(last_assignment=3)], 6.0)
+    assert [batch.request_ids for batch in batches(done)] == [("large",), ("s3",)]
 
 
 def test_batches_are_cut_from_one_bucket() -> None:

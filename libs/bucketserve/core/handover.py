@@ -1,0 +1,61 @@
+"""From prefill to decode workers: who pulls which request's KV, and when.
+
+Decode pulls: a prefilled request's KV stays where it was computed until a decode worker has room for its prompt and all
+its output, so that a full decode side holds the prefill side back by itself. Requests go in the order of their keys.
+While the KV moves, both sides count it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+from bucketserve.core.fleet import Fleet
+from bucketserve.core.messages import MoveKv
+from bucketserve.core.settings import CoreSettings
+from bucketserve.core.types import Request, RequestId, WorkerId
+
+__all__ = ["Handover"]
+
+
+class Handover:
+    """Prefilled requests that wait for a decode worker."""
+
+    def __init__(self, settings: CoreSettings, fleet: Fleet) -> None:
+        """Reads and books the fleet's workers."""
+        self._settings = settings
+        self._fleet = fleet
+        self._ready: list[tuple[float, RequestId, WorkerId]] = []
+
+    def ready(self, request: Request, source_id: WorkerId) -> None:
+        """Queues a request whose prompt is computed."""
+        heapq.heappush(self._ready, (request.arrival_s, request.request_id, source_id))
+
+    def moves(self, still_at: Callable[[RequestId, WorkerId], Request | None]) -> list[MoveKv]:
+        """Returns the transfers to begin now.
+
+        Args:
+            still_at: (request, source) -> the request if it is prefilled there and not moving yet, else None.
+        """
+        moves: list[MoveKv] = []
+        while self._ready:
+            _, request_id, source_id = self._ready[0]
+            request = still_at(request_id, source_id)
+            if request is not None:
+                target = next(
+                    (
+                        worker
+                        for worker in self._fleet.decoders()
+                        if worker.free_sequences() > 0
+                        and request.reserved_tokens <= worker.room_for_one(self._settings.memory_reserve)
+                    ),
+                    None,
+                )
+                if target is None:
+                    break
+                target.incoming[request_id] = request.reserved_tokens
+                target.requests.add(request_id)
+                self._fleet.changed(target)
+                moves.append(MoveKv(request_id=request_id, source_id=source_id, target_id=target.worker_id))
+            heapq.heappop(self._ready)
+        return moves

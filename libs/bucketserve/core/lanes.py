@@ -1,0 +1,129 @@
+"""Two lanes of waiting requests: those that can still meet their target, and the rest.
+
+Serving late requests first makes the next ones late as well, until everybody is. So an interactive request that can't
+meet its TTFT any more is deferred, as batch-class requests are from the start. Deferred requests take what the lane in
+time leaves, and are owed a share of all tokens dispatched while both lanes wait: that bounds how long they can be kept
+waiting. If the queue's order is first come, first served, there is one lane.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+from collections.abc import Iterator
+
+from bucketserve.core.cells import WaitingCells
+from bucketserve.core.types import Bucket, Request, RequestId
+
+__all__ = ["Lane", "Lanes"]
+
+
+class Lane(enum.Enum):
+    """Where a request waits."""
+
+    IN_TIME = "in_time"
+    DEFERRED = "deferred"
+
+
+class Lanes:
+    """All waiting requests of a model."""
+
+    def __init__(self, context_tokens: int, deferred_share: float) -> None:
+        """deferred_share: share of tokens dispatched, while both lanes wait, that goes to deferred requests."""
+        self.context_tokens = context_tokens
+        self._cells = {lane: WaitingCells(context_tokens) for lane in Lane}
+        self._share = deferred_share
+        self._late: list[tuple[float, str, int]] = []
+        self._owed = 0.0
+        """Tokens that deferred requests are owed; below 0: had in advance."""
+
+    def __len__(self) -> int:
+        """Number of waiting requests."""
+        return sum(len(cells) for cells in self._cells.values())
+
+    def __iter__(self) -> Iterator[Request]:
+        """Yields the waiting requests, in no order."""
+        for cells in self._cells.values():
+            for waiting in cells:
+                yield waiting.request
+
+    @property
+    def num_tokens(self) -> int:
+        """Prefill tokens of all waiting requests."""
+        return sum(cells.num_tokens for cells in self._cells.values())
+
+    @property
+    def num_in_time_tokens(self) -> int:
+        """Prefill tokens of the requests that can still meet their target."""
+        return self._cells[Lane.IN_TIME].num_tokens
+
+    def of(self, lane: Lane) -> WaitingCells:
+        """Returns a lane's requests."""
+        return self._cells[lane]
+
+    def get(self, request_id: RequestId) -> Request | None:
+        """Returns a waiting request."""
+        for cells in self._cells.values():
+            if request := cells.get(request_id):
+                return request
+        return None
+
+    def add(self, request: Request, order_key: float, late_s: float | None) -> None:
+        """Adds a request. late_s: when it can't meet its target any more; None: it has none, and is deferred now."""
+        lane = Lane.DEFERRED if late_s is None else Lane.IN_TIME
+        self._cells[lane].add(request, order_key)
+        if late_s is not None and late_s < float("inf"):
+            heapq.heappush(self._late, (late_s, request.request_id, request.attempt))
+
+    def remove(self, request_id: RequestId) -> Request | None:
+        """Removes a request, if it waits."""
+        for cells in self._cells.values():
+            if request := cells.remove(request_id):
+                return request
+        return None
+
+    def defer_late(self, now_s: float) -> None:
+        """Moves requests to the deferred lane that can't meet their target any more. O(log n) for each, once."""
+        in_time = self._cells[Lane.IN_TIME]
+        while self._late and self._late[0][0] < now_s:
+            _, name, attempt = heapq.heappop(self._late)
+            request_id = RequestId(name)
+            request, key = in_time.get(request_id), in_time.key(request_id)
+            if request is not None and key is not None and request.attempt == attempt:
+                in_time.remove(request_id)
+                self._cells[Lane.DEFERRED].add(request, key[0])
+
+    def in_turn(self) -> tuple[Lane, ...]:
+        """Returns the lanes that have requests, the one whose turn it is first."""
+        lanes = tuple(lane for lane in Lane if len(self._cells[lane]))
+        return lanes[::-1] if len(lanes) > 1 and self._owed > 0 else lanes
+
+    def may_save(self) -> bool:
+        """Whether deferred requests have not had more than their share, so that a worker may be saved for one."""
+        return self._owed >= 0
+
+    def dispatched(self, lane: Lane, tokens: int) -> None:
+        """Books tokens that went to a worker; what a lane gets while the other is empty costs it nothing."""
+        if lane is Lane.DEFERRED:
+            if len(self._cells[Lane.IN_TIME]):
+                self._owed -= tokens * (1 - self._share)
+        elif len(self._cells[Lane.DEFERRED]):
+            self._owed += tokens * self._share
+
+    def split_at(self, edge: int) -> None:
+        """Makes `edge` a border between cells."""
+        for cells in self._cells.values():
+            cells.split_at(edge)
+
+    def count(self, bucket: Bucket) -> tuple[int, int]:
+        """Returns (requests, their prefill tokens) in a bucket. O(cells)."""
+        counts = [cells.count(bucket) for cells in self._cells.values()]
+        return sum(number for number, _ in counts), sum(tokens for _, tokens in counts)
+
+    def count_below(self, bucket: Bucket, length: int) -> int:
+        """Returns how many requests of a bucket are shorter than `length`."""
+        return sum(cells.count_below(bucket, length) for cells in self._cells.values())
+
+    def longest(self) -> int:
+        """Returns the greatest prefill length that waits; 0 if nothing does."""
+        return max(cells.longest() for cells in self._cells.values())

@@ -1,0 +1,145 @@
+"""The service's core and the simulator's are one: a log recorded in the service replays to the same decisions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+import time
+
+from bucketserve.core.messages import Decision, DispatchBatch
+from bucketserve.core.scheduler import SchedulerCore
+from bucketserve.rpc.outbox import Outbox
+from bucketserve.sim.policies import PolicyContext, core_policy
+from bucketserve.store.embedded import EmbeddedServer
+from bucketserve.telemetry.names import Service
+from bucketserve.telemetry.process import open_telemetry
+from bucketserve.v1 import common_pb2, scheduler_pb2
+from bucketserve_scheduler.adapters import core_settings, stores
+from bucketserve_scheduler.loop import LoopDeps, SchedulingLoop
+from bucketserve_scheduler.peers import GatewayPeer, GatewayPeers
+from bucketserve_scheduler.settings import SchedulerSettings
+from bucketserve_scheduler.telemetry import LoopTelemetry
+
+CONTEXT = 2048
+KV_TOKENS = 6000
+
+
+class RecordingCore(SchedulerCore):
+    """The production core, and a log of all that went in and out."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.log: list[tuple[float, tuple, Decision]] = []
+
+    def step(self, events, now_s) -> Decision:
+        decision = super().step(events, now_s)
+        self.log.append((now_s, tuple(events), decision))
+        return decision
+
+
+def record(number: int, rng: random.Random) -> scheduler_pb2.QueueRecord:
+    now_us = time.time_ns() // 1000
+    prompt = rng.choice([rng.randint(3, 60), rng.randint(400, 1400)])
+    return scheduler_pb2.QueueRecord(
+        request_id=f"r{number}",
+        attempt=1,
+        model="m",
+        token_ids=[7] * prompt,
+        max_new_tokens=rng.randint(1, 200),
+        request_class=rng.choice([common_pb2.REQUEST_CLASS_INTERACTIVE, common_pb2.REQUEST_CLASS_BATCH]),
+        tenant=rng.choice(["a", "b"]),
+        slo=common_pb2.Slo(ttft_ms=rng.randint(20, 3000)),
+        arrival_unix_us=now_us,
+        deadline_unix_us=now_us + 400_000 if number % 11 == 0 else None,
+        gateway_id="g",
+        context_tokens=CONTEXT,
+    )
+
+
+async def play_worker(loop: SchedulingLoop, name: str) -> None:
+    """A worker that does what it is told: prefills in a blink, finishes a little later, reports."""
+    used, last, sizes = 0, 0, {}
+
+    def report() -> scheduler_pb2.WorkerReport:
+        return scheduler_pb2.WorkerReport(
+            kv_total_tokens=KV_TOKENS, kv_free_tokens=KV_TOKENS - used, max_sequences=8, last_assignment=last
+        )
+
+    peer = await loop.connect(scheduler_pb2.WorkerHello(worker_id=name, context_tokens=CONTEXT, report=report()))
+
+    async def tell(**message) -> None:
+        await loop.hear(peer, scheduler_pb2.WorkRequest(**message))
+
+    async for message in peer.outbox.messages():
+        if message.WhichOneof("message") != "batch":
+            continue
+        assignment = message.batch
+        last = assignment.assignment
+        for item in assignment.records:
+            sizes[item.request_id] = len(item.token_ids) + item.max_new_tokens
+            used += sizes[item.request_id]
+        ids = [item.request_id for item in assignment.records]
+        await tell(report=report())
+        await asyncio.sleep(0.003)
+        done = scheduler_pb2.BatchPrefilled(batch_id=assignment.batch.batch_id, request_ids=ids, duration_us=3000)
+        await tell(prefilled=done)
+        await asyncio.sleep(0.005)
+        for request_id in ids:
+            used -= sizes.pop(request_id)
+            finished = scheduler_pb2.RecordFinished(request_id=request_id, attempt=1, output_tokens=3)
+            await tell(finished=finished)
+        await tell(report=report())
+
+
+async def test_a_log_of_the_service_replays_in_the_simulator_s_policy() -> None:
+    settings = SchedulerSettings()
+    cores: list[RecordingCore] = []
+
+    def new_core(context_tokens: int) -> RecordingCore:
+        cores.append(RecordingCore(core_settings(settings), context_tokens))
+        return cores[-1]
+
+    async with contextlib.AsyncExitStack() as stack:
+        outlets = stack.enter_context(open_telemetry(Service.SCHEDULER, "s", metrics_address=None))
+        server = stack.enter_context(EmbeddedServer())
+        gateways = GatewayPeers()
+        gateways.connect(GatewayPeer("g", Outbox(10_000)))
+        ticks = itertools.count()
+        deps = LoopDeps(
+            settings=settings,
+            scheduler_id="s",
+            gateways=gateways,
+            telemetry=LoopTelemetry(outlets.log, outlets.metrics, outlets.tracing),
+            clock=lambda: time.time() + 1e-6 * next(ticks),
+            new_core=new_core,
+        )
+        loop = SchedulingLoop("m", CONTEXT, (await stores(server.url, stack))("m"), deps)
+        running = asyncio.create_task(loop.run())
+        workers = [asyncio.create_task(play_worker(loop, name)) for name in ("w0", "w1")]
+        rng = random.Random(5)
+        for number in range(300):
+            await loop.submit(record(number, rng))
+            if number % 10 == 9:
+                await loop.cancel(f"r{rng.randrange(number)}")
+            if number % 5 == 0:
+                await asyncio.sleep(0.004)
+        for _ in range(400):
+            view = cores[-1].status()
+            if cores[-1].log and not view.num_waiting + view.num_running:
+                break
+            await asyncio.sleep(0.05)
+        for task in (*workers, running):
+            task.cancel()
+        await asyncio.wait([*workers, running])
+
+    (core,) = cores
+    view = core.status()
+    assert (view.num_waiting, view.num_running) == (0, 0)
+    batches = [c for _, _, decision in core.log for c in decision.commands if isinstance(c, DispatchBatch)]
+    assert len(batches) > 20
+    policy = core_policy("service", "", core_settings(settings), lambda *_: ())
+    replayed = policy.build(PolicyContext(CONTEXT, 0, lambda _: 1))
+    for now_s, events, decision in core.log:
+        assert replayed.step(events, now_s) == decision
