@@ -12,7 +12,7 @@ from bucketserve.core.fleet import Fleet
 from bucketserve.core.lanes import Lane, Lanes
 from bucketserve.core.messages import DispatchBatch
 from bucketserve.core.placement import place
-from bucketserve.core.settings import CoreSettings, QueueOrder
+from bucketserve.core.settings import BatchBudget, CoreSettings, QueueOrder
 from bucketserve.core.types import Batch, BatchId, Bucket, LimitedBy, Request, RequestClass, RequestId
 from bucketserve.core.workers import WorkerState
 
@@ -39,6 +39,7 @@ class _Cut:
     prefill_tokens: int = 0
     attention: int = 0
     kv_tokens: int = 0
+    longest_kv_tokens: int = 0
     due_s: float = INFINITY
     tpot_s: float = INFINITY
 
@@ -53,6 +54,7 @@ class BatchFormer:
         self._fleet = fleet
         self._edges = edges
         self._demand = demand
+        self._counts_longest = settings.batch_budget is BatchBudget.LONGEST
         self._num_formed = 0
         self._saving: tuple[RequestId, WorkerState] | None = None
         self.wake_s: float | None = None
@@ -167,25 +169,40 @@ class BatchFormer:
         if room is not None:
             safe_tokens = min(safe_tokens, room)
         sequences = 1 if worker.saved_for is not None else worker.free_sequences()
+        fair_tokens = self._fair_tokens(lane, bucket)
         with closing(self._lanes.of(lane).in_order(bucket)) as ordered:
             for request in ordered:
                 kv_tokens = cut.kv_tokens + worker.kv_tokens(request)
+                longest = max(cut.longest_kv_tokens, worker.kv_tokens(request))
                 if cut.chosen:
+                    if cut.prefill_tokens + request.prefill_tokens > fair_tokens:
+                        return cut, LimitedBy.SUPPLY
                     if len(cut.chosen) >= sequences:
                         return cut, LimitedBy.COUNT
-                    if kv_tokens > safe_tokens:
+                    counted = longest * (len(cut.chosen) + 1) if self._counts_longest else kv_tokens
+                    if counted > safe_tokens:
                         return cut, LimitedBy.MEMORY
                     if cut.prefill_tokens + request.prefill_tokens > self._settings.max_batch_tokens:
                         return cut, LimitedBy.TIME
                     if self._settings.is_time_aware and not self._is_in_time(cut, request, worker, now_s):
                         return cut, LimitedBy.TIME
                 cut.chosen.append(request)
-                cut.kv_tokens = kv_tokens
+                cut.kv_tokens, cut.longest_kv_tokens = kv_tokens, longest
                 cut.prefill_tokens += request.prefill_tokens
                 cut.attention += request.prefill_tokens * request.prompt_tokens
                 cut.due_s = min(cut.due_s, _due_s(request, now_s))
                 cut.tpot_s = min(cut.tpot_s, request.tpot_slo_s or INFINITY)
         return cut, LimitedBy.SUPPLY
+
+    def _fair_tokens(self, lane: Lane, bucket: Bucket) -> float:
+        """Returns this batch's part of what waits in the bucket, so that idle workers share it.
+
+        At least fill_tokens: below that a smaller batch is hardly faster.
+        """
+        if self._fleet.num_open <= 1:
+            return INFINITY
+        _, tokens = self._lanes.of(lane).count(bucket)
+        return max(tokens / self._fleet.num_open, self._settings.fill_tokens)
 
     def _is_in_time(self, cut: _Cut, request: Request, worker: WorkerState, now_s: float) -> bool:
         """Whether the batch with one more request still meets its tightest TTFT and the TPOT of what decodes there."""

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.messages import MoveKv
-from bucketserve.core.settings import CoreSettings
 from bucketserve.core.types import Request, RequestId, WorkerId
 
 __all__ = ["Handover"]
@@ -21,9 +20,8 @@ __all__ = ["Handover"]
 class Handover:
     """Prefilled requests that wait for a decode worker."""
 
-    def __init__(self, settings: CoreSettings, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet) -> None:
         """Reads and books the fleet's workers."""
-        self._settings = settings
         self._fleet = fleet
         self._ready: list[tuple[float, RequestId, WorkerId]] = []
 
@@ -46,8 +44,7 @@ class Handover:
                     (
                         worker
                         for worker in self._fleet.decoders()
-                        if worker.free_sequences() > 0
-                        and request.reserved_tokens <= worker.room_for_one(self._settings.memory_reserve)
+                        if worker.free_sequences() > 0 and request.reserved_tokens <= worker.room
                     ),
                     None,
                 )

@@ -99,8 +99,8 @@ class Lanes:
         return lanes[::-1] if len(lanes) > 1 and self._owed > 0 else lanes
 
     def may_save(self) -> bool:
-        """Whether deferred requests have not had more than their share, so that a worker may be saved for one."""
-        return self._owed >= 0
+        """Whether deferred requests have not had more than their share, or nobody else waits: one may be helped."""
+        return self._owed >= 0 or not len(self._cells[Lane.IN_TIME])
 
     def dispatched(self, lane: Lane, tokens: int) -> None:
         """Books tokens that went to a worker; what a lane gets while the other is empty costs it nothing."""

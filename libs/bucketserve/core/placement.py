@@ -21,7 +21,7 @@ def can_take(request: Request, worker: WorkerState, settings: CoreSettings) -> b
         return False
     if len(worker.outstanding) >= settings.max_outstanding_batches or worker.free_sequences() < 1:
         return False
-    return worker.kv_tokens(request) <= worker.room_for_one(settings.memory_reserve)
+    return worker.kv_tokens(request) <= worker.room
 
 
 def by_queue(worker: WorkerState) -> float:
@@ -45,10 +45,16 @@ LOAD_SCORERS: tuple[tuple[float, LoadScorer], ...] = ((2.0, by_queue), (1.0, by_
 
 def load_score(worker: WorkerState) -> float:
     """Returns the weighted sum of the load scorers."""
-    return sum(weight * scorer(worker) for weight, scorer in LOAD_SCORERS)
+    score = 0.0
+    for weight, scorer in LOAD_SCORERS:
+        score += weight * scorer(worker)
+    return score
 
 
 def place(request: Request, candidates: Iterable[WorkerState], settings: CoreSettings) -> WorkerState | None:
-    """Returns the worker for a batch that begins with the request, if one can take it. Ties go to the lower id."""
+    """Returns the worker for a batch that begins with the request, if one can take it. Ties go to the lower id.
+
+    Candidates come ranked by their load as it was when they last changed (core/fleet.py).
+    """
     able = [worker for worker in candidates if can_take(request, worker, settings)]
-    return min(able, key=lambda worker: (-load_score(worker), worker.worker_id), default=None)
+    return min(able, key=lambda worker: (-worker.load, worker.worker_id), default=None)

@@ -93,7 +93,7 @@ class SchedulerCore:
         self._fleet = Fleet(settings)
         self._demand = Demand()
         self._former = BatchFormer(settings, self._lanes, self._fleet, self._edges, self._demand)
-        self._handover = Handover(settings, self._fleet)
+        self._handover = Handover(self._fleet)
         self._tenants = TenantBook()
         self._admission = Admission(settings, self._lanes, self._fleet, self._tenants)
         self._waste = WasteBook()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bucketserve.core.errors import SettingsError
 
-__all__ = ["BatchOrder", "CoreSettings", "EdgeRule", "QueueOrder"]
+__all__ = ["BatchBudget", "BatchOrder", "CoreSettings", "EdgeRule", "QueueOrder"]
 
 
 class EdgeRule(enum.Enum):
@@ -19,6 +19,15 @@ class EdgeRule(enum.Enum):
     """Algorithm 1 of arXiv 2507.17120 (core/paper.py)."""
     NONE = "none"
     """One bucket."""
+
+
+class BatchBudget(enum.Enum):
+    """How the most requests of a batch follow from free memory (N_max)."""
+
+    RESERVED = "reserved"
+    """Each request counts with its own prompt and output: a budget per bucket by what is in it."""
+    LONGEST = "longest"
+    """Each counts as the batch's longest does (paper, formulas 1 and 6 with S_max): for engines that allocate so."""
 
 
 class QueueOrder(enum.Enum):
@@ -65,6 +74,7 @@ class CoreSettings:
 
     memory_reserve: float = 0.1
     """Share of a worker's free KV that is never planned with (paper, formula 5)."""
+    batch_budget: BatchBudget = BatchBudget.RESERVED
     max_batch_tokens: int = 8192
     """Most prompt tokens in a batch: beyond it the device is saturated and batches only delay each other."""
     max_outstanding_batches: int = 2
@@ -76,8 +86,9 @@ class CoreSettings:
     """Batches end where a larger one would miss its tightest TTFT, or a running decode's TPOT."""
     fill_wait_share: float = 0.0
     """Share of its slack that a bucket's most urgent request may be held back for the batch to fill; 0: never."""
-    fill_tokens: int = 512
-    """Prompt tokens at which a batch is full: the device is busy with them."""
+    fill_tokens: int = 256
+    """Prompt tokens at which a batch is full: up to here a larger one takes hardly longer, since reading the weights
+    takes most of the time."""
 
     queue_order: QueueOrder = QueueOrder.SLACK
     cost_weight: float = 2.0

@@ -23,8 +23,6 @@ FORGETTING = 0.995
 GOOD_ENOUGH = 0.02
 """A step that was predicted this well teaches nothing; skipping it keeps learning cheap."""
 
-Vector = tuple[float, float, float, float, float]
-
 
 class StepTimes:
     """Five coefficients and their uncertainty. Predicts 0 s before anything was measured."""
@@ -33,6 +31,7 @@ class StepTimes:
         """Knows nothing."""
         n = len(SCALES)
         self._coefficients = [0.0] * n
+        self._clipped = _clip(self._coefficients)
         self._covariance = [[VARIANCES[i] if i == j else 0.0 for j in range(n)] for i in range(n)]
         self.num_samples = 0
         self.relative_error = 1.0
@@ -58,8 +57,8 @@ class StepTimes:
         """Returns the predicted duration of a step, in seconds."""
         if not self.num_samples:
             return 0.0
-        units = (1.0, prefill_tokens / 1e3, attention / 1e6, context_tokens / 1e4, sequences / 1e2)
-        return sum(value * unit for value, unit in zip(self._coefficients, units, strict=True) if value > 0)
+        fixed, tokens, pairs, context, decodes = self._clipped
+        return fixed + tokens * prefill_tokens + pairs * attention + context * context_tokens + decodes * sequences
 
     def prefill_s(self, num_tokens: int) -> float:
         """Returns the predicted duration of one prompt alone."""
@@ -71,7 +70,7 @@ class StepTimes:
 
     def prefill_token_s(self) -> float:
         """Returns what a further prompt token adds to a step, without its attention."""
-        return max(self._coefficients[1], 0.0) / 1e3
+        return self._clipped[1]
 
     def _update(self, sample: StepSample) -> None:
         weight = 1.0 / sample.duration_s
@@ -92,6 +91,7 @@ class StepTimes:
             row = covariance[i]
             for j in range(n):
                 row[j] -= share * gains[j]
+        self._clipped = _clip(self._coefficients)
         # Forget only what is certain: without new evidence of its kind a coefficient must not run away.
         for i in range(n):
             if covariance[i][i] < VARIANCES[i] * FORGETTING:
@@ -99,3 +99,8 @@ class StepTimes:
                 for j in range(n):
                     covariance[i][j] *= grow
                     covariance[j][i] *= grow
+
+
+def _clip(coefficients: list[float]) -> list[float]:
+    """Returns the coefficients per single unit, none below zero."""
+    return [max(value, 0.0) / scale for value, scale in zip(coefficients, SCALES, strict=True)]

@@ -46,7 +46,11 @@ class WorkerState:
     """Takes nothing but this request, so that its memory becomes free."""
     is_draining: bool = False
     version: int = 0
-    """Counts changes that matter to placement."""
+    """Counts changes that matter to placement; load and room are as of the last one (core/fleet.py keeps them)."""
+    load: float = 0.0
+    """Weighted sum of the load scorers (core/placement.py)."""
+    room: int = 0
+    """KV tokens that a single request may take."""
 
     @classmethod
     def joined(cls, event: WorkerJoined) -> WorkerState:

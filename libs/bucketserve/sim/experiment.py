@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from bucketserve.core.types import RequestId
 from bucketserve.sim.cluster import WorkerGroup, build_workers, layout_name
 from bucketserve.sim.driver import Simulation
+from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import CostMode, DeviceModel
 from bucketserve.sim.policies import PolicyContext, PolicySpec
 from bucketserve.sim.report import Report, make_report
@@ -17,6 +18,8 @@ from bucketserve.sim.workload import Arrivals, Lengths, make_workload
 __all__ = ["Experiment", "best_layout", "find_capacity", "run_experiment"]
 
 Layout = tuple[WorkerGroup, ...]
+
+MAX_RATE_RPS = 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +132,8 @@ def _bisect(
                 return None
         if high == float("inf"):
             rate *= 1.5
+            if rate > MAX_RATE_RPS:
+                raise SimulationError(f"{experiment.num_requests} requests are too few to find the capacity: draw more")
         elif good is None:
             rate /= 2
             if rate < start_rps / 64:

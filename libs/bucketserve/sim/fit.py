@@ -13,7 +13,7 @@ from bucketserve.core.types import StepSample
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import StepLatency
 
-__all__ = ["FittedLatency", "fit_steps", "fitted_device"]
+__all__ = ["FittedLatency", "fit_steps", "fitted_device", "relative_errors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,13 @@ def fit_steps(samples: Sequence[StepSample]) -> FittedLatency:
     p = _fit([(1.0, float(s.prefill_tokens), float(s.prefill_attention)) for s in prefill], _durations(prefill))
     d = _fit([(1.0, float(s.decode_context_tokens), float(s.decode_sequences)) for s in decode], _durations(decode))
     latency = StepLatency(p[0], p[1], p[2], ((0, d[0], d[1], d[2]),))
-    errors = sorted(_relative_error(latency, sample) for sample in samples if sample.duration_s > 0)
+    errors = relative_errors(latency, samples)
     return FittedLatency(latency, sum(errors) / len(errors), errors[int(len(errors) * 0.9)], len(errors))
+
+
+def relative_errors(latency: StepLatency, samples: Sequence[StepSample]) -> list[float]:
+    """Returns |predicted - measured| / measured of each step, ascending."""
+    return sorted(_relative_error(latency, sample) for sample in samples if sample.duration_s > 0)
 
 
 def fitted_device(
