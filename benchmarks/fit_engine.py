@@ -1,6 +1,7 @@
 """Measures steps of this project's own engine and fits the simulator's latency model to them.
 
-Prints the fit's error on steps that it was not fitted to, and writes a device model for `bucketserve sim --device FILE`.
+Prints the fit's error on steps that it was not fitted to, and writes a device model for
+`bucketserve sim --device FILE`.
 """
 
 from __future__ import annotations

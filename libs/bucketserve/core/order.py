@@ -2,8 +2,9 @@
 
 - Interactive: the latest moment at which it may start and still meet its TTFT (least slack first: since every request's
   slack shrinks at the same pace, the order of slacks is the order of these moments, and the key need not change), later
-  by what it costs: a request may be overtaken by a cheaper one that arrives later by no more than the difference of
-  their costs. Without that, a few long outputs fill the memory and every request behind them is late.
+  by what it costs the others: the seconds of the cluster's KV memory that it takes, for each of those that wait. When
+  few wait that is nothing; under load a request may be overtaken by a cheaper one that arrives later by no more than
+  the difference of their costs. Without that, a few long outputs fill the memory and everyone behind them is late.
 - Batch class: arrival + patience, earlier or later by its length (SJF, LJF).
 - A tenant that is ahead of the others in tokens is later by its lead (core/tenants.py).
 
@@ -29,7 +30,8 @@ def order_key(
         request: the request.
         settings: the order asked for.
         prefill_s: its predicted prefill alone.
-        cost_s: seconds of the whole cluster's KV memory that it takes.
+        cost_s: the delay that it means to all who wait: seconds of the whole cluster's KV memory that it takes, times
+            their number.
         lead_s: how far its tenant is ahead of the others.
     """
     if settings.queue_order is QueueOrder.FCFS:

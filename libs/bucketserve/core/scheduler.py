@@ -289,11 +289,15 @@ class SchedulerCore:
         self._watch_deadline(request, prefill_s)
 
     def _cost_s(self, request: Request, prefill_s: float) -> float:
-        """Seconds of the whole cluster's KV memory that a request takes: tokens held x time held / all tokens."""
+        """Returns the delay that a request means to those that wait, in seconds, summed over them.
+
+        It takes the cluster's KV memory for tokens held x time held / all tokens, and everyone behind it waits as long.
+        """
         if not self._fleet.kv_total_tokens:
             return 0.0
         held_s = prefill_s + request.max_new_tokens * self._fleet.tpot_s
-        return request.reserved_tokens * held_s / self._fleet.kv_total_tokens
+        memory_s = request.reserved_tokens * held_s / self._fleet.kv_total_tokens
+        return memory_s * (1 + len(self._lanes.of(Lane.IN_TIME)))
 
     def _dequeue(self, request_id: RequestId) -> Request | None:
         request = self._lanes.remove(request_id)

@@ -92,7 +92,7 @@ class CoreSettings:
 
     queue_order: QueueOrder = QueueOrder.SLACK
     cost_weight: float = 2.0
-    """How much later a request counts per second of the whole cluster's KV memory that it takes."""
+    """How much later a request counts per second of delay that it means to all others that wait."""
     deferred_share: float = 0.1
     """Share of dispatched tokens owed to deferred requests while others wait as well."""
     batch_order: BatchOrder = BatchOrder.SJF
