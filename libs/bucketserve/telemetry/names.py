@@ -135,6 +135,23 @@ METRICS: dict[str, Metric] = {
             labels=("model",),
         ),
         Metric(
+            name="bucketserve_scheduler_deferred_requests",
+            kind=Kind.GAUGE,
+            service=S,
+            unit="requests",
+            help="Requests in the queue that are late or of class batch: they go after those in time.",
+            labels=("model",),
+        ),
+        Metric(
+            name="bucketserve_scheduler_padding_waste_ratio",
+            kind=Kind.GAUGE,
+            service=S,
+            unit="ratio",
+            help="Padding if batches were padded: predicted (to the bucket's edge) or observed (to the longest prompt), "
+            "relative (per request) or tokens (share of padded tokens).",
+            labels=("model", "source", "reading"),
+        ),
+        Metric(
             name="bucketserve_scheduler_waiting_tokens",
             kind=Kind.GAUGE,
             service=S,

@@ -43,6 +43,12 @@ class LoopTelemetry:
         self._gauges_s[model] = end_s
         view = core.status()
         self._metrics.set("bucketserve_scheduler_waiting_requests", view.num_waiting, model=model)
+        self._metrics.set("bucketserve_scheduler_deferred_requests", view.num_deferred, model=model)
+        for source, waste in (("predicted", view.predicted_waste), ("observed", view.observed_waste)):
+            for reading, value in (("relative", waste.relative), ("tokens", waste.padded_share)):
+                self._metrics.set(
+                    "bucketserve_scheduler_padding_waste_ratio", value, model=model, source=source, reading=reading
+                )
         waiting_tokens = sum(bucket.waiting_tokens for bucket in view.buckets)
         self._metrics.set("bucketserve_scheduler_waiting_tokens", waiting_tokens, model=model)
         self._metrics.set("bucketserve_scheduler_running_requests", view.num_running, model=model)
