@@ -147,8 +147,8 @@ METRICS: dict[str, Metric] = {
             kind=Kind.GAUGE,
             service=S,
             unit="ratio",
-            help="Padding if batches were padded: predicted (to the bucket's edge) or observed (to the longest prompt), "
-            "relative (per request) or tokens (share of padded tokens).",
+            help="Padding if batches were padded: predicted (to the bucket's edge) or observed (to the longest "
+            "prompt), relative (per request) or tokens (share of padded tokens).",
             labels=("model", "source", "reading"),
         ),
         Metric(
