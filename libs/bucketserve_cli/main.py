@@ -22,6 +22,7 @@ from bucketserve.sim.latency import CostMode
 from bucketserve.sim.policies import POLICIES
 from bucketserve.sim.workload import WORKLOADS, Arrivals
 from bucketserve_cli import demo as demo_command
+from bucketserve_cli.bench import BenchOptions, run_bench
 from bucketserve_cli.generate import GenerateOptions, stream_generation
 from bucketserve_cli.sim import SimOptions, option_slo, parse_settings, run_simulation
 from bucketserve_cli.stack import LocalStack, StackError, StackSpec
@@ -175,6 +176,51 @@ def status(
 ) -> None:
     """Show workers, headroom, buckets and queues."""
     _run(show_status(address, watch, console))
+
+
+@app.command()
+def bench(
+    address: AddressOption = "127.0.0.1:50051",
+    model: Annotated[str, typer.Option("--model", help="served model; may be left out if there is one")] = "",
+    requests: Annotated[
+        Path | None, typer.Option(help="JSON with requests[] of prompt_ids and output_len, sent in order")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="CSV (.gz) of arrival_s, prompt_tokens, output_tokens")] = None,
+    workload: Annotated[str, typer.Option(help="lengths, without a file: " + ", ".join(WORKLOADS))] = "mixed",
+    number: Annotated[int | None, typer.Option(min=1, help="how many; default: all of a file, else 100")] = None,
+    rate: Annotated[float | None, typer.Option(help="open loop: requests per second; default: closed loop")] = None,
+    arrivals: Annotated[Arrivals, typer.Option(help="how they arrive in an open loop")] = Arrivals.POISSON,
+    concurrency: Annotated[int, typer.Option(min=1, help="closed loop: requests at once")] = 64,
+    ttft: Annotated[float, typer.Option(help="SLO: time to first token, seconds")] = 2.0,
+    tpot: Annotated[float, typer.Option(help="SLO: seconds per further token")] = 0.2,
+    seed: Annotated[int, typer.Option(help="of all draws")] = 0,
+    timeout: Annotated[float, typer.Option(help="deadline of each request, seconds")] = 600.0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write figures and every request here")] = None,
+) -> None:
+    """Send load to a gateway and show TTFT, TPOT, tokens/s and goodput."""
+    options = BenchOptions(
+        address=address,
+        model=model,
+        requests=requests,
+        trace=trace,
+        workload=workload,
+        number=number,
+        rate_rps=rate,
+        arrivals=arrivals,
+        concurrency=concurrency,
+        ttft_s=ttft,
+        tpot_s=tpot,
+        seed=seed,
+        timeout_s=timeout,
+        json_path=json_path,
+    )
+
+    async def main() -> None:
+        report = await run_bench(options, console, errors)
+        if report.failed:
+            raise typer.Exit(1)
+
+    _run(main())
 
 
 def _service(module: str, assignments: list[str], config: Path | None) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
+import sys
 
 import grpc
 import pytest
@@ -125,3 +128,22 @@ async def test_stop_strings_logprobs_and_chat_through_the_whole_stack(new_stack:
             assert len(entry.top) == 3
         told = [e async for e in client.generate(chat=[("user", "Who was Noah?")], max_tokens=6, ignore_eos=True)]
         assert told[-1].usage.output_tokens == 6
+
+
+async def test_the_load_generator_reports_what_clients_felt(new_stack: NewStack, tmp_path) -> None:
+    stack = new_stack(environ={"BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "1000"})
+    rows = [{"prompt_ids": [7] * (5 + i), "output_len": 3 + i, "kind": "short"} for i in range(12)]
+    file, out = tmp_path / "requests.json", tmp_path / "out.json"
+    file.write_text(json.dumps({"requests": rows}))
+    command = [sys.executable, "-m", "bucketserve_cli.main", "bench", "--address", stack.gateway_address]
+    for more in (["--requests", str(file)], ["--workload", "alpaca", "--number", "12", "--rate", "50"]):
+        process = await asyncio.create_subprocess_exec(*command, *more, "--json", str(out))
+        assert await process.wait() == 0
+        content = json.loads(out.read_text())
+        assert (content["report"]["requests"], content["report"]["failed"]) == (12, 0)
+        assert content["report"]["slo_attainment"] > 0.9
+        assert all(one["output_tokens"] > 0 and one["ttft_s"] > 0 for one in content["requests"])
+    process = await asyncio.create_subprocess_exec(*command, "--model", "nobody", stderr=asyncio.subprocess.PIPE)
+    _, said = await process.communicate()
+    assert process.returncode == 1
+    assert b"demo" in said
