@@ -39,6 +39,8 @@ class StackSpec:
     """Directory or hub id."""
     model_name: str = "demo"
     num_workers: int = 1
+    num_schedulers: int = 1
+    """One leads, the others stand by."""
     engine: str = "transformers"
     port: int = 0
     """Port of the public API; 0: any free one."""
@@ -122,7 +124,7 @@ class LocalStack:
         self.services: dict[str, ServiceProcess] = {}
         self._exit = contextlib.ExitStack()
         self.gateway_address = f"127.0.0.1:{spec.port or free_port()}"
-        self.scheduler_address = f"127.0.0.1:{free_port()}"
+        self.scheduler_addresses = [f"127.0.0.1:{free_port()}" for _ in range(spec.num_schedulers)]
         self.metrics_addresses: dict[str, str] = {}
 
     def __enter__(self) -> LocalStack:
@@ -142,13 +144,18 @@ class LocalStack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stops everything; what doesn't end within its drain time is killed."""
-        for names in (["gateway"], [n for n in self.services if n.startswith("worker")], ["scheduler"]):
-            stopping = [self.services[name] for name in names if name in self.services]
+        for kind_of in ("gateway", "worker", "scheduler"):
+            stopping = [service for name, service in self.services.items() if name.startswith(kind_of)]
             for service in stopping:
                 service.signal(signal.SIGTERM)
             for service in stopping:
                 service.wait(STOP_S)
         self._exit.close()
+
+    @property
+    def scheduler_address(self) -> str:
+        """Address of the first scheduler."""
+        return self.scheduler_addresses[0]
 
     def worker_names(self) -> list[str]:
         """Returns the names of the workers' services."""
@@ -167,7 +174,7 @@ class LocalStack:
         environ = {
             "BUCKETSERVE_WORKER_LISTEN": listen,
             "BUCKETSERVE_WORKER_WORKER_ID": name,
-            "BUCKETSERVE_WORKER_SCHEDULER_ADDRESS": self.scheduler_address,
+            "BUCKETSERVE_WORKER_SCHEDULER_ADDRESS": ",".join(self.scheduler_addresses),
             "BUCKETSERVE_WORKER_MODEL": self.spec.model,
             "BUCKETSERVE_WORKER_MODEL_NAME": self.spec.model_name,
             "BUCKETSERVE_WORKER_ENGINE": self.spec.engine,
@@ -187,15 +194,13 @@ class LocalStack:
             self._exit.enter_context(tempfile.TemporaryDirectory(prefix="bucketserve-"))
         )
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        self._spawn(
-            "scheduler",
-            "bucketserve_scheduler",
-            {
-                "BUCKETSERVE_SCHEDULER_LISTEN": self.scheduler_address,
-                "BUCKETSERVE_SCHEDULER_REDIS_URL": redis_url,
-            },
-            self.scheduler_address,
-        )
+        for index, address in enumerate(self.scheduler_addresses):
+            self._spawn(
+                f"scheduler-{index}" if index else "scheduler",
+                "bucketserve_scheduler",
+                {"BUCKETSERVE_SCHEDULER_LISTEN": address, "BUCKETSERVE_SCHEDULER_REDIS_URL": redis_url},
+                address,
+            )
         for index in range(self.spec.num_workers):
             self._start_worker(index)
         delivery_address = f"127.0.0.1:{free_port()}"
@@ -206,7 +211,7 @@ class LocalStack:
                 "BUCKETSERVE_GATEWAY_LISTEN": self.gateway_address,
                 "BUCKETSERVE_GATEWAY_DELIVERY_LISTEN": delivery_address,
                 "BUCKETSERVE_GATEWAY_DELIVERY_ADDRESS": delivery_address,
-                "BUCKETSERVE_GATEWAY_SCHEDULER_ADDRESS": self.scheduler_address,
+                "BUCKETSERVE_GATEWAY_SCHEDULER_ADDRESS": ",".join(self.scheduler_addresses),
                 "BUCKETSERVE_GATEWAY_MODELS": f"{self.spec.model_name}={self.spec.model}",
             },
             self.gateway_address,

@@ -113,18 +113,24 @@ class CancelRecord(_message.Message):
     def __init__(self, model: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class SubmitResponse(_message.Message):
-    __slots__ = ("hello", "accepted", "rejected", "dispatched", "dropped")
+    __slots__ = ("hello", "accepted", "rejected", "dispatched", "dropped", "heartbeat")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
     DISPATCHED_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     hello: SchedulerHello
     accepted: RecordAccepted
     rejected: RecordRejected
     dispatched: RecordDispatched
     dropped: RecordDropped
-    def __init__(self, hello: _Optional[_Union[SchedulerHello, _Mapping]] = ..., accepted: _Optional[_Union[RecordAccepted, _Mapping]] = ..., rejected: _Optional[_Union[RecordRejected, _Mapping]] = ..., dispatched: _Optional[_Union[RecordDispatched, _Mapping]] = ..., dropped: _Optional[_Union[RecordDropped, _Mapping]] = ...) -> None: ...
+    heartbeat: Heartbeat
+    def __init__(self, hello: _Optional[_Union[SchedulerHello, _Mapping]] = ..., accepted: _Optional[_Union[RecordAccepted, _Mapping]] = ..., rejected: _Optional[_Union[RecordRejected, _Mapping]] = ..., dispatched: _Optional[_Union[RecordDispatched, _Mapping]] = ..., dropped: _Optional[_Union[RecordDropped, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class SchedulerHello(_message.Message):
     __slots__ = ("scheduler_id", "epoch")
@@ -289,14 +295,16 @@ class WorkerDraining(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkResponse(_message.Message):
-    __slots__ = ("welcome", "batch", "cancel")
+    __slots__ = ("welcome", "batch", "cancel", "heartbeat")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     welcome: WorkerWelcome
     batch: BatchAssignment
     cancel: CancelRecords
-    def __init__(self, welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., batch: _Optional[_Union[BatchAssignment, _Mapping]] = ..., cancel: _Optional[_Union[CancelRecords, _Mapping]] = ...) -> None: ...
+    heartbeat: Heartbeat
+    def __init__(self, welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., batch: _Optional[_Union[BatchAssignment, _Mapping]] = ..., cancel: _Optional[_Union[CancelRecords, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class WorkerWelcome(_message.Message):
     __slots__ = ("scheduler", "report_interval_ms", "lease_ms")

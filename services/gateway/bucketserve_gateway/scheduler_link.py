@@ -18,6 +18,7 @@ from bucketserve.core.errors import (
     UnavailableError,
 )
 from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.listening import messages_while_alive
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
@@ -76,6 +77,8 @@ class SchedulerLink:
                 detail = "stream ended"
             except grpc.aio.AioRpcError as error:
                 detail = f"{error.code().name}: {error.details()}"
+            except UnavailableError as error:
+                detail = str(error)
             self._on_state(False, f"{address}: {detail}")
             turn += 1
             await asyncio.sleep(RECONNECT_S)
@@ -85,7 +88,7 @@ class SchedulerLink:
         outbox.send(Submit(hello=scheduler_pb2.GatewayHello(gateway_id=self._gateway_id)))
         call = stub.Submit(outbox.messages())
         try:
-            async for response in call:
+            async for response in messages_while_alive(call):
                 if response.WhichOneof("message") == "hello":
                     self._outbox = outbox
                     self._on_state(True, f"{address}: {response.hello.scheduler_id}")
@@ -101,7 +104,7 @@ class SchedulerLink:
 
     def _take(self, response: scheduler_pb2.SubmitResponse) -> None:
         kind = response.WhichOneof("message")
-        if kind is None:
+        if kind is None or kind == "heartbeat":
             return
         message = getattr(response, kind)
         opened = self._requests.get(message.request_id, message.attempt)

@@ -17,6 +17,7 @@ from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_scheduler.adapters import new_core, stores
 from bucketserve_scheduler.loop import LoopDeps, SchedulingLoop
 from bucketserve_scheduler.peers import GatewayPeers
+from bucketserve_scheduler.seat import SEAT, Seat
 from bucketserve_scheduler.servicer import SchedulerServicer
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_scheduler.telemetry import LoopTelemetry
@@ -46,8 +47,13 @@ class _Loops:
         return [loop for _, loop in sorted(self._loops.items())]
 
     def stop(self) -> None:
+        """Ends every loop, which gives its leadership up; later streams start new ones."""
+        for loop in self._loops.values():
+            loop.abandon()
         for task in self._running:
             task.cancel()
+        self._loops.clear()
+        self._running.clear()
 
 
 async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
@@ -87,12 +93,28 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
         new_store = await stores(settings.redis_url, stack)
         async with asyncio.TaskGroup() as tasks:
             loops = _Loops(tasks, deps, new_store)
+
+            def lose(why: str) -> None:
+                outlets.log.warning("seat.lost", detail=why)
+                loops.stop()
+                gateways.cut_all()
+
+            seat = Seat(
+                new_store(SEAT),
+                scheduler_id,
+                settings.leader_lease_s,
+                on_taken=lambda epoch: outlets.log.info("seat.taken", epoch=epoch),
+                on_lost=lose,
+                on_store_away=lambda detail: deps.telemetry.store_unavailable(SEAT, detail),
+            )
+            sitting = tasks.create_task(seat.run(), name="seat")
             servicer = SchedulerServicer(
                 settings=settings,
                 scheduler_id=scheduler_id,
                 gateways=gateways,
                 loop_of=loops.of,
                 loops=loops.all,
+                is_leading=lambda: seat.is_held,
                 clock=clock,
             )
             scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(servicer, server.grpc_server)
@@ -103,6 +125,7 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
                 await stop.wait()
                 await server.set_serving(False)
             finally:
+                sitting.cancel()
                 loops.stop()
                 gateways.cut_all()
                 await server.stop(grace_s=1.0)

@@ -166,6 +166,16 @@ class SchedulingLoop:
                 peer.is_draining = True
                 await self._inbox.put(WorkerDraining(peer.worker_id))
 
+    def abandon(self) -> None:
+        """Ends every worker's stream, so that they look for the scheduler that leads, and forgets the records.
+
+        For a loop that is cancelled and not used again.
+        """
+        for peer in list(self.workers.values()):
+            peer.outbox.close()
+        self.workers.clear()
+        self._records.clear()
+
     # --- the loop -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 import grpc
 
@@ -19,6 +20,10 @@ from bucketserve_scheduler.settings import SchedulerSettings
 __all__ = ["SchedulerServicer"]
 
 GATEWAY_OUTBOX_LIMIT = 65_536
+HEARTBEAT_S = 0.5
+HEARTBEAT = scheduler_pb2.Heartbeat()
+
+M = TypeVar("M")
 
 SubmitRequests = AsyncIterator[scheduler_pb2.SubmitRequest]
 WorkRequests = AsyncIterator[scheduler_pb2.WorkRequest]
@@ -38,9 +43,11 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         gateways: GatewayPeers,
         loop_of: Callable[[str, int], SchedulingLoop],
         loops: Callable[[], list[SchedulingLoop]],
+        is_leading: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         """loop_of(model, context_tokens) returns the model's loop and starts it if there is none yet."""
+        self._is_leading = is_leading
         self._settings = settings
         self._scheduler_id = scheduler_id
         self._gateways = gateways
@@ -52,17 +59,20 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         self, request_iterator: SubmitRequests, context: SubmitContext
     ) -> AsyncIterator[scheduler_pb2.SubmitResponse]:
         """One stream per gateway."""
+        await self._refuse_on_standby(context)
         first = await anext(aiter(request_iterator))
         if first.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be hello")
         peer = GatewayPeer(first.hello.gateway_id, Outbox(GATEWAY_OUTBOX_LIMIT))
         self._gateways.connect(peer)
         reader = asyncio.create_task(self._read_gateway(request_iterator, peer))
+        beat = asyncio.create_task(_beat(peer.outbox, scheduler_pb2.SubmitResponse(heartbeat=HEARTBEAT)))
         try:
             yield scheduler_pb2.SubmitResponse(hello=self._hello())
             async for message in peer.outbox.messages():
                 yield message
         finally:
+            beat.cancel()
             self._gateways.disconnect(peer, self._clock())
             await _end(reader)
 
@@ -70,12 +80,14 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         self, request_iterator: WorkRequests, context: WorkContext
     ) -> AsyncIterator[scheduler_pb2.WorkResponse]:
         """One stream per worker."""
+        await self._refuse_on_standby(context)
         first = await anext(aiter(request_iterator))
         if first.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be hello")
         loop = self._loop_of(first.hello.model, first.hello.context_tokens)
         peer = await loop.connect(first.hello)
         reader = asyncio.create_task(self._read_worker(request_iterator, loop, peer))
+        beat = asyncio.create_task(_beat(peer.outbox, scheduler_pb2.WorkResponse(heartbeat=HEARTBEAT)))
         try:
             yield scheduler_pb2.WorkResponse(
                 welcome=scheduler_pb2.WorkerWelcome(
@@ -87,6 +99,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
             async for message in peer.outbox.messages():
                 yield message
         finally:
+            beat.cancel()
             await _end(reader)
             await loop.disconnect(peer)
 
@@ -118,6 +131,11 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
                 await loop.hear(peer, message)
         finally:
             peer.outbox.close()
+
+    async def _refuse_on_standby(self, context: SubmitContext | WorkContext) -> None:
+        """Sends a peer on to the scheduler that leads; it tries the next address."""
+        if not self._is_leading():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "standby: another scheduler leads")
 
     def _hello(self) -> scheduler_pb2.SchedulerHello:
         epochs = [loop.leadership.epoch for loop in self._loops() if loop.leadership is not None]
@@ -154,6 +172,13 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
             num_finished=loop.num_finished,
             num_batches=loop.num_batches,
         )
+
+
+async def _beat(outbox: Outbox[M], heartbeat: M) -> None:
+    """Says that we are alive, until the stream ends."""
+    while not outbox.is_closed:
+        await asyncio.sleep(HEARTBEAT_S)
+        outbox.send(heartbeat)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

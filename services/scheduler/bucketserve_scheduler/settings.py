@@ -32,7 +32,7 @@ class SchedulerSettings(Section):
     max_queued_tokens: int = Field(50_000_000, ge=1, description="prompt tokens that may wait, per model")
     max_batch_share: float = Field(0.9, gt=0, le=1, description="share of both that batch-class requests may hold")
     max_tenant_share: float = Field(1.0, gt=0, le=1, description="share of both that one tenant may hold")
-    leader_lease_s: float = Field(3.0, gt=0.2, le=60, description="a silent leader is replaced after this, seconds")
+    leader_lease_s: float = Field(2.0, gt=0.2, le=60, description="a silent leader is replaced after this, seconds")
     worker_lease_s: float = Field(5.0, gt=0.5, le=300, description="a silent worker counts as lost after this, seconds")
     report_interval_s: float = Field(0.5, gt=0.01, le=60, description="most time between a worker's reports, seconds")
     gateway_lease_s: float = Field(

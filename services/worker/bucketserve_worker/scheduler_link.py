@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import grpc
 
+from bucketserve.core.errors import UnavailableError
 from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.listening import messages_while_alive
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 
@@ -76,6 +78,8 @@ class SchedulerLink:
                 detail = "stream ended"
             except grpc.aio.AioRpcError as error:
                 detail = f"{error.code().name}: {error.details()}"
+            except UnavailableError as error:
+                detail = str(error)
             self._on_state(False, f"{address}: {detail}")
             attempt += 1
             await asyncio.sleep(RECONNECT_S)
@@ -86,7 +90,7 @@ class SchedulerLink:
         call = stub.Work(outbox.messages())
         reporter: asyncio.Task[None] | None = None
         try:
-            async for response in call:
+            async for response in messages_while_alive(call):
                 match response.WhichOneof("message"):
                     case "welcome":
                         self._outbox = outbox

@@ -1,0 +1,34 @@
+"""Listening to a stream whose other side says something now and then as long as it lives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from bucketserve.core.errors import UnavailableError
+
+__all__ = ["SILENCE_S", "messages_while_alive"]
+
+SILENCE_S = 2.5
+"""Several heartbeats: a scheduler that is busy for a moment is not given up."""
+
+
+async def messages_while_alive(call: Any, silence_s: float = SILENCE_S) -> AsyncIterator[Any]:
+    """Yields the messages of a stream call until it ends.
+
+    Raises:
+        UnavailableError: nothing came for silence_s seconds.
+        grpc.aio.AioRpcError: the stream failed.
+    """
+    while True:
+        try:
+            async with asyncio.timeout(silence_s):
+                message = await call.read()
+        except TimeoutError:
+            raise UnavailableError(f"silent for {silence_s:g} s", reason="SILENT") from None
+        if message is grpc.aio.EOF:
+            return
+        yield message
