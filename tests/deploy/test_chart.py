@@ -116,7 +116,7 @@ def test_manifests_are_strictly_valid(case: str, version: str) -> None:
         {"worker": {"engine": "chef"}},
         {"worker": {"device": "tpu"}},
         {"gateway": {"replicas": -1}},
-        {"scheduler": {"replicas": 3}},
+        {"scheduler": {"replicas": 0}},
         {"telemetry": {"sampleRatio": 2}},
         {"redis": {"enabled": False, "url": "http://x"}},
         {"model": {"name": "a=b", "source": "x"}},
@@ -212,3 +212,16 @@ def test_version_is_the_distribution_s() -> None:
 
     assert Chart.load(CHART).metadata["appVersion"] == bucketserve.__version__
     assert f"BUCKETSERVE_TAG={bucketserve.__version__}" in (ROOT / ".env").read_text()
+
+
+def test_gateways_and_workers_know_every_scheduler() -> None:
+    charted = workloads("defaults")
+    scheduler = charted["rel-bucketserve-scheduler"]
+    assert (scheduler["kind"], scheduler["spec"]["replicas"]) == ("StatefulSet", 2)
+    service = of_kind("defaults", "Service")[scheduler["spec"]["serviceName"]]["spec"]
+    assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", True)
+    name = scheduler["metadata"]["name"]
+    wanted = ",".join(f"{name}-{i}.{name}:50052" for i in range(2))
+    for component in ("gateway", "worker"):
+        values = environment(charted[f"rel-bucketserve-{component}"])
+        assert values[f"BUCKETSERVE_{component.upper()}_SCHEDULER_ADDRESS"] == wanted

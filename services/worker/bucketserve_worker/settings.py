@@ -14,7 +14,9 @@ __all__ = ["WorkerSettings"]
 class WorkerSettings(Section):
     """[worker]."""
 
-    scheduler_address: str = Field("127.0.0.1:50052", description="host:port of the scheduler")
+    scheduler_address: str = Field(
+        "127.0.0.1:50052", description="host:port of the scheduler; several, separated by commas, are tried in turn"
+    )
     listen: str = Field("127.0.0.1:50054", description="host:port for WorkerService and health checks")
     address: str = Field("", description="host:port at which other workers reach this one; default: listen")
     metrics_listen: str = Field("127.0.0.1:9103", description="host:port for Prometheus /metrics; empty: off")

@@ -103,3 +103,11 @@ spec:
     matchLabels: {{- include "bucketserve.selector" . | nindent 6 }}
 {{- end }}
 {{- end }}
+
+{{/* host:port of every scheduler pod, comma-separated. */}}
+{{- define "bucketserve.schedulers" -}}
+{{- $name := include "bucketserve.fullname" . -}}
+{{- range $i := until (int .Values.scheduler.replicas) -}}
+{{- if $i }},{{ end }}{{ $name }}-scheduler-{{ $i }}.{{ $name }}-scheduler:50052
+{{- end -}}
+{{- end }}
