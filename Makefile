@@ -34,6 +34,9 @@ test-fast: $(READY) ## Unit and property tests only
 test-e2e: $(READY) ## Tests over real processes only
 	$(BIN)/python -m pytest -q tests/e2e
 
+fuzz: $(READY) ## 100,000 random inputs to every RPC of real processes
+	FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/e2e/test_fuzz.py
+
 check: protos-check lint types imports docs-check ## Everything that is checked without running it
 
 protos: $(READY) ## Generate libs/bucketserve/v1 from protos/
@@ -85,5 +88,5 @@ images: ## Build the images (needs Docker)
 clean: ## Remove what was built
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
-.PHONY: help setup demo up test test-fast test-e2e check protos protos-check docs docs-check format lint types imports bench-path \
+.PHONY: help setup demo up test test-fast test-e2e fuzz check protos protos-check docs docs-check format lint types imports bench-path \
 	bench-core paper compose-check k8s-render images clean

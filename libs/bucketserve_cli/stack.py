@@ -125,6 +125,7 @@ class LocalStack:
         self._exit = contextlib.ExitStack()
         self.gateway_address = f"127.0.0.1:{spec.port or free_port()}"
         self.scheduler_addresses = [f"127.0.0.1:{free_port()}" for _ in range(spec.num_schedulers)]
+        self.delivery_address = f"127.0.0.1:{free_port()}"
         self.metrics_addresses: dict[str, str] = {}
 
     def __enter__(self) -> LocalStack:
@@ -203,14 +204,13 @@ class LocalStack:
             )
         for index in range(self.spec.num_workers):
             self._start_worker(index)
-        delivery_address = f"127.0.0.1:{free_port()}"
         self._spawn(
             "gateway",
             "bucketserve_gateway",
             {
                 "BUCKETSERVE_GATEWAY_LISTEN": self.gateway_address,
-                "BUCKETSERVE_GATEWAY_DELIVERY_LISTEN": delivery_address,
-                "BUCKETSERVE_GATEWAY_DELIVERY_ADDRESS": delivery_address,
+                "BUCKETSERVE_GATEWAY_DELIVERY_LISTEN": self.delivery_address,
+                "BUCKETSERVE_GATEWAY_DELIVERY_ADDRESS": self.delivery_address,
                 "BUCKETSERVE_GATEWAY_SCHEDULER_ADDRESS": ",".join(self.scheduler_addresses),
                 "BUCKETSERVE_GATEWAY_MODELS": f"{self.spec.model_name}={self.spec.model}",
             },

@@ -1,17 +1,21 @@
-"""Two schedulers over one Valkey: one leads, the other stands by and takes over."""
+"""What happens to streams and new requests when a scheduler or Redis dies."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 import time
 
 import pytest
 
 from bucketserve.client import BucketServeClient
-from bucketserve_cli.stack import LocalStack
-from tests.e2e.conftest import NewStack, eventually, metric
+from bucketserve.core.errors import UnavailableError
+from bucketserve.store.embedded import EmbeddedServer
+from bucketserve_cli.stack import LocalStack, free_port
+from tests.e2e.conftest import NewStack, eventually, metric, status
 from tests.e2e.test_stack import run
 
 pytestmark = pytest.mark.e2e
@@ -73,3 +77,81 @@ async def test_a_paused_leader_that_wakes_can_not_write(new_stack: NewStack) -> 
     assert len(events(stack, leader, "seat.taken")) == 1
     epochs = [entry["epoch"] for name in (leader, standby) for entry in events(stack, name, "leader.elected")]
     assert epochs == sorted(set(epochs))
+
+
+@pytest.mark.parametrize("outage_s", [0.5, 6.0])
+async def test_redis_gone_and_back_without_its_data(new_stack: NewStack, outage_s: float) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as servers:
+        first = servers.enter_context(EmbeddedServer(port))
+        stack = new_stack(num_workers=2, redis_url=first.url, environ=SLOW)
+        async with BucketServeClient(stack.gateway_address) as client:
+            wanted, _ = await run(client, 25, 250)
+            running = [asyncio.create_task(run(client, 25, 250)) for _ in range(6)]
+            await eventually(
+                lambda: sum(metric(stack, w, "vllm:num_requests_running") for w in stack.worker_names()) >= 6
+            )
+            os.kill(first.pid, signal.SIGKILL)
+            waiting = [asyncio.create_task(run(client, 25, 10)) for _ in range(3)]
+            await asyncio.sleep(outage_s)
+            servers.enter_context(EmbeddedServer(port))
+            results = await asyncio.gather(*running)
+            late = await asyncio.gather(*waiting)
+            again, _ = await run(client, 25, 10)
+    # Nothing was lost, nothing came twice, and what ran did not even start again.
+    assert [tokens for tokens, _ in results] == [wanted] * 6
+    assert {finished.attempts for _, finished in results} == {1}
+    assert [tokens for tokens, _ in late] == [wanted[:10]] * 3
+    assert again == wanted[:10]
+
+
+async def test_a_paused_worker_counts_as_dead_and_is_ignored_when_it_wakes(new_stack: NewStack) -> None:
+    stack = new_stack(num_workers=2, environ={**SLOW, "BUCKETSERVE_SCHEDULER_WORKER_LEASE_S": "2"})
+    async with BucketServeClient(stack.gateway_address) as client:
+        wanted = [(await run(client, 10 + i, 250))[0] for i in range(2)]
+        running = [asyncio.create_task(run(client, 10 + i % 2, 250)) for i in range(6)]
+        await eventually(lambda: metric(stack, "worker-0", "vllm:num_requests_running") >= 2)
+        stack.services["worker-0"].signal(signal.SIGSTOP)
+        await eventually(lambda: events(stack, "scheduler", "worker.lost"))
+        await eventually(lambda: metric(stack, "worker-1", "vllm:num_requests_running") >= 5)
+        # Awake again while the others still stream: what it sends belongs to attempts that nobody waits for.
+        stack.services["worker-0"].signal(signal.SIGCONT)
+        results = await asyncio.gather(*running)
+        assert [tokens for tokens, _ in results] == [wanted[i % 2] for i in range(6)]
+        assert max(finished.attempts for _, finished in results) == 2
+
+        async def is_clean() -> bool:
+            now = await status(stack)
+            reports = [worker.report for worker in now.workers]
+            return len(reports) == 2 and all(
+                report.num_running == report.num_waiting == 0 and report.kv_free_tokens == report.kv_total_tokens
+                for report in reports
+            )
+
+        await eventually(is_clean)
+
+
+async def test_a_request_that_kills_workers_is_given_up_after_three(new_stack: NewStack) -> None:
+    stack = new_stack(num_workers=3, environ=SLOW)
+    async with BucketServeClient(stack.gateway_address) as client:
+        poison = asyncio.create_task(run(client, 40, 1000))
+        killed: set[str] = set()
+
+        def holder() -> str | None:
+            alive = [name for name in stack.worker_names() if name not in killed]
+            return next((name for name in alive if metric(stack, name, "vllm:num_requests_running")), None)
+
+        while len(killed) < 3:
+            await eventually(holder)
+            name = holder()
+            assert name is not None
+            killed.add(name)
+            stack.services[name].signal(signal.SIGKILL)
+            stack.services[name].wait(5)
+        with pytest.raises(UnavailableError):
+            await poison
+        # Its workers are back; others are served as before.
+        for name in sorted(killed):
+            stack.restart(name)
+        tokens, _ = await run(client, 10, 5)
+        assert len(tokens) == 5

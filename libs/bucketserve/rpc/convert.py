@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
+from bucketserve.core.errors import FieldViolation, InvalidRequestError
 from bucketserve.core.messages import DropReason, RefuseReason
 from bucketserve.core.types import (
     Batch,
@@ -93,7 +94,13 @@ def role_to_pb(role: WorkerRole) -> common_pb2.WorkerRole:
 
 
 def role_from_pb(role: common_pb2.WorkerRole) -> WorkerRole:
-    """Returns the core's value; unspecified is BOTH."""
+    """Returns the core's value; unspecified is BOTH.
+
+    Raises:
+        InvalidRequestError: there is no such role.
+    """
+    if role not in _ROLES_BACK:
+        raise InvalidRequestError([FieldViolation("role", f"unknown value {role}")])
     return _ROLES_BACK[role]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -13,7 +13,9 @@ from google.protobuf.message import DecodeError
 from bucketserve.core.errors import BucketServeError, FieldViolation, InvalidRequestError
 from bucketserve.rpc.status import status_of
 
-__all__ = ["ErrorInterceptor"]
+__all__ = ["ErrorInterceptor", "first_message"]
+
+R = TypeVar("R")
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -37,9 +39,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Wraps unary and server-streaming handlers of unary requests; bidirectional streams are left alone."""
+        """Wraps unary, server-streaming and bidirectional handlers."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None or (handler.request_streaming and not handler.response_streaming):
             return handler
         method = handler_call_details.method
         read: Any = handler.request_deserializer
@@ -51,11 +53,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 return _Unreadable
 
         if handler.response_streaming:
-            inner: Any = handler.unary_stream
+            inner: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
             async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
                 try:
-                    _check(request)
+                    if handler.request_streaming:
+                        request = _readable(request)
+                    else:
+                        _check(request)
                     answers = inner(request, context)
                     if inspect.isasyncgen(answers):
                         # Closed at once when the call is cancelled, rather than whenever it is collected.
@@ -67,9 +72,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 except BaseException as error:
                     await self._abort(method, context, error)
 
-            return grpc.unary_stream_rpc_method_handler(
-                stream, request_deserializer=deserialize, response_serializer=handler.response_serializer
+            of_kind = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
             )
+            return of_kind(stream, request_deserializer=deserialize, response_serializer=handler.response_serializer)
         behavior: Any = handler.unary_unary
 
         async def unary(request: Any, context: Any) -> Any:
@@ -89,8 +97,27 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             raise error
         if isinstance(error, BucketServeError):
             await context.abort_with_status(status_of(error))
+        if isinstance(error, NotImplementedError):
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not implemented")
         self._on_unexpected(method, error)
         await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+
+
+async def first_message(requests: AsyncIterator[R]) -> R:
+    """Returns the first message of a stream.
+
+    Raises:
+        InvalidRequestError: the stream ended without one.
+    """
+    async for request in requests:
+        return request
+    raise InvalidRequestError([FieldViolation("", "the stream ended before its first message")])
+
+
+async def _readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        _check(request)
+        yield request
 
 
 def _check(request: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from bucketserve.core.errors import SettingsError
 from bucketserve.rpc.channel import SERVER_OPTIONS
+from bucketserve.rpc.interceptors import ErrorInterceptor
 
 __all__ = ["RpcServer"]
 
@@ -29,15 +30,25 @@ class RpcServer:
         listen: str,
         *,
         services: Sequence[str],
-        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        on_unexpected: Callable[[str, BaseException], None],
         enable_reflection: bool = True,
         options: Sequence[tuple[str, int | str]] = (),
     ) -> None:
-        """Binds nothing yet; services are full names such as bucketserve.v1.InferenceService."""
+        """Binds nothing yet.
+
+        Args:
+            listen: host:port.
+            services: full names such as bucketserve.v1.InferenceService, for health and reflection.
+            on_unexpected: called with method and error when a handler fails with an error that is not ours.
+            enable_reflection: answer reflection.
+            options: further channel arguments.
+        """
         self._listen = listen
         self._services = [*services, ""]
         self._health = health_aio.HealthServicer()
-        self.grpc_server = grpc.aio.server(interceptors=list(interceptors), options=[*SERVER_OPTIONS, *options])
+        self.grpc_server = grpc.aio.server(
+            interceptors=[ErrorInterceptor(on_unexpected)], options=[*SERVER_OPTIONS, *options]
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
         if enable_reflection:
             names = [*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]

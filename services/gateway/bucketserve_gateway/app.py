@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from bucketserve.config import TelemetrySettings, split_host_port
 from bucketserve.core.errors import SettingsError
 from bucketserve.process import default_instance_id
-from bucketserve.rpc.interceptors import ErrorInterceptor
 from bucketserve.rpc.server import RpcServer
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
@@ -77,12 +76,13 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
         public = RpcServer(
             settings.listen,
             services=[inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name],
-            interceptors=[ErrorInterceptor(observer.unexpected)],
+            on_unexpected=observer.unexpected,
             enable_reflection=settings.enable_reflection,
         )
         internal = RpcServer(
             settings.delivery_listen,
             services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name],
+            on_unexpected=observer.unexpected,
             enable_reflection=False,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, public.grpc_server)

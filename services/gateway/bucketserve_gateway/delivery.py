@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from bucketserve.rpc.interceptors import first_message
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
@@ -42,7 +43,7 @@ class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
 
     async def Deliver(self, request_iterator: Deliveries, context: Context) -> AsyncIterator[Response]:
         """One stream per worker."""
-        first = await anext(aiter(request_iterator))
+        first = await first_message(request_iterator)
         outbox: Outbox[Response] = Outbox(OUTBOX_LIMIT)
         if older := self._outboxes.get(first.worker_id):
             older.close()

@@ -65,11 +65,6 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
     scheduler_id = settings.scheduler_id or default_instance_id("scheduler")
     clock = _steady_unix_clock()
     gateways = GatewayPeers()
-    server = RpcServer(
-        settings.listen,
-        services=[scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name],
-        enable_reflection=settings.enable_reflection,
-    )
     async with AsyncExitStack() as stack:
         outlets = stack.enter_context(
             open_telemetry(
@@ -81,6 +76,12 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
                 log_level=telemetry.log_level,
                 log_format=telemetry.log_format,
             )
+        )
+        server = RpcServer(
+            settings.listen,
+            services=[scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name],
+            on_unexpected=lambda method, error: outlets.log.error("rpc.failed", error=error, method=method),
+            enable_reflection=settings.enable_reflection,
         )
         deps = LoopDeps(
             settings=settings,

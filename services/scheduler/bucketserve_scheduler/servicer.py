@@ -9,8 +9,10 @@ from typing import TypeVar
 
 import grpc
 
+from bucketserve.core.errors import FieldViolation, InvalidRequestError
 from bucketserve.core.types import RequestId
 from bucketserve.rpc.convert import role_from_pb, role_to_pb
+from bucketserve.rpc.interceptors import first_message
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_scheduler.loop import SchedulingLoop
@@ -60,9 +62,8 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     ) -> AsyncIterator[scheduler_pb2.SubmitResponse]:
         """One stream per gateway."""
         await self._refuse_on_standby(context)
-        first = await anext(aiter(request_iterator))
-        if first.WhichOneof("message") != "hello":
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be hello")
+        first = await first_message(request_iterator)
+        _check("hello", gateway_id=first.hello.gateway_id)
         peer = GatewayPeer(first.hello.gateway_id, Outbox(GATEWAY_OUTBOX_LIMIT))
         self._gateways.connect(peer)
         reader = asyncio.create_task(self._read_gateway(request_iterator, peer))
@@ -81,9 +82,10 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     ) -> AsyncIterator[scheduler_pb2.WorkResponse]:
         """One stream per worker."""
         await self._refuse_on_standby(context)
-        first = await anext(aiter(request_iterator))
-        if first.WhichOneof("message") != "hello":
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be hello")
+        first = await first_message(request_iterator)
+        hello = first.hello
+        _check("hello", worker_id=hello.worker_id, model=hello.model, context_tokens=hello.context_tokens)
+        role_from_pb(hello.role)
         loop = self._loop_of(first.hello.model, first.hello.context_tokens)
         peer = await loop.connect(first.hello)
         reader = asyncio.create_task(self._read_worker(request_iterator, loop, peer))
@@ -116,6 +118,16 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
             async for message in requests:
                 if message.WhichOneof("message") == "record":
                     record = message.record
+                    _check(
+                        "record",
+                        request_id=record.request_id,
+                        attempt=record.attempt,
+                        model=record.model,
+                        token_ids=record.token_ids,
+                        max_new_tokens=record.max_new_tokens,
+                        gateway_id=record.gateway_id,
+                        context_tokens=record.context_tokens,
+                    )
                     await self._loop_of(record.model, record.context_tokens).submit(record)
                 elif message.WhichOneof("message") == "cancel":
                     cancel = message.cancel
@@ -172,6 +184,16 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
             num_finished=loop.num_finished,
             num_batches=loop.num_batches,
         )
+
+
+def _check(message: str, **required: object) -> None:
+    """Refuses a message that lacks what everything else builds on.
+
+    Raises:
+        InvalidRequestError: with every field that is missing.
+    """
+    if missing := [name for name, value in required.items() if not value]:
+        raise InvalidRequestError([FieldViolation(f"{message}.{name}", "must be set") for name in missing])
 
 
 async def _beat(outbox: Outbox[M], heartbeat: M) -> None:

@@ -49,6 +49,7 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
         server = RpcServer(
             settings.listen,
             services=[worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name],
+            on_unexpected=lambda method, error: log.error("rpc.failed", error=error, method=method),
             enable_reflection=settings.enable_reflection,
         )
         load: Callable[[], Engine] = engine_loader(settings, lambda text: log.info("model.loading", progress=text))

@@ -1,0 +1,161 @@
+"""Random bytes and random messages to every RPC: never INTERNAL or UNKNOWN, never a hang, never a crash.
+
+FUZZ_CASES sets how many (default 1,500; `make fuzz` sends 100,000).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import Counter
+
+import grpc
+import pytest
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from bucketserve.v1 import delivery_pb2, inference_pb2, scheduler_pb2, worker_pb2
+from tests.e2e.conftest import NewStack, metric
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
+
+CASES = int(os.environ.get("FUZZ_CASES", "1500"))
+AT_ONCE = 32
+ALLOWED = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    # Long outputs of an open stream, cut by this test.
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    # A standby or draining scheduler, or a store that refuses; none is here, but it is a proper answer.
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+}
+TEXTS = ["", "a", "\x00", "é" * 50, "x" * 5000, "demo", "🙂" * 20, "-1", "../../etc/passwd", "%s%n"]
+NUMBERS = [0, 1, 2, 3, 7, 255, 4095, 4096, 2**31 - 1, 2**32 - 1]
+FLOATS = [0.0, -0.0, 1.0, -1.0, 0.5, float("nan"), float("inf"), float("-inf"), 1e-30, 1e30]
+
+
+def fill(message: Message, rng: random.Random, depth: int = 0) -> Message:
+    """Sets random fields to random values."""
+    for field in message.DESCRIPTOR.fields:
+        if rng.random() > 0.6:
+            continue
+        values = [value(field, rng) for _ in range(rng.randint(0, 4) if field.is_repeated else 1)]
+        if field.message_type is not None:
+            if depth > 3 or field.message_type.GetOptions().map_entry:
+                continue
+            for _ in values:
+                target = getattr(message, field.name)
+                fill(target.add() if field.is_repeated else target, rng, depth + 1)
+        elif field.is_repeated:
+            getattr(message, field.name).extend(values)
+        else:
+            setattr(message, field.name, values[0])
+    return message
+
+
+def value(field: FieldDescriptor, rng: random.Random) -> object:
+    match field.cpp_type:
+        case FieldDescriptor.CPPTYPE_STRING:
+            text = rng.choice(TEXTS)
+            return text.encode() if field.type == FieldDescriptor.TYPE_BYTES else text
+        case FieldDescriptor.CPPTYPE_BOOL:
+            return rng.random() < 0.5
+        case FieldDescriptor.CPPTYPE_DOUBLE | FieldDescriptor.CPPTYPE_FLOAT:
+            return rng.choice(FLOATS) if rng.random() < 0.7 else rng.uniform(-10, 10)
+        case FieldDescriptor.CPPTYPE_ENUM:
+            return rng.choice([0, 1, 2, 3, 99])
+        case FieldDescriptor.CPPTYPE_INT32:
+            return rng.choice(NUMBERS) % 2**31
+    return rng.choice(NUMBERS)
+
+
+def payload(kind: type[Message], rng: random.Random) -> bytes:
+    """Random bytes, a random message, or a random message with some bytes changed."""
+    if rng.random() < 0.2:
+        return rng.randbytes(rng.randint(0, 60))
+    data = bytearray(fill(kind(), rng).SerializeToString())
+    if data and rng.random() < 0.4:
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data)
+
+
+UNARY = [
+    ("gateway", "InferenceService/Tokenize", inference_pb2.TokenizeRequest),
+    ("gateway", "InferenceService/ListModels", inference_pb2.ListModelsRequest),
+    ("gateway", "InferenceService/GetModel", inference_pb2.GetModelRequest),
+    ("scheduler", "SchedulerService/GetStatus", scheduler_pb2.GetStatusRequest),
+    ("worker", "WorkerService/GetWorkerInfo", worker_pb2.GetWorkerInfoRequest),
+]
+STREAMED = [("gateway", "InferenceService/Generate", inference_pb2.GenerateRequest)] * 4
+STREAMED += [("worker", "WorkerService/FetchKv", worker_pb2.FetchKvRequest)]
+BIDIRECTIONAL = [
+    ("scheduler", "SchedulerService/Submit", scheduler_pb2.SubmitRequest),
+    ("scheduler", "SchedulerService/Work", scheduler_pb2.WorkRequest),
+    ("delivery", "DeliveryService/Deliver", delivery_pb2.DeliverRequest),
+]
+
+
+async def send(channels: dict[str, grpc.aio.Channel], rng: random.Random) -> tuple[str, grpc.StatusCode, str]:
+    target, method, kind = rng.choice(UNARY + STREAMED + BIDIRECTIONAL)
+    path, channel = f"/bucketserve.v1.{method}", channels[target]
+    try:
+        if (target, method, kind) in UNARY:
+            await channel.unary_unary(path)(payload(kind, rng), timeout=20)
+        elif (target, method, kind) in STREAMED:
+            async for _ in channel.unary_stream(path)(payload(kind, rng), timeout=20):
+                pass
+        else:
+            messages = [payload(kind, rng) for _ in range(rng.randint(1, 4))]
+            call = channel.stream_stream(path)(iter(messages), timeout=1)
+            async for _ in call:
+                pass
+    except grpc.aio.AioRpcError as error:
+        if error.details() == "Internal error from Core":
+            # Said by the client's library when the server ends a stream that it is still writing to.
+            return method, grpc.StatusCode.CANCELLED, ""
+        return method, error.code(), error.details() or ""
+    return method, grpc.StatusCode.OK, ""
+
+
+async def test_no_input_breaks_anything(new_stack: NewStack) -> None:
+    stack = new_stack(environ={"BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "0"})
+    addresses = {
+        "gateway": stack.gateway_address,
+        "scheduler": stack.scheduler_address,
+        "worker": stack.services["worker-0"].health_address,
+        "delivery": stack.delivery_address,
+    }
+    channels = {name: grpc.aio.insecure_channel(address) for name, address in addresses.items()}
+    rng = random.Random(20261123)
+    seen: Counter[tuple[str, str]] = Counter()
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def one(seed: int) -> None:
+        async with slots:
+            method, code, details = await send(channels, random.Random(seed))
+            assert code in ALLOWED, (seed, method, code, details)
+            seen[method, code.name] += 1
+
+    try:
+        await asyncio.gather(*(one(rng.getrandbits(60)) for _ in range(CASES)))
+        # Still there, and still right.
+        request = inference_pb2.GenerateRequest(prompt="In the beginning")
+        request.stopping.max_tokens = 5
+        call = channels["gateway"].unary_stream("/bucketserve.v1.InferenceService/Generate")
+        answers = [a async for a in call(request.SerializeToString(), timeout=20)]
+        assert inference_pb2.GenerateResponse.FromString(answers[-1]).finished.usage.output_tokens == 5
+    finally:
+        for channel in channels.values():
+            await channel.close()
+    for name, service in stack.services.items():
+        assert service.exit_status is None, name
+        assert "Traceback" not in service.log_path.read_text(), name
+    assert seen["InferenceService/Generate", "INVALID_ARGUMENT"] > 0
+    assert metric(stack, "gateway", "bucketserve_gateway_open_requests") == 0
