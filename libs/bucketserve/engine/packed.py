@@ -112,6 +112,11 @@ class PackedEngine:
         """See ports.Engine."""
         return self._info
 
+    @property
+    def model(self) -> Any:
+        """The model, for benchmarks that count its weights."""
+        return self._model
+
     def headroom(self) -> Headroom:
         """See ports.Engine."""
         reserved = sum(s.reserved for group in (self._waiting, self._running) for s in group.values())

@@ -34,7 +34,7 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int | str]] = [
 SERVER_OPTIONS: Sequence[tuple[str, int | str]] = [
     *_KEEPALIVE,
     # Without this, clients that ping while idle are cut with GOAWAY too_many_pings.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

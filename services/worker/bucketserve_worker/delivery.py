@@ -14,21 +14,15 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 
-from bucketserve.core.types import RequestId
 from bucketserve.rpc.channel import open_channel
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
 
-__all__ = ["DeliveryPool", "key_of"]
+__all__ = ["DeliveryPool"]
 
 MAX_PENDING_TOKENS = 1_000_000
 MAX_UNACKNOWLEDGED = 10_000
 RECONNECT_S = 0.2
 IDLE_CLOSE_S = 60.0
-
-
-def key_of(request_id: str, attempt: int) -> RequestId:
-    """Returns the engine's name for an attempt of a request."""
-    return RequestId(f"{request_id}#{attempt}")
 
 
 class DeliveryPool:
@@ -40,7 +34,7 @@ class DeliveryPool:
         *,
         flush_s: float,
         give_up_s: float,
-        on_stop: Callable[[list[RequestId]], None],
+        on_stop: Callable[[list[tuple[str, int]]], None],
         on_lost: Callable[[str], None],
     ) -> None:
         """on_stop(keys) when a gateway wants no more; on_lost(address) when it can't be reached for give_up_s."""
@@ -98,7 +92,7 @@ class _GatewayStream:
         worker_id: str,
         flush_s: float,
         give_up_s: float,
-        on_stop: Callable[[list[RequestId]], None],
+        on_stop: Callable[[list[tuple[str, int]]], None],
     ) -> None:
         self.address = address
         self.drained = asyncio.Event()
@@ -214,7 +208,7 @@ class _GatewayStream:
             if not self._unacknowledged and not self._pending:
                 self.drained.set()
             if response.stops:
-                self._on_stop([key_of(stop.request_id, stop.attempt) for stop in response.stops])
+                self._on_stop([(stop.request_id, stop.attempt) for stop in response.stops])
 
 
 def _without_index(delivery: delivery_pb2.TokenDelivery, first_index: int) -> delivery_pb2.TokenDelivery:

@@ -9,7 +9,7 @@ from bucketserve.core.types import FinishReason, RequestId
 from bucketserve.ports import SequenceFailure, StepOutput, TokenOutput
 from bucketserve.rpc.convert import finish_reason_to_pb, logprobs_to_pb
 from bucketserve.v1 import common_pb2, delivery_pb2, scheduler_pb2
-from bucketserve_worker.delivery import DeliveryPool, key_of
+from bucketserve_worker.delivery import DeliveryPool
 
 __all__ = ["Finished", "Running", "RunningTable"]
 
@@ -23,6 +23,8 @@ class Running:
     received_s: float
     prefilled_s: float | None = None
     num_output_tokens: int = 0
+    is_replaced: bool = False
+    """It came again, and the engine was told to let this run go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +38,17 @@ class Finished:
 
 @dataclass(slots=True)
 class RunningTable:
-    """Attempts of requests, by the engine's name for each (`key_of`). Owned by the event loop.
+    """Runs of requests, by the engine's name for each. Owned by the event loop.
 
-    A newer attempt may arrive while the engine still works on an older one; their tokens must never be mixed up, so
-    that the engine knows them by different names.
+    A request may arrive again while the engine still works on it: as its next attempt, or as the same one after the
+    scheduler lost what it knew. Tokens of two runs must never be mixed up, so that the engine knows each run by a name
+    of its own.
     """
 
     delivery: DeliveryPool
     clock: Callable[[], float]
     _running: dict[RequestId, Running] = field(default_factory=dict)
+    _num_added: int = 0
 
     def __len__(self) -> int:
         """Number of requests here."""
@@ -54,20 +58,33 @@ class RunningTable:
         """Returns an attempt, if it is here."""
         return self._running.get(key)
 
-    def keys_of(self, request_id: str) -> list[RequestId]:
-        """Returns the attempts of a request that are here; all but at most one are on their way out."""
-        return [key for key, running in self._running.items() if running.record.request_id == request_id]
+    def keys_of(self, request_id: str, attempt: int | None = None) -> list[RequestId]:
+        """Returns the runs of a request, or of one attempt, that are here; all but at most one are on their way out."""
+        return [
+            key
+            for key, running in self._running.items()
+            if running.record.request_id == request_id and attempt in (None, running.record.attempt)
+        ]
+
+    def replace(self, request_id: str) -> list[RequestId]:
+        """Returns the runs of a request that comes again; nobody is told when they end."""
+        keys = self.keys_of(request_id)
+        for key in keys:
+            self._running[key].is_replaced = True
+        return keys
 
     def request_ids(self) -> list[str]:
         """Returns the requests that are here."""
-        return [running.record.request_id for running in self._running.values()]
+        return [running.record.request_id for running in self._running.values() if not running.is_replaced]
 
     def add(self, assignment: scheduler_pb2.BatchAssignment) -> list[RequestId]:
         """Takes a batch; returns its keys, in order."""
         now_s = self.clock()
-        keys = [key_of(record.request_id, record.attempt) for record in assignment.records]
-        for key, record in zip(keys, assignment.records, strict=True):
-            self._running[key] = Running(record, assignment.batch, now_s)
+        keys = []
+        for record in assignment.records:
+            self._num_added += 1
+            keys.append(RequestId(f"{record.request_id}#{self._num_added}"))
+            self._running[keys[-1]] = Running(record, assignment.batch, now_s)
         return keys
 
     def of_gateway(self, delivery_address: str) -> list[RequestId]:
@@ -91,7 +108,8 @@ class RunningTable:
     def give_up(self, keys: Sequence[RequestId], reason: FinishReason) -> list[Finished]:
         """Forgets attempts without a word to their gateways; those not here are passed over."""
         now_s = self.clock()
-        return [Finished(running, reason, now_s) for key in keys if (running := self._running.pop(key, None))]
+        ended = [running for key in keys if (running := self._running.pop(key, None))]
+        return [Finished(running, reason, now_s) for running in ended if not running.is_replaced]
 
     def fail_all(self, message: str) -> list[Finished]:
         """Ends everything: the engine is gone. Gateways start the requests elsewhere."""
@@ -101,7 +119,7 @@ class RunningTable:
 
     def _take_token(self, token: TokenOutput, now_s: float) -> Finished | None:
         running = self._running.get(token.request_id)
-        if running is None:
+        if running is None or running.is_replaced:
             return None
         delivery = delivery_pb2.TokenDelivery(
             request_id=running.record.request_id,
@@ -123,7 +141,7 @@ class RunningTable:
 
     def _take_failure(self, failure: SequenceFailure, now_s: float) -> Finished | None:
         running = self._running.pop(failure.request_id, None)
-        if running is None:
+        if running is None or running.is_replaced:
             return None
         finished = self._finished(running, FinishReason.ERROR, now_s)
         finished.error_message, finished.is_retryable = failure.message, failure.is_retryable

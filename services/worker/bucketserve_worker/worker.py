@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from bucketserve.core.types import FinishReason, Headroom, RequestId, StepSample, WorkerRole
+from bucketserve.core.types import FinishReason, Headroom, StepSample, WorkerRole
 from bucketserve.rpc.convert import (
     finish_reason_to_pb,
     headroom_to_pb,
@@ -121,7 +121,7 @@ class Worker:
     # --- from the scheduler and the gateways ----------------------------------------------------------------------
 
     def _on_batch(self, assignment: scheduler_pb2.BatchAssignment) -> None:
-        older = [key for record in assignment.records for key in self.running.keys_of(record.request_id)]
+        older = [key for record in assignment.records for key in self.running.replace(record.request_id)]
         if older:
             self._engine.cancel(older)
         keys = self.running.add(assignment)
@@ -134,8 +134,8 @@ class Worker:
     def _on_cancel(self, request_ids: list[str]) -> None:
         self._engine.cancel([key for request_id in request_ids for key in self.running.keys_of(request_id)])
 
-    def _on_stop(self, keys: list[RequestId]) -> None:
-        self._engine.cancel(keys)
+    def _on_stop(self, attempts: list[tuple[str, int]]) -> None:
+        self._engine.cancel([key for name, attempt in attempts for key in self.running.keys_of(name, attempt)])
 
     def _on_gateway_lost(self, address: str) -> None:
         lost = self.running.of_gateway(address)
