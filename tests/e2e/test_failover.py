@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from bucketserve.client import BucketServeClient
+from bucketserve.client import BucketServeClient, Finished
 from bucketserve.core.errors import UnavailableError
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve_cli.stack import LocalStack, free_port
@@ -157,3 +157,32 @@ async def test_a_request_that_kills_workers_is_given_up_after_three(new_stack: N
             stack.restart(name)
         tokens, _ = await run(client, 10, 5)
         assert len(tokens) == 5
+
+
+async def test_a_rolling_restart_of_workers_and_schedulers_fails_no_stream(new_stack: NewStack) -> None:
+    stack = new_stack(num_schedulers=2, num_workers=2, environ=SLOW)
+    over = asyncio.Event()
+    done: list[Finished] = []
+
+    async def client_loop(client: BucketServeClient, number: int) -> None:
+        while not over.is_set():
+            tokens, finished = await run(client, 10 + number, 60)
+            assert tokens == wanted[number]
+            done.append(finished)
+
+    async with BucketServeClient(stack.gateway_address) as client:
+        wanted = [(await run(client, 10 + i, 60))[0] for i in range(4)]
+        load = [asyncio.create_task(client_loop(client, i)) for i in range(4)]
+        for name in ("worker-0", "worker-1", "scheduler", "scheduler-1"):
+            before = len(done)
+            stack.services[name].signal(signal.SIGTERM)
+            await asyncio.to_thread(stack.services[name].wait, 30)
+            assert stack.services[name].exit_status == 0
+            stack.restart(name)
+            await asyncio.to_thread(stack.wait_until_serving, 30)
+            # It goes on before the next one is restarted.
+            await eventually(lambda before=before: len(done) >= before + 4, 30)
+        over.set()
+        await asyncio.gather(*load)
+    # Drained, not killed: nothing had to start again.
+    assert {finished.attempts for finished in done} == {1}

@@ -45,7 +45,7 @@ class _Cut:
 
 
 class BatchFormer:
-    """Forms one batch at a time out of the waiting requests; removes nothing itself but what is late."""
+    """Forms one batch at a time out of the waiting requests; removes nothing itself."""
 
     def __init__(self, settings: CoreSettings, lanes: Lanes, fleet: Fleet, edges: EdgeChooser, demand: Demand) -> None:
         """Reads what its owner changes between calls."""
