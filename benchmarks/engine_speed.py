@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bucketserve.core.types import RequestId
+from bucketserve.engine.linear import PackedLinear
 from bucketserve.engine.loader import LoadSettings, load_engine
 from bucketserve.engine.packed import PackedEngine
 from bucketserve.ports import SequenceSpec
@@ -113,7 +114,11 @@ def main() -> None:
     figures: dict[str, list[float]] = {name: [] for name in engines}
     limits: dict[str, list[float]] = {name: [] for name in engines}
     config = json.loads((Path(arguments.model) / "config.json").read_text())
-    weights = sum(p.numel() for name, p in next(iter(engines.values())).model.named_parameters() if "embed" not in name)
+    weights = sum(
+        module.in_features * module.out_features
+        for module in next(iter(engines.values())).model.modules()
+        if isinstance(module, PackedLinear | torch.nn.Linear)
+    )
     for number in range(arguments.rounds + 1):
         for name, engine in engines.items():
             seconds, tokens, _ = run(engine, requests, f"{name}{number}")

@@ -13,6 +13,7 @@ import torch
 from bucketserve.core.errors import EngineError, ModelLoadError
 from bucketserve.engine.attention import NAME, Probe, Segment, StepPlan, running_step
 from bucketserve.engine.kv_memory import KvLayout, KvMemory, bytes_per_token
+from bucketserve.engine.linear import pack_linears
 from bucketserve.engine.packed import DeviceMemory, PackedEngine, PackedLimits
 from bucketserve.ports import EngineInfo
 
@@ -82,6 +83,9 @@ def build_engine(
     )
     if not context:
         raise ModelLoadError(f"{settings.model!r} names no context length; set context_tokens")
+    weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device.type == "cpu" and (number := pack_linears(model)):
+        on_progress(f"{number} linear layers laid out for this CPU")
     on_progress("looking at its attention")
     layouts = _probe(model, text_config.num_hidden_layers, settings.model)
     on_progress("warming up")
@@ -102,7 +106,7 @@ def build_engine(
             pays_padding=False,
         ),
         PackedLimits(context_tokens=context, max_sequences=settings.max_sequences, max_step_tokens=max_step_tokens),
-        weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weights_bytes=weights_bytes,
         activation_bytes_per_token=activation,
         device_memory=lambda: _device_memory(device),
     )
