@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from bucketserve.core.messages import DropReason, RefuseReason
 from bucketserve.core.types import Batch, LimitedBy, RequestId
+from bucketserve.core.waste import Waste, WasteBook
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.workload import SimRequest
 
-__all__ = ["BatchWaste", "Ledger", "Outcome", "Record"]
+__all__ = ["BatchBook", "Ledger", "Outcome", "Record"]
 
 
 class Outcome(enum.Enum):
@@ -58,35 +59,25 @@ class Record:
 
 
 @dataclass(slots=True)
-class BatchWaste:
-    """What padding each batch to its longest prompt would waste (paper, formulas 2 and 3)."""
+class BatchBook:
+    """The batches that were dispatched."""
 
     num_batches: int = 0
     num_requests: int = 0
-    prefill_tokens: int = 0
-    padded_tokens: int = 0
     limited_by: dict[LimitedBy, int] = field(default_factory=dict)
+    _waste: WasteBook = field(default_factory=WasteBook)
 
     def add(self, batch: Batch) -> None:
         """Notes a dispatched batch."""
         self.num_batches += 1
         self.num_requests += len(batch.request_ids)
-        self.prefill_tokens += batch.prefill_tokens
-        self.padded_tokens += batch.padded_tokens
-        self._relative += len(batch.request_ids) - batch.prefill_tokens * len(batch.request_ids) / batch.padded_tokens
         self.limited_by[batch.limited_by] = self.limited_by.get(batch.limited_by, 0) + 1
-
-    _relative: float = 0.0
-
-    @property
-    def relative(self) -> float:
-        """Mean over requests of 1 - S / S_max of its batch."""
-        return self._relative / self.num_requests if self.num_requests else 0.0
+        self._waste.add(batch)
 
     @property
-    def padded_share(self) -> float:
-        """Share of padding in all padded tokens."""
-        return 1 - self.prefill_tokens / self.padded_tokens if self.padded_tokens else 0.0
+    def waste(self) -> Waste:
+        """What padding each batch to its longest prompt would waste."""
+        return self._waste.observed()
 
 
 class Ledger:
@@ -95,7 +86,7 @@ class Ledger:
     def __init__(self) -> None:
         """Starts empty."""
         self.records: dict[RequestId, Record] = {}
-        self.waste = BatchWaste()
+        self.batches = BatchBook()
         self.num_open = 0
 
     def open(self, request_id: RequestId, record: Record) -> None:
@@ -109,7 +100,7 @@ class Ledger:
 
     def dispatched(self, batch: Batch, now_s: float) -> None:
         """Notes a batch: its requests were admitted and run for the first time."""
-        self.waste.add(batch)
+        self.batches.add(batch)
         for request_id in batch.request_ids:
             record = self._open_record(request_id)
             if not record.is_admitted or record.dispatched_s is not None:
