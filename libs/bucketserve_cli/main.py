@@ -67,7 +67,9 @@ def up(
     model_name: Annotated[str, typer.Option(help="name that clients use")] = "demo",
     workers: Annotated[int, typer.Option(min=1, max=64, help="worker processes")] = 1,
     engine: Annotated[str, typer.Option(help="transformers or fake")] = "transformers",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="port of the public API; 0: any")] = 50051,
+    port: Annotated[
+        int, typer.Option(min=0, max=65534, help="port of the API, the next is the scheduler's; 0: any")
+    ] = 50051,
     redis_url: Annotated[str, typer.Option(help="Redis or Valkey to use; default: an embedded one")] = "",
     otlp_endpoint: Annotated[str, typer.Option(help="OTLP gRPC endpoint for traces, http://host:4317")] = "",
     log_dir: Annotated[Path | None, typer.Option(help="keep the services' logs here")] = None,

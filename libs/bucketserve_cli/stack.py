@@ -43,7 +43,7 @@ class StackSpec:
     """One leads, the others stand by."""
     engine: str = "transformers"
     port: int = 0
-    """Port of the public API; 0: any free one."""
+    """Port of the public API, and the next one for the first scheduler; 0: any free ones."""
     redis_url: str = ""
     """Empty: an embedded server of our own."""
     log_dir: Path | None = None
@@ -124,7 +124,8 @@ class LocalStack:
         self.services: dict[str, ServiceProcess] = {}
         self._exit = contextlib.ExitStack()
         self.gateway_address = f"127.0.0.1:{spec.port or free_port()}"
-        self.scheduler_addresses = [f"127.0.0.1:{free_port()}" for _ in range(spec.num_schedulers)]
+        ports = [spec.port + 1 if spec.port and not index else free_port() for index in range(spec.num_schedulers)]
+        self.scheduler_addresses = [f"127.0.0.1:{port}" for port in ports]
         self.delivery_address = f"127.0.0.1:{free_port()}"
         self.metrics_addresses: dict[str, str] = {}
 
