@@ -50,7 +50,6 @@ class RefuseReason(enum.Enum):
     TENANT_QUOTA = "tenant_quota"
     SLO_UNATTAINABLE = "slo_unattainable"
     TOO_LARGE = "too_large"
-    NO_WORKER = "no_worker"
     DUPLICATE = "duplicate"
 
 

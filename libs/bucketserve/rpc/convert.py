@@ -66,7 +66,6 @@ _REFUSALS = {
     RefuseReason.TENANT_QUOTA: scheduler_pb2.REJECT_REASON_TENANT_QUOTA,
     RefuseReason.SLO_UNATTAINABLE: scheduler_pb2.REJECT_REASON_SLO_UNATTAINABLE,
     RefuseReason.TOO_LARGE: scheduler_pb2.REJECT_REASON_TOO_LARGE,
-    RefuseReason.NO_WORKER: scheduler_pb2.REJECT_REASON_NO_WORKER,
     RefuseReason.DUPLICATE: scheduler_pb2.REJECT_REASON_DUPLICATE,
 }
 _DROPS = {

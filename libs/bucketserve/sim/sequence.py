@@ -65,7 +65,6 @@ class SimSequence:
     output_tokens: int
     max_new_tokens: int
     batch_id: BatchId
-    batch_start_s: float = 0.0
     max_chunk_tokens: int = 0
     num_to_compute: int = 0
     """Tokens whose KV has to be computed before it can decode: the prompt, after an eviction also its output so far."""

@@ -38,5 +38,4 @@ class SchedulerSettings(Section):
     gateway_lease_s: float = Field(
         10.0, ge=0, le=300, description="requests of a disconnected gateway are cancelled after this, seconds"
     )
-    drain_s: float = Field(25.0, ge=0, le=600, description="most time to finish on SIGTERM, seconds")
     enable_reflection: bool = Field(True, description="answer gRPC reflection")

@@ -55,7 +55,7 @@ serviceAccountName: {{ include "bucketserve.serviceAccountName" .root }}
 automountServiceAccountToken: false
 securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
 # Draining, then flushing; Kubernetes kills after it.
-terminationGracePeriodSeconds: {{ add .values.drainSeconds 35 }}
+terminationGracePeriodSeconds: {{ add (.values.drainSeconds | default 0) 35 }}
 {{- with .root.Values.imagePullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
 {{- end }}
