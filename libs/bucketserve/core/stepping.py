@@ -29,25 +29,39 @@ def plan_prefill(
     num_decoding: int,
     max_step_tokens: int,
     max_chunk_tokens: int,
+    is_shared: bool = False,
 ) -> list[PrefillPiece]:
-    """Returns the prompt pieces for the next step, in order.
+    """Returns the prompt pieces for the next step.
 
     Args:
         waiting: sequences whose prompt isn't complete, in order, with the prompt tokens still to compute.
         num_decoding: sequences that decode one token each in the same step.
         max_step_tokens: most tokens of any kind in one step (bounds activation memory); at least 1.
         max_chunk_tokens: most prompt tokens while num_decoding > 0; 0 for no limit of its own.
+        is_shared: whether the first in order gets only half of the step while others wait; the rest goes to the
+            shortest. Else everything goes in order.
+
+    Shared, a short prompt does not wait until long ones that came before it are computed, and a long one takes at most
+    twice as long for the short ones that come after it.
 
     Every step computes at least one prompt token if any is waiting, so that prompts never starve behind decodes.
     """
     budget = max(max_step_tokens - num_decoding, 1)
     if num_decoding and max_chunk_tokens:
         budget = min(budget, max_chunk_tokens)
-    pieces: list[PrefillPiece] = []
-    for request_id, remaining in waiting:
+    queue = list(waiting)
+    given: dict[RequestId, int] = {}
+    if is_shared and len(queue) > 1:
+        (first, remaining), *others = queue
+        given[first] = min(remaining, (budget + 1) // 2)
+        budget -= given[first]
+        # What the others leave goes to the first again.
+        queue = [*sorted(others, key=lambda one: one[1]), (first, remaining - given[first])]
+    for request_id, remaining in queue:
         if budget <= 0:
             break
         num_tokens = min(remaining, budget)
-        pieces.append(PrefillPiece(request_id, num_tokens))
+        if num_tokens:
+            given[request_id] = given.get(request_id, 0) + num_tokens
         budget -= num_tokens
-    return pieces
+    return [PrefillPiece(request_id, num_tokens) for request_id, num_tokens in given.items()]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from transformers import AttentionInterface
 
 from bucketserve.core.errors import EngineError
 from bucketserve.engine.kv_memory import KvLayout, KvMemory
+from bucketserve.engine.native.kernels import Kernels
 
-__all__ = ["NAME", "Probe", "Segment", "StepPlan", "running_step"]
+__all__ = ["NAME", "AttentionCall", "Probe", "Segment", "StepPlan", "current_step", "running_step"]
 
 NAME = "bucketserve"
 
@@ -44,7 +46,7 @@ class Segment:
     """Tokens of the sequence including the new ones."""
 
 
-@dataclass(slots=True)
+@dataclass
 class StepPlan:
     """How a packed step is composed."""
 
@@ -52,13 +54,30 @@ class StepPlan:
     segments: Sequence[Segment]
     slots: torch.Tensor
     """[tokens] position of each new token in the arena."""
+    kernels: Kernels | None = None
+    """Those of this CPU, if there are any."""
+
+    @cached_property
+    def segment_table(self) -> torch.Tensor:
+        """The segments as int64 [n, 4], for the kernels."""
+        return torch.tensor([(s.first, s.num_tokens, s.kv_start, s.context) for s in self.segments])
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What a layer asks of attention."""
+
+    layout: KvLayout
+    scale: float
+    window: int | None
+    softcap: float | None
 
 
 @dataclass(slots=True)
 class Probe:
-    """Takes notes of the layers' shapes instead of computing."""
+    """Takes notes of what the layers ask for instead of computing."""
 
-    layouts: dict[int, KvLayout] = field(default_factory=dict)
+    calls: dict[int, AttentionCall] = field(default_factory=dict)
 
 
 _current = threading.local()
@@ -78,6 +97,11 @@ class running_step:
     def __exit__(self, *error: object) -> None:
         """Clears it."""
         _current.step = None
+
+
+def current_step() -> StepPlan | Probe | None:
+    """Returns what is running in this thread."""
+    return getattr(_current, "step", None)
 
 
 def packed_attention(
@@ -107,18 +131,31 @@ def packed_attention(
     Raises:
         EngineError: the model asks for something that is not done here.
     """
-    step = getattr(_current, "step", None)
+    step = current_step()
     unknown = [name for name, given in kwargs.items() if given is not None and name not in _KNOWN]
     if step is None or unknown or attention_mask is not None:
         raise EngineError(f"the model's attention asks for what is not supported: {', '.join(unknown) or 'a mask'}")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if isinstance(step, Probe):
-        step.layouts[layer] = KvLayout(key.shape[1], key.shape[3])
-        return query.transpose(1, 2).contiguous(), None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if isinstance(step, Probe):
+        step.calls[layer] = AttentionCall(KvLayout(key.shape[1], key.shape[3]), scale, sliding_window, softcap)
+        return query.transpose(1, 2).contiguous(), None
     memory = step.memory
     memory.write(layer, step.slots, key[0], value[0])
     keys, values = memory.keys[layer], memory.values[layer]
+    if step.kernels is not None and step.kernels.suits_heads(query.shape[3], query.dtype):
+        by_token = torch.empty(1, query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype)
+        step.kernels.attention(
+            query[0].transpose(0, 1),
+            keys,
+            values,
+            step.segment_table,
+            by_token[0],
+            scale=scale,
+            window=sliding_window,
+            softcap=softcap,
+        )
+        return by_token, None
     output = torch.empty_like(query[0])
     for segment in step.segments:
         end = segment.first + segment.num_tokens

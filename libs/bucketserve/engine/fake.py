@@ -18,6 +18,8 @@ from bucketserve.ports import EngineInfo, Logprob, SequenceSpec, StepOutput, Tok
 __all__ = ["FakeEngine", "FakeSettings", "next_token"]
 
 MASK = (1 << 64) - 1
+KV_BYTES = 8
+"""A token's KV is the hash of all tokens up to the last one that has any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,7 @@ class _Sequence:
 
     @property
     def reserved(self) -> int:
-        return len(self.spec.token_ids) + self.spec.max_new_tokens
+        return _needed(self.spec)
 
     @property
     def remaining(self) -> int:
@@ -74,8 +76,9 @@ class FakeEngine:
             device="none",
             dtype="none",
             context_tokens=self.settings.context_tokens,
-            kv_bytes_per_token=1,
+            kv_bytes_per_token=KV_BYTES,
             pays_padding=False,
+            kv_layout="fake",
         )
 
     def headroom(self) -> Headroom:
@@ -88,20 +91,41 @@ class FakeEngine:
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             waiting_prefill_tokens=sum(s.remaining for s in self._waiting.values()),
-            kv_bytes_per_token=1,
+            kv_bytes_per_token=KV_BYTES,
         )
 
     def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
         """See ports.Engine."""
         for spec in sequences:
-            needed = len(spec.token_ids) + spec.max_new_tokens
+            needed = _needed(spec)
             if needed > min(self.settings.context_tokens, self.settings.kv_total_tokens):
                 raise EngineError(f"{needed} tokens can never fit into a context of {self.settings.context_tokens}")
         for spec in sequences:
-            state = 0
-            for token_id in spec.token_ids:
-                state = _mix(state ^ token_id)
+            state = _hash(spec.token_ids)
             self._waiting[spec.request_id] = _Sequence(spec, state, max_chunk_tokens=max_chunk_tokens)
+
+    def export_kv(self, request_id: RequestId, into: memoryview) -> None:
+        """See ports.Engine."""
+        sequence = self._running.get(request_id)
+        num_tokens = len(into) // KV_BYTES
+        if sequence is None or not sequence.spec.hands_over or num_tokens != len(sequence.spec.token_ids):
+            raise EngineError(f"sequence {request_id} is not here to be handed over")
+        # Its state knows the tokens generated as well: their KV is not there yet.
+        into[:] = _hash(sequence.spec.token_ids).to_bytes(KV_BYTES, "big") * num_tokens
+        del self._running[request_id]
+
+    def import_kv(self, spec: SequenceSpec, generated: Sequence[int], kv: memoryview) -> None:
+        """See ports.Engine."""
+        num_tokens = len(spec.token_ids) + len(generated) - 1
+        state = bytes(kv[:KV_BYTES])
+        if bytes(kv) != state * num_tokens:
+            raise EngineError(f"{len(kv)} bytes are not the KV of {num_tokens} tokens")
+        if _needed(spec) > self.headroom().kv_free_tokens:
+            raise EngineError(f"no room for {_needed(spec)} tokens whose KV has come")
+        sequence = _Sequence(spec, int.from_bytes(state, "big"), num_tokens, len(generated))
+        for token_id in generated:
+            sequence.state = _mix(sequence.state ^ token_id)
+        self._running[spec.request_id] = sequence
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
         """See ports.Engine."""
@@ -157,6 +181,7 @@ class FakeEngine:
             num_decoding=num_decoding,
             max_step_tokens=self.settings.max_step_tokens,
             max_chunk_tokens=min(limits, default=0),
+            is_shared=True,
         )
         attention, done = 0, []
         for piece in pieces:
@@ -191,6 +216,18 @@ class FakeEngine:
             logprobs=_logprobs(token_id, spec.num_logprobs, self.settings.vocab_size),
             finish_reason=FinishReason.LENGTH if is_last else None,
         )
+
+
+def _needed(spec: SequenceSpec) -> int:
+    """KV tokens to reserve: a sequence that is handed over grows elsewhere."""
+    return len(spec.token_ids) + (0 if spec.hands_over else spec.max_new_tokens)
+
+
+def _hash(token_ids: Sequence[int]) -> int:
+    state = 0
+    for token_id in token_ids:
+        state = _mix(state ^ token_id)
+    return state
 
 
 def _logprobs(token_id: int, number: int | None, vocab_size: int) -> TokenLogprobs | None:

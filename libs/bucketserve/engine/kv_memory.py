@@ -7,13 +7,15 @@ removed by moving sequences together.
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
-__all__ = ["KvLayout", "KvMemory", "RangeAllocator"]
+from bucketserve.engine.ranges import RangeAllocator
+
+__all__ = ["KvLayout", "KvMemory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,51 +24,6 @@ class KvLayout:
 
     num_heads: int
     head_dim: int
-
-
-class RangeAllocator:
-    """Contiguous ranges of [0, size), best fit, neighbours merged on release. All units are tokens."""
-
-    def __init__(self, size: int) -> None:
-        """Starts with everything free."""
-        self.size = size
-        self._free: list[tuple[int, int]] = [(0, size)]
-
-    @property
-    def num_free(self) -> int:
-        """Tokens free, in whatever pieces."""
-        return sum(length for _, length in self._free)
-
-    def fragmentation(self) -> float:
-        """Returns the share of free memory that the largest request could not use: 1 - largest piece / free."""
-        free = self.num_free
-        return 1 - max(length for _, length in self._free) / free if free else 0.0
-
-    def allocate(self, length: int) -> int | None:
-        """Returns the start of a range, or None if no piece is large enough."""
-        fitting = [(piece, start) for start, piece in self._free if piece >= length]
-        if not fitting:
-            return None
-        piece, start = min(fitting)
-        self._free.remove((start, piece))
-        if piece > length:
-            insort(self._free, (start + length, piece - length))
-        return start
-
-    def release(self, start: int, length: int) -> None:
-        """Gives a range back."""
-        insort(self._free, (start, length))
-        merged: list[tuple[int, int]] = []
-        for piece_start, piece in self._free:
-            if merged and merged[-1][0] + merged[-1][1] == piece_start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + piece)
-            else:
-                merged.append((piece_start, piece))
-        self._free = merged
-
-    def reset(self, used: int) -> None:
-        """Declares [0, used) used and the rest free, after everything was moved to the front."""
-        self._free = [(used, self.size - used)] if used < self.size else []
 
 
 class KvMemory:
@@ -91,6 +48,39 @@ class KvMemory:
         """
         self.keys[layer].index_copy_(1, slots, keys)
         self.values[layer].index_copy_(1, slots, values)
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """Copies the KV of a range to another that does not overlap it."""
+        for arena in (*self.keys, *self.values):
+            arena[:, target : target + num_tokens] = arena[:, source : source + num_tokens]
+
+    def copy_out(self, start: int, num_tokens: int, into: memoryview) -> None:
+        """Writes a range's KV as bytes: layer by layer keys, then values, each [kv_heads, num_tokens, head_dim]."""
+        for arena, part in self._parts(num_tokens, into):
+            part.copy_(arena[:, start : start + num_tokens])
+
+    def copy_in(self, start: int, num_tokens: int, data: memoryview) -> None:
+        """Reads what copy_out wrote."""
+        for arena, part in self._parts(num_tokens, data):
+            arena[:, start : start + num_tokens] = part.to(arena.device)
+
+    def _parts(self, num_tokens: int, data: memoryview) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields each arena with its part of the bytes, as a tensor over the same memory."""
+        offset = 0
+        for pair in zip(self.keys, self.values, strict=True):
+            for arena in pair:
+                heads, _, head_dim = arena.shape
+                count = heads * num_tokens * head_dim
+                part = torch.frombuffer(data, dtype=arena.dtype, count=count, offset=offset)
+                yield arena, part.view(heads, num_tokens, head_dim)
+                offset += count * arena.itemsize
+
+    @property
+    def layout(self) -> str:
+        """Number type, then [kv_heads x head_dim] of each layer, equal ones counted."""
+        shapes = [f"{arena.shape[0]}x{arena.shape[2]}" for arena in self.keys]
+        groups = [f"{len(list(group))}*[{shape}]" for shape, group in groupby(shapes)]
+        return f"{str(self.keys[0].dtype).removeprefix('torch.')} " + " ".join(groups)
 
     def compact(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
         """Moves ranges together and returns their new starts.

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bucketserve.core.errors import EngineError, ModelLoadError
-from bucketserve.engine.attention import NAME, Probe, Segment, StepPlan, running_step
+from bucketserve.engine.attention import NAME, AttentionCall, Probe, Segment, StepPlan, running_step
 from bucketserve.engine.kv_memory import KvLayout, KvMemory, bytes_per_token
-from bucketserve.engine.linear import pack_linears
+from bucketserve.engine.linear import place_linears
+from bucketserve.engine.native.build import KernelBuildError
+from bucketserve.engine.native.kernels import Kernels, load_kernels
+from bucketserve.engine.native.layers import fuse_layers
+from bucketserve.engine.native.products import KernelProducts, Products, choose_products
 from bucketserve.engine.packed import DeviceMemory, PackedEngine, PackedLimits
 from bucketserve.ports import EngineInfo
 
@@ -22,6 +30,11 @@ __all__ = ["LoadSettings", "build_engine", "load_engine"]
 CPU_KV_SHARE = 0.25
 CPU_KV_MOST_BYTES = 4 * 1024**3
 CUDA_KV_SHARE = 0.85
+STEP_TOKENS = 2048
+CPU_STEP_TOKENS = (256, STEP_TOKENS)
+CPU_STEP_S = 0.5
+"""A CPU is nearly as fast with steps of 256 tokens as with 2,048, and whoever comes waits for one to end: its size is
+what takes about this long, within bounds."""
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
 
@@ -37,7 +50,13 @@ class LoadSettings:
     kv_budget_tokens: int = 0
     context_tokens: int = 0
     max_sequences: int = 64
-    max_step_tokens: int = 2048
+    max_step_tokens: int = 0
+    """0: STEP_TOKENS, on CPU what takes CPU_STEP_S."""
+    quantization: str = "none"
+    """none, or int8: weights of linear layers rounded to 8 bits (CPU)."""
+    prefix_cache: bool = True
+    kernels: str = "auto"
+    """auto, or torch: nothing but torch's own operations."""
 
 
 def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lambda text: None) -> PackedEngine:
@@ -83,20 +102,31 @@ def build_engine(
     )
     if not context:
         raise ModelLoadError(f"{settings.model!r} names no context length; set context_tokens")
-    weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    if device.type == "cpu" and (number := pack_linears(model)):
-        on_progress(f"{number} linear layers laid out for this CPU")
     on_progress("looking at its attention")
-    layouts = _probe(model, text_config.num_hidden_layers, settings.model)
-    on_progress("warming up")
-    max_step_tokens = min(settings.max_step_tokens, context)
-    activation = _warm_up(model, layouts, max_step_tokens, dtype, device)
+    calls = _probe(model, text_config.num_hidden_layers, settings.model)
+    layouts = [calls[layer].layout for layer in sorted(calls)]
+    kernels, placed_bytes = None, 0
+    if device.type == "cpu":
+        kernels = _kernels(settings, on_progress)
+        placed_bytes = _place(model, calls, kernels, settings, on_progress)
+    elif settings.quantization != "none":
+        raise ModelLoadError(f"quantization {settings.quantization} is for CPU workers; set quantization to none")
+    weights_bytes = placed_bytes + sum(p.numel() * p.element_size() for p in model.parameters())
+    warm_up = partial(_warm_up, model, layouts, dtype=dtype, device=device, kernels=kernels)
+    max_step_tokens, activation = settings.max_step_tokens or STEP_TOKENS, 0
+    if device.type == "cpu" and not settings.max_step_tokens:
+        max_step_tokens, activation = _cpu_step(warm_up, context)
+    max_step_tokens = min(max_step_tokens, context)
+    on_progress(f"warming up with steps of {max_step_tokens} tokens")
+    # Buffers that stay are taken by whichever step is the first that needs them.
+    activation = max(activation, warm_up(max_step_tokens))
     per_token = bytes_per_token(layouts, dtype)
     tokens = _budget_tokens(settings, per_token, context, device)
     on_progress(f"taking {tokens * per_token / 2**20:,.0f} MiB for KV of {tokens:,} tokens")
+    memory = KvMemory(layouts, tokens, dtype, device)
     return PackedEngine(
         model,
-        KvMemory(layouts, tokens, dtype, device),
+        memory,
         EngineInfo(
             name="transformers",
             device=str(device),
@@ -104,12 +134,57 @@ def build_engine(
             context_tokens=context,
             kv_bytes_per_token=per_token,
             pays_padding=False,
+            kv_layout=memory.layout,
         ),
         PackedLimits(context_tokens=context, max_sequences=settings.max_sequences, max_step_tokens=max_step_tokens),
         weights_bytes=weights_bytes,
         activation_bytes_per_token=activation,
         device_memory=lambda: _device_memory(device),
+        kernels=kernels,
+        keeps_prefixes=settings.prefix_cache,
     )
+
+
+def _kernels(settings: LoadSettings, on_progress: Callable[[str], None]) -> Kernels | None:
+    if settings.kernels == "torch":
+        return None
+    try:
+        return load_kernels(on_progress)
+    except KernelBuildError as error:
+        on_progress(f"serving without CPU kernels: {error}")
+        return None
+
+
+def _place(
+    model: Any,
+    calls: Mapping[int, AttentionCall],
+    kernels: Kernels | None,
+    settings: LoadSettings,
+    on_progress: Callable[[str], None],
+) -> int:
+    """Hands the model's layers to whoever computes them fastest here; returns the bytes of their weights.
+
+    Raises:
+        ModelLoadError: 8-bit weights are asked for and there are no kernels.
+    """
+    is_int8 = settings.quantization == "int8"
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    if settings.kernels == "torch" or not linears:
+        return 0
+    products: Products | None
+    if is_int8:
+        if kernels is None:
+            raise ModelLoadError("quantization int8 needs the CPU kernels; install g++, or set quantization to none")
+        products = KernelProducts(kernels, is_int8=True)
+    else:
+        largest = max(linears, key=lambda linear: linear.weight.numel())
+        products = choose_products(kernels, largest.weight.dtype, largest.out_features, largest.in_features)
+    if products is None:
+        return 0
+    fused = fuse_layers(model, calls, kernels, products, is_int8=is_int8) if kernels is not None else []
+    placed = place_linears(model, products)
+    on_progress(f"{len(fused)} layers fused, {len(placed)} linear layers placed; products by {products.name}")
+    return sum(layer.num_bytes for layer in fused) + sum(linear.num_bytes for linear in placed)
 
 
 def _device(name: str) -> torch.device:
@@ -126,8 +201,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
 
 
 @torch.inference_mode()
-def _probe(model: Any, num_layers: int, name: str) -> list[KvLayout]:
-    """Returns each layer's KV shape, by running one token through the model.
+def _probe(model: Any, num_layers: int, name: str) -> dict[int, AttentionCall]:
+    """Returns what each layer asks of attention, by running one token through the model.
 
     Raises:
         ModelLoadError: some layer does not call our attention, or wants something of it that is not done.
@@ -140,23 +215,51 @@ def _probe(model: Any, num_layers: int, name: str) -> list[KvLayout]:
             model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1)
     except (EngineError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ModelLoadError(f"{name!r} ({type(model).__name__}) can't be served: {error}; {advice}") from error
-    if sorted(probe.layouts) != list(range(num_layers)):
-        seen = f"{len(probe.layouts)} of {num_layers} layers use transformers' AttentionInterface"
+    if sorted(probe.calls) != list(range(num_layers)):
+        seen = f"{len(probe.calls)} of {num_layers} layers use transformers' AttentionInterface"
         raise ModelLoadError(f"{name!r} ({type(model).__name__}): {seen}; {advice}")
-    return [probe.layouts[layer] for layer in range(num_layers)]
+    return probe.calls
 
 
 @torch.inference_mode()
-def _warm_up(model: Any, layouts: list[KvLayout], num_tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+def _warm_up(
+    model: Any,
+    layouts: list[KvLayout],
+    num_tokens: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels | None,
+) -> int:
     """Runs the largest step once; returns the activation bytes that it took per token."""
     memory = KvMemory(layouts, num_tokens, dtype, device)
+    for arena in (*memory.keys, *memory.values):
+        # Its pages are there now, so that they don't count as activations.
+        arena.zero_()
     ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
     positions = torch.arange(num_tokens, device=device)
-    plan = StepPlan(memory, [Segment(0, num_tokens, 0, num_tokens)], positions)
+    plan = StepPlan(memory, [Segment(0, num_tokens, 0, num_tokens)], positions, kernels)
     before = _peak_bytes(device, reset=True)
     with running_step(plan):
         model(input_ids=ids, position_ids=positions[None], use_cache=False, logits_to_keep=1)
     return max(_peak_bytes(device) - before, 0) // num_tokens
+
+
+def _cpu_step(warm_up: Callable[[int], int], context: int) -> tuple[int, int]:
+    """Returns the tokens, a power of two, that take about CPU_STEP_S, and the activation bytes of one.
+
+    Both by the smallest step.
+    """
+    smallest, largest = CPU_STEP_TOKENS
+    trial = min(smallest, context)
+    activation = warm_up(trial)
+    start_s = time.perf_counter()
+    warm_up(trial)
+    token_s = (time.perf_counter() - start_s) / trial
+    tokens = smallest
+    while tokens < largest and 1.5 * tokens * token_s < CPU_STEP_S:
+        tokens *= 2
+    return tokens, activation
 
 
 def _peak_bytes(device: torch.device, reset: bool = False) -> int:
@@ -164,6 +267,12 @@ def _peak_bytes(device: torch.device, reset: bool = False) -> int:
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        # Loading has had a higher peak than any step: the kernel is told to forget it (proc(5), clear_refs).
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

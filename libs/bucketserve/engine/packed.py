@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bucketserve.core.errors import EngineError
 from bucketserve.core.stepping import plan_prefill
-from bucketserve.core.types import FinishReason, Headroom, RequestId, StepSample
+from bucketserve.core.types import FinishReason, Headroom, RequestId
 from bucketserve.engine.attention import Segment, StepPlan, running_step
 from bucketserve.engine.kv_memory import KvMemory
-from bucketserve.engine.sampling import SampleRow, sample, token_logprobs
+from bucketserve.engine.kv_space import KvSpace
+from bucketserve.engine.native.kernels import Kernels
+from bucketserve.engine.sampling import sample, token_logprobs
+from bucketserve.engine.sequences import EngineSequence, Entry, halve, measure, needed_tokens, sample_row
 from bucketserve.ports import EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenLogprobs, TokenOutput
 
 __all__ = ["DeviceMemory", "PackedEngine", "PackedLimits"]
@@ -45,39 +47,6 @@ class DeviceMemory:
     free: int
 
 
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    spec: SequenceSpec
-    max_chunk_tokens: int
-    tokens: list[int]
-    """Prompt and generated tokens."""
-    kv_start: int = -1
-    num_cached: int = 0
-    """Tokens whose KV is in memory."""
-    num_generated: int = field(default=0)
-
-    @property
-    def reserved(self) -> int:
-        return len(self.spec.token_ids) + self.spec.max_new_tokens
-
-    @property
-    def remaining(self) -> int:
-        return len(self.spec.token_ids) - self.num_cached
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """New tokens of one sequence in a step."""
-
-    sequence: _Sequence
-    num_tokens: int
-
-    @property
-    def completes(self) -> bool:
-        """Whether the last of them is the sequence's last token, so that its logits are wanted."""
-        return self.sequence.num_cached + self.num_tokens == len(self.sequence.tokens)
-
-
 class PackedEngine:
     """See ports.Engine. Built by engine.loader; owned by one thread."""
 
@@ -91,21 +60,25 @@ class PackedEngine:
         weights_bytes: int,
         activation_bytes_per_token: int,
         device_memory: Callable[[], DeviceMemory],
+        kernels: Kernels | None = None,
+        keeps_prefixes: bool = True,
     ) -> None:
-        """Takes a warm model whose attention is bucketserve.engine.attention."""
+        """Takes a warm model whose attention is bucketserve.engine.attention, and the kernels of its CPU, if any."""
         self._model = model
-        self._memory = memory
+        self._space = KvSpace(memory, keeps_prefixes=keeps_prefixes)
         self._info = info
         self._limits = limits
         self._weights_bytes = weights_bytes
         self._activation_bytes_per_token = activation_bytes_per_token
         self._device_memory = device_memory
+        self._kernels = kernels
         self._device = torch.device(info.device)
         self._max_step_tokens = limits.max_step_tokens
         self._budget_tokens = memory.num_tokens
         self._num_out_of_memory = 0
-        self._waiting: dict[RequestId, _Sequence] = {}
-        self._running: dict[RequestId, _Sequence] = {}
+        self._num_prefix_asked = self._num_prefix_reused = 0
+        self._waiting: dict[RequestId, EngineSequence] = {}
+        self._running: dict[RequestId, EngineSequence] = {}
 
     @property
     def info(self) -> EngineInfo:
@@ -114,8 +87,15 @@ class PackedEngine:
 
     @property
     def model(self) -> Any:
-        """The model, for benchmarks that count its weights."""
+        """The model, for measurements of itself."""
         return self._model
+
+    def plan(self, num_tokens: int) -> StepPlan:
+        """Returns the plan of a step with one new sequence, for measurements; only while the engine is idle."""
+        if self.has_work():
+            raise EngineError("the engine has work")
+        segments = [Segment(0, num_tokens, 0, num_tokens)]
+        return StepPlan(self._space.memory, segments, torch.arange(num_tokens, device=self._device), self._kernels)
 
     def headroom(self) -> Headroom:
         """See ports.Engine."""
@@ -135,23 +115,51 @@ class PackedEngine:
             weights_bytes=self._weights_bytes,
             activation_bytes_per_token=self._activation_bytes_per_token,
             num_out_of_memory=self._num_out_of_memory,
+            num_prefix_asked_tokens=self._num_prefix_asked,
+            num_prefix_reused_tokens=self._num_prefix_reused,
         )
 
     def fragmentation(self) -> float:
         """Returns the share of free KV memory that one large sequence could not use."""
-        return self._memory.allocator.fragmentation()
+        return self._space.memory.allocator.fragmentation()
 
     def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
         """See ports.Engine."""
-        most = min(self._limits.context_tokens, self._memory.num_tokens)
+        most = min(self._limits.context_tokens, self._space.memory.num_tokens)
         for spec in sequences:
-            needed = len(spec.token_ids) + spec.max_new_tokens
+            needed = needed_tokens(spec)
             if needed > most:
                 raise EngineError(f"{needed} tokens can never fit: the context is {most} tokens here")
             if spec.request_id in self._waiting or spec.request_id in self._running:
                 raise EngineError(f"sequence {spec.request_id} is already here")
         for spec in sequences:
-            self._waiting[spec.request_id] = _Sequence(spec, max_chunk_tokens, list(spec.token_ids))
+            self._waiting[spec.request_id] = EngineSequence(spec, max_chunk_tokens, list(spec.token_ids))
+
+    def export_kv(self, request_id: RequestId, into: memoryview) -> None:
+        """See ports.Engine."""
+        sequence = self._running.get(request_id)
+        if sequence is None or sequence.kv is None or not sequence.spec.hands_over:
+            raise EngineError(f"sequence {request_id} is not here to be handed over")
+        self._check_length(sequence.num_cached, into)
+        self._space.memory.copy_out(sequence.kv.start, sequence.num_cached, into)
+        self.cancel([request_id])
+
+    def import_kv(self, spec: SequenceSpec, generated: Sequence[int], kv: memoryview) -> None:
+        """See ports.Engine."""
+        if spec.request_id in self._waiting or spec.request_id in self._running:
+            raise EngineError(f"sequence {spec.request_id} is already here")
+        num_tokens = len(spec.token_ids) + len(generated) - 1
+        self._check_length(num_tokens, kv)
+        sequence = EngineSequence(spec, 0, [*spec.token_ids, *generated], num_generated=len(generated))
+        if needed_tokens(spec) > self._limits.context_tokens or not self._reserve(sequence) or sequence.kv is None:
+            raise EngineError(f"no room for {needed_tokens(spec)} tokens whose KV has come")
+        self._space.memory.copy_in(sequence.kv.start, num_tokens, kv)
+        sequence.num_cached = num_tokens
+        self._running[spec.request_id] = sequence
+
+    def _check_length(self, num_tokens: int, data: memoryview) -> None:
+        if len(data) != num_tokens * self._info.kv_bytes_per_token:
+            raise EngineError(f"{len(data)} bytes are not the KV of {num_tokens} tokens")
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
         """See ports.Engine."""
@@ -167,21 +175,17 @@ class PackedEngine:
     def close(self) -> None:
         """See ports.Engine."""
         self.cancel([*self._waiting, *self._running])
-        del self._model, self._memory
+        del self._model, self._space
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def check_integrity(self) -> None:
-        """Checks that every KV token is either free or owned by exactly one sequence.
+        """Checks that every KV token is free, kept for reuse, or owned by exactly one sequence.
 
         Raises:
             EngineError: it is not so.
         """
-        ranges = sorted((s.kv_start, s.reserved) for s in self._all() if s.kv_start >= 0)
-        used = sum(length for _, length in ranges)
-        overlaps = any(a[0] + a[1] > b[0] for a, b in pairwise(ranges))
-        if overlaps or used + self._memory.allocator.num_free != self._memory.num_tokens:
-            raise EngineError(f"KV memory is inconsistent: {used} used, {self._memory.allocator.num_free} free")
+        self._space.check_integrity()
 
     @torch.inference_mode()
     def step(self) -> StepOutput:
@@ -190,7 +194,7 @@ class PackedEngine:
         if not entries:
             return StepOutput()
         start_s = time.perf_counter()
-        sample_of = _measure(entries)
+        sample_of = measure(entries)
         failures: list[SequenceFailure] = []
         rows, logits = self._forward(entries, failures)
         outputs, prefilled = self._choose(rows, logits)
@@ -203,10 +207,10 @@ class PackedEngine:
 
     # --- composing ----------------------------------------------------------------------------------------------
 
-    def _compose(self) -> list[_Entry]:
-        """Returns this step's tokens: every decoding sequence, then prompt pieces in order of arrival."""
-        entries = [_Entry(sequence, 1) for sequence in self._running.values()]
-        ready: list[_Sequence] = []
+    def _compose(self) -> list[Entry]:
+        """Returns this step's tokens: every decoding sequence, then prompt pieces."""
+        entries = [Entry(sequence, 1) for sequence in self._running.values()]
+        ready: list[EngineSequence] = []
         for sequence in self._waiting.values():
             if len(entries) + len(ready) >= self._limits.max_sequences or not self._reserve(sequence):
                 break
@@ -217,39 +221,34 @@ class PackedEngine:
             num_decoding=len(entries),
             max_step_tokens=self._max_step_tokens,
             max_chunk_tokens=min(chunks, default=0),
+            is_shared=True,
         )
-        return entries + [_Entry(self._waiting[piece.request_id], piece.num_tokens) for piece in pieces]
+        return entries + [Entry(self._waiting[piece.request_id], piece.num_tokens) for piece in pieces]
 
-    def _reserve(self, sequence: _Sequence) -> bool:
-        """Gives a sequence its KV range, moving others together if only fragmentation is in the way."""
-        if sequence.kv_start >= 0:
+    def _reserve(self, sequence: EngineSequence) -> bool:
+        """Gives a sequence its KV range, and in it what is known of its prompt already."""
+        if sequence.kv is not None:
             return True
-        allocator = self._memory.allocator
-        start = allocator.allocate(sequence.reserved)
-        if start is None and allocator.num_free >= sequence.reserved:
-            holders = sorted((s for s in self._all() if s.kv_start >= 0), key=lambda s: s.kv_start)
-            starts = self._memory.compact([(s.kv_start, s.reserved) for s in holders])
-            for holder, new_start in zip(holders, starts, strict=True):
-                holder.kv_start = new_start
-            start = allocator.allocate(sequence.reserved)
-        if start is None:
+        sequence.kv = self._space.reserve(sequence.reserved)
+        if sequence.kv is None:
             return False
-        sequence.kv_start = start
+        if not sequence.num_generated:
+            # The last token is computed in any case: its logits are wanted.
+            sequence.num_reused = sequence.num_cached = self._space.reuse(sequence.kv, sequence.spec.token_ids[:-1])
+            self._num_prefix_asked += len(sequence.spec.token_ids)
+            self._num_prefix_reused += sequence.num_reused
         return True
 
-    def _release(self, sequence: _Sequence) -> None:
-        if sequence.kv_start >= 0:
-            self._memory.allocator.release(sequence.kv_start, sequence.reserved)
-            sequence.kv_start = -1
-
-    def _all(self) -> list[_Sequence]:
-        return [*self._waiting.values(), *self._running.values()]
+    def _release(self, sequence: EngineSequence) -> None:
+        if sequence.kv is not None:
+            self._space.release(sequence.kv, sequence.tokens[: sequence.num_cached])
+            sequence.kv = None
 
     # --- running ------------------------------------------------------------------------------------------------
 
     def _forward(
-        self, entries: Sequence[_Entry], failures: list[SequenceFailure]
-    ) -> tuple[list[_Sequence], torch.Tensor | None]:
+        self, entries: Sequence[Entry], failures: list[SequenceFailure]
+    ) -> tuple[list[EngineSequence], torch.Tensor | None]:
         """Runs entries and notes their KV; returns the sequences that get a token, and their logits in that order.
 
         When the device is out of memory the entries are halved and tried again, down to a single token; what does not
@@ -259,7 +258,7 @@ class PackedEngine:
             logits = self._run_model(entries)
         except torch.OutOfMemoryError as error:
             self._note_out_of_memory()
-            halves = _halve(entries)
+            halves = halve(entries)
             if halves is None:
                 self._fail(entries[0].sequence, f"out of memory: {error}", failures)
                 return [], None
@@ -272,7 +271,7 @@ class PackedEngine:
             entry.sequence.num_cached += entry.num_tokens
         return rows, logits
 
-    def _run_model(self, entries: Sequence[_Entry]) -> torch.Tensor | None:
+    def _run_model(self, entries: Sequence[Entry]) -> torch.Tensor | None:
         """One forward pass; returns logits [rows, vocabulary] in float32 for the entries that complete, or None."""
         ids: list[int] = []
         positions: list[int] = []
@@ -282,14 +281,15 @@ class PackedEngine:
         for entry in entries:
             sequence, start = entry.sequence, entry.sequence.num_cached
             end = start + entry.num_tokens
-            segments.append(Segment(len(ids), entry.num_tokens, sequence.kv_start, end))
+            at = sequence.kv.start if sequence.kv is not None else 0
+            segments.append(Segment(len(ids), entry.num_tokens, at, end))
             ids += sequence.tokens[start:end]
             positions += range(start, end)
-            slots += range(sequence.kv_start + start, sequence.kv_start + end)
+            slots += range(at + start, at + end)
             if entry.completes:
                 last.append(len(ids) - 1)
         device = self._device
-        plan = StepPlan(self._memory, segments, torch.tensor(slots, device=device))
+        plan = StepPlan(self._space.memory, segments, torch.tensor(slots, device=device), self._kernels)
         with running_step(plan):
             output = self._model(
                 input_ids=torch.tensor([ids], device=device),
@@ -307,19 +307,19 @@ class PackedEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _fail(self, sequence: _Sequence, message: str, failures: list[SequenceFailure]) -> None:
+    def _fail(self, sequence: EngineSequence, message: str, failures: list[SequenceFailure]) -> None:
         self.cancel([sequence.spec.request_id])
         failures.append(SequenceFailure(request_id=sequence.spec.request_id, message=message, is_retryable=True))
 
     # --- choosing -----------------------------------------------------------------------------------------------
 
     def _choose(
-        self, rows: Sequence[_Sequence], logits: torch.Tensor | None
+        self, rows: Sequence[EngineSequence], logits: torch.Tensor | None
     ) -> tuple[list[TokenOutput], list[RequestId]]:
         """Samples the rows' next tokens; returns them and the sequences whose prompt is now complete."""
         if logits is None:
             return [], []
-        chosen = sample(logits, [_sample_row(sequence) for sequence in rows])
+        chosen = sample(logits, [sample_row(sequence) for sequence in rows])
         logprobs = token_logprobs(logits, chosen, [sequence.spec.num_logprobs for sequence in rows])
         prefilled = []
         for sequence in rows:
@@ -327,10 +327,12 @@ class PackedEngine:
             if request_id in self._waiting:
                 self._running[request_id] = self._waiting.pop(request_id)
                 prefilled.append(request_id)
+                if sequence.kv is not None:
+                    self._space.publish(sequence.kv, sequence.spec.token_ids)
         outputs = [self._take(*row) for row in zip(rows, chosen, logprobs, strict=True)]
         return outputs, prefilled
 
-    def _take(self, sequence: _Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+    def _take(self, sequence: EngineSequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         spec = sequence.spec
         if token_id in spec.stop_token_ids:
             self.cancel([spec.request_id])
@@ -339,6 +341,7 @@ class PackedEngine:
                 token_id=None,
                 finish_reason=FinishReason.STOP,
                 matched_stop_token_id=token_id,
+                cached_prompt_tokens=sequence.num_reused,
             )
         sequence.tokens.append(token_id)
         sequence.num_generated += 1
@@ -350,37 +353,5 @@ class PackedEngine:
             token_id=token_id,
             logprobs=logprobs,
             finish_reason=FinishReason.LENGTH if is_last else None,
+            cached_prompt_tokens=sequence.num_reused,
         )
-
-
-def _sample_row(sequence: _Sequence) -> SampleRow:
-    position = sequence.spec.num_resumed_tokens + sequence.num_generated
-    return SampleRow(sequence.spec.sampling, position, sequence.tokens)
-
-
-def _measure(entries: Sequence[_Entry]) -> Callable[[float], StepSample]:
-    """Returns what makes the step's sample once its duration is known; lengths are read before they change."""
-    prefills = [entry for entry in entries if entry.sequence.remaining > 0]
-    decodes = [entry for entry in entries if entry.sequence.remaining <= 0]
-    prefill_tokens = sum(entry.num_tokens for entry in prefills)
-    attention = sum(entry.num_tokens * (entry.sequence.num_cached + entry.num_tokens) for entry in prefills)
-    context = sum(entry.sequence.num_cached + 1 for entry in decodes)
-    return lambda duration_s: StepSample(
-        prefill_tokens=prefill_tokens,
-        prefill_attention=attention,
-        decode_sequences=len(decodes),
-        decode_context_tokens=context,
-        duration_s=duration_s,
-    )
-
-
-def _halve(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry]] | None:
-    """Returns two smaller parts of a step, to be run in this order; None if it is a single token."""
-    if len(entries) > 1:
-        middle = len(entries) // 2
-        return list(entries[:middle]), list(entries[middle:])
-    entry = entries[0]
-    if entry.num_tokens == 1:
-        return None
-    half = entry.num_tokens // 2
-    return [_Entry(entry.sequence, half)], [_Entry(entry.sequence, entry.num_tokens - half)]

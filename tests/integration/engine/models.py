@@ -67,7 +67,7 @@ def reference(name: str) -> torch.nn.Module:
     return model.to(torch.float32).eval()
 
 
-def engine(name: str, **settings: int) -> PackedEngine:
+def engine(name: str, **settings: object) -> PackedEngine:
     """A fresh engine around a copy of the reference's weights."""
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation=NAME)
     model.load_state_dict(reference(name).state_dict())

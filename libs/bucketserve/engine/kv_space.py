@@ -1,0 +1,149 @@
+"""Who holds which range of the KV memory: the sequences, and prefixes kept for those that begin alike.
+
+A sequence that ends leaves the KV of its whole blocks behind, until the memory is wanted. A new one that begins with
+the same tokens gets that KV copied into its own range: a copy costs a hundredth of computing it, or less, and ranges
+stay contiguous, so that attention reads plain views. Tokens are compared, not only their hashes: a collision must never
+serve somebody else's KV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from bucketserve.core.errors import EngineError
+from bucketserve.engine.kv_memory import KvMemory
+
+__all__ = ["BLOCK_TOKENS", "KvRange", "KvSpace"]
+
+BLOCK_TOKENS = 32
+"""Prefixes are shared in whole blocks. Smaller ones find more and cost more hashing."""
+
+
+@dataclass(eq=False, slots=True)
+class KvRange:
+    """A contiguous range; `start` changes when ranges are moved together."""
+
+    start: int
+    length: int
+    _tokens: tuple[int, ...] = field(default=(), repr=False)
+    """Tokens, in whole blocks, whose KV others may copy from here."""
+
+
+class KvSpace:
+    """Hands out ranges of a KvMemory."""
+
+    def __init__(self, memory: KvMemory, *, keeps_prefixes: bool) -> None:
+        """Starts with everything free."""
+        self.memory = memory
+        self._keeps_prefixes = keeps_prefixes
+        self._held: set[KvRange] = set()
+        self._kept: dict[KvRange, None] = {}
+        """Of sequences that have ended, the one used longest ago first."""
+        self._by_hash: dict[int, list[KvRange]] = {}
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Tokens kept for reuse; their memory is to be had whenever it is wanted."""
+        return sum(kept.length for kept in self._kept)
+
+    def reserve(self, length: int) -> KvRange | None:
+        """Returns a range, giving kept prefixes up and moving ranges together if need be; None if there is no room."""
+        allocator = self.memory.allocator
+        start = allocator.allocate(length)
+        while start is None and self._kept:
+            self._give_up(next(iter(self._kept)))
+            start = allocator.allocate(length)
+        if start is None and allocator.num_free >= length:
+            self._move_together()
+            start = allocator.allocate(length)
+        if start is None:
+            return None
+        taken = KvRange(start, length)
+        self._held.add(taken)
+        return taken
+
+    def reuse(self, into: KvRange, tokens: Sequence[int]) -> int:
+        """Copies the KV of the longest known prefix of `tokens` into a range; returns its length in tokens."""
+        source, number = self._longest(tokens)
+        if source is None:
+            return 0
+        self.memory.copy(source.start, into.start, number)
+        if source in self._kept:
+            self._kept[source] = self._kept.pop(source)
+        return number
+
+    def publish(self, of: KvRange, tokens: Sequence[int]) -> None:
+        """Lets others copy the KV of these tokens, with which the range begins, while it is held and after."""
+        self._forget(of)
+        if self._keeps_prefixes:
+            of._tokens = tuple(tokens[: len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS])
+            for key in _hashes(of._tokens):
+                self._by_hash.setdefault(key, []).append(of)
+
+    def release(self, held: KvRange, tokens: Sequence[int] = ()) -> None:
+        """Gives a range back; the KV of `tokens`, with which it begins, is kept while nobody wants the memory."""
+        self._held.remove(held)
+        self._forget(held)
+        whole = len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS
+        if not self._keeps_prefixes or not whole or self._longest(tokens)[1] == whole:
+            self.memory.allocator.release(held.start, held.length)
+            return
+        if held.length > whole:
+            self.memory.allocator.release(held.start + whole, held.length - whole)
+            held.length = whole
+        self.publish(held, tokens)
+        self._kept[held] = None
+
+    def check_integrity(self) -> None:
+        """Checks that every token of the memory is free, or in exactly one range.
+
+        Raises:
+            EngineError: it is not so.
+        """
+        ranges = sorted((r.start, r.length) for r in (*self._held, *self._kept))
+        used, free = sum(length for _, length in ranges), self.memory.allocator.num_free
+        overlaps = any(a[0] + a[1] > b[0] for a, b in pairwise(ranges))
+        if overlaps or used + free != self.memory.num_tokens:
+            raise EngineError(f"KV memory is inconsistent: {used} used, {free} free of {self.memory.num_tokens}")
+
+    def _longest(self, tokens: Sequence[int]) -> tuple[KvRange | None, int]:
+        found: tuple[KvRange | None, int] = (None, 0)
+        if not self._by_hash:
+            return found
+        wanted = tuple(tokens)
+        for number, key in enumerate(_hashes(wanted), 1):
+            length = number * BLOCK_TOKENS
+            sources = self._by_hash.get(key, ())
+            source = next((s for s in sources if s._tokens[:length] == wanted[:length]), None)
+            if source is None:
+                return found
+            found = source, length
+        return found
+
+    def _forget(self, gone: KvRange) -> None:
+        for key in _hashes(gone._tokens):
+            sources = self._by_hash[key]
+            sources.remove(gone)
+            if not sources:
+                del self._by_hash[key]
+        gone._tokens = ()
+
+    def _give_up(self, kept: KvRange) -> None:
+        del self._kept[kept]
+        self._forget(kept)
+        self.memory.allocator.release(kept.start, kept.length)
+
+    def _move_together(self) -> None:
+        ranges = sorted(self._held, key=lambda held: held.start)
+        for held, start in zip(ranges, self.memory.compact([(r.start, r.length) for r in ranges]), strict=True):
+            held.start = start
+
+
+def _hashes(tokens: Sequence[int]) -> Iterator[int]:
+    """Yields the hash of each prefix of whole blocks, each made from the one before."""
+    key = 0
+    for end in range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS):
+        key = hash((key, tuple(tokens[end - BLOCK_TOKENS : end])))
+        yield key

@@ -1,0 +1,305 @@
+"""The compiled kernels as functions of tensors. They write into tensors that the caller gives; nothing is allocated."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from bucketserve.engine.native.build import load_library
+
+__all__ = ["Epilogue", "Kernels", "PackedWeights", "load_kernels"]
+
+_HALF = torch.bfloat16
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Epilogue(IntEnum):
+    """What happens with a product before it is written."""
+
+    WRITE = 0
+    ADD = 1
+    """Added to what is in the output."""
+    SILU_MUL = 2
+    """silu(gate) x up, of weights packed as a pair."""
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("ldx", ctypes.c_long),
+        ("rows", ctypes.c_long),
+        ("depth", ctypes.c_long),
+        ("columns", ctypes.c_long),
+        ("packed", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("ldo", ctypes.c_long),
+        ("epilogue", ctypes.c_int),
+    )
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("ldq", ctypes.c_long),
+        ("head_stride", ctypes.c_long),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("arena", ctypes.c_long),
+        ("out", ctypes.c_void_p),
+        ("ldo", ctypes.c_long),
+        ("segments", ctypes.c_void_p),
+        ("num_segments", ctypes.c_long),
+        ("heads", ctypes.c_int),
+        ("kv_heads", ctypes.c_int),
+        ("dim", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("window", ctypes.c_long),
+        ("softcap", ctypes.c_float),
+    )
+
+
+class _Rotation(ctypes.Structure):
+    _fields_ = (
+        ("qkv", ctypes.c_void_p),
+        ("ld", ctypes.c_long),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("arena", ctypes.c_long),
+        ("slots", ctypes.c_void_p),
+        ("rows", ctypes.c_long),
+        ("heads", ctypes.c_int),
+        ("kv_heads", ctypes.c_int),
+        ("dim", ctypes.c_int),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeights:
+    """Weights laid out in panels for Kernels.product."""
+
+    data: torch.Tensor
+    columns: int
+    depth: int
+    scales: torch.Tensor | None
+    """Of 8-bit weights: one a column, in the order of the panels."""
+    bias: torch.Tensor | None
+    is_pair: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.data.numel() * self.data.element_size()
+
+
+class Kernels:
+    """The kernels. All tensors are on the CPU, with rows of contiguous numbers.
+
+    Activations are float32 with weights and KV in either type, or everything is bfloat16.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Takes the loaded library."""
+        self._library = library
+        self.panel_columns: int = library.bs_panel_columns()
+        self.vector: int = library.bs_vector_floats()
+
+    def suits_heads(self, head_dim: int, dtype: torch.dtype) -> bool:
+        """Whether attention can work on heads of that size and type."""
+        return dtype in _DTYPES and head_dim % self.panel_columns == 0
+
+    def pack(
+        self, weights: Sequence[torch.Tensor], bias: torch.Tensor | None = None, *, is_pair: bool = False, is_int8: bool
+    ) -> PackedWeights:
+        """Returns weights [columns, depth], given in parts, as panels.
+
+        Args:
+            weights: parts to stand side by side; of a pair: gate and up.
+            bias: [columns] or None; a pair has none.
+            is_pair: for Epilogue.SILU_MUL.
+            is_int8: round to 8 bits, with one scale per column: max |w| / 127.
+        """
+        depth, wide = weights[0].shape[1], self.panel_columns
+        joined = list(weights) if is_pair else [torch.cat(list(weights)) if len(weights) > 1 else weights[0]]
+        columns = joined[0].shape[0]
+        panels, step = -(-columns // wide), len(joined)
+        dtype = torch.int8 if is_int8 else joined[0].dtype
+        # 8-bit weights are packed in pairs along the depth.
+        panel = wide * (depth + (depth % 2 if is_int8 else 0))
+        data = torch.empty(panels * step * panel, dtype=dtype)
+        scales = torch.zeros(panels, step, wide) if is_int8 else None
+        for part, weight in enumerate(joined):
+            source = weight.detach()
+            if scales is not None:
+                scale = source.abs().amax(dim=1).float().clamp_min(1e-12) / 127
+                source = torch.round(source.float() / scale[:, None]).to(torch.int8)
+                padded = torch.zeros(panels * wide)
+                padded[:columns] = scale
+                scales[:, part] = padded.view(panels, wide)
+            source = source.contiguous()
+            self._library.bs_pack(
+                ctypes.c_void_p(source.data_ptr()),
+                ctypes.c_long(columns),
+                ctypes.c_long(depth),
+                ctypes.c_void_p(data.data_ptr() + part * panel * dtype.itemsize),
+                ctypes.c_long(step),
+                dtype.itemsize,
+            )
+        padded_bias = None
+        if bias is not None:
+            padded_bias = torch.zeros(panels * wide)
+            padded_bias[:columns] = bias.detach()
+        return PackedWeights(data, columns, depth, scales, padded_bias, is_pair)
+
+    def product(self, x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, epilogue: Epilogue) -> None:
+        """Computes out [rows, columns] from x [rows, depth] and weights, see Epilogue."""
+        call = _Product(
+            x.data_ptr(),
+            x.stride(0),
+            x.shape[0],
+            weights.depth,
+            weights.columns,
+            weights.data.data_ptr(),
+            None if weights.scales is None else weights.scales.data_ptr(),
+            None if weights.bias is None else weights.bias.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
+            epilogue,
+        )
+        self._library.bs_product(
+            ctypes.byref(call), x.dtype is _HALF, weights.data.element_size(), torch.get_num_threads()
+        )
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        segments: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        """Lets each new token attend to its own sequence.
+
+        Args:
+            query: [tokens, heads, head_dim], any strides between tokens and heads.
+            keys: [kv_heads, arena tokens, head_dim], the new ones in place.
+            values: likewise.
+            segments: int64 [n, 4]: first token, tokens, where the sequence's KV starts, context with the new tokens.
+            out: [tokens, heads, head_dim], contiguous.
+            scale: factor of the scores.
+            window: tokens to look back to, itself included; None for all.
+            softcap: scores are bent to (-softcap, softcap) by tanh; None for none.
+        """
+        call = _Attention(
+            query.data_ptr(),
+            query.stride(0),
+            query.stride(1),
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.shape[1],
+            out.data_ptr(),
+            query.shape[1] * query.shape[2],
+            segments.data_ptr(),
+            segments.shape[0],
+            query.shape[1],
+            keys.shape[0],
+            query.shape[2],
+            scale,
+            window or 0,
+            softcap or 0.0,
+        )
+        self._library.bs_attention(
+            ctypes.byref(call), query.dtype is _HALF, keys.dtype is _HALF, torch.get_num_threads()
+        )
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """Turns queries in place and puts keys, turned, and values into the arena.
+
+        Args:
+            qkv: [tokens, (heads + 2 kv_heads) x head_dim].
+            heads: query heads.
+            cos: [tokens, head_dim].
+            sin: likewise.
+            norms: weights [head_dim] of the RMS norms of queries and keys, in float32, and their epsilon; or None.
+            keys: [kv_heads, arena tokens, head_dim].
+            values: likewise.
+            slots: int64 [tokens].
+        """
+        q_norm, k_norm, eps = norms or (None, None, 0.0)
+        call = _Rotation(
+            qkv.data_ptr(),
+            qkv.stride(0),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            None if q_norm is None else q_norm.data_ptr(),
+            None if k_norm is None else k_norm.data_ptr(),
+            eps,
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.shape[1],
+            slots.data_ptr(),
+            qkv.shape[0],
+            heads,
+            keys.shape[0],
+            keys.shape[2],
+        )
+        self._library.bs_rotate_and_store(
+            ctypes.byref(call), qkv.dtype is _HALF, keys.dtype is _HALF, torch.get_num_threads()
+        )
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+        """Computes out = x / rms(x) x weight, rows [rows, size], all contiguous; weight in float32."""
+        self._library.bs_rms_norm(
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_void_p(weight.data_ptr()),
+            ctypes.c_float(eps),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_long(x.shape[0]),
+            ctypes.c_long(x.shape[1]),
+            x.dtype is _HALF,
+            torch.get_num_threads(),
+        )
+
+    def silu_mul(self, both: torch.Tensor, out: torch.Tensor) -> None:
+        """Computes out [rows, size] = silu(both[:, :size]) x both[:, size:], contiguous."""
+        self._library.bs_silu_mul(
+            ctypes.c_void_p(both.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_long(out.shape[0]),
+            ctypes.c_long(out.shape[1]),
+            both.dtype is _HALF,
+            torch.get_num_threads(),
+        )
+
+
+def load_kernels(on_progress: Callable[[str], None] = lambda text: None) -> Kernels:
+    """Returns this machine's kernels, compiled if need be.
+
+    Raises:
+        KernelBuildError: they can't be compiled here.
+    """
+    return Kernels(load_library(on_progress))

@@ -1,0 +1,205 @@
+"""Products with a model's weights on CPU, by whoever does them fastest here: our kernels, oneDNN or torch's BLAS."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from bucketserve.engine.native.kernels import Epilogue, Kernels, PackedWeights
+
+__all__ = ["KernelProducts", "OneDnnProducts", "Product", "Products", "TorchProducts", "choose_products"]
+
+TRIAL_ROWS = 256
+TRIALS = 4
+
+
+class Product(Protocol):
+    """Weights [columns, depth], ready to be multiplied with. x is [rows, depth], contiguous."""
+
+    columns: int
+    num_bytes: int
+
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Returns x times the weights, [rows, columns]; `out` may be used for it."""
+
+    def add(self, x: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
+        """Returns the same added to `onto`, which may be overwritten."""
+
+
+class Products(Protocol):
+    """Makes products of weights."""
+
+    name: str
+    wants_float32: bool
+    """Whether activations in float32 cost it nothing, whatever the weights are."""
+
+    def linear(self, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Product:
+        """Returns one product for weights [columns, depth] given in parts, one under the other."""
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Product:
+        """Returns one whose `write` is silu(gate x) times (up x); it has no `add`."""
+
+
+class KernelProducts:
+    """By our kernels, optionally with weights rounded to 8 bits."""
+
+    wants_float32 = True
+
+    def __init__(self, kernels: Kernels, *, is_int8: bool = False) -> None:
+        """Takes the kernels."""
+        self._kernels = kernels
+        self._is_int8 = is_int8
+        self.name = "own kernels, 8-bit weights" if is_int8 else "own kernels"
+
+    def linear(self, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Product:
+        """See Products."""
+        return _KernelProduct(self._kernels, self._kernels.pack(weights, bias, is_int8=self._is_int8), Epilogue.WRITE)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Product:
+        """See Products."""
+        packed = self._kernels.pack([gate, up], is_pair=True, is_int8=self._is_int8)
+        return _KernelProduct(self._kernels, packed, Epilogue.SILU_MUL)
+
+
+class _KernelProduct:
+    def __init__(self, kernels: Kernels, packed: PackedWeights, epilogue: Epilogue) -> None:
+        self._kernels, self._packed, self._epilogue = kernels, packed, epilogue
+        self.columns = packed.columns
+        self.num_bytes = packed.num_bytes
+
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        self._kernels.product(x, self._packed, out, self._epilogue)
+        return out
+
+    def add(self, x: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
+        self._kernels.product(x, self._packed, onto, Epilogue.ADD)
+        return onto
+
+
+class OneDnnProducts:
+    """By oneDNN, whose bfloat16 uses instructions (AMX, AVX512_BF16) that our kernels do not."""
+
+    name = "oneDNN"
+    wants_float32 = False
+
+    def __init__(self, kernels: Kernels | None) -> None:
+        """Takes the kernels for what oneDNN does not fuse."""
+        self._kernels = kernels
+
+    @staticmethod
+    def suits(dtype: torch.dtype) -> bool:
+        """Whether this processor has instructions for it that are worth it."""
+        is_there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        return dtype is torch.bfloat16 and is_there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    def linear(self, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Product:
+        """See Products."""
+        return _OneDnnProduct(torch.cat([weight.detach() for weight in weights]), bias)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Product:
+        """See Products."""
+        return _Gated(self.linear([gate, up], None), self._kernels)
+
+
+class _OneDnnProduct:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.columns = weight.shape[0]
+        self.num_bytes = weight.numel() * weight.element_size()
+        # Laid out once instead of at every call: with few rows that takes as long as the product.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self._bias = None if bias is None else bias.detach()
+
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return result
+
+    def add(self, x: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, onto, self._packed, self._bias, "add")
+        return result
+
+
+class TorchProducts:
+    """By torch's own BLAS."""
+
+    name = "torch"
+    wants_float32 = False
+
+    def __init__(self, kernels: Kernels | None) -> None:
+        """Takes the kernels for what BLAS does not fuse."""
+        self._kernels = kernels
+
+    def linear(self, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Product:
+        """See Products."""
+        return _TorchProduct(torch.cat([weight.detach() for weight in weights]), bias)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Product:
+        """See Products."""
+        return _Gated(self.linear([gate, up], None), self._kernels)
+
+
+class _TorchProduct:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.columns = weight.shape[0]
+        self.num_bytes = weight.numel() * weight.element_size()
+        self._weight = weight
+        self._bias = None if bias is None else bias.detach()
+
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+    def add(self, x: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
+        if self._bias is not None:
+            onto += self._bias
+        return torch.addmm(onto, x, self._weight.t(), out=onto)
+
+
+class _Gated:
+    """silu(gate) x up after a product that gives both."""
+
+    def __init__(self, both: Product, kernels: Kernels | None) -> None:
+        self._both, self._kernels = both, kernels
+        self.columns = both.columns // 2
+        self.num_bytes = both.num_bytes
+
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        both = self._both.write(x, torch.empty(x.shape[0], 2 * self.columns, dtype=x.dtype))
+        if self._kernels is None or self.columns % self._kernels.vector:
+            gate, up = both.chunk(2, dim=1)
+            return F.silu(gate) * up
+        self._kernels.silu_mul(both, out)
+        return out
+
+    def add(self, x: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def choose_products(kernels: Kernels | None, dtype: torch.dtype, columns: int, depth: int) -> Products | None:
+    """Returns who multiplies weights [columns, depth] fastest on this machine; None to leave the model as it is.
+
+    Takes a fraction of a second: some products with 256 rows by each.
+    """
+    candidates: list[Products] = []
+    if OneDnnProducts.suits(dtype):
+        candidates.append(OneDnnProducts(kernels))
+    if kernels is not None and dtype in (torch.float32, torch.bfloat16):
+        candidates.append(KernelProducts(kernels))
+        if dtype is torch.float32:
+            candidates.append(TorchProducts(kernels))
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+    x, weight = torch.randn(TRIAL_ROWS, depth, dtype=dtype), torch.randn(columns, depth, dtype=dtype)
+    out = torch.empty(TRIAL_ROWS, columns, dtype=dtype)
+    trials = [candidate.linear([weight], None) for candidate in candidates]
+    times = [[_seconds(product, x, out) for product in trials] for _ in range(TRIALS)]
+    best = [min(row[i] for row in times) for i in range(len(trials))]
+    return candidates[best.index(min(best))]
+
+
+def _seconds(product: Product, x: torch.Tensor, out: torch.Tensor) -> float:
+    start_s = time.perf_counter()
+    product.write(x, out)
+    return time.perf_counter() - start_s

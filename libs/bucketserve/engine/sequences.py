@@ -1,0 +1,91 @@
+"""What the packed engine keeps of its sequences, and what of them goes into a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bucketserve.core.types import StepSample
+from bucketserve.engine.kv_space import KvRange
+from bucketserve.engine.sampling import SampleRow
+from bucketserve.ports import SequenceSpec
+
+__all__ = ["EngineSequence", "Entry", "halve", "measure", "needed_tokens", "sample_row"]
+
+
+@dataclass(slots=True, eq=False)
+class EngineSequence:
+    """A sequence in the engine."""
+
+    spec: SequenceSpec
+    max_chunk_tokens: int
+    tokens: list[int]
+    """Prompt and generated tokens."""
+    kv: KvRange | None = None
+    num_cached: int = 0
+    """Tokens whose KV is in memory."""
+    num_reused: int = 0
+    """Those of them that were copied from a sequence that began alike."""
+    num_generated: int = 0
+
+    @property
+    def reserved(self) -> int:
+        """KV tokens that it needs at most."""
+        return needed_tokens(self.spec)
+
+    @property
+    def remaining(self) -> int:
+        """Prompt tokens still to compute."""
+        return len(self.spec.token_ids) - self.num_cached
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """New tokens of one sequence in a step."""
+
+    sequence: EngineSequence
+    num_tokens: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether the last of them is the sequence's last token, so that its logits are wanted."""
+        return self.sequence.num_cached + self.num_tokens == len(self.sequence.tokens)
+
+
+def needed_tokens(spec: SequenceSpec) -> int:
+    """KV tokens to reserve: a sequence that is handed over grows elsewhere."""
+    return len(spec.token_ids) + (0 if spec.hands_over else spec.max_new_tokens)
+
+
+def sample_row(sequence: EngineSequence) -> SampleRow:
+    """Returns how to choose its next token."""
+    position = sequence.spec.num_resumed_tokens + sequence.num_generated
+    return SampleRow(sequence.spec.sampling, position, sequence.tokens)
+
+
+def measure(entries: Sequence[Entry]) -> Callable[[float], StepSample]:
+    """Returns what makes the step's sample once its duration is known; lengths are read before they change."""
+    prefills = [entry for entry in entries if entry.sequence.remaining > 0]
+    decodes = [entry for entry in entries if entry.sequence.remaining <= 0]
+    prefill_tokens = sum(entry.num_tokens for entry in prefills)
+    attention = sum(entry.num_tokens * (entry.sequence.num_cached + entry.num_tokens) for entry in prefills)
+    context = sum(entry.sequence.num_cached + 1 for entry in decodes)
+    return lambda duration_s: StepSample(
+        prefill_tokens=prefill_tokens,
+        prefill_attention=attention,
+        decode_sequences=len(decodes),
+        decode_context_tokens=context,
+        duration_s=duration_s,
+    )
+
+
+def halve(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]] | None:
+    """Returns two smaller parts of a step, to be run in this order; None if it is a single token."""
+    if len(entries) > 1:
+        middle = len(entries) // 2
+        return list(entries[:middle]), list(entries[middle:])
+    entry = entries[0]
+    if entry.num_tokens == 1:
+        return None
+    half = entry.num_tokens // 2
+    return [Entry(entry.sequence, half)], [Entry(entry.sequence, entry.num_tokens - half)]

@@ -1,0 +1,131 @@
+"""KV that moves from one engine to another: the tokens are those of model.generate, whatever happened on the way."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from bucketserve.core.errors import EngineError
+from bucketserve.core.types import RequestId
+from bucketserve.engine.kv_staging import KvStaging
+from bucketserve.engine.packed import PackedEngine
+from bucketserve.ports import Sampling, SequenceSpec
+from tests.integration.engine.models import CONFIGS, engine, generate, reference
+from tests.integration.engine.test_equality import drain, one_thread, prompt, spec  # noqa: F401
+
+pytestmark = pytest.mark.engine
+LENGTHS = (1, 2, 7, 31, 33, 64, 150, 333)
+
+
+class Pair:
+    """A prefill and a decode engine; KV goes from one to the other through a staging area, as it does in a worker."""
+
+    def __init__(self, name: str, **decode_settings) -> None:
+        self.prefill = engine(name)
+        self.decode = engine(name, **decode_settings)
+        self.staging = KvStaging(1 << 22)
+        self.specs: dict[str, SequenceSpec] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[float]] = {}
+
+    def add(self, name: str, token_ids: list[int], num_tokens: int, chunk: int = 0, **more) -> None:
+        self.specs[name] = spec(name, token_ids, num_tokens, **more)
+        self.prefill.add([spec(name, token_ids, num_tokens, hands_over=True, **more)], chunk)
+
+    def step(self) -> None:
+        for under_test in (self.prefill, self.decode):
+            output = under_test.step()
+            for token in output.tokens:
+                self.outputs.setdefault(token.request_id, []).append(token.token_id)
+                if token.logprobs is not None:
+                    self.logprobs.setdefault(token.request_id, []).append(token.logprobs.chosen.logprob)
+            ended = {token.request_id for token in output.tokens if token.finish_reason is not None}
+            for request_id in output.prefilled:
+                if under_test is self.prefill and request_id not in ended:
+                    self.move(request_id)
+            under_test.check_integrity()
+
+    def move(self, request_id: RequestId) -> None:
+        handed = self.specs[request_id]
+        block = self.staging.take(len(handed.token_ids) * self.prefill.info.kv_bytes_per_token)
+        self.prefill.export_kv(request_id, block.data)
+        self.decode.import_kv(handed, self.outputs[request_id], block.data)
+        block.release()
+
+    def run(self) -> None:
+        while self.prefill.has_work() or self.decode.has_work():
+            self.step()
+
+
+@pytest.mark.parametrize("chunk", [0, 48], ids=["whole", "chunked"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_equal_generate(name: str, chunk: int) -> None:
+    pair = Pair(name)
+    order = list(LENGTHS)
+    random.Random(5).shuffle(order)
+    for i, length in enumerate(order):
+        pair.add(f"r{length}", prompt(length), 1 + length % 9, chunk)
+        for _ in range(i % 3):
+            pair.step()
+    pair.run()
+    assert pair.outputs == {f"r{length}": generate(name, prompt(length), 1 + length % 9) for length in LENGTHS}
+    assert pair.staging.num_blocks == 0
+    for under_test in (pair.prefill, pair.decode):
+        assert under_test.headroom().kv_free_tokens == under_test.headroom().kv_total_tokens
+
+
+def test_preempted_and_resumed_anywhere_in_any_order() -> None:
+    """Each request is stopped once, at a random token, and goes on elsewhere with another neighbour and chunk."""
+    rng = random.Random(9)
+    for sampling in (Sampling(), Sampling(temperature=0.8, top_k=40, repetition_penalty=1.1, seed=77)):
+        wanted: dict[str, list[int]] = {}
+        whole = engine("qwen3")
+        whole.add([spec(f"r{n}", prompt(n), 24, sampling=sampling) for n in LENGTHS])
+        drain(whole, wanted)
+        first = Pair("qwen3")
+        for length in LENGTHS:
+            first.add(f"r{length}", prompt(length), 24, rng.choice([0, 16, 48]), sampling=sampling)
+        for _ in range(12):
+            first.step()
+        so_far = {f"r{n}": first.outputs.get(f"r{n}", [])[: rng.randrange(0, 12)] for n in LENGTHS}
+        second = Pair("qwen3")
+        lengths = list(LENGTHS)
+        rng.shuffle(lengths)
+        for length in lengths:
+            tokens = so_far[f"r{length}"]
+            second.add(
+                f"r{length}",
+                [*prompt(length), *tokens],
+                24 - len(tokens),
+                rng.choice([0, 16, 48]),
+                sampling=sampling,
+                num_resumed_tokens=len(tokens),
+            )
+        second.run()
+        assert {name: so_far[name] + tokens for name, tokens in second.outputs.items()} == wanted
+
+
+def test_log_probabilities_are_the_model_s() -> None:
+    pair = Pair("llama")
+    for length in (5, 40, 150):
+        pair.add(f"r{length}", prompt(length), 12, 32, num_logprobs=1)
+    pair.run()
+    for length in (5, 40, 150):
+        tokens = pair.outputs[f"r{length}"]
+        with torch.inference_mode():
+            logits = reference("llama")(torch.tensor([[*prompt(length), *tokens]])).logits[0, length - 1 : -1]
+        wanted = torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(pair.logprobs[f"r{length}"]), wanted, atol=1e-4)
+
+
+def test_kv_that_does_not_fit_or_is_not_what_it_says_is_refused() -> None:
+    pair = Pair("llama", kv_budget_tokens=100)
+    pair.add("long", prompt(90), 20)
+    with pytest.raises(EngineError, match="no room"):
+        pair.run()
+    small: PackedEngine = engine("llama")
+    with pytest.raises(EngineError, match="are not the KV"):
+        small.import_kv(spec("x", prompt(10), 5), [3], memoryview(bytearray(17)))
+    assert not small.has_work()

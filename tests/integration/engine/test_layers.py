@@ -1,0 +1,101 @@
+"""Which layers are taken over by kernels, which are left to transformers, and what that changes: nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.perplexity import HELD_OUT, perplexity
+from bucketserve.core.errors import ModelLoadError
+from bucketserve.engine.attention import NAME
+from bucketserve.engine.linear import PlacedLinear
+from bucketserve.engine.loader import LoadSettings, build_engine, load_engine
+from bucketserve.engine.native import build
+from bucketserve.engine.native.layers import FusedLayer
+from bucketserve.engine.packed import PackedEngine
+from tests.integration.engine.models import CONFIGS, engine
+from tests.integration.engine.test_equality import drain, prompt, spec
+
+pytestmark = pytest.mark.engine
+DEMO = "models/demo/model"
+
+
+def count(under_test: PackedEngine, kind: type) -> int:
+    return sum(isinstance(module, kind) for module in under_test.model.modules())
+
+
+@pytest.mark.parametrize(("name", "number"), [("llama", 3), ("qwen2", 3), ("qwen3", 3), ("gpt2", 0), ("gemma2", 0)])
+def test_layers_of_the_llama_kind_are_fused_and_others_are_not(name: str, number: int) -> None:
+    assert count(engine(name), FusedLayer) == number
+    assert count(engine(name, kernels="torch"), FusedLayer) == 0
+
+
+def test_a_layer_that_computes_otherwise_is_left_as_it_is() -> None:
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.hidden_act = "gelu"
+    torch.manual_seed(3)
+    plain = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="sdpa").float().eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    model.load_state_dict(plain.state_dict())
+    under_test = build_engine(model.float().eval(), LoadSettings(model="gelu", kv_budget_tokens=1000))
+    # It has all the parts of the kind, and only the comparison can tell.
+    assert count(under_test, FusedLayer) == 0
+    outputs: dict[str, list[int]] = {}
+    under_test.add([spec("r", prompt(50), 12)])
+    drain(under_test, outputs)
+    ids = torch.tensor([prompt(50)])
+    wanted = plain.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert outputs["r"] == wanted[0, 50:].tolist()
+
+
+def test_without_a_compiler_torch_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    told: list[str] = []
+    under_test = load_engine(LoadSettings(model=DEMO, kv_budget_tokens=1000), told.append)
+    assert count(under_test, FusedLayer) == count(under_test, PlacedLinear) == 0
+    assert any("g++" in line or "no-such-compiler" in line for line in told)
+    with pytest.raises(ModelLoadError, match="g\\+\\+"):
+        load_engine(LoadSettings(model=DEMO, kv_budget_tokens=1000, quantization="int8"))
+
+
+def test_kernels_are_compiled_once_and_never_into_a_folder_of_somebody_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    monkeypatch.setenv("BUCKETSERVE_CACHE", str(tmp_path))
+    told: list[str] = []
+    build.load_library(told.append)
+    build.load_library(told.append)
+    assert len(told) == 1
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".so"]
+    monkeypatch.setattr(build.os, "getuid", lambda: 12345)
+    with pytest.raises(build.KernelBuildError, match="BUCKETSERVE_CACHE"):
+        build.load_library(told.append)
+
+
+def test_bfloat16_and_8_bit_weights_cost_less_than_one_percent_of_perplexity() -> None:
+    exact = perplexity(LoadSettings(model=DEMO, dtype="float32", kernels="torch"), HELD_OUT, most_tokens=4096)
+    for more in ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantization": "int8"}):
+        found = perplexity(LoadSettings(model=DEMO, **more), HELD_OUT, most_tokens=4096)
+        tolerance = 1e-5 if more == {"dtype": "float32"} else 0.01
+        assert found == pytest.approx(exact, rel=tolerance), more
+
+
+def test_8_bit_weights_take_a_quarter_of_the_memory() -> None:
+    def weights(**more: str) -> int:
+        settings = LoadSettings(model=DEMO, dtype="float32", kv_budget_tokens=100, **more)
+        return load_engine(settings).headroom().weights_bytes
+
+    # The embedding, and with it the tied LM head, stay as they are.
+    embedding = 4096 * 256 * 4
+    assert (weights(quantization="int8") - embedding) / (weights() - embedding) == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_model_in_bfloat16_runs_end_to_end() -> None:
+    under_test = load_engine(LoadSettings(model=DEMO, dtype="bfloat16", kv_budget_tokens=2000))
+    outputs: dict[str, list[int]] = {}
+    under_test.add([spec(f"r{n}", prompt(n), 10) for n in (1, 40, 200)])
+    drain(under_test, outputs)
+    assert {name: len(tokens) for name, tokens in outputs.items()} == {"r1": 10, "r40": 10, "r200": 10}

@@ -1,0 +1,214 @@
+"""Each kernel computes what its formula says, for shapes that fill vectors and shapes that do not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bucketserve.engine.native.kernels import Epilogue, Kernels, load_kernels
+
+pytestmark = pytest.mark.engine
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return load_kernels()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def relative(result: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((result.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 64, 97, 300])
+@pytest.mark.parametrize(("columns", "depth"), [(16, 16), (50, 33), (96, 64), (130, 1100), (256, 2049)])
+@pytest.mark.parametrize(("x_type", "weight_type"), [(FLOAT, FLOAT), (FLOAT, HALF), (HALF, HALF)])
+def test_product(
+    kernels: Kernels, rows: int, columns: int, depth: int, x_type: torch.dtype, weight_type: torch.dtype
+) -> None:
+    x, weight = torch.randn(rows, depth).to(x_type), torch.randn(columns, depth).to(weight_type)
+    bias, onto = torch.randn(columns), torch.randn(rows, columns).to(x_type)
+    wanted = x.double() @ weight.double().T
+    tolerance = 1e-6 if x_type is FLOAT else 4e-3
+    plain, biased = kernels.pack([weight], is_int8=False), kernels.pack([weight], bias, is_int8=False)
+    out = torch.full((rows, columns), math.nan, dtype=x_type)
+    kernels.product(x, plain, out, Epilogue.WRITE)
+    assert relative(out, wanted) < tolerance
+    kernels.product(x, biased, out, Epilogue.WRITE)
+    assert relative(out, wanted + bias) < tolerance
+    out.copy_(onto)
+    kernels.product(x, biased, out, Epilogue.ADD)
+    assert relative(out, wanted + bias + onto) < tolerance
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize(("columns", "depth"), [(16, 16), (50, 33), (96, 2049)])
+@pytest.mark.parametrize("x_type", [FLOAT, HALF])
+def test_product_with_8_bit_weights(kernels: Kernels, rows: int, columns: int, depth: int, x_type: torch.dtype) -> None:
+    x, weight = torch.randn(rows, depth).to(x_type), torch.randn(columns, depth)
+    # Rows and columns of very different sizes: each has a scale of its own.
+    weight *= torch.logspace(-3, 3, columns)[:, None]
+    x *= torch.logspace(-2, 2, rows)[:, None].to(x_type)
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    rounded = (weight / scale).round() * scale
+    out = torch.empty(rows, columns, dtype=x_type)
+    kernels.product(x, kernels.pack([weight], is_int8=True), out, Epilogue.WRITE)
+    wanted = x.double() @ rounded.double().T
+    assert relative(out, wanted) < (1e-3 if x_type is FLOAT else 4e-3)
+    smallest = out.double()[:, 0], wanted[:, 0]
+    assert relative(*smallest) < 5e-3
+
+
+def test_8_bit_sums_do_not_overflow(kernels: Kernels) -> None:
+    # The worst case: everything at its largest and of one sign.
+    x, weight = torch.ones(6, 30_000), torch.ones(16, 30_000)
+    out = torch.empty(6, 16)
+    kernels.product(x, kernels.pack([weight], is_int8=True), out, Epilogue.WRITE)
+    assert out.tolist() == [[pytest.approx(30_000, rel=1e-6)] * 16] * 6
+
+
+def test_a_row_of_zeros_stays_zero_with_8_bit_weights(kernels: Kernels) -> None:
+    out = torch.empty(1, 16)
+    kernels.product(torch.zeros(1, 40), kernels.pack([torch.randn(16, 40)], is_int8=True), out, Epilogue.WRITE)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("rows", [1, 9, 120])
+@pytest.mark.parametrize("columns", [16, 24, 80])
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_gated_product(kernels: Kernels, rows: int, columns: int, is_int8: bool) -> None:
+    x, gate, up = torch.randn(rows, 64), torch.randn(columns, 64), torch.randn(columns, 64)
+    out = torch.empty(rows, columns)
+    kernels.product(x, kernels.pack([gate, up], is_pair=True, is_int8=is_int8), out, Epilogue.SILU_MUL)
+    wanted = F.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
+    assert relative(out, wanted) < (0.02 if is_int8 else 1e-6)
+
+
+def test_parts_stand_side_by_side(kernels: Kernels) -> None:
+    x, parts = torch.randn(5, 32), [torch.randn(columns, 32) for columns in (48, 16, 16)]
+    out = torch.empty(5, 80)
+    kernels.product(x, kernels.pack(parts, is_int8=False), out, Epilogue.WRITE)
+    torch.testing.assert_close(out, torch.cat([x @ part.T for part in parts], dim=1))
+
+
+def plain_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """[new, heads, dim] from query [new, heads, dim] and a sequence's keys and values [kv_heads, context, dim]."""
+    new, heads, _ = query.shape
+    kv_heads, context, _ = keys.shape
+    keys, values = (part.double().repeat_interleave(heads // kv_heads, dim=0) for part in (keys, values))
+    scores = query.double().transpose(0, 1) @ keys.transpose(1, 2) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    distance = torch.arange(context - new, context)[:, None] - torch.arange(context)[None, :]
+    hidden = (distance < 0) | (distance >= (window or context))
+    return (torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1) @ values).transpose(0, 1)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (16, 1)])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("window", [None, 1, 20, 70])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(("q_type", "kv_type"), [(FLOAT, FLOAT), (FLOAT, HALF), (HALF, HALF)])
+def test_attention(
+    kernels: Kernels,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    softcap: float | None,
+    q_type: torch.dtype,
+    kv_type: torch.dtype,
+) -> None:
+    if dim % kernels.panel_columns:
+        pytest.skip("heads narrower than a panel are left to torch")
+    # Whole prompts, chunks of longer ones, and single tokens, of lengths around the sizes of blocks.
+    shapes = [(1, 1), (1, 64), (1, 65), (1, 300), (70, 70), (3, 130), (129, 200), (64, 64)]
+    arena = torch.randn(2, kv_heads, 1200, dim).to(kv_type)
+    segments, first, start = [], 0, 7
+    for new, context in shapes:
+        segments.append((first, new, start, context))
+        first, start = first + new, start + context + 3
+    # Scores far from zero as well: their maximum must not matter.
+    query = (torch.randn(heads, first, dim) * 3).to(q_type).transpose(0, 1)
+    out = torch.full((first, heads, dim), math.nan, dtype=q_type)
+    kernels.attention(
+        query, arena[0], arena[1], torch.tensor(segments), out, scale=dim**-0.5, window=window, softcap=softcap
+    )
+    for begin, new, at, context in segments:
+        keys, values = (part[:, at : at + context] for part in arena)
+        wanted = plain_attention(query[begin : begin + new], keys, values, dim**-0.5, window, softcap)
+        assert relative(out[begin : begin + new], wanted) < (2e-6 if q_type is FLOAT else 4e-3), (new, context)
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize(("x_type", "kv_type"), [(FLOAT, FLOAT), (FLOAT, HALF), (HALF, HALF)])
+def test_rotate_and_store(kernels: Kernels, has_norms: bool, x_type: torch.dtype, kv_type: torch.dtype) -> None:
+    heads, kv_heads, dim, rows = 4, 2, 64, 9
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim).to(x_type)
+    angles = torch.rand(rows, dim // 2).repeat(1, 2) * 6
+    cos, sin = angles.cos().to(x_type), angles.sin().to(x_type)
+    norms = (torch.rand(dim) + 0.5, torch.rand(dim) + 0.5, 1e-5) if has_norms else None
+    keys, values = torch.zeros(kv_heads, 40, dim, dtype=kv_type), torch.zeros(kv_heads, 40, dim, dtype=kv_type)
+    slots = torch.randperm(40)[:rows]
+    parts = qkv.double().view(rows, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
+
+    def turned(x: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        if norm is not None:
+            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * norm
+        low, high = x.chunk(2, dim=-1)
+        return x * cos.double()[:, None] + torch.cat((-high, low), dim=-1) * sin.double()[:, None]
+
+    wanted = turned(parts[0], norms and norms[0]), turned(parts[1], norms and norms[1])
+    kernels.rotate_and_store(qkv, heads, cos, sin, norms, keys, values, slots)
+    tolerance = 1e-6 if x_type is kv_type is FLOAT else 8e-3
+    assert relative(qkv[:, : heads * dim], wanted[0].reshape(rows, -1)) < tolerance
+    assert relative(keys[:, slots].transpose(0, 1), wanted[1]) < tolerance
+    torch.testing.assert_close(values[:, slots].transpose(0, 1), parts[2].to(kv_type))
+    untouched = torch.ones(40, dtype=torch.bool).index_fill(0, slots, False)
+    assert not keys[:, untouched].any()
+    assert not values[:, untouched].any()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+def test_rms_norm_and_silu_mul(kernels: Kernels, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(5, 64).to(dtype), torch.rand(64)
+    out = torch.empty_like(x)
+    kernels.rms_norm(x, weight, 1e-6, out)
+    wanted = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+    assert relative(out, wanted) < (1e-6 if dtype is FLOAT else 4e-3)
+    half = torch.empty(5, 32, dtype=dtype)
+    # Also where e^x leaves the range of float32.
+    extreme = torch.cat([x[:, :32] * 100, x[:, 32:]], dim=1)
+    kernels.silu_mul(extreme, half)
+    wanted = F.silu(extreme[:, :32].double()) * extreme[:, 32:].double()
+    assert relative(half, wanted) < (1e-6 if dtype is FLOAT else 4e-3)
+
+
+def test_threads_change_nothing(kernels: Kernels) -> None:
+    before = torch.get_num_threads()
+    x, weights = torch.randn(200, 96), kernels.pack([torch.randn(64, 96)], is_int8=False)
+    results = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(torch.empty(200, 64))
+            kernels.product(x, weights, results[-1], Epilogue.WRITE)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
