@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bucketserve.core.messages import WorkerJoined, WorkerReported
-from bucketserve.core.types import Headroom, Request, RequestId, WorkerId, WorkerRole
+from bucketserve.core.types import Headroom, Request, RequestId, RunningRequest, WorkerId, WorkerRole
 
 
 def a_request(
@@ -33,6 +33,10 @@ def joined(name: str = "w", free: int = 1000, total: int | None = None, **more) 
         pays_padding=False,
         running=running,
     )
+
+
+def at(name: str, attempt: int = 1, *, is_held: bool = False) -> RunningRequest:
+    return RunningRequest(request_id=RequestId(name), attempt=attempt, is_held=is_held)
 
 
 def reported(name: str = "w", free: int = 1000, total: int = 1000, **more) -> WorkerReported:

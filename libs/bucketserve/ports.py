@@ -18,6 +18,7 @@ __all__ = [
     "EngineInfo",
     "Leadership",
     "Logprob",
+    "Move",
     "QueueStore",
     "Remove",
     "Sampling",
@@ -57,6 +58,15 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """Notes that a record is at a worker, wherever it was before: its KV has moved. No effect on an unknown one."""
+
+    request_id: RequestId
+    worker_id: WorkerId
+    batch_id: BatchId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Remove:
     """Forgets records, waiting or claimed: finished, cancelled, expired or lost."""
 
@@ -73,7 +83,7 @@ class SetEdges:
     edges: tuple[int, ...]
 
 
-Write = Admit | Claim | Remove | SetEdges
+Write = Admit | Claim | Move | Remove | SetEdges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +177,8 @@ class SequenceSpec:
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None
     batch_id: BatchId | None = None
+    hands_over: bool = False
+    """Ends here with its first token: its KV goes to another engine. KV is reserved for the prompt alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +208,8 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     """Set with the sequence's last output (STOP or LENGTH); the engine has then freed its KV."""
     matched_stop_token_id: int | None = None
+    cached_prompt_tokens: int = 0
+    """Tokens of the sequence's prompt whose KV this engine did not have to compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +243,8 @@ class EngineInfo:
     kv_bytes_per_token: int
     pays_padding: bool
     """Whether it computes padding tokens (padded batches) or none (packed batches)."""
+    kv_layout: str
+    """Number type and shape of the KV of a token; engines whose layouts agree may exchange KV."""
 
 
 class Engine(Protocol):
@@ -250,6 +266,29 @@ class Engine(Protocol):
 
         Raises:
             EngineError: a sequence could never fit (context or total KV); none of them was added.
+        """
+
+    def export_kv(self, request_id: RequestId, into: memoryview) -> None:
+        """Copies a prefilled sequence's KV out and forgets the sequence.
+
+        Args:
+            request_id: a sequence with hands_over set, named in `prefilled` by the last step and not finished by it.
+            into: num_prompt_tokens x kv_bytes_per_token bytes, in the engine's own order.
+
+        Raises:
+            EngineError: there is no such sequence, or the length does not match.
+        """
+
+    def import_kv(self, spec: SequenceSpec, generated: Sequence[int], kv: memoryview) -> None:
+        """Adds a sequence whose KV was computed elsewhere; it decodes from the next step on.
+
+        Args:
+            spec: as it was given to the engine that prefilled it, with hands_over unset.
+            generated: the tokens that engine generated; the last one has no KV yet.
+            kv: what export_kv wrote. It is copied.
+
+        Raises:
+            EngineError: there is no room, or the length does not match.
         """
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:

@@ -16,6 +16,11 @@ from bucketserve.core.types import Request, RequestClass
 __all__ = ["Admission"]
 
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0
+PROMISE = 0.8
+"""Share of its TTFT target within which a request must be predicted to start, if it wants to be refused otherwise.
+
+Under overload the queue fills up to just this point: at 1 every error of the prediction would make someone late.
+"""
 
 
 class Admission:
@@ -70,7 +75,7 @@ class Admission:
                 return RefuseReason.TENANT_QUOTA
         if not request.reject_if_unattainable or request.ttft_slo_s is None:
             return None
-        is_late = now_s + self._start_in_s(request) > request.arrival_s + request.ttft_slo_s
+        is_late = now_s + self._start_in_s(request) > request.arrival_s + PROMISE * request.ttft_slo_s
         return RefuseReason.SLO_UNATTAINABLE if is_late else None
 
     def _start_in_s(self, request: Request) -> float:
@@ -83,6 +88,6 @@ class Admission:
         if reason is RefuseReason.TOO_LARGE:
             return 0.0
         if reason is RefuseReason.SLO_UNATTAINABLE:
-            late_s = now_s + self._start_in_s(request) - request.arrival_s - (request.ttft_slo_s or 0.0)
+            late_s = now_s + self._start_in_s(request) - request.arrival_s - PROMISE * (request.ttft_slo_s or 0.0)
             return min(max(late_s, MIN_RETRY_S), MAX_RETRY_S)
         return min(max(self.drain.seconds_for(request.prefill_tokens), MIN_RETRY_S), MAX_RETRY_S)

@@ -127,7 +127,12 @@ class BatchFormer:
         """Lets the roomiest worker that could hold the request take nothing else until it does."""
         if self._saving is not None or not self._lanes.may_save():
             return
-        able = [worker for worker in self._fleet.candidates() if worker.could_hold(request)]
+        # Where it waits for a place, not for memory, nothing has to be saved.
+        able = [
+            worker
+            for worker in self._fleet.candidates()
+            if worker.has_place(self._settings, small=False) and worker.could_hold(request)
+        ]
         worker = max(able, key=lambda worker: (worker.free_tokens(), worker.worker_id), default=None)
         if worker is not None:
             worker.saved_for = request.request_id
@@ -169,6 +174,9 @@ class BatchFormer:
         if room is not None:
             safe_tokens = min(safe_tokens, room)
         sequences = 1 if worker.saved_for is not None else worker.free_sequences()
+        most_tokens = self._settings.max_batch_tokens
+        if not worker.has_place(self._settings, small=False):
+            most_tokens = min(most_tokens, self._settings.small_batch_tokens)
         fair_tokens = self._fair_tokens(lane, bucket)
         with closing(self._lanes.of(lane).in_order(bucket)) as ordered:
             for request in ordered:
@@ -182,7 +190,7 @@ class BatchFormer:
                     counted = longest * (len(cut.chosen) + 1) if self._counts_longest else kv_tokens
                     if counted > safe_tokens:
                         return cut, LimitedBy.MEMORY
-                    if cut.prefill_tokens + request.prefill_tokens > self._settings.max_batch_tokens:
+                    if cut.prefill_tokens + request.prefill_tokens > most_tokens:
                         return cut, LimitedBy.TIME
                     if self._settings.is_time_aware and not self._is_in_time(cut, request, worker, now_s):
                         return cut, LimitedBy.TIME
@@ -208,10 +216,12 @@ class BatchFormer:
         """Whether the batch with one more request still meets its tightest TTFT and the TPOT of what decodes there."""
         due_s = min(cut.due_s, _due_s(request, now_s))
         if due_s < INFINITY:
+            tokens = cut.prefill_tokens + request.prefill_tokens
             took_s = worker.prefill_in_s(
-                cut.prefill_tokens + request.prefill_tokens,
+                tokens,
                 cut.attention + request.prefill_tokens * request.prompt_tokens,
                 self._settings.max_chunk_tokens,
+                is_small=tokens <= self._settings.small_batch_tokens,
             )
             if now_s + took_s > due_s:
                 return False
@@ -238,7 +248,10 @@ class BatchFormer:
             limited_by=limited_by,
             max_chunk_tokens=self._chunk_tokens(worker, cut),
         )
-        worker.assign(batch, cut.kv_tokens)
+        is_small = cut.prefill_tokens <= self._settings.small_batch_tokens and worker.has_place(
+            self._settings, small=True
+        )
+        worker.assign(batch, cut.kv_tokens, is_small=is_small)
         if worker.saved_for is not None:
             self.forget(worker.saved_for)
         self._fleet.changed(worker)

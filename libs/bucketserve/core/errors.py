@@ -2,7 +2,8 @@
 
 BucketServeError
 ├── InvalidRequestError      the request can never succeed as it is      INVALID_ARGUMENT
-├── UnknownModelError        nobody serves that model                    NOT_FOUND
+├── NotFoundError            there is no such thing                      NOT_FOUND
+│   └── UnknownModelError    nobody serves that model
 ├── DuplicateRequestError    the request id is in use                    ALREADY_EXISTS
 ├── OverloadedError          full; try again after retry_delay_s         RESOURCE_EXHAUSTED
 ├── UnavailableError         a part is down; try again                   UNAVAILABLE
@@ -28,6 +29,7 @@ __all__ = [
     "FieldViolation",
     "InvalidRequestError",
     "ModelLoadError",
+    "NotFoundError",
     "OutOfMemoryError",
     "OverloadedError",
     "RequestCancelledError",
@@ -66,14 +68,26 @@ class InvalidRequestError(BucketServeError):
         self.violations = tuple(violations)
 
 
-class UnknownModelError(BucketServeError):
+class NotFoundError(BucketServeError):
+    """There is no such thing."""
+
+    reason = "NOT_FOUND"
+
+    def __init__(self, resource_type: str, resource_name: str, message: str = "") -> None:
+        """Names what was asked for."""
+        super().__init__(message or f"no {resource_type} {resource_name!r}")
+        self.resource_type = resource_type
+        self.resource_name = resource_name
+
+
+class UnknownModelError(NotFoundError):
     """Nobody serves that model."""
 
     reason = "UNKNOWN_MODEL"
 
     def __init__(self, model: str, served: Sequence[str]) -> None:
         """Names the model asked for and those that could have been."""
-        super().__init__(f"unknown model {model!r}; served: {', '.join(served) or 'none'}")
+        super().__init__("model", model, f"unknown model {model!r}; served: {', '.join(served) or 'none'}")
         self.model = model
 
 

@@ -16,31 +16,41 @@ __all__ = ["Fleet"]
 CANDIDATES = 8
 """Workers that are scored for a request: the least loaded ones."""
 TPOT_WEIGHT = 0.02
+STALE_ENTRIES = 64
+"""Of a ranking, before it is cleaned: beyond two for each worker."""
 
 
 class _Ranking:
     """Workers by a value, greatest first; entries of a worker that changed since are skipped (lazy heap)."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Mapping[WorkerId, WorkerState]) -> None:
+        self._workers = workers
         self._heap: list[tuple[float, WorkerId, int]] = []
 
     def put(self, worker: WorkerState, value: float) -> None:
         heapq.heappush(self._heap, (-value, worker.worker_id, worker.version))
+        if len(self._heap) > STALE_ENTRIES + 2 * len(self._workers):
+            # Below entries that stay, those that are out of date would gather for ever.
+            self._heap = [entry for entry in self._heap if self._is_current(entry)]
+            heapq.heapify(self._heap)
 
-    def first(self, number: int, workers: Mapping[WorkerId, WorkerState]) -> list[WorkerState]:
+    def first(self, number: int) -> list[WorkerState]:
         """Returns the first workers whose entry is current."""
         found: list[WorkerState] = []
         entries = []
         heap = self._heap
         while heap and len(found) < number:
             entry = heapq.heappop(heap)
-            worker = workers.get(entry[1])
-            if worker is not None and worker.version == entry[2]:
-                found.append(worker)
+            if self._is_current(entry):
+                found.append(self._workers[entry[1]])
                 entries.append(entry)
         for entry in entries:
             heapq.heappush(heap, entry)
         return found
+
+    def _is_current(self, entry: tuple[float, WorkerId, int]) -> bool:
+        worker = self._workers.get(entry[1])
+        return worker is not None and worker.version == entry[2]
 
 
 class Fleet:
@@ -50,9 +60,13 @@ class Fleet:
         """Starts empty."""
         self._settings = settings
         self._workers: dict[WorkerId, WorkerState] = {}
-        self._by_load = _Ranking()
-        self._by_memory = _Ranking()
-        self._decoders = _Ranking()
+        self._by_load = _Ranking(self._workers)
+        self._by_memory = _Ranking(self._workers)
+        self._for_small = _Ranking(self._workers)
+        """Workers that take small batches only."""
+        self._decoders = _Ranking(self._workers)
+        self._all_round = _Ranking(self._workers)
+        """Workers that do both."""
         self.times = StepTimes()
         """Of all workers together: for predictions before a worker is chosen."""
         self.tpot_s = 0.0
@@ -100,15 +114,29 @@ class Fleet:
             return
         if worker.role is WorkerRole.DECODE:
             self._decoders.put(worker, worker.room)
-        elif len(worker.outstanding) < self._settings.max_outstanding_batches and worker.free_sequences() > 0:
-            self._open.add(worker.worker_id)
+            return
+        if worker.role is WorkerRole.BOTH:
+            self._all_round.put(worker, worker.room)
+        if worker.free_sequences() > 0:
             worker.load = load_score(worker)
-            self._by_load.put(worker, worker.load)
-            self._by_memory.put(worker, worker.room)
+            if worker.has_place(self._settings, small=False):
+                self._open.add(worker.worker_id)
+                self._by_load.put(worker, worker.load)
+                self._by_memory.put(worker, worker.room)
+            elif worker.has_place(self._settings, small=True):
+                self._for_small.put(worker, worker.load)
+
+    def switch(self, worker: WorkerState, role: WorkerRole) -> None:
+        """Gives a worker another role; what it has stays booked as it is."""
+        worker.role = role
+        self.kv_total_tokens, self._largest = 0, {}
+        for other in self._workers.values():
+            self._count(other)
+        self.changed(worker)
 
     @property
     def num_open(self) -> int:
-        """Workers that may be given a batch, memory permitting."""
+        """Workers that may be given a batch of any size, memory permitting."""
         return len(self._open)
 
     def learn(self, worker: WorkerState, sample: StepSample) -> None:
@@ -119,24 +147,35 @@ class Fleet:
             self.tpot_s += (sample.duration_s - self.tpot_s) * (TPOT_WEIGHT if self.tpot_s else 1.0)
 
     def could_hold(self, request: Request) -> bool:
-        """Whether some worker could hold the request if it were empty; True while there is none at all."""
-        if not self._workers:
+        """Whether some worker could hold the request if it were empty.
+
+        True as well while there is none, or only one half of prefill and decode: the other may be on its way.
+        """
+        if not self._workers or request.reserved_tokens <= self._largest.get(WorkerRole.BOTH, 0):
             return True
-        if request.reserved_tokens <= self._largest.get(WorkerRole.BOTH, 0):
-            return True
-        return request.prompt_tokens <= self._largest.get(
-            WorkerRole.PREFILL, 0
-        ) and request.reserved_tokens <= self._largest.get(WorkerRole.DECODE, 0)
+        prefill, decode = self._largest.get(WorkerRole.PREFILL), self._largest.get(WorkerRole.DECODE)
+        if prefill is None and decode is None:
+            return False
+        return (prefill is None or request.prompt_tokens <= prefill) and (
+            decode is None or request.reserved_tokens <= decode
+        )
 
     def candidates(self) -> list[WorkerState]:
-        """Returns workers that may be given a batch: the least loaded, and the one with the most free KV."""
-        found = self._by_load.first(CANDIDATES, self._workers)
-        roomiest = self._by_memory.first(1, self._workers)
-        return found + [worker for worker in roomiest if worker not in found]
+        """Returns workers that may be given a batch: the least loaded, and the one with the most free KV.
+
+        After them those that take small batches only.
+        """
+        found = self._by_load.first(CANDIDATES)
+        roomiest = self._by_memory.first(1)
+        found += [worker for worker in roomiest if worker not in found]
+        return found + self._for_small.first(CANDIDATES)
 
     def decoders(self) -> list[WorkerState]:
-        """Returns the decode workers with the most free KV, first."""
-        return self._decoders.first(CANDIDATES, self._workers)
+        """Returns the decode workers with the most free KV, first; where there is none, workers that do both.
+
+        The latter take what was prefilled before the roles changed, or they would leave it where it is for ever.
+        """
+        return self._decoders.first(CANDIDATES) or self._all_round.first(CANDIDATES)
 
     def _count(self, worker: WorkerState) -> None:
         if worker.role is not WorkerRole.PREFILL:

@@ -11,6 +11,7 @@ from bucketserve.core.types import (
     Headroom,
     Request,
     RequestId,
+    RunningRequest,
     StepSample,
     WorkerId,
     WorkerRole,
@@ -32,9 +33,12 @@ __all__ = [
     "MoveKv",
     "RefuseReason",
     "RefuseRequest",
+    "ReleaseKv",
     "RequestCancelled",
     "RequestFinished",
+    "RequestMoved",
     "RequestSubmitted",
+    "SwitchRole",
     "WorkerDraining",
     "WorkerJoined",
     "WorkerLost",
@@ -85,7 +89,8 @@ class WorkerJoined:
     """A worker is ready, or is back after its stream or the scheduler was interrupted.
 
     Requests that the core believes to be at this worker but that are not among `running` are lost
-    (Drop with WORKER_LOST); running ones that the core doesn't know are answered with CancelAtWorker.
+    (Drop with WORKER_LOST). Running ones that it believes to be at a worker that is not here are taken to be at this
+    one: their KV was moved and nobody could be told. Other running ones are answered with CancelAtWorker.
     """
 
     worker_id: WorkerId
@@ -93,8 +98,8 @@ class WorkerJoined:
     headroom: Headroom
     context_tokens: int
     pays_padding: bool
-    running: tuple[RequestId, ...] = ()
-    """Requests that the worker still holds from before."""
+    running: tuple[RunningRequest, ...] = ()
+    """Requests that the worker still has from before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +133,8 @@ class BatchPrefilled:
     batch_id: BatchId
     request_ids: tuple[RequestId, ...]
     duration_s: float
+    held: tuple[RequestId, ...] = ()
+    """Those among them whose KV now waits for a decode worker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +229,42 @@ class MoveKv:
     target_id: WorkerId
 
 
-Command = AdmitRequest | RefuseRequest | ChangeEdges | DispatchBatch | MoveKv | CancelAtWorker | ForgetRequest
+@dataclass(frozen=True, slots=True)
+class ReleaseKv:
+    """Tell a worker that nobody needs the KV any more that it holds of a request."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMoved:
+    """A request now decodes at another worker: note it in the store."""
+
+    request_id: RequestId
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchRole:
+    """Tell a worker what it does from the next batch on; what it has goes on as it was."""
+
+    worker_id: WorkerId
+    role: WorkerRole
+
+
+Command = (
+    AdmitRequest
+    | RefuseRequest
+    | ChangeEdges
+    | DispatchBatch
+    | MoveKv
+    | RequestMoved
+    | ReleaseKv
+    | SwitchRole
+    | CancelAtWorker
+    | ForgetRequest
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,10 @@ def can_take(request: Request, worker: WorkerState, settings: CoreSettings) -> b
         return False
     if worker.saved_for is not None and worker.saved_for != request.request_id:
         return False
-    if len(worker.outstanding) >= settings.max_outstanding_batches or worker.free_sequences() < 1:
+    is_small = request.prefill_tokens <= settings.small_batch_tokens
+    if not (worker.has_place(settings, small=False) or (is_small and worker.has_place(settings, small=True))):
+        return False
+    if worker.free_sequences() < 1:
         return False
     return worker.kv_tokens(request) <= worker.room
 

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bucketserve.core.admission import Admission
-from bucketserve.core.batching import BatchFormer
+from bucketserve.core.batching import BatchFormer, Formed
 from bucketserve.core.demand import Demand
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.handover import Handover
 from bucketserve.core.lanes import Lane, Lanes
+from bucketserve.core.layout import LayoutChooser
 from bucketserve.core.messages import (
     AdmitRequest,
     BatchPrefilled,
@@ -31,8 +32,10 @@ from bucketserve.core.messages import (
     KvMoved,
     RefuseReason,
     RefuseRequest,
+    ReleaseKv,
     RequestCancelled,
     RequestFinished,
+    RequestMoved,
     RequestSubmitted,
     WorkerDraining,
     WorkerJoined,
@@ -40,9 +43,10 @@ from bucketserve.core.messages import (
     WorkerReported,
 )
 from bucketserve.core.order import latest_start_s, order_key
+from bucketserve.core.roles import RoleBalancer
 from bucketserve.core.settings import CoreSettings, QueueOrder
 from bucketserve.core.tenants import TenantBook
-from bucketserve.core.types import Bucket, Request, RequestClass, RequestId, WorkerId, WorkerRole
+from bucketserve.core.types import Bucket, Request, RequestClass, RequestId, RunningRequest, WorkerId, WorkerRole
 from bucketserve.core.waste import Waste, WasteBook
 from bucketserve.core.workers import WorkerState
 
@@ -70,6 +74,8 @@ class CoreView:
     """Of a batch padded to its bucket's edge, over the lengths that arrive."""
     observed_waste: Waste
     """Of the batches so far, if each were padded to its longest prompt."""
+    roles: Mapping[WorkerId, WorkerRole]
+    """Of the workers, as they are now."""
 
 
 @dataclass(slots=True)
@@ -78,6 +84,7 @@ class _Running:
     worker_id: WorkerId
     lane: Lane
     is_prefilled: bool = False
+    prefilled_s: float | None = None
     target_id: WorkerId | None = None
     """The decode worker that its KV moves to."""
 
@@ -94,6 +101,8 @@ class SchedulerCore:
         self._demand = Demand()
         self._former = BatchFormer(settings, self._lanes, self._fleet, self._edges, self._demand)
         self._handover = Handover(self._fleet)
+        self._roles = RoleBalancer(settings, self._fleet, self._lanes, self._handover)
+        self._layout = LayoutChooser(settings, self._fleet)
         self._tenants = TenantBook()
         self._admission = Admission(settings, self._lanes, self._fleet, self._tenants)
         self._waste = WasteBook()
@@ -114,7 +123,7 @@ class SchedulerCore:
             self._watch_deadline(request, 0.0)
 
     def status(self) -> CoreView:
-        """Returns buckets and totals. O(cells)."""
+        """Returns buckets, totals and roles. O(cells + workers)."""
         views = []
         for bucket in self._edges.buckets:
             number, tokens = self._lanes.count(bucket)
@@ -126,6 +135,7 @@ class SchedulerCore:
             len(self._running),
             self._edges.predicted_waste(),
             self._waste.observed(),
+            {worker.worker_id: worker.role for worker in self._fleet},
         )
 
     def step(self, events: Sequence[Event], now_s: float) -> Decision:
@@ -141,6 +151,8 @@ class SchedulerCore:
         self._expire(now_s)
         if self._edges.update(self._lanes, self._fleet, now_s):
             self._commands.append(ChangeEdges(self._edges.edges))
+        self._commands += self._layout.update(now_s)
+        self._commands += self._roles.update(now_s)
         self._commands += self._hand_over()
         self._dispatch(now_s)
         return Decision(tuple(self._commands), tuple(self._drops), self._wake_s())
@@ -158,7 +170,7 @@ class SchedulerCore:
             case WorkerReported():
                 self._report(event)
             case BatchPrefilled():
-                self._prefilled(event)
+                self._prefilled(event, now_s)
             case KvMoved():
                 self._moved(event, now_s)
             case WorkerJoined():
@@ -204,6 +216,7 @@ class SchedulerCore:
         running = self._running.get(event.request_id)
         if running is None or running.request.attempt != event.attempt or running.worker_id != event.worker_id:
             return
+        self._layout.finished(running.request, running.prefilled_s, event.output_tokens, now_s)
         self._end(running, now_s)
         self._admission.drain.finished(running.request.prefill_tokens, now_s)
         self._commands.append(ForgetRequest(event.request_id))
@@ -217,7 +230,7 @@ class SchedulerCore:
             self._fleet.learn(worker, sample)
         self._fleet.changed(worker)
 
-    def _prefilled(self, event: BatchPrefilled) -> None:
+    def _prefilled(self, event: BatchPrefilled, now_s: float) -> None:
         worker = self._fleet.get(event.worker_id)
         if worker is None:
             return
@@ -225,39 +238,77 @@ class SchedulerCore:
             worker.prefilled(request_id)
             running = self._running.get(request_id)
             if running is not None and running.worker_id == event.worker_id:
-                running.is_prefilled = True
-                if worker.role is WorkerRole.PREFILL:
-                    self._handover.ready(running.request, event.worker_id)
+                running.is_prefilled, running.prefilled_s = True, now_s
+        for request_id in event.held:
+            self._held(request_id, event.worker_id)
         self._fleet.changed(worker)
 
+    def _held(self, request_id: RequestId, worker_id: WorkerId) -> None:
+        """Notes that a worker holds the KV of a request for a decode worker."""
+        running = self._running.get(request_id)
+        if running is not None and running.worker_id == worker_id:
+            running.is_prefilled = True
+            self._handover.ready(running.request, worker_id)
+
     def _moved(self, event: KvMoved, now_s: float) -> None:
-        for worker_id in (event.source_id, event.target_id):
-            if worker := self._fleet.get(worker_id):
-                if worker_id == event.target_id and event.is_ok:
-                    worker.incoming.pop(event.request_id, None)
-                else:
-                    worker.release(event.request_id)
-                self._fleet.changed(worker)
         running = self._running.get(event.request_id)
         if running is None or running.request.attempt != event.attempt or running.target_id != event.target_id:
             return
-        if event.is_ok:
-            running.worker_id, running.target_id = event.target_id, None
-        else:
+        if not event.is_ok:
             # Never served as it is: its gateway submits it again and the prompt is computed anew.
             self._lose([event.request_id], now_s, DropReason.WORKER_FAILED)
+            return
+        self._arrived(running, event.source_id, event.target_id)
+
+    def _arrived(self, running: _Running, source_id: WorkerId, target_id: WorkerId) -> None:
+        """A request decodes at another worker from now on."""
+        request_id = running.request.request_id
+        running.worker_id, running.target_id = target_id, None
+        self._commands.append(RequestMoved(request_id, target_id))
+        if target := self._fleet.get(target_id):
+            target.incoming.pop(request_id, None)
+            self._fleet.changed(target)
+        source = self._fleet.get(source_id)
+        if source is not None and source is not target:
+            source.release(request_id)
+            self._fleet.changed(source)
+            self._commands.append(ReleaseKv(source_id, request_id))
 
     def _join(self, event: WorkerJoined, now_s: float) -> None:
         if older := self._fleet.get(event.worker_id):
             self._former.worker_left(older)
         worker = WorkerState.joined(event)
-        still = set(event.running)
+        still = {at.request_id for at in event.running}
+        for at in event.running:
+            self._adopt(at, event.worker_id, now_s)
         here = {rid for rid, r in self._running.items() if event.worker_id in (r.worker_id, r.target_id)}
         worker.requests = here & still
         self._fleet.join(worker)
         self._lose(sorted(here - still), now_s)
         for request_id in sorted(still - here):
             self._commands.append(CancelAtWorker(event.worker_id, request_id))
+        for at in event.running:
+            if at.is_held:
+                self._held(at.request_id, event.worker_id)
+
+    def _adopt(self, at: RunningRequest, worker_id: WorkerId, now_s: float) -> None:
+        """Believes a worker that it has a request that waits here, or whose worker is not here to say otherwise."""
+        waiting = self._lanes.get(at.request_id)
+        if waiting is not None and waiting.attempt == at.attempt:
+            self._dequeue(at.request_id)
+            self._running[at.request_id] = _Running(waiting, worker_id, Lane.IN_TIME)
+            self._demand.took(Lane.IN_TIME, waiting.reserved_tokens, now_s)
+            self._commands.append(RequestMoved(at.request_id, worker_id))
+            return
+        running = self._running.get(at.request_id)
+        if running is None or running.request.attempt != at.attempt:
+            return
+        if running.target_id == worker_id and not at.is_held:
+            # Its KV has come; the word of it was lost with the stream.
+            self._arrived(running, running.worker_id, worker_id)
+        elif worker_id not in (running.worker_id, running.target_id) and self._fleet.get(running.worker_id) is None:
+            running.worker_id, running.target_id = worker_id, None
+            self._commands.append(RequestMoved(at.request_id, worker_id))
 
     def _lose(
         self, request_ids: Sequence[RequestId], now_s: float, reason: DropReason = DropReason.WORKER_LOST
@@ -347,9 +398,18 @@ class SchedulerCore:
                 self._dequeue(request.request_id)
                 self._running[request.request_id] = _Running(request, batch.worker_id, formed.lane)
             self._demand.took(formed.lane, batch.reserved_kv_tokens, now_s)
-            self._lanes.dispatched(formed.lane, batch.reserved_kv_tokens)
+            self._lanes.dispatched(formed.lane, self._share_tokens(formed))
             self._waste.add(batch)
             self._commands.append(formed.command)
+
+    def _share_tokens(self, formed: Formed) -> int:
+        """Returns what a batch takes of its worker, in tokens; a request takes at least what belongs to its slot.
+
+        Where slots are scarcer than memory, a flood of tiny requests would otherwise pay back nothing for all it takes.
+        """
+        worker = self._fleet.get(formed.command.batch.worker_id)
+        slot = worker.headroom.kv_total_tokens // max(worker.headroom.max_sequences, 1) if worker else 0
+        return sum(max(request.reserved_tokens, slot) for request in formed.requests)
 
     def _drop_what_fits_nowhere(self, now_s: float) -> None:
         """Ends requests that are late and that no worker here could hold even if it were empty.

@@ -79,6 +79,9 @@ class CoreSettings:
     """Most prompt tokens in a batch: beyond it the device is saturated and batches only delay each other."""
     max_outstanding_batches: int = 2
     """Batches at a worker whose prompts aren't computed: one runs, one is ready."""
+    small_batch_tokens: int = 0
+    """Batches of up to so many prompt tokens are counted apart: as many of them again may be outstanding, so that short
+    prompts get into a worker that has long ones to do. For engines that share their steps (core/stepping.py); 0: no."""
     max_chunk_tokens: int = 512
     """Most prompt tokens per step beside running decodes, unless a TPOT target asks for fewer; 0: no limit."""
 
@@ -103,6 +106,23 @@ class CoreSettings:
     batch_order_s_per_token: float = 0.002
     """SJF/LJF: how much later or earlier a prompt token makes a batch-class request count."""
 
+    switch_roles: bool = False
+    """Workers of role prefill and decode change sides with the load (core/roles.py)."""
+    role_hold_s: float = 5.0
+    """How long one side must be short of workers before another one joins it."""
+    role_cooldown_s: float = 15.0
+    """Least time between two switches."""
+
+    choose_layout: bool = False
+    """Whether all workers do everything or half of them prefill and half decode is decided by trial (core/layout.py);
+    for workers of one kind."""
+    layout_window_s: float = 30.0
+    """Least length of a window of a trial."""
+    layout_retry_s: float = 300.0
+    """Least time between two trials while the mix stays; doubles each time that one changes nothing."""
+    default_tpot_s: float = 0.1
+    """What choose_layout judges by where a request names no target."""
+
     max_queued_requests: int = 100_000
     max_queued_tokens: int = 50_000_000
     max_batch_share: float = 0.9
@@ -125,6 +145,7 @@ class CoreSettings:
                 ("memory_reserve", "in [0, 1)", 0 <= self.memory_reserve < 1),
                 ("max_batch_tokens", "at least 1", self.max_batch_tokens >= 1),
                 ("max_outstanding_batches", "at least 1", self.max_outstanding_batches >= 1),
+                ("small_batch_tokens", "at least 0", self.small_batch_tokens >= 0),
                 ("max_chunk_tokens", "at least 0", self.max_chunk_tokens >= 0),
                 ("fill_wait_share", "in [0, 1]", 0 <= self.fill_wait_share <= 1),
                 ("fill_tokens", "at least 1", self.fill_tokens >= 1),
@@ -133,6 +154,11 @@ class CoreSettings:
                 ("default_ttft_s", "positive", self.default_ttft_s > 0),
                 ("batch_patience_s", "at least 0", self.batch_patience_s >= 0),
                 ("batch_order_s_per_token", "at least 0", self.batch_order_s_per_token >= 0),
+                ("role_hold_s", "at least 0", self.role_hold_s >= 0),
+                ("role_cooldown_s", "at least 0", self.role_cooldown_s >= 0),
+                ("layout_window_s", "positive", self.layout_window_s > 0),
+                ("layout_retry_s", "at least 0", self.layout_retry_s >= 0),
+                ("default_tpot_s", "positive", self.default_tpot_s > 0),
                 ("max_queued_requests", "at least 1", self.max_queued_requests >= 1),
                 ("max_queued_tokens", "at least 1", self.max_queued_tokens >= 1),
                 ("max_batch_share", "in (0, 1]", 0 < self.max_batch_share <= 1),

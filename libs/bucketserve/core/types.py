@@ -20,6 +20,7 @@ __all__ = [
     "Request",
     "RequestClass",
     "RequestId",
+    "RunningRequest",
     "StepSample",
     "WorkerId",
     "WorkerRole",
@@ -114,6 +115,16 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunningRequest:
+    """A request that a worker says it has."""
+
+    request_id: RequestId
+    attempt: int
+    is_held: bool = False
+    """Its prompt is computed and its KV waits for a decode worker."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepSample:
     """One measured forward pass of a worker."""
 
@@ -145,6 +156,9 @@ class Headroom:
     weights_bytes: int = 0
     activation_bytes_per_token: int = 0
     num_out_of_memory: int = 0
+    num_prefix_asked_tokens: int = 0
+    num_prefix_reused_tokens: int = 0
+    """Since it started: prompt tokens, and those of them whose KV was there already. Reported locally only."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

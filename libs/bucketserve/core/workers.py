@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from bucketserve.core.messages import WorkerJoined
+from bucketserve.core.settings import CoreSettings
 from bucketserve.core.step_times import StepTimes
 from bucketserve.core.types import Batch, BatchId, Headroom, Request, RequestId, WorkerId, WorkerRole
 
@@ -39,6 +40,8 @@ class WorkerState:
     """Requests whose KV is on its way here: tokens to hold, counted here and at the source until it has arrived."""
     outstanding: dict[BatchId, set[RequestId]] = field(default_factory=dict)
     """Batches whose prompts aren't all computed: the requests still to come."""
+    small: set[BatchId] = field(default_factory=set)
+    """Those of them that are small (CoreSettings.small_batch_tokens)."""
     batch_of: dict[RequestId, BatchId] = field(default_factory=dict)
     """The outstanding batch of each such request."""
     requests: set[RequestId] = field(default_factory=set)
@@ -69,8 +72,10 @@ class WorkerState:
         while self.unaccounted and self.unaccounted[0].assignment <= headroom.last_assignment:
             self.unaccounted.popleft()
 
-    def assign(self, batch: Batch, kv_tokens: int) -> None:
+    def assign(self, batch: Batch, kv_tokens: int, *, is_small: bool = False) -> None:
         """Notes a batch given to it."""
+        if is_small:
+            self.small.add(batch.batch_id)
         self.unaccounted.append(_Unaccounted(batch.assignment, kv_tokens, batch.prefill_tokens, len(batch.request_ids)))
         self.outstanding[batch.batch_id] = set(batch.request_ids)
         for request_id in batch.request_ids:
@@ -85,6 +90,7 @@ class WorkerState:
             left.discard(request_id)
             if not left:
                 del self.outstanding[batch_id]
+                self.small.discard(batch_id)
 
     def release(self, request_id: RequestId) -> None:
         """Forgets a request that has left."""
@@ -123,6 +129,13 @@ class WorkerState:
 
     # --- load ---------------------------------------------------------------------------------------------------
 
+    def has_place(self, settings: CoreSettings, *, small: bool) -> bool:
+        """Whether it may be given another batch, a small one or one of any size."""
+        number = len(self.small)
+        if small:
+            return bool(settings.small_batch_tokens) and number < settings.max_outstanding_batches
+        return len(self.outstanding) - number < settings.max_outstanding_batches
+
     def num_sequences(self) -> int:
         """Sequences there or on their way."""
         number = self.headroom.num_running + self.headroom.num_waiting + len(self.incoming)
@@ -145,12 +158,14 @@ class WorkerState:
         """KV tokens in use or reserved, by its report."""
         return self.headroom.kv_total_tokens - self.headroom.kv_free_tokens
 
-    def prefill_in_s(self, num_tokens: int, attention: int, max_chunk_tokens: int) -> float:
+    def prefill_in_s(self, num_tokens: int, attention: int, max_chunk_tokens: int, *, is_small: bool = False) -> float:
         """Returns when that many further prompt tokens are computed, in seconds from now.
 
-        They come after its backlog, and in chunks while it has decodes running.
+        They come after its backlog, and in chunks while it has decodes running. A small batch shares the steps of the
+        backlog by halves.
         """
-        tokens = num_tokens + self.backlog_tokens()
+        backlog = self.backlog_tokens()
+        tokens = num_tokens + (min(backlog, num_tokens) if is_small else backlog)
         running = self.headroom.num_running
         if not running:
             return self.times.step_s(tokens, attention, 0, 0)

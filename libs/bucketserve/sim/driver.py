@@ -25,8 +25,11 @@ from bucketserve.core.messages import (
     KvMoved,
     MoveKv,
     RefuseRequest,
+    ReleaseKv,
     RequestFinished,
+    RequestMoved,
     RequestSubmitted,
+    SwitchRole,
     WorkerJoined,
     WorkerReported,
 )
@@ -195,7 +198,7 @@ class Simulation:
     def _joined(self, worker: SimWorker) -> WorkerJoined:
         return WorkerJoined(
             worker_id=worker.spec.worker_id,
-            role=worker.spec.role,
+            role=worker.role,
             headroom=worker.headroom(),
             context_tokens=self._device.context_tokens,
             pays_padding=worker.spec.cost is CostMode.PADDED,
@@ -221,7 +224,11 @@ class Simulation:
             took_s = self.now_s - self._batch_starts[batch_id]
             events.append(
                 BatchPrefilled(
-                    worker_id=worker_id, batch_id=batch_id, request_ids=tuple(request_ids), duration_s=took_s
+                    worker_id=worker_id,
+                    batch_id=batch_id,
+                    request_ids=tuple(request_ids),
+                    duration_s=took_s,
+                    held=tuple(request_id for request_id in request_ids if worker.held(request_id) is not None),
                 )
             )
         for sequence in outcome.finished:
@@ -279,7 +286,9 @@ class Simulation:
                 self._cancel(self.workers[worker_id], request_id)
             case ChangeEdges():
                 self.stats.num_edge_changes += 1
-            case ForgetRequest():
+            case SwitchRole(worker_id=worker_id, role=role):
+                self.workers[worker_id].role = role
+            case ForgetRequest() | RequestMoved() | ReleaseKv():
                 pass
 
     def _dispatch(self, batch: Batch) -> None:

@@ -30,6 +30,8 @@ class SimWorker:
     def __init__(self, spec: WorkerSpec) -> None:
         """Starts empty and idle."""
         self.spec = spec
+        self.role = spec.role
+        """What it does with batches that come now; the scheduler may switch it."""
         self.end_s: float | None = None
         """When what it does now ends; None while idle."""
         self.last_assignment = 0
@@ -77,7 +79,7 @@ class SimWorker:
                 self._queue_tokens += sequence.prompt_tokens
             else:
                 # A prefill worker holds the prompt's KV only; its output grows elsewhere.
-                output = 0 if self.spec.role is WorkerRole.PREFILL else sequence.max_new_tokens
+                output = 0 if self.role is WorkerRole.PREFILL else sequence.max_new_tokens
                 self._take_kv(sequence, sequence.prompt_tokens + output)
                 self._prefilling[sequence.request_id] = sequence
 
@@ -255,7 +257,7 @@ class SimWorker:
         if sequence.num_generated >= sequence.output_tokens and not self._is_static:
             self._kv_used -= sequence.kv_tokens
             outcome.finished.append(sequence)
-        elif self.spec.role is WorkerRole.PREFILL:
+        elif self.role is WorkerRole.PREFILL:
             self._held[piece.request_id] = sequence
         else:
             self._decode_from_here(sequence)

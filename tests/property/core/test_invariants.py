@@ -146,6 +146,7 @@ core_settings = st.builds(
     edges=st.sampled_from(list(EdgeRule)),
     batch_order=st.sampled_from(list(BatchOrder)),
     max_outstanding_batches=st.integers(1, 3),
+    small_batch_tokens=st.sampled_from([0, 64, 256]),
     max_queued_requests=st.sampled_from([5, 1000]),
     edge_cooldown_s=st.just(0.2),
     rebucket_interval_s=st.just(0.1),

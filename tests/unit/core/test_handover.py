@@ -13,15 +13,19 @@ from bucketserve.core.messages import (
     ForgetRequest,
     KvMoved,
     MoveKv,
+    RefuseReason,
+    RefuseRequest,
+    ReleaseKv,
     RequestCancelled,
     RequestFinished,
+    RequestMoved,
     RequestSubmitted,
     WorkerLost,
 )
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
 from bucketserve.core.types import Batch, RequestId, WorkerId, WorkerRole
-from tests.builders import a_request, joined, reported
+from tests.builders import a_request, at, joined, reported
 
 P, D = WorkerId("p"), WorkerId("d")
 
@@ -40,7 +44,8 @@ def start(core: SchedulerCore, *names: str, prompt: int = 100, output: int = 300
 
 
 def prefilled(batch: Batch) -> BatchPrefilled:
-    return BatchPrefilled(worker_id=P, batch_id=batch.batch_id, request_ids=batch.request_ids, duration_s=0.1)
+    ids = batch.request_ids
+    return BatchPrefilled(worker_id=P, batch_id=batch.batch_id, request_ids=ids, duration_s=0.1, held=ids)
 
 
 def moved(name: str, is_ok: bool = True) -> KvMoved:
@@ -97,3 +102,105 @@ def test_a_request_too_large_for_any_decode_worker_is_refused() -> None:
     core = world(decode_tokens=200)
     decision = core.step([RequestSubmitted(a_request("a", 100, 300))], 0.1)
     assert [command.reason.value for command in decision.commands] == ["too_large"]
+
+
+def test_the_store_hears_where_a_request_decodes_now() -> None:
+    core = world()
+    (batch,) = start(core, "a")
+    core.step([prefilled(batch)], 0.2)
+    # And its old worker that nobody needs the KV there any more.
+    told = (RequestMoved(RequestId("a"), D), ReleaseKv(P, RequestId("a")))
+    assert core.step([moved("a")], 0.3).commands == told
+
+
+def a_new_leader(worker_id: WorkerId) -> SchedulerCore:
+    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
+    core.restore(waiting=[], running={a_request("a", 100, 300, 0.0): worker_id}, edges=())
+    return core
+
+
+def test_a_new_leader_hands_over_what_a_worker_says_it_holds() -> None:
+    core = a_new_leader(P)
+    holder = replace(joined("p", running=(at("a", is_held=True),)), role=WorkerRole.PREFILL)
+    decision = core.step([holder, replace(joined("d"), role=WorkerRole.DECODE)], 0.1)
+    assert [c for c in decision.commands if isinstance(c, MoveKv)] == [
+        MoveKv(request_id=RequestId("a"), source_id=P, target_id=D)
+    ]
+    assert not decision.drops
+
+
+def test_a_request_that_moved_while_nobody_led_is_believed_to_be_where_it_says() -> None:
+    core = a_new_leader(P)
+    decode = replace(joined("d", running=(at("a"),)), role=WorkerRole.DECODE)
+    assert core.step([decode], 0.1).commands == (RequestMoved(RequestId("a"), D),)
+    # The worker that held it comes later and knows nothing of it any more: that is as it should be.
+    assert not core.step([replace(joined("p"), role=WorkerRole.PREFILL)], 0.2).drops
+    done = RequestFinished(request_id=RequestId("a"), attempt=1, worker_id=D, output_tokens=300)
+    assert ForgetRequest(RequestId("a")) in core.step([done], 0.3).commands
+
+
+def test_a_run_of_an_older_attempt_is_stopped_not_believed() -> None:
+    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
+    core.restore(waiting=[], running={a_request("a", 100, 300, 0.0, attempt=2): P}, edges=())
+    decode = replace(joined("d", running=(at("a", 1),)), role=WorkerRole.DECODE)
+    assert core.step([decode], 0.1).commands == (CancelAtWorker(D, RequestId("a")),)
+
+
+def test_a_run_that_the_store_forgot_goes_on_where_it_is() -> None:
+    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
+    core.step([RequestSubmitted(a_request("a", 100, 300, 0.0))], 0.0)
+    decision = core.step([joined("w", running=(at("a"),))], 0.1)
+    assert decision.commands == (RequestMoved(RequestId("a"), WorkerId("w")),)
+    assert core.status().num_waiting == 0
+
+
+def test_a_request_waits_while_the_other_half_is_away_and_is_refused_only_if_no_half_can_hold_it() -> None:
+    core = world()
+    core.step([WorkerLost(D)], 0.1)
+    (batch,) = start(core, "a", now_s=0.2)
+    held = core.step([prefilled(batch)], 0.3)
+    assert not held.drops
+    back = core.step([replace(joined("d"), role=WorkerRole.DECODE)], 0.4)
+    assert [c.request_id for c in back.commands if isinstance(c, MoveKv)] == ["a"]
+    too_large = core.step([RequestSubmitted(a_request("b", 600, 10, 0.5))], 0.5)
+    assert [c.reason for c in too_large.commands if isinstance(c, RefuseRequest)] == [RefuseReason.TOO_LARGE]
+
+
+def test_a_transfer_whose_end_was_lost_with_the_stream_has_ended_all_the_same() -> None:
+    core = world()
+    (batch,) = start(core, "a")
+    core.step([prefilled(batch)], 0.2)
+    back = core.step([replace(joined("d", running=(at("a"),)), role=WorkerRole.DECODE)], 0.3)
+    assert RequestMoved(RequestId("a"), D) in back.commands
+    assert ReleaseKv(P, RequestId("a")) in back.commands
+    done = RequestFinished(request_id=RequestId("a"), attempt=1, worker_id=D, output_tokens=300)
+    assert ForgetRequest(RequestId("a")) in core.step([done], 0.4).commands
+    assert core.status().num_running == 0
+
+
+def rejoined_for_both(core: SchedulerCore, free: int = 500) -> list[object]:
+    """The prefill worker is one for everything now, and still holds the KV of a request."""
+    held = replace(at("a"), is_held=True)
+    event = replace(joined("p", free=free, running=(held,)), role=WorkerRole.BOTH)
+    return list(core.step([WorkerLost(D), event], 0.3).commands)
+
+
+def test_what_a_prefill_worker_holds_goes_on_there_when_it_is_to_do_both() -> None:
+    core = world()
+    core.step([reported("d", free=0)], 0.05)
+    (batch,) = start(core, "a", prompt=100, output=300)
+    assert not [c for c in core.step([prefilled(batch)], 0.2).commands if isinstance(c, MoveKv)]
+    # Its prompt is there already: 300 tokens more are enough.
+    assert MoveKv(request_id=RequestId("a"), source_id=P, target_id=P) in rejoined_for_both(core, free=350)
+    core.step([replace(moved("a"), target_id=P)], 0.4)
+    done = RequestFinished(request_id=RequestId("a"), attempt=1, worker_id=P, output_tokens=300)
+    assert ForgetRequest(RequestId("a")) in core.step([done], 0.5).commands
+    assert core.status().num_running == 0
+
+
+def test_a_decode_worker_comes_before_those_that_do_both() -> None:
+    core = world()
+    (batch,) = start(core, "a")
+    both = replace(joined("b", free=9000), role=WorkerRole.BOTH)
+    (move,) = [c for c in core.step([both, prefilled(batch)], 0.2).commands if isinstance(c, MoveKv)]
+    assert move.target_id == D

@@ -23,7 +23,7 @@ from bucketserve.core.messages import (
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
 from bucketserve.core.types import Batch, LimitedBy, RequestClass, RequestId, StepSample, WorkerId
-from tests.builders import a_request, joined, reported
+from tests.builders import a_request, at, joined, reported
 
 W = WorkerId("w")
 
@@ -105,6 +105,27 @@ def test_sequences_and_outstanding_batches_are_bounded() -> None:
     assert len(batches(under_test.step(events, 0.2))[0].request_ids) == 2
 
 
+def test_small_batches_get_into_a_worker_that_is_busy_with_long_prompts() -> None:
+    under_test = core(max_outstanding_batches=1, small_batch_tokens=100)
+    (long,) = batches(under_test.step([joined(free=9000), *submitted("long", prompt_tokens=1500)], 0.0))
+    # Neither another long one, nor short ones beyond the limit of a small batch.
+    events = [*submitted("other", prompt_tokens=1500), *submitted("a", "b", "c", prompt_tokens=40)]
+    (small,) = batches(under_test.step(events, 0.1))
+    assert small.request_ids == ("a", "b")
+    assert small.limited_by is LimitedBy.TIME
+    # Small ones have as many places as long ones, and don't take theirs.
+    (after,) = batches(under_test.step([prefilled(small)], 0.2))
+    assert after.request_ids == ("c",)
+    (after,) = batches(under_test.step([prefilled(long)], 0.3))
+    assert after.request_ids == ("other",)
+
+
+def test_without_small_batches_all_wait_for_the_long_ones() -> None:
+    under_test = core(max_outstanding_batches=1)
+    under_test.step([joined(free=9000), *submitted("long", prompt_tokens=1500)], 0.0)
+    assert not batches(under_test.step(submitted("a", prompt_tokens=1), 0.1))
+
+
 def prefill_steps(seconds_per_token: float) -> tuple[StepSample, ...]:
     """Enough steps of different sizes to learn a speed from."""
     return tuple(StepSample(prefill_tokens=n, duration_s=n * seconds_per_token) for n in range(20, 400, 20))
@@ -156,7 +177,7 @@ def test_a_lost_worker_s_requests_are_dropped_for_resubmission() -> None:
 def test_a_worker_that_comes_back_keeps_what_it_still_has() -> None:
     under_test = core()
     under_test.step([joined(), *submitted("a", "b")], 0.0)
-    decision = under_test.step([joined(running=(RequestId("a"), RequestId("ghost")))], 1.0)
+    decision = under_test.step([joined(running=(at("a"), at("ghost")))], 1.0)
     assert [drop.request_id for drop in decision.drops] == ["b"]
     assert CancelAtWorker(W, RequestId("ghost")) in decision.commands
     assert under_test.step([finished("a")], 1.1).commands == (ForgetRequest(RequestId("a")),)
@@ -276,7 +297,7 @@ def test_a_restored_core_goes_on() -> None:
     under_test = core()
     running = a_request("runs")
     under_test.restore(waiting=[a_request("waits")], running={running: W}, edges=())
-    decision = under_test.step([joined(running=(RequestId("runs"),), free=980, total=1000)], 0.0)
+    decision = under_test.step([joined(running=(at("runs"),), free=980, total=1000)], 0.0)
     assert decision.drops == ()
     assert [batch.request_ids for batch in batches(decision)] == [("waits",)]
     assert under_test.step([finished("runs")], 1.0).commands == (ForgetRequest(RequestId("runs")),)

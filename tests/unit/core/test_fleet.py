@@ -1,0 +1,35 @@
+"""Rankings of workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bucketserve.core.fleet import Fleet
+from bucketserve.core.settings import CoreSettings
+from bucketserve.core.types import WorkerRole
+from bucketserve.core.workers import WorkerState
+from tests.builders import joined
+
+
+def test_rankings_do_not_grow_with_changes_while_the_best_worker_stays() -> None:
+    fleet = Fleet(CoreSettings())
+    for name, free in (("idle", 9000), ("busy", 1000)):
+        for role in WorkerRole:
+            fleet.join(WorkerState.joined(replace(joined(f"{name}-{role.value}", free=free), role=role)))
+    for _ in range(5_000):
+        for worker in fleet:
+            if worker.worker_id.startswith("busy"):
+                fleet.changed(worker)
+        fleet.candidates()
+    rankings = [value for value in vars(fleet).values() if hasattr(value, "_heap")]
+    assert len(rankings) == 5
+    assert max(len(ranking._heap) for ranking in rankings) < 100
+    assert [worker.worker_id for worker in fleet.decoders()] == ["idle-decode", "busy-decode"]
+
+
+def test_without_decode_workers_those_that_do_both_decode() -> None:
+    fleet = Fleet(CoreSettings())
+    fleet.join(WorkerState.joined(replace(joined("p", free=500), role=WorkerRole.PREFILL)))
+    assert fleet.decoders() == []
+    fleet.join(WorkerState.joined(replace(joined("b", free=500), role=WorkerRole.BOTH)))
+    assert [worker.worker_id for worker in fleet.decoders()] == ["b"]
