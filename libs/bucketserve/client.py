@@ -34,9 +34,10 @@ _SERVICE_CONFIG = json.dumps(
             {
                 "name": [{"service": _SERVICE}],
                 "retryPolicy": {
-                    "maxAttempts": 3,
-                    "initialBackoff": "0.1s",
-                    "maxBackoff": "1s",
+                    # Some three seconds: as long as it takes to find a gateway again whose restart was not noticed yet.
+                    "maxAttempts": 5,
+                    "initialBackoff": "0.2s",
+                    "maxBackoff": "2s",
                     "backoffMultiplier": 2,
                     "retryableStatusCodes": ["UNAVAILABLE"],
                 },
@@ -49,10 +50,12 @@ _SERVICE_CONFIG = json.dumps(
 class BucketServeClient:
     """One channel to a gateway, or to several behind one name (dns:///name:port, round robin)."""
 
-    def __init__(self, address: str) -> None:
-        """Connects when first used."""
-        options = [option for option in CHANNEL_OPTIONS if option[0] != "grpc.service_config"]
-        self._channel = grpc.aio.insecure_channel(address, options=[*options, ("grpc.service_config", _SERVICE_CONFIG)])
+    def __init__(self, address: str, *, options: Sequence[tuple[str, int | str]] = ()) -> None:
+        """Connects when first used; options are further channel arguments."""
+        ours = [option for option in CHANNEL_OPTIONS if option[0] != "grpc.service_config"]
+        self._channel = grpc.aio.insecure_channel(
+            address, options=[*ours, ("grpc.service_config", _SERVICE_CONFIG), *options]
+        )
         self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> BucketServeClient:

@@ -15,6 +15,7 @@ from bucketserve.core.types import (
     Request,
     RequestClass,
     RequestId,
+    RunningRequest,
     StepSample,
     WorkerRole,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "request_from_record",
     "role_from_pb",
     "role_to_pb",
+    "running_from_pb",
     "sequence_from_record",
     "steps_from_pb",
 ]
@@ -103,6 +105,14 @@ def role_from_pb(role: common_pb2.WorkerRole) -> WorkerRole:
     return _ROLES_BACK[role]
 
 
+def running_from_pb(hello: scheduler_pb2.WorkerHello) -> tuple[RunningRequest, ...]:
+    """Returns the requests that a worker says it has."""
+    return tuple(
+        RunningRequest(request_id=RequestId(at.request_id), attempt=at.attempt, is_held=at.HasField("held"))
+        for at in hello.running
+    )
+
+
 def refuse_reason_to_pb(reason: RefuseReason) -> scheduler_pb2.RejectReason:
     """Returns the wire value."""
     return _REFUSALS[reason]
@@ -136,7 +146,9 @@ def request_from_record(record: scheduler_pb2.QueueRecord) -> Request:
     )
 
 
-def sequence_from_record(record: scheduler_pb2.QueueRecord, key: RequestId, batch_id: str) -> SequenceSpec:
+def sequence_from_record(
+    record: scheduler_pb2.QueueRecord, key: RequestId, batch_id: str, *, hands_over: bool = False
+) -> SequenceSpec:
     """Returns what the engine needs to run a queue record; key is the engine's name for this attempt."""
     sampling = record.sampling
     return SequenceSpec(
@@ -155,6 +167,7 @@ def sequence_from_record(record: scheduler_pb2.QueueRecord, key: RequestId, batc
         stop_token_ids=frozenset(record.stop_token_ids),
         num_logprobs=record.num_logprobs if record.HasField("num_logprobs") else None,
         batch_id=BatchId(batch_id),
+        hands_over=hands_over,
     )
 
 

@@ -39,10 +39,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Wraps unary, server-streaming and bidirectional handlers."""
+        """Wraps handlers of all four kinds."""
         handler = await continuation(handler_call_details)
-        if handler is None or (handler.request_streaming and not handler.response_streaming):
-            return handler
+        if handler is None:
+            return None
         method = handler_call_details.method
         read: Any = handler.request_deserializer
 
@@ -78,19 +78,23 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 else grpc.unary_stream_rpc_method_handler
             )
             return of_kind(stream, request_deserializer=deserialize, response_serializer=handler.response_serializer)
-        behavior: Any = handler.unary_unary
+        behavior: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
-        async def unary(request: Any, context: Any) -> Any:
+        async def single(request: Any, context: Any) -> Any:
             try:
-                _check(request)
+                if handler.request_streaming:
+                    request = _readable(request)
+                else:
+                    _check(request)
                 answer = behavior(request, context)
                 return await answer if inspect.isawaitable(answer) else answer
             except BaseException as error:
                 await self._abort(method, context, error)
 
-        return grpc.unary_unary_rpc_method_handler(
-            unary, request_deserializer=deserialize, response_serializer=handler.response_serializer
+        of_kind = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
+        return of_kind(single, request_deserializer=deserialize, response_serializer=handler.response_serializer)
 
     async def _abort(self, method: str, context: Any, error: BaseException) -> None:
         if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):

@@ -28,6 +28,7 @@ from bucketserve.core.errors import (
     DuplicateRequestError,
     FieldViolation,
     InvalidRequestError,
+    NotFoundError,
     OverloadedError,
     RequestCancelledError,
     UnavailableError,
@@ -40,7 +41,7 @@ DOMAIN = "bucketserve"
 
 _CODES: dict[type[BucketServeError], int] = {
     InvalidRequestError: code_pb2.INVALID_ARGUMENT,
-    UnknownModelError: code_pb2.NOT_FOUND,
+    NotFoundError: code_pb2.NOT_FOUND,
     DuplicateRequestError: code_pb2.ALREADY_EXISTS,
     OverloadedError: code_pb2.RESOURCE_EXHAUSTED,
     UnavailableError: code_pb2.UNAVAILABLE,
@@ -61,8 +62,8 @@ def status_of(error: BucketServeError) -> grpc.Status:
             for violation in error.violations
         ]
         status.details.append(_packed(error_details_pb2.BadRequest(field_violations=violations)))
-    if isinstance(error, UnknownModelError):
-        resource = error_details_pb2.ResourceInfo(resource_type="model", resource_name=error.model)
+    if isinstance(error, NotFoundError):
+        resource = error_details_pb2.ResourceInfo(resource_type=error.resource_type, resource_name=error.resource_name)
         status.details.append(_packed(resource))
     if isinstance(error, OverloadedError | UnavailableError):
         delay = duration_pb2.Duration()
@@ -75,7 +76,7 @@ def error_from_call(error: grpc.aio.AioRpcError) -> BucketServeError | None:
     """Returns our error for a failed call, if its status says which; None for any other failure."""
     status = _read_status(error)
     message = error.details() or error.code().name
-    reason, retry_delay_s, violations, model = "", 1.0, [], ""
+    reason, retry_delay_s, violations, missing = "", 1.0, [], ("model", "")
     for detail in status.details if status else ():
         info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
         retry, resource = error_details_pb2.RetryInfo(), error_details_pb2.ResourceInfo()
@@ -86,10 +87,12 @@ def error_from_call(error: grpc.aio.AioRpcError) -> BucketServeError | None:
         elif detail.Unpack(bad):
             violations = [FieldViolation(item.field, item.description) for item in bad.field_violations]
         elif detail.Unpack(resource):
-            model = resource.resource_name
+            missing = (resource.resource_type, resource.resource_name)
     build: dict[grpc.StatusCode, Callable[[], BucketServeError]] = {
         grpc.StatusCode.INVALID_ARGUMENT: lambda: InvalidRequestError(violations or [FieldViolation("", message)]),
-        grpc.StatusCode.NOT_FOUND: lambda: UnknownModelError(model, ()),
+        grpc.StatusCode.NOT_FOUND: lambda: (
+            UnknownModelError(missing[1], ()) if missing[0] == "model" else NotFoundError(*missing, message)
+        ),
         grpc.StatusCode.ALREADY_EXISTS: lambda: DuplicateRequestError(message),
         grpc.StatusCode.RESOURCE_EXHAUSTED: lambda: OverloadedError(
             message, reason=reason or "OVERLOADED", retry_delay_s=retry_delay_s

@@ -185,21 +185,23 @@ class RecordDropped(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[_Union[DropReason, str]] = ...) -> None: ...
 
 class WorkRequest(_message.Message):
-    __slots__ = ("hello", "report", "prefilled", "finished", "draining")
+    __slots__ = ("hello", "report", "prefilled", "finished", "draining", "kv_moved")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     PREFILLED_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    KV_MOVED_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     report: WorkerReport
     prefilled: BatchPrefilled
     finished: RecordFinished
     draining: WorkerDraining
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., prefilled: _Optional[_Union[BatchPrefilled, _Mapping]] = ..., finished: _Optional[_Union[RecordFinished, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ...) -> None: ...
+    kv_moved: KvMoved
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., prefilled: _Optional[_Union[BatchPrefilled, _Mapping]] = ..., finished: _Optional[_Union[RecordFinished, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ..., kv_moved: _Optional[_Union[KvMoved, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running_request_ids")
+    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -208,7 +210,7 @@ class WorkerHello(_message.Message):
     PAYS_PADDING_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
-    RUNNING_REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     role: _common_pb2.WorkerRole
@@ -217,8 +219,48 @@ class WorkerHello(_message.Message):
     pays_padding: bool
     context_tokens: int
     report: WorkerReport
-    running_request_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running_request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    running: _containers.RepeatedCompositeFieldContainer[RunningRecord]
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRecord, _Mapping]]] = ...) -> None: ...
+
+class RunningRecord(_message.Message):
+    __slots__ = ("request_id", "attempt", "held")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    held: HeldKv
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., held: _Optional[_Union[HeldKv, _Mapping]] = ...) -> None: ...
+
+class HeldKv(_message.Message):
+    __slots__ = ("request_id", "num_tokens", "layout", "kv_bytes", "num_bytes", "checksum", "prefill_us", "shared_memory")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_US_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    num_tokens: int
+    layout: str
+    kv_bytes: int
+    num_bytes: int
+    checksum: int
+    prefill_us: int
+    shared_memory: SharedMemory
+    def __init__(self, request_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., layout: _Optional[str] = ..., kv_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., prefill_us: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+
+class SharedMemory(_message.Message):
+    __slots__ = ("locality", "path", "offset")
+    LOCALITY_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    locality: str
+    path: str
+    offset: int
+    def __init__(self, locality: _Optional[str] = ..., path: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
     __slots__ = ("kv_total_tokens", "kv_free_tokens", "kv_bytes_per_token", "device_total_bytes", "device_reserved_bytes", "device_free_bytes", "weights_bytes", "activation_bytes_per_token", "max_sequences", "num_running", "num_waiting", "waiting_prefill_tokens", "last_assignment", "steps", "num_out_of_memory")
@@ -269,14 +311,28 @@ class StepSample(_message.Message):
     def __init__(self, prefill_tokens: _Optional[int] = ..., prefill_attention: _Optional[int] = ..., decode_sequences: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ..., duration_us: _Optional[int] = ...) -> None: ...
 
 class BatchPrefilled(_message.Message):
-    __slots__ = ("batch_id", "duration_us", "request_ids")
+    __slots__ = ("batch_id", "duration_us", "request_ids", "held")
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     DURATION_US_FIELD_NUMBER: _ClassVar[int]
     REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     batch_id: str
     duration_us: int
     request_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, batch_id: _Optional[str] = ..., duration_us: _Optional[int] = ..., request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    held: _containers.RepeatedCompositeFieldContainer[HeldKv]
+    def __init__(self, batch_id: _Optional[str] = ..., duration_us: _Optional[int] = ..., request_ids: _Optional[_Iterable[str]] = ..., held: _Optional[_Iterable[_Union[HeldKv, _Mapping]]] = ...) -> None: ...
+
+class KvMoved(_message.Message):
+    __slots__ = ("request_id", "attempt", "source_worker_id", "is_ok")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    IS_OK_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    source_worker_id: str
+    is_ok: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., source_worker_id: _Optional[str] = ..., is_ok: _Optional[bool] = ...) -> None: ...
 
 class RecordFinished(_message.Message):
     __slots__ = ("request_id", "attempt", "reason", "output_tokens")
@@ -295,16 +351,42 @@ class WorkerDraining(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkResponse(_message.Message):
-    __slots__ = ("welcome", "batch", "cancel", "heartbeat")
+    __slots__ = ("welcome", "batch", "cancel", "heartbeat", "pull", "switch_role")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
+    SWITCH_ROLE_FIELD_NUMBER: _ClassVar[int]
     welcome: WorkerWelcome
     batch: BatchAssignment
     cancel: CancelRecords
     heartbeat: Heartbeat
-    def __init__(self, welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., batch: _Optional[_Union[BatchAssignment, _Mapping]] = ..., cancel: _Optional[_Union[CancelRecords, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    pull: PullKv
+    switch_role: SwitchRole
+    def __init__(self, welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., batch: _Optional[_Union[BatchAssignment, _Mapping]] = ..., cancel: _Optional[_Union[CancelRecords, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pull: _Optional[_Union[PullKv, _Mapping]] = ..., switch_role: _Optional[_Union[SwitchRole, _Mapping]] = ...) -> None: ...
+
+class PullKv(_message.Message):
+    __slots__ = ("record", "batch", "source_worker_id", "source_address", "kv", "epoch")
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    record: QueueRecord
+    batch: _common_pb2.BatchInfo
+    source_worker_id: str
+    source_address: str
+    kv: HeldKv
+    epoch: int
+    def __init__(self, record: _Optional[_Union[QueueRecord, _Mapping]] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ..., source_worker_id: _Optional[str] = ..., source_address: _Optional[str] = ..., kv: _Optional[_Union[HeldKv, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class SwitchRole(_message.Message):
+    __slots__ = ("role",)
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    role: _common_pb2.WorkerRole
+    def __init__(self, role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ...) -> None: ...
 
 class WorkerWelcome(_message.Message):
     __slots__ = ("scheduler", "report_interval_ms", "lease_ms")

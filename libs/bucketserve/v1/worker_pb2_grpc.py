@@ -26,8 +26,7 @@ if _version_not_supported:
 
 
 class WorkerServiceStub:
-    """Served by each worker. FetchKv is the contract for prefill/decode disaggregation; servers that don't
-    implement it yet answer UNIMPLEMENTED.
+    """Served by each worker.
     """
 
     def __init__(self, channel):
@@ -49,8 +48,7 @@ class WorkerServiceStub:
 
 
 class WorkerServiceServicer:
-    """Served by each worker. FetchKv is the contract for prefill/decode disaggregation; servers that don't
-    implement it yet answer UNIMPLEMENTED.
+    """Served by each worker.
     """
 
     def GetWorkerInfo(self, request, context):
@@ -61,7 +59,8 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FetchKv(self, request, context):
-        """Streams the KV of a prefilled request to the decode worker that pulls it.
+        """Gives the KV of a prefilled request to a decode worker on another host; it stays held until the
+        scheduler ends that.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,8 +88,7 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WorkerService:
-    """Served by each worker. FetchKv is the contract for prefill/decode disaggregation; servers that don't
-    implement it yet answer UNIMPLEMENTED.
+    """Served by each worker.
     """
 
     @staticmethod
