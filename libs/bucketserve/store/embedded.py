@@ -1,7 +1,8 @@
-"""A private Redis-protocol server as a child process: for the local stack and for tests. Nothing is kept on disk."""
+"""A private Redis-protocol server as a child process: for the local stack and for tests. Nothing outlives it."""
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import subprocess
@@ -11,9 +12,10 @@ from types import TracebackType
 
 from bucketserve.core.errors import UnavailableError
 
-__all__ = ["EmbeddedServer", "find_server"]
+__all__ = ["EmbeddedServer", "find_server", "free_port"]
 
 START_S = 20.0
+PORTS = (15_000, 32_000)
 
 
 def find_server() -> str:
@@ -42,11 +44,24 @@ def find_server() -> str:
 class EmbeddedServer:
     """Runs between entering and leaving, on 127.0.0.1 and a free port."""
 
-    def __init__(self, port: int = 0) -> None:
-        """Starts nothing yet."""
-        self._port = port or _free_port()
+    def __init__(self, port: int = 0, *, is_durable: bool = False, replica_of: int = 0) -> None:
+        """Starts nothing yet.
+
+        Args:
+            port: where to listen; 0 for any free one.
+            is_durable: what was written is there again after stop and start, or kill and start.
+            replica_of: port of the server on this machine whose data to copy; 0 for none.
+        """
+        self._is_durable = is_durable
+        self._replica_of = replica_of
+        self._port = port or free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="bucketserve-valkey-")
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._port
 
     @property
     def url(self) -> str:
@@ -73,12 +88,15 @@ class EmbeddedServer:
         self._folder.cleanup()
 
     def start(self) -> None:
-        """Starts it (again, empty).
+        """Starts it, again with what it held if it is durable, else empty.
 
         Raises:
             UnavailableError: there is no binary, or it ended or did not answer.
         """
-        command = [find_server(), "--port", str(self._port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        command = [find_server(), "--port", str(self._port), "--bind", "127.0.0.1", "--save", ""]
+        command += ["--appendonly", "yes", "--appendfsync", "always"] if self._is_durable else ["--appendonly", "no"]
+        if self._replica_of:
+            command += ["--replicaof", "127.0.0.1", str(self._replica_of), "--repl-diskless-sync-delay", "0"]
         # A session of its own: Ctrl-C in a terminal must not end it before its clients.
         self._process = subprocess.Popen(
             [*command, "--dir", self._folder.name],
@@ -93,8 +111,15 @@ class EmbeddedServer:
                 raise UnavailableError(f"{command[0]} did not start on port {self._port}", reason="NO_STORE")
             time.sleep(0.02)
 
+    def kill(self) -> None:
+        """Ends it as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(5)
+            self._process = None
+
     def stop(self) -> None:
-        """Ends it; what it held is gone."""
+        """Ends it."""
         if self._process is None:
             return
         self._process.terminate()
@@ -115,8 +140,16 @@ def _answers(port: int) -> bool:
         return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> int:
+    """Returns a free port of 127.0.0.1, outside of the range that outgoing connections take theirs from.
+
+    Within it a port that was free a moment ago may be the near end of somebody's connection by the time it is bound.
+    """
+    while True:
+        port = random.randrange(*PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

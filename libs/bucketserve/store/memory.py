@@ -15,6 +15,7 @@ from bucketserve.ports import (
     Admit,
     Claim,
     Leadership,
+    Move,
     Remove,
     SetEdges,
     StoredRecord,
@@ -106,6 +107,12 @@ class MemoryStore:
                     if state.waiting.pop(request_id, None) is not None:
                         state.claims[request_id] = mark
                 return [request_id for request_id in write.request_ids if state.claims.get(request_id) == mark]
+            case Move():
+                if write.request_id not in state.records:
+                    return []
+                state.waiting.pop(write.request_id, None)
+                state.claims[write.request_id] = (write.worker_id, write.batch_id)
+                return [write.request_id]
             case Remove():
                 removed = [rid for rid in write.request_ids if state.records.pop(rid, None) is not None]
                 for request_id in write.request_ids:

@@ -2,35 +2,85 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Sequence
 from importlib import resources
 from typing import Any, TypeVar, cast
+from urllib.parse import unquote
 
 import redis.asyncio as aioredis
+from redis.asyncio.sentinel import Sentinel
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from bucketserve.core.errors import StaleEpochError, UnavailableError
+from bucketserve.core.errors import SettingsError, StaleEpochError, UnavailableError
 from bucketserve.core.types import BatchId, RequestId, WorkerId
-from bucketserve.ports import Admit, Claim, Leadership, Remove, SetEdges, StoredRecord, StoreSnapshot, Write
+from bucketserve.ports import Admit, Claim, Leadership, Move, Remove, SetEdges, StoredRecord, StoreSnapshot, Write
 from bucketserve.store.keys import Keys
 
-__all__ = ["RedisStore", "connect"]
+__all__ = ["RedisStore", "connect", "guard"]
 
 T = TypeVar("T")
 
 TIMEOUT_S = 5.0
 SCAN_COUNT = 1_000
-SCRIPTS = ("lead", "resign", "admit", "claim", "remove", "edges")
+SCRIPTS = ("lead", "resign", "admit", "claim", "move", "remove", "edges")
 
 
 def connect(url: str) -> aioredis.Redis:
-    """Returns a client for redis://[user:password@]host:port/db; connects when first used."""
-    client: aioredis.Redis = aioredis.from_url(
-        url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, health_check_interval=15
-    )
+    """Returns a client; connects when first used.
+
+    Args:
+        url: redis:// or rediss://[user:password@]host:port/db, unix://path, or, for the master that Sentinels name,
+            sentinel://[user:password@]host:port,host:port/service[/db].
+
+    Raises:
+        SettingsError: a Sentinel URL names no Sentinel or no service.
+    """
+    options: dict[str, Any] = {
+        "socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S, "health_check_interval": 15
+    }  # fmt: skip
+    if url.startswith("sentinel://"):
+        return _connect_by_sentinel(url, options)
+    client: aioredis.Redis = aioredis.from_url(url, **options)
     return client
+
+
+def _connect_by_sentinel(url: str, options: dict[str, Any]) -> aioredis.Redis:
+    authority, _, path = url.removeprefix("sentinel://").partition("/")
+    credentials, _, hosts = authority.rpartition("@")
+    service, _, db = path.partition("/")
+    addresses = [(host, int(port)) for host, _, port in (item.rpartition(":") for item in hosts.split(",")) if host]
+    if not addresses or not service or not (db or "0").isdigit():
+        # Without the credentials: the message goes to a log.
+        shown = f"sentinel://{hosts}/{path}"
+        raise SettingsError([f"redis_url {shown!r}: write sentinel://host:port,host:port/service or .../service/db"])
+    user, _, password = credentials.partition(":")
+    sentinel = Sentinel(
+        addresses, sentinel_kwargs={"socket_timeout": 1.0, "socket_connect_timeout": 1.0}, min_other_sentinels=0
+    )  # type: ignore[no-untyped-call]
+    client: _MasterClient = sentinel.master_for(
+        service,
+        redis_class=_MasterClient,
+        db=int(db or 0),
+        username=unquote(user) or None,
+        password=unquote(password) or None,
+        **options,
+    )
+    client.watchers = sentinel
+    return client
+
+
+class _MasterClient(aioredis.Redis):
+    """A client of whichever server is master; closes its connections to the Sentinels as well."""
+
+    watchers: Sentinel
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        await super().aclose(close_connection_pool=True)
+        for watcher in self.watchers.sentinels:
+            await watcher.aclose()
 
 
 class RedisStore:
@@ -47,29 +97,29 @@ class RedisStore:
     async def lead(self, owner: str, ttl_s: float) -> Leadership | None:
         """See QueueStore."""
         keys = [self._keys.leader, self._keys.epoch]
-        epoch = await _guard(self._scripts["lead"](keys=keys, args=[owner, round(ttl_s * 1e3)]))
+        epoch = await guard(self._scripts["lead"](keys=keys, args=[owner, round(ttl_s * 1e3)]))
         return None if epoch < 0 else Leadership(owner=owner, epoch=int(epoch))
 
     async def resign(self, leadership: Leadership) -> None:
         """See QueueStore."""
         keys = [self._keys.leader, self._keys.epoch]
-        await _guard(self._scripts["resign"](keys=keys, args=[leadership.owner, leadership.epoch]))
+        await guard(self._scripts["resign"](keys=keys, args=[leadership.owner, leadership.epoch]))
 
     async def load(self, leadership: Leadership) -> StoreSnapshot:
         """See QueueStore. Reads in pages, so that a long queue blocks the server for no one."""
-        return await _guard(self._load(leadership))
+        return await guard(self._load(leadership))
 
     async def apply(self, leadership: Leadership, writes: Sequence[Write]) -> Sequence[frozenset[RequestId]]:
         """See QueueStore."""
         if not writes:
             return []
         try:
-            return await _guard(self._apply(leadership, writes))
+            return await guard(self._apply(leadership, writes))
         except NoScriptError:
             # The server was restarted or failed over: it has no scripts. Nothing that follows a missing script is
             # harmed by running again, since every write is idempotent.
-            await _guard(self._load_scripts())
-            return await _guard(self._apply(leadership, writes))
+            await guard(self._load_scripts())
+            return await guard(self._apply(leadership, writes))
 
     async def close(self) -> None:
         """See QueueStore. The client belongs to whoever made it."""
@@ -105,6 +155,12 @@ class RedisStore:
                     "claim",
                     [keys.epoch, keys.waiting, keys.claim],
                     [write.worker_id, write.batch_id, *write.request_ids],
+                )
+            case Move():
+                return (
+                    "move",
+                    [keys.epoch, keys.record, keys.waiting, keys.claim],
+                    [write.request_id, write.worker_id, write.batch_id],
                 )
             case Remove():
                 return "remove", [keys.epoch, keys.record, keys.waiting, keys.claim], [*write.request_ids]
@@ -144,14 +200,27 @@ def _effect(write: Write, reply: Any) -> frozenset[RequestId]:
     return frozenset(RequestId(item.decode()) for item in reply)
 
 
-async def _guard(call: Awaitable[T]) -> T:
-    """Awaits a call and turns the library's errors into ours.
+async def guard(call: Awaitable[T]) -> T:
+    """Awaits a call, turns the library's errors into ours, and sees to it that cancelling its caller works.
+
+    The library sends by asyncio.wait_for, which on Python 3.11 swallows a cancellation that comes as the sending is
+    done: a task that goes on for ever would miss its only one, and its process could not end.
 
     Raises:
         StaleEpochError: a script refused the epoch.
         UnavailableError: the server can't be reached, is loading, or is a replica.
         NoScriptError: as it is; the caller loads the scripts.
     """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    try:
+        return await _in_our_terms(call)
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
+async def _in_our_terms(call: Awaitable[T]) -> T:
     try:
         return await call
     except NoScriptError:

@@ -9,7 +9,7 @@ import pytest
 
 from bucketserve.core.errors import StaleEpochError
 from bucketserve.core.types import BatchId, RequestId, WorkerId
-from bucketserve.ports import Admit, Claim, Leadership, QueueStore, Remove, SetEdges
+from bucketserve.ports import Admit, Claim, Leadership, Move, QueueStore, Remove, SetEdges
 
 NewStore = Callable[[], QueueStore]
 
@@ -51,6 +51,21 @@ async def test_records_are_read_back_as_they_were_written(new_store: NewStore) -
     assert (await store.load(lead)).edges == (16, 128)
     assert await store.apply(lead, [remove("r1", "missing")]) == [{"r1"}]
     assert await held(store, lead) == {"r 2": (1, b"p", None, None)}
+
+
+async def test_a_moved_record_is_at_its_new_worker_from_wherever_it_was(new_store: NewStore) -> None:
+    store = new_store()
+    lead = await led(store)
+    await store.apply(lead, [admit("claimed"), admit("waits"), claim("claimed")])
+    moves = [
+        Move(request_id=RequestId(name), worker_id=WorkerId("d"), batch_id=BatchId("b"))
+        for name in ("claimed", "waits", "unknown")
+    ]
+    for _ in range(2):
+        assert await store.apply(lead, moves) == [{"claimed"}, {"waits"}, frozenset()]
+        assert await held(store, lead) == {"claimed": (1, b"p", "d", "b"), "waits": (1, b"p", "d", "b")}
+    # It does not wait any more, so that no batch can claim it.
+    assert await store.apply(lead, [claim("waits", worker="w2")]) == [frozenset()]
 
 
 async def test_writing_twice_is_writing_once(new_store: NewStore) -> None:

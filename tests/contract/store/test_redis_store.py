@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from bucketserve.core.errors import StaleEpochError, UnavailableError
+from bucketserve.core.errors import SettingsError, StaleEpochError, UnavailableError
 from bucketserve.store.embedded import EmbeddedServer
-from bucketserve.store.redis import RedisStore, connect
+from bucketserve.store.redis import RedisStore, connect, guard
 from tests.contract.store.test_queue_store import admit, claim, held, led
 
 pytestmark = pytest.mark.redis
@@ -36,6 +36,48 @@ async def test_scripts_are_loaded_again_after_the_server_forgot_them(valkey: Emb
     await store.apply(lead, [admit("r2"), claim("r1")])
     assert await held(store, lead) == {"r1": (1, b"p", "w", "b"), "r2": (1, b"p", None, None)}
     await client.aclose()
+
+
+async def test_a_cancellation_that_comes_as_a_call_is_done_is_not_lost() -> None:
+    async def call() -> None:
+        running.cancel()
+
+    async def for_long() -> None:
+        for _ in range(100):
+            # As the client of the server sends; on Python 3.11 wait_for returns as if nothing had happened.
+            await guard(asyncio.wait_for(call(), 5))
+
+    running = asyncio.create_task(for_long())
+    await asyncio.wait([running], timeout=5)
+    assert running.cancelled()
+
+
+async def test_what_is_done_on_cancellation_is_done_to_its_end() -> None:
+    async def call() -> int:
+        await asyncio.sleep(0)
+        return 1
+
+    done = []
+
+    async def clean_up() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            done.extend([await guard(call()), await guard(call())])
+
+    running = asyncio.create_task(clean_up())
+    await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait([running], timeout=5)
+    assert running.cancelled()
+    assert done == [1, 1]
+
+
+def test_a_bad_sentinel_url_is_refused_without_its_password() -> None:
+    for url in ("sentinel://user:hunter2@host:26379", "sentinel://user:hunter2@host:26379/main/x", "sentinel://"):
+        with pytest.raises(SettingsError, match="sentinel://host:port") as caught:
+            connect(url)
+        assert "hunter2" not in str(caught.value)
 
 
 async def test_apply_is_one_round_trip(valkey: EmbeddedServer) -> None:

@@ -1,0 +1,217 @@
+"""Batch jobs on Redis or Valkey: requests, who runs which, results.
+
+| key                       | type   | content                                                                      |
+|---------------------------|--------|------------------------------------------------------------------------------|
+| bs:{job id}:meta          | hash   | state, total, done, failed, ttl (s), created (us), tenant, digest of requests|
+| bs:{job id}:upload:{name} | hash   | the same while they come in: each submission has its own until one is whole  |
+| bs:{job id}:item          | hash   | index -> serialised request                                                  |
+| bs:{job id}:pending       | zset   | indices that nobody runs                                                     |
+| bs:{job id}:lease         | zset   | index -> end of its runner's lease (ms)                                      |
+| bs:{job id}:owner         | hash   | index -> its runner                                                          |
+| bs:{job id}:result        | hash   | index -> serialised result                                                   |
+| bs:{jobs}:open            | zset   | job id -> created (us); jobs that may have something to run                  |
+
+All keys of a job expire together, ttl seconds after its last progress: a request taken up, still running, or ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, TypeVar, cast
+
+import redis.asyncio as aioredis
+
+from bucketserve.core.errors import DuplicateRequestError, NotFoundError
+from bucketserve.store.redis import guard
+
+__all__ = ["JobInfo", "JobStore"]
+
+T = TypeVar("T")
+
+OPEN = "bs:{jobs}:open"
+MOST_AT_ONCE = 8
+"""Commands at once, and so connections."""
+LOADING_TTL_S = 600
+"""A submission that stops half-way is forgotten after this."""
+SCRIPTS = (
+    "job_begin",
+    "job_put",
+    "job_start",
+    "job_cancel",
+    "job_claim",
+    "job_renew",
+    "job_release",
+    "job_finish",
+)
+PARTS = ("meta", "item", "pending", "lease", "owner", "result")
+UNENDED = ("loading", "running")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobInfo:
+    """A job as it stands."""
+
+    job_id: str
+    state: str
+    """loading, running, completed or cancelled."""
+    tenant: str
+    num_requests: int
+    num_done: int
+    num_failed: int
+    ttl_s: int
+    created_unix_us: int
+
+
+class JobStore:
+    """Every method is atomic and safe to repeat.
+
+    Raises, all of them:
+        UnavailableError: the server can't be reached.
+    """
+
+    def __init__(self, client: aioredis.Redis) -> None:
+        """Does not own the client."""
+        self._client = client
+        self._limit = asyncio.Semaphore(MOST_AT_ONCE)
+        folder = resources.files("bucketserve.store") / "lua"
+        self._scripts = {name: client.register_script((folder / f"{name}.lua").read_text()) for name in SCRIPTS}
+
+    async def begin(self, job_id: str, tenant: str, ttl_s: int) -> JobInfo:
+        """Makes room for a job's requests; returns the job if there is one of that id."""
+        created_us = time.time_ns() // 1000
+        fields: dict[str, str | int] = {"tenant": tenant, "ttl": ttl_s, "created": created_us}
+        fields |= {"total": 0, "done": 0, "failed": 0}
+        pairs = [item for field in fields.items() for item in field]
+        await self._run("job_begin", [_key(job_id, "meta")], LOADING_TTL_S, *pairs)
+        return await self.get(job_id)
+
+    async def put(self, job_id: str, upload: str, first_index: int, requests: Sequence[bytes]) -> None:
+        """Stores requests of a job that is loading, apart from those of other submissions under the same id.
+
+        Raises:
+            NotFoundError: its submission took too long.
+        """
+        keys = [_key(job_id, "meta"), _key(job_id, f"upload:{upload}")]
+        if await self._run("job_put", keys, LOADING_TTL_S, first_index, *requests) < 0:
+            raise NotFoundError("job", job_id)
+
+    async def start(self, job_id: str, upload: str, total: int, digest: str) -> JobInfo:
+        """Lets a job run with the requests of this submission, unless it does already.
+
+        Raises:
+            DuplicateRequestError: it was submitted with other requests.
+            NotFoundError: its submission took too long.
+        """
+        created_us = (await self.get(job_id)).created_unix_us
+        # Listed first: should this process end between the two, runners find a job that has not started, and wait.
+        await self._ask(self._client.zadd(OPEN, {job_id: created_us}))
+        names = ("meta", f"upload:{upload}", "item", "pending")
+        found = await self._run("job_start", [_key(job_id, name) for name in names], total, digest)
+        if found < 0:
+            raise NotFoundError("job", job_id)
+        if not found:
+            raise DuplicateRequestError("a job with this idempotency key has other requests")
+        return await self.get(job_id)
+
+    async def get(self, job_id: str) -> JobInfo:
+        """Returns a job.
+
+        Raises:
+            NotFoundError: there is none, or not any more.
+        """
+        found = await self._ask(cast(Awaitable[dict[bytes, bytes]], self._client.hgetall(_key(job_id, "meta"))))
+        if b"state" not in found or b"created" not in found:
+            raise NotFoundError("job", job_id)
+        return JobInfo(
+            job_id=job_id,
+            state=found[b"state"].decode(),
+            tenant=found[b"tenant"].decode(),
+            num_requests=int(found[b"total"]),
+            num_done=int(found[b"done"]),
+            num_failed=int(found[b"failed"]),
+            ttl_s=int(found[b"ttl"]),
+            created_unix_us=int(found[b"created"]),
+        )
+
+    async def cancel(self, job_id: str) -> JobInfo:
+        """Ends a job.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        await self._run("job_cancel", _parts(job_id))
+        return await self.get(job_id)
+
+    async def results(self, job_id: str, indices: Sequence[int]) -> list[bytes | None]:
+        """Returns results; None where there is none yet."""
+        if not indices:
+            return []
+        call = self._client.hmget(_key(job_id, "result"), [str(index) for index in indices])
+        return list(await self._ask(cast(Awaitable[list[bytes | None]], call)))
+
+    # --- for runners ---------------------------------------------------------------------------------------------
+
+    async def open_jobs(self) -> list[JobInfo]:
+        """Returns the jobs that run, oldest first; those that are over are dropped from the list."""
+        names = cast(list[bytes], await self._ask(self._client.zrange(OPEN, 0, -1)))
+        jobs = []
+        for name in names:
+            info = await self._find(name.decode())
+            if info is None or info.state not in UNENDED:
+                await self._ask(self._client.zrem(OPEN, name))
+                # It may have been submitted anew meanwhile; a job that is in no list never runs.
+                info = await self._find(name.decode())
+                if info is not None and info.state in UNENDED:
+                    await self._ask(self._client.zadd(OPEN, {name: info.created_unix_us}))
+            if info is not None and info.state == "running":
+                jobs.append(info)
+        return jobs
+
+    async def claim(self, job_id: str, owner: str, most: int, lease_s: float) -> list[tuple[int, bytes]]:
+        """Gives a runner at most that many requests to run; they are its own until its lease is over."""
+        indices = await self._run("job_claim", _parts(job_id), owner, most, round(lease_s * 1e3))
+        if not indices:
+            return []
+        call = self._client.hmget(_key(job_id, "item"), [str(index) for index in indices])
+        items = await self._ask(cast(Awaitable[list[bytes | None]], call))
+        return [(index, item) for index, item in zip(indices, items, strict=True) if item is not None]
+
+    async def renew(self, job_id: str, owner: str, indices: Sequence[int], lease_s: float) -> set[int]:
+        """Renews leases; returns the requests that are still the runner's to run."""
+        return set(await self._run("job_renew", _parts(job_id), owner, round(lease_s * 1e3), *indices))
+
+    async def release(self, job_id: str, owner: str, indices: Sequence[int]) -> None:
+        """Gives requests back."""
+        await self._run("job_release", _parts(job_id), owner, *indices)
+
+    async def finish(self, job_id: str, owner: str, index: int, result: bytes, *, is_error: bool) -> bool:
+        """Stores a result; False if the request is not the runner's any more or has one."""
+        return bool(await self._run("job_finish", _parts(job_id), owner, index, result, int(is_error)))
+
+    async def _find(self, job_id: str) -> JobInfo | None:
+        try:
+            return await self.get(job_id)
+        except NotFoundError:
+            return None
+
+    async def _ask(self, call: Awaitable[T]) -> T:
+        # As many connections as commands at once: a thousand results that come together must not open a thousand.
+        async with self._limit:
+            return await guard(call)
+
+    async def _run(self, script: str, keys: Sequence[str], *args: str | int | bytes) -> Any:
+        # register_script loads the script again where the server does not know it.
+        return await self._ask(self._scripts[script](keys=list(keys), args=list(args)))
+
+
+def _key(job_id: str, name: str) -> str:
+    return f"bs:{{{job_id}}}:{name}"
+
+
+def _parts(job_id: str) -> list[str]:
+    """Returns the keys of a job that has started."""
+    return [_key(job_id, name) for name in PARTS]

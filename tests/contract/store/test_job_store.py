@@ -1,0 +1,185 @@
+"""Batch jobs in a real server: who owns what, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import redis.asyncio as aioredis
+
+from bucketserve.core.errors import DuplicateRequestError, NotFoundError
+from bucketserve.store.embedded import EmbeddedServer
+from bucketserve.store.jobs import OPEN, JobStore
+from bucketserve.store.redis import connect
+
+pytestmark = pytest.mark.redis
+
+LEASE_S = 30.0
+
+
+@pytest.fixture
+async def client(valkey: EmbeddedServer) -> AsyncIterator[aioredis.Redis]:
+    client = connect(valkey.url)
+    await client.flushdb()
+    yield client
+    await client.aclose()
+
+
+async def submitted(store: JobStore, number: int = 3, ttl_s: int = 60, job_id: str = "j") -> None:
+    await store.begin(job_id, "t", ttl_s)
+    await store.put(job_id, "u", 0, [f"r{i}".encode() for i in range(number)])
+    await store.start(job_id, "u", number, "digest")
+
+
+async def keys_of(client: aioredis.Redis) -> dict[str, int]:
+    """Every key of jobs and the milliseconds that it has; -1: for ever."""
+    keys = [key async for key in client.scan_iter("bs:*") if key.decode() != OPEN]
+    return {key.decode(): await client.pttl(key) for key in keys}
+
+
+async def test_keys_of_a_job_share_a_slot_and_none_outlives_it(client: aioredis.Redis) -> None:
+    store = JobStore(client)
+    await submitted(store, number=4, ttl_s=2)
+    assert [item for _, item in await store.claim("j", "a", 3, LEASE_S)] == [b"r0", b"r1", b"r2"]
+    # Its runner dies with one, gives one back, and finishes one.
+    await store.release("j", "a", [1])
+    assert await store.finish("j", "a", 2, b"result", is_error=False)
+    keys = await keys_of(client)
+    assert set(keys) == {f"bs:{{j}}:{part}" for part in ("meta", "item", "pending", "lease", "owner", "result")}
+    assert all(0 < left_ms <= 2000 for left_ms in keys.values()), keys
+    await asyncio.sleep(2.1)
+    assert await keys_of(client) == {}
+    with pytest.raises(NotFoundError):
+        await store.get("j")
+    assert await store.open_jobs() == []
+    assert await client.exists(OPEN) == 0
+
+
+@pytest.mark.parametrize("step", ["begun", "put", "started", "claimed", "released", "cancelled"])
+async def test_whatever_a_job_is_left_at_it_expires(client: aioredis.Redis, step: str) -> None:
+    store = JobStore(client)
+    if step in ("begun", "put"):
+        await store.begin("j", "t", 60)
+        if step == "put":
+            await store.put("j", "u", 0, [b"r"])
+    else:
+        await submitted(store)
+        claimed = await store.claim("j", "a", 10, LEASE_S) if step != "started" else []
+        if step == "released":
+            await store.release("j", "a", [index for index, _ in claimed])
+        if step == "cancelled":
+            await store.cancel("j")
+    keys = await keys_of(client)
+    assert keys and all(left_ms > 0 for left_ms in keys.values()), keys
+
+
+async def test_a_job_does_not_expire_while_its_requests_run(client: aioredis.Redis) -> None:
+    store = JobStore(client)
+    await submitted(store, ttl_s=1)
+    await store.claim("j", "a", 1, LEASE_S)
+    for _ in range(4):
+        await asyncio.sleep(0.5)
+        assert await store.renew("j", "a", [0], LEASE_S) == {0}
+    assert await store.finish("j", "a", 0, b"late", is_error=False)
+    assert [item for _, item in await store.claim("j", "b", 10, LEASE_S)] == [b"r1", b"r2"]
+
+
+async def test_two_submissions_under_one_name_do_not_mix(client: aioredis.Redis) -> None:
+    store, other = JobStore(client), JobStore(client)
+    for each in (store, other):
+        await each.begin("j", "t", 60)
+    await store.put("j", "mine", 0, [b"mine 0", b"mine 1"])
+    await other.put("j", "theirs", 0, [b"theirs 0"])
+    await store.start("j", "mine", 2, "mine")
+    # Late, and of no effect.
+    await other.put("j", "theirs", 1, [b"theirs 1"])
+    with pytest.raises(DuplicateRequestError):
+        await other.start("j", "theirs", 2, "theirs")
+    assert await store.claim("j", "a", 10, LEASE_S) == [(0, b"mine 0"), (1, b"mine 1")]
+    assert not [key for key in await keys_of(client) if "upload" in key]
+    # The same requests again are the same job, and start nothing.
+    await other.begin("j", "t", 60)
+    assert (await other.start("j", "again", 2, "mine")).num_requests == 2
+    assert await store.claim("j", "a", 10, LEASE_S) == []
+
+
+async def test_an_upload_that_was_forgotten_in_part_does_not_run(client: aioredis.Redis) -> None:
+    store = JobStore(client)
+    await store.begin("j", "t", 60)
+    await store.put("j", "u", 1, [b"the second"])
+    with pytest.raises(NotFoundError):
+        await store.start("j", "u", 2, "d")
+    assert (await store.get("j")).state == "loading"
+
+
+async def test_a_job_cancelled_while_it_loads_says_so(client: aioredis.Redis) -> None:
+    store = JobStore(client)
+    await store.begin("j", "t", 60)
+    await store.put("j", "u", 0, [b"r"])
+    await store.cancel("j")
+    await store.put("j", "u", 1, [b"s"])
+    assert (await store.start("j", "u", 2, "d")).state == "cancelled"
+    assert await store.claim("j", "a", 10, LEASE_S) == []
+    assert await store.open_jobs() == []
+
+
+async def test_a_cancelled_job_is_nobodys_and_keeps_its_results(client: aioredis.Redis) -> None:
+    store = JobStore(client)
+    await submitted(store)
+    await store.claim("j", "a", 2, LEASE_S)
+    assert await store.finish("j", "a", 0, b"there", is_error=False)
+    assert (await store.cancel("j")).state == "cancelled"
+    assert await store.renew("j", "a", [1], LEASE_S) == set()
+    assert not await store.finish("j", "a", 1, b"too late", is_error=False)
+    await store.release("j", "a", [1])
+    assert set(await keys_of(client)) == {"bs:{j}:meta", "bs:{j}:item", "bs:{j}:result"}
+    assert await store.results("j", range(3)) == [b"there", None, None]
+    # Once more: nothing new; and a job that has completed is not cancelled any more.
+    assert (await store.cancel("j")).num_done == 1
+    await submitted(store, number=1, job_id="k")
+    await store.claim("k", "a", 1, LEASE_S)
+    await store.finish("k", "a", 0, b"x", is_error=True)
+    done = await store.cancel("k")
+    assert (done.state, done.num_done, done.num_failed) == ("completed", 1, 1)
+
+
+async def test_a_request_whose_runner_is_gone_runs_elsewhere_and_has_one_result(client: aioredis.Redis) -> None:
+    store = JobStore(client)
+    await submitted(store, number=1)
+    assert len(await store.claim("j", "a", 1, 0.05)) == 1
+    assert await store.claim("j", "b", 1, LEASE_S) == []
+    await asyncio.sleep(0.1)
+    assert len(await store.claim("j", "b", 1, LEASE_S)) == 1
+    assert await store.renew("j", "a", [0], LEASE_S) == set()
+    assert not await store.finish("j", "a", 0, b"of the former", is_error=False)
+    await store.release("j", "a", [0])
+    assert await store.finish("j", "b", 0, b"of the latter", is_error=False)
+    assert not await store.finish("j", "b", 0, b"again", is_error=False)
+    assert await store.results("j", [0]) == [b"of the latter"]
+    assert (await store.get("j")).num_done == 1
+
+
+async def test_a_job_whose_submitter_ends_between_two_writes_runs_all_the_same(client: aioredis.Redis) -> None:
+    store = JobStore(client)
+    await store.begin("j", "t", 60)
+    await store.put("j", "u", 0, [b"r"])
+    scripts = dict(store._scripts)
+
+    class EndedError(Exception):
+        pass
+
+    def ended(**call: object) -> None:
+        raise EndedError
+
+    # Listed, but not started: runners look at it, and leave it in the list.
+    store._scripts["job_start"] = ended  # type: ignore[assignment]
+    with pytest.raises(EndedError):
+        await store.start("j", "u", 1, "d")
+    assert await store.open_jobs() == []
+    assert await client.zscore(OPEN, "j") is not None
+    # Started, and not another word.
+    await scripts["job_start"](
+        keys=[f"bs:{{j}}:{name}" for name in ("meta", "upload:u", "item", "pending")], args=[1, "d"]
+    )
+    assert [job.job_id for job in await store.open_jobs()] == ["j"]
