@@ -17,6 +17,8 @@ def document() -> str:
         "Made from `bucketserve.telemetry.names` by `scripts/metrics_doc.py`; `make docs` writes it again.",
         "",
         "Each service answers Prometheus at `/metrics` on its `metrics_listen` address. No label carries an id.",
+        "Beside what follows all of them export `process_*` (CPU seconds, resident memory, open files) and",
+        "`process_asyncio_tasks`.",
     ]
     for service in Service:
         lines += ["", f"## {service.value}", "", "| metric | type | unit | labels | meaning |", "|---|---|---|---|---|"]

@@ -24,6 +24,7 @@ from bucketserve.sim.workload import WORKLOADS, Arrivals
 from bucketserve_cli import demo as demo_command
 from bucketserve_cli.bench import BenchOptions, run_bench
 from bucketserve_cli.generate import GenerateOptions, stream_generation
+from bucketserve_cli.job import job_app
 from bucketserve_cli.sim import SimOptions, option_slo, parse_settings, run_simulation
 from bucketserve_cli.stack import LocalStack, StackError, StackSpec
 from bucketserve_cli.status import show_status
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(job_app, name="job")
 
 console = Console()
 errors = Console(stderr=True)
@@ -61,11 +63,25 @@ def _model_or_exit(model: str, engine: str) -> str:
     return model
 
 
+def _roles_or_exit(roles: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in roles.split(",") if name.strip())
+    if unknown := [name for name in names if name not in ("both", "prefill", "decode")]:
+        errors.print(f"[red]error:[/] --roles {unknown[0]!r}: a role is both, prefill or decode")
+        raise typer.Exit(2)
+    if names and "both" not in names and not {"prefill", "decode"} <= set(names):
+        errors.print("[red]error:[/] --roles: prefill workers need a decode worker, and the other way round")
+        raise typer.Exit(2)
+    return names
+
+
 @app.command()
 def up(
     model: ModelOption = "",
     model_name: Annotated[str, typer.Option(help="name that clients use")] = "demo",
     workers: Annotated[int, typer.Option(min=1, max=64, help="worker processes")] = 1,
+    roles: Annotated[
+        str, typer.Option(help="role of each worker: both, prefill or decode, separated by commas; replaces --workers")
+    ] = "",
     engine: Annotated[str, typer.Option(help="transformers or fake")] = "transformers",
     port: Annotated[
         int, typer.Option(min=0, max=65534, help="port of the API, the next is the scheduler's; 0: any")
@@ -79,6 +95,7 @@ def up(
         model=_model_or_exit(model, engine),
         model_name=model_name,
         num_workers=workers,
+        roles=_roles_or_exit(roles),
         engine=engine,
         port=port,
         redis_url=redis_url,

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from types import TracebackType
 import grpc
 
 from bucketserve.rpc.probe import check_health
-from bucketserve.store.embedded import EmbeddedServer
+from bucketserve.store.embedded import EmbeddedServer, free_port
 
 __all__ = ["LocalStack", "ServiceProcess", "StackError", "StackSpec"]
 
@@ -39,8 +38,11 @@ class StackSpec:
     """Directory or hub id."""
     model_name: str = "demo"
     num_workers: int = 1
+    roles: tuple[str, ...] = ()
+    """Role of each worker, in place of num_workers of role both."""
     num_schedulers: int = 1
     """One leads, the others stand by."""
+    num_gateways: int = 1
     engine: str = "transformers"
     port: int = 0
     """Port of the public API, and the next one for the first scheduler; 0: any free ones."""
@@ -52,6 +54,11 @@ class StackSpec:
     """Settings for all services, BUCKETSERVE_*."""
     worker_environ: tuple[Mapping[str, str], ...] = ()
     """Further settings for each worker, by position."""
+
+    @property
+    def worker_roles(self) -> tuple[str, ...]:
+        """Role of each worker."""
+        return self.roles or ("both",) * self.num_workers
 
 
 class ServiceProcess:
@@ -123,11 +130,14 @@ class LocalStack:
         self.on_progress = on_progress
         self.services: dict[str, ServiceProcess] = {}
         self._exit = contextlib.ExitStack()
-        self.gateway_address = f"127.0.0.1:{spec.port or free_port()}"
+        ports = [spec.port if spec.port and not index else free_port() for index in range(spec.num_gateways)]
+        self.gateway_addresses = [f"127.0.0.1:{port}" for port in ports]
         ports = [spec.port + 1 if spec.port and not index else free_port() for index in range(spec.num_schedulers)]
         self.scheduler_addresses = [f"127.0.0.1:{port}" for port in ports]
-        self.delivery_address = f"127.0.0.1:{free_port()}"
+        self.delivery_addresses = [f"127.0.0.1:{free_port()}" for _ in self.gateway_addresses]
         self.metrics_addresses: dict[str, str] = {}
+        self.redis_url = ""
+        """Of the store in use, once started."""
 
     def __enter__(self) -> LocalStack:
         """Returns once every service is SERVING.
@@ -146,13 +156,27 @@ class LocalStack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stops everything; what doesn't end within its drain time is killed."""
+        self.stop_services()
+        self._exit.close()
+
+    def stop_services(self) -> None:
+        """Stops all services in order; the store goes on, so that restart() finds it."""
         for kind_of in ("gateway", "worker", "scheduler"):
             stopping = [service for name, service in self.services.items() if name.startswith(kind_of)]
             for service in stopping:
                 service.signal(signal.SIGTERM)
             for service in stopping:
                 service.wait(STOP_S)
-        self._exit.close()
+
+    @property
+    def gateway_address(self) -> str:
+        """Address of the first gateway."""
+        return self.gateway_addresses[0]
+
+    @property
+    def delivery_address(self) -> str:
+        """Where workers reach the first gateway."""
+        return self.delivery_addresses[0]
 
     @property
     def scheduler_address(self) -> str:
@@ -169,7 +193,11 @@ class LocalStack:
         self.services[name] = service
         return service
 
-    def _start_worker(self, index: int) -> ServiceProcess:
+    def is_serving(self, name: str) -> bool:
+        """Whether a service answers SERVING."""
+        return _is_serving(self.services[name].health_address)
+
+    def _start_worker(self, index: int, role: str) -> ServiceProcess:
         name = f"worker-{index}"
         extra = self.spec.worker_environ[index] if index < len(self.spec.worker_environ) else {}
         listen = f"127.0.0.1:{free_port()}"
@@ -180,8 +208,9 @@ class LocalStack:
             "BUCKETSERVE_WORKER_MODEL": self.spec.model,
             "BUCKETSERVE_WORKER_MODEL_NAME": self.spec.model_name,
             "BUCKETSERVE_WORKER_ENGINE": self.spec.engine,
+            "BUCKETSERVE_WORKER_ROLE": role,
             # Workers on one machine share its cores; each taking all of them would make all of them slow.
-            "BUCKETSERVE_WORKER_NUM_THREADS": str(max((os.cpu_count() or 1) // self.spec.num_workers, 1)),
+            "BUCKETSERVE_WORKER_NUM_THREADS": str(max((os.cpu_count() or 1) // len(self.spec.worker_roles), 1)),
             **extra,
         }
         return self._spawn(name, "bucketserve_worker", environ, listen)
@@ -192,6 +221,7 @@ class LocalStack:
             server = self._exit.enter_context(EmbeddedServer())
             redis_url = server.url
             self.on_progress(f"valkey    {redis_url}")
+        self.redis_url = redis_url
         self._log_dir = self.spec.log_dir or Path(
             self._exit.enter_context(tempfile.TemporaryDirectory(prefix="bucketserve-"))
         )
@@ -203,20 +233,22 @@ class LocalStack:
                 {"BUCKETSERVE_SCHEDULER_LISTEN": address, "BUCKETSERVE_SCHEDULER_REDIS_URL": redis_url},
                 address,
             )
-        for index in range(self.spec.num_workers):
-            self._start_worker(index)
-        self._spawn(
-            "gateway",
-            "bucketserve_gateway",
-            {
-                "BUCKETSERVE_GATEWAY_LISTEN": self.gateway_address,
-                "BUCKETSERVE_GATEWAY_DELIVERY_LISTEN": self.delivery_address,
-                "BUCKETSERVE_GATEWAY_DELIVERY_ADDRESS": self.delivery_address,
-                "BUCKETSERVE_GATEWAY_SCHEDULER_ADDRESS": ",".join(self.scheduler_addresses),
-                "BUCKETSERVE_GATEWAY_MODELS": f"{self.spec.model_name}={self.spec.model}",
-            },
-            self.gateway_address,
-        )
+        for index, role in enumerate(self.spec.worker_roles):
+            self._start_worker(index, role)
+        for index, (address, delivery) in enumerate(zip(self.gateway_addresses, self.delivery_addresses, strict=True)):
+            self._spawn(
+                f"gateway-{index}" if index else "gateway",
+                "bucketserve_gateway",
+                {
+                    "BUCKETSERVE_GATEWAY_LISTEN": address,
+                    "BUCKETSERVE_GATEWAY_DELIVERY_LISTEN": delivery,
+                    "BUCKETSERVE_GATEWAY_DELIVERY_ADDRESS": delivery,
+                    "BUCKETSERVE_GATEWAY_SCHEDULER_ADDRESS": ",".join(self.scheduler_addresses),
+                    "BUCKETSERVE_GATEWAY_REDIS_URL": "" if redis_url.startswith("memory") else redis_url,
+                    "BUCKETSERVE_GATEWAY_MODELS": f"{self.spec.model_name}={self.spec.model}",
+                },
+                address,
+            )
         self.wait_until_serving()
 
     def _spawn(self, name: str, module: str, environ: Mapping[str, str], health_address: str) -> ServiceProcess:
@@ -262,14 +294,6 @@ class LocalStack:
             if time.monotonic() > deadline_s:
                 raise StackError(f"not ready after {timeout_s:.0f} s: {', '.join(waiting)}")
             time.sleep(0.05)
-
-
-def free_port() -> int:
-    """Returns a port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _is_serving(address: str) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from types import TracebackType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from bucketserve.telemetry.names import METRICS, Kind, Service
 
@@ -18,6 +19,9 @@ class ProcessMetrics:
     def __init__(self, service: Service) -> None:
         """Creates all of the service's metrics, so that each is exported from the start."""
         self.registry = CollectorRegistry()
+        # Memory, CPU time, open files: what a leak shows in.
+        ProcessCollector(registry=self.registry)
+        self._tasks = Gauge("process_asyncio_tasks", "Tasks of the event loop.", registry=self.registry)
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
         self._histograms: dict[str, Histogram] = {}
@@ -34,6 +38,10 @@ class ProcessMetrics:
                     self._histograms[metric.name] = Histogram(
                         metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry
                     )
+
+    def watch_tasks(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Shows the number of the event loop's tasks from now on."""
+        self._tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
 
     def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
         """Adds to a counter."""

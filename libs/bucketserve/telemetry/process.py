@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ def open_telemetry(
     """
     log = open_log(service.value, instance_id, level=log_level, style=log_format)
     metrics = ProcessMetrics(service)
+    with contextlib.suppress(RuntimeError):
+        metrics.watch_tasks(asyncio.get_running_loop())
     tracing = Tracing(
         f"bucketserve-{service.value}", instance_id, otlp_endpoint=otlp_endpoint, sample_ratio=sample_ratio
     )

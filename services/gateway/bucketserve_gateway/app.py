@@ -9,10 +9,14 @@ from bucketserve.config import TelemetrySettings, split_host_port
 from bucketserve.core.errors import SettingsError
 from bucketserve.process import default_instance_id
 from bucketserve.rpc.server import RpcServer
+from bucketserve.store.jobs import JobStore
+from bucketserve.store.redis import connect
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
-from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc, inference_pb2, inference_pb2_grpc
+from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc, inference_pb2, inference_pb2_grpc, job_pb2, job_pb2_grpc
 from bucketserve_gateway.delivery import DeliveryServicer
+from bucketserve_gateway.job_runner import JobRunner
+from bucketserve_gateway.jobs import JobServicer
 from bucketserve_gateway.models import load_models
 from bucketserve_gateway.requests import OpenRequests
 from bucketserve_gateway.scheduler_link import SchedulerLink
@@ -75,9 +79,18 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
         )
         public = RpcServer(
             settings.listen,
-            services=[inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name],
+            services=[
+                inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+                job_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+            ],
             on_unexpected=observer.unexpected,
             enable_reflection=settings.enable_reflection,
+            options=[
+                ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+                ("grpc.max_metadata_size", settings.max_metadata_bytes),
+                # Beyond the soft limit calls would be refused at random.
+                ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes + 1024),
+            ],
         )
         internal = RpcServer(
             settings.delivery_listen,
@@ -86,9 +99,16 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
             enable_reflection=False,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, public.grpc_server)
+        store = JobStore(connect(settings.redis_url)) if settings.redis_url else None
+        job_pb2_grpc.add_JobServiceServicer_to_server(
+            JobServicer(store, catalog, settings, is_draining=lambda: inference.is_draining), public.grpc_server
+        )
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(delivery, internal.grpc_server)
         async with asyncio.TaskGroup() as tasks:
             link = tasks.create_task(scheduler.run(), name="scheduler-link")
+            watch = tasks.create_task(scheduler.watch(), name="silent-requests")
+            runner = JobRunner(store, inference.generate, gateway_id, settings, observer) if store else None
+            jobs = tasks.create_task(runner.run(), name="job-runner") if runner else None
             try:
                 await internal.start()
                 await public.start()
@@ -98,11 +118,18 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
                 await stop.wait()
                 await public.set_serving(False)
                 inference.is_draining = True
+                if jobs is not None:
+                    # What jobs have running here is given back: another gateway, or this one later, takes it up.
+                    jobs.cancel()
+                    await asyncio.wait([jobs])
                 is_drained = await requests.drained(settings.drain_s)
                 observer.log.info("gateway.drained", is_complete=is_drained, num_left=len(requests))
             finally:
                 # The last messages of the drained streams leave within the grace; what is left is cut.
                 await public.stop(FLUSH_S)
+                if jobs is not None:
+                    jobs.cancel()
                 link.cancel()
+                watch.cancel()
                 delivery.close()
                 await internal.stop(FLUSH_S)

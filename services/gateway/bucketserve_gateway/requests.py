@@ -49,6 +49,8 @@ class OpenRequest:
         self.dispatched: scheduler_pb2.RecordDispatched | None = None
         self.first_token_s: float | None = None
         self.arrival_s = time.monotonic()
+        self.heard_s = self.arrival_s
+        """When something was last heard of it while it ran."""
         self.finished: inference_pb2.GenerateFinished | None = None
         self.error: BucketServeError | None = None
         self._max_attempts = max_attempts
@@ -125,6 +127,7 @@ class OpenRequest:
     def on_dispatched(self, dispatched: scheduler_pb2.RecordDispatched) -> None:
         """It is at a worker."""
         self.dispatched = dispatched
+        self.heard_s = time.monotonic()
 
     def fail(self, error: BucketServeError) -> None:
         """Ends it, unless it is over already."""
@@ -159,6 +162,7 @@ class OpenRequest:
         """Takes output; returns whether more of this attempt is wanted."""
         if self.is_over or delivery.attempt != self.attempt:
             return False
+        self.heard_s = time.monotonic()
         expected = len(self.tokens) - self._attempt_start
         if delivery.first_index > expected:
             self.restart("a gap in the worker's output")

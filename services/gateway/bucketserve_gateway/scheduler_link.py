@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import grpc
@@ -27,6 +28,8 @@ __all__ = ["SchedulerLink"]
 
 OUTBOX_LIMIT = 65_536
 RECONNECT_S = 0.2
+SILENCE_S = 20.0
+"""A request that runs, and of which nothing was heard for so long, is submitted again."""
 
 Submit = scheduler_pb2.SubmitRequest
 
@@ -65,6 +68,28 @@ class SchedulerLink:
         """Tells the scheduler to forget a request."""
         record = opened.record
         self._send(Submit(cancel=scheduler_pb2.CancelRecord(model=record.model, request_id=record.request_id)))
+
+    def ask_again(self, now_s: float) -> int:
+        """Submits silent requests again, as they are; returns how many.
+
+        A worker may have reported a request's end, so that the scheduler forgot it, and died before the output was
+        delivered. The scheduler takes what it does not know, and answers for what it knows.
+        """
+        silent = [
+            opened
+            for opened in self._requests
+            if not opened.is_over and opened.dispatched is not None and now_s - opened.heard_s >= SILENCE_S
+        ]
+        for opened in silent if self.is_connected else ():
+            opened.heard_s = now_s
+            self.submit(opened)
+        return len(silent) if self.is_connected else 0
+
+    async def watch(self) -> None:
+        """Asks again for what is silent; ends only by cancellation."""
+        while True:
+            await asyncio.sleep(SILENCE_S / 4)
+            self.ask_again(time.monotonic())
 
     async def run(self) -> None:
         """Stays connected; ends only by cancellation."""

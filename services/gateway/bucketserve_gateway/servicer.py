@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ from bucketserve_gateway.tokenization import TokenizerPool
 from bucketserve_gateway.validation import ValidRequest, check_length, validate
 
 __all__ = ["GatewayParts", "InferenceServicer"]
+
+RETRY_S, MOST_RETRY_S = 0.2, 5.0
+"""Before the third attempt of a request, and twice as long before each further one, up to the second."""
 
 GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
 TokenizeContext = grpc.aio.ServicerContext[inference_pb2.TokenizeRequest, inference_pb2.TokenizeResponse]
@@ -55,12 +59,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: GenerateContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """Validate, tokenise, submit, stream, finish. Leaving early, for whatever reason, stops the work everywhere."""
+        """One request of a client."""
+        async for response in self.generate(request, _text_metadata(context), context.time_remaining()):
+            yield response
+
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str], remaining_s: float | None
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Validate, tokenise, submit, stream, finish. Leaving early, for whatever reason, stops the work everywhere.
+
+        Args:
+            request: what is asked for.
+            metadata: the caller's, for its trace context.
+            remaining_s: seconds until nobody waits any more; None for never.
+
+        Raises:
+            BucketServeError: it can't be served, or failed.
+        """
         parts = self._parts
         with ExitStack() as end:
-            span = parts.telemetry.begin(request, _text_metadata(context))
+            span = parts.telemetry.begin(request, metadata)
             end.callback(span.end)
-            opened = await self._open(request, context, span)
+            opened = await self._open(request, remaining_s, span)
             end.callback(self._close, opened, span)
             parts.scheduler.submit(opened)
             await opened.accepted(parts.settings.scheduler_wait_s)
@@ -98,7 +118,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise InvalidRequestError([FieldViolation("name", "must not be empty")])
         return inference_pb2.GetModelResponse(model=self._parts.catalog.get(request.name).card.to_pb())
 
-    async def _open(self, request: inference_pb2.GenerateRequest, context: GenerateContext, span: Span) -> OpenRequest:
+    async def _open(self, request: inference_pb2.GenerateRequest, remaining_s: float | None, span: Span) -> OpenRequest:
         """Returns the request, validated, tokenised and in the table.
 
         Raises:
@@ -118,7 +138,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise
         record = self._record(valid, prompt_ids, max_tokens, arrival_unix_us)
         record.traceparent, record.tracestate = parts.telemetry.context(span)
-        remaining_s = context.time_remaining()
         if remaining_s is not None:
             record.deadline_unix_us = arrival_unix_us + round(remaining_s * 1e6)
         opened = OpenRequest(
@@ -145,8 +164,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         parts.telemetry.closed(len(parts.requests), opened, span)
 
     def _submit_again(self, opened: OpenRequest) -> None:
+        """Starts the next attempt: the second at once, further ones after a while, since something may be wrong."""
         self._parts.telemetry.restarted(opened)
-        self._parts.scheduler.submit(opened)
+        if opened.attempt <= 2:
+            self._parts.scheduler.submit(opened)
+            return
+        delay_s = min(RETRY_S * 2.0 ** min(opened.attempt - 3, 16), MOST_RETRY_S)
+        asyncio.get_running_loop().call_later(delay_s, self._submit_if_open, opened, opened.attempt)
+
+    def _submit_if_open(self, opened: OpenRequest, attempt: int) -> None:
+        if self._parts.requests.get(opened.request_id, attempt) is opened and not opened.is_over:
+            self._parts.scheduler.submit(opened)
 
     async def _tokenize(self, valid: ValidRequest) -> Sequence[int]:
         if valid.token_ids is not None:

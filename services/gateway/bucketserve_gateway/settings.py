@@ -24,10 +24,21 @@ class GatewaySettings(Section):
     scheduler_address: str = Field(
         "127.0.0.1:50052", description="host:port of the scheduler; several, separated by commas, are tried in turn"
     )
+    redis_url: str = Field("", description="Redis or Valkey for JobService; empty: no batch jobs here")
+    job_concurrency: int = Field(64, ge=1, le=10_000, description="requests of batch jobs that run at once, from here")
+    job_lease_s: float = Field(
+        15.0, ge=1, le=600, description="a job's requests of a gateway that is gone run elsewhere after this, seconds"
+    )
+    max_job_requests: int = Field(100_000, ge=1, description="most requests in a job")
+    max_job_bytes: int = Field(256 * 1024 * 1024, ge=1024, description="most bytes of a job's requests, all together")
     models: dict[str, str] = Field(
         default_factory=dict, description="served models: name=directory or hub id (for the tokenizer), comma-separated"
     )
     max_prompt_bytes: int = Field(4 * 1024 * 1024, ge=1, description="longest prompt in bytes, before tokenising")
+    max_streams_per_connection: int = Field(
+        1_000, ge=1, le=100_000, description="requests open at once on one connection; further ones wait at the client"
+    )
+    max_metadata_bytes: int = Field(16_384, ge=1024, le=1 << 20, description="most metadata of a call")
     default_max_tokens: int = Field(256, ge=1, description="max_tokens of a request that names none")
     max_attempts: int = Field(3, ge=1, le=20, description="starts of a request, with the first, when workers fail")
     output_queue_tokens: int = Field(16_384, ge=16, description="tokens kept for a client that does not read")

@@ -127,6 +127,15 @@ class GatewayTelemetry:
         else:
             self.log.warning("scheduler.disconnected", detail=detail)
 
+    def job_store_unavailable(self, detail: str) -> None:
+        """When jobs can't be looked for."""
+        self.log.warning("jobs.store_unavailable", detail=detail)
+
+    def job_request_done(self, is_stored: bool, is_error: bool) -> None:
+        """When a request of a batch job has ended; not stored: another runner had it by then, or the job is over."""
+        outcome = "superseded" if not is_stored else "failed" if is_error else "completed"
+        self._metrics.count("bucketserve_gateway_job_requests_total", outcome=outcome)
+
     def unexpected(self, method: str, error: BaseException) -> None:
         """When a handler fails in a way that nobody foresaw."""
         self.log.error("rpc.failed", error=error, method=method)

@@ -33,6 +33,12 @@ def core_settings(settings: SchedulerSettings) -> CoreSettings:
         deferred_share=settings.deferred_share,
         memory_reserve=settings.memory_reserve,
         max_chunk_tokens=settings.max_chunk_tokens,
+        small_batch_tokens=0 if is_paper else settings.small_batch_tokens,
+        switch_roles=settings.switch_roles,
+        choose_layout=settings.choose_layout,
+        layout_window_s=settings.layout_window_s,
+        layout_retry_s=settings.layout_retry_s,
+        default_tpot_s=settings.default_tpot_s,
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
         max_batch_share=settings.max_batch_share,
@@ -48,8 +54,8 @@ async def stores(url: str, stack: AsyncExitStack) -> Callable[[str], QueueStore]
     """
     if url.startswith("memory://"):
         return lambda model: MemoryStore()
-    if url.startswith(("redis://", "rediss://", "unix://")):
+    if url.startswith(("redis://", "rediss://", "unix://", "sentinel://")):
         client = connect(url)
         stack.push_async_callback(client.aclose)
         return lambda model: RedisStore(client, model)
-    raise SettingsError([f"redis_url {url!r}: begin with redis://, rediss://, unix:// or memory://"])
+    raise SettingsError([f"redis_url {url!r}: begin with redis://, rediss://, unix://, sentinel:// or memory://"])

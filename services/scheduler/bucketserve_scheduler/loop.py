@@ -19,6 +19,7 @@ from bucketserve.core.messages import (
     DispatchBatch,
     Event,
     ForgetRequest,
+    KvMoved,
     RequestCancelled,
     RequestFinished,
     RequestSubmitted,
@@ -30,7 +31,7 @@ from bucketserve.core.messages import (
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.types import BatchId, RequestId, WorkerId
 from bucketserve.ports import Claim, Leadership, QueueStore, Write
-from bucketserve.rpc.convert import headroom_from_pb, request_from_record, role_from_pb, steps_from_pb
+from bucketserve.rpc.convert import headroom_from_pb, request_from_record, role_from_pb, running_from_pb, steps_from_pb
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2
 from bucketserve_scheduler.peers import GatewayPeers, WorkerPeer
@@ -76,9 +77,13 @@ class SchedulingLoop:
         self._deps = deps
         self._inbox: asyncio.Queue[Event | scheduler_pb2.QueueRecord] = asyncio.Queue(INBOX_LIMIT)
         self._records = RecordTable(deps.gateways)
-        self._announcer = Announcer(self._records, deps.gateways, self.workers, deps.telemetry)
+        self._own_events: list[Event] = []
+        """What came of telling peers, for the next turn."""
+        self._announcer = Announcer(
+            self._records, deps.gateways, self.workers, deps.telemetry, on_undeliverable=self._own_events.append
+        )
         self._expected: dict[WorkerId, float] = {}
-        """Workers known from the store only -> when they count as lost."""
+        """Workers that should come back -> when they count as lost."""
         self.num_batches = 0
         self.num_finished = 0
         self._renew_s = 0.0
@@ -105,9 +110,10 @@ class SchedulingLoop:
             outbox=Outbox(WORKER_OUTBOX_LIMIT),
             report=hello.report,
             reported_s=self._deps.clock(),
+            held={RequestId(at.request_id): at.held for at in hello.running if at.HasField("held")},
         )
         self.workers[worker_id] = peer
-        self._deps.telemetry.worker_joined(self.model, worker_id, len(hello.running_request_ids))
+        self._deps.telemetry.worker_joined(self.model, worker_id, len(hello.running))
         self._expected.pop(worker_id, None)
         await self._inbox.put(
             WorkerJoined(
@@ -116,18 +122,19 @@ class SchedulingLoop:
                 headroom=headroom_from_pb(hello.report),
                 context_tokens=hello.context_tokens,
                 pays_padding=hello.pays_padding,
-                running=tuple(RequestId(request_id) for request_id in hello.running_request_ids),
+                running=running_from_pb(hello),
             )
         )
         return peer
 
     async def disconnect(self, peer: WorkerPeer) -> None:
-        """Gives up a worker whose stream ended, unless it is back on a newer stream."""
+        """Gives a worker whose stream ended nothing more, and a moment to come back, unless it is back already."""
         peer.outbox.close()
         if self.workers.get(peer.worker_id) is peer:
             del self.workers[peer.worker_id]
-            self._deps.telemetry.worker_lost(self.model, peer.worker_id, "stream ended")
-            await self._inbox.put(WorkerLost(peer.worker_id))
+            self._expected[peer.worker_id] = self._deps.clock() + self._deps.settings.worker_grace_s
+            self._deps.telemetry.worker_disconnected(self.model, peer.worker_id)
+            await self._inbox.put(WorkerDraining(peer.worker_id))
 
     async def hear(self, peer: WorkerPeer, message: scheduler_pb2.WorkRequest) -> None:
         """Takes one message of a worker; those of a stream that was replaced are ignored."""
@@ -144,15 +151,19 @@ class SchedulingLoop:
                     )
                 )
             case "prefilled":
+                for kv in message.prefilled.held:
+                    peer.held[RequestId(kv.request_id)] = kv
                 await self._inbox.put(
                     BatchPrefilled(
                         worker_id=peer.worker_id,
                         batch_id=BatchId(message.prefilled.batch_id),
                         request_ids=tuple(RequestId(request_id) for request_id in message.prefilled.request_ids),
                         duration_s=message.prefilled.duration_us / 1e6,
+                        held=tuple(RequestId(kv.request_id) for kv in message.prefilled.held),
                     )
                 )
             case "finished":
+                peer.held.pop(RequestId(message.finished.request_id), None)
                 self._records.note_finished(message.finished)
                 await self._inbox.put(
                     RequestFinished(
@@ -160,6 +171,16 @@ class SchedulingLoop:
                         attempt=message.finished.attempt,
                         worker_id=peer.worker_id,
                         output_tokens=message.finished.output_tokens,
+                    )
+                )
+            case "kv_moved":
+                await self._inbox.put(
+                    KvMoved(
+                        request_id=RequestId(message.kv_moved.request_id),
+                        attempt=message.kv_moved.attempt,
+                        source_id=WorkerId(message.kv_moved.source_worker_id),
+                        target_id=peer.worker_id,
+                        is_ok=message.kv_moved.is_ok,
                     )
                 )
             case "draining":
@@ -196,7 +217,8 @@ class SchedulingLoop:
 
     async def _turn(self, leadership: Leadership, wake_s: float | None) -> float | None:
         """One round: take events, decide, write, tell. Returns when the core wants the next one."""
-        events = [*await self._take(wake_s), *self._watch_leases()]
+        events = [*await self._take(wake_s), *self._own_events, *self._watch_leases()]
+        self._own_events.clear()
         now_s = self._deps.clock()
         with self._deps.telemetry.step(self.model, self.core):
             decision = self.core.step(events, now_s)
@@ -232,6 +254,10 @@ class SchedulingLoop:
             return item
         if entry := self._records.known(item):
             self._announcer.repeat(entry, item)
+            return None
+        if dropped := self._deps.gateways.dropped(item):
+            # The gateway has not heard of it. To start the same attempt again could be to run it twice.
+            self._deps.gateways.send(item.gateway_id, dropped)
             return None
         self._records.add(item, self.model, self._deps.clock())
         return RequestSubmitted(request_from_record(item))
@@ -313,8 +339,10 @@ class SchedulingLoop:
         for worker in self.workers.values():
             worker.outbox.close()
         self.workers.clear()
+        self._expected.clear()
         self._deps.gateways.cut_all()
         self._records.clear()
+        self._own_events.clear()
         self.core = self._deps.new_core(self._context_tokens)
         while not self._inbox.empty():
             self._inbox.get_nowait()
@@ -335,6 +363,7 @@ class SchedulingLoop:
         for worker_id, lost_s in list(self._expected.items()):
             if now_s > lost_s:
                 del self._expected[worker_id]
+                self._deps.telemetry.worker_lost(self.model, worker_id, "did not come back")
                 events.append(WorkerLost(worker_id))
         expired = self._deps.gateways.expire(self.model, self._deps.settings.gateway_lease_s, now_s)
         events += [RequestCancelled(request_id) for request_id in expired]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from bucketserve.core.types import RequestId, WorkerId
@@ -9,6 +10,8 @@ from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2
 
 __all__ = ["GatewayPeer", "GatewayPeers", "WorkerPeer"]
+
+REMEMBER_S = 60.0
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +32,8 @@ class WorkerPeer:
     report: scheduler_pb2.WorkerReport
     reported_s: float
     is_draining: bool = False
+    held: dict[RequestId, scheduler_pb2.HeldKv] = field(default_factory=dict)
+    """KV that it has told us of and that nobody was ordered to pull yet."""
 
 
 @dataclass(slots=True)
@@ -42,6 +47,8 @@ class GatewayPeers:
     _requests: dict[str, dict[RequestId, str]] = field(default_factory=dict)
     """gateway id -> open request -> model."""
     _absent_since: dict[str, float] = field(default_factory=dict)
+    _dropped: dict[tuple[str, str, int], tuple[float, scheduler_pb2.SubmitResponse]] = field(default_factory=dict)
+    """(gateway, request, attempt) -> (monotonic time, what the gateway was told), for REMEMBER_S; oldest first."""
 
     def connect(self, peer: GatewayPeer) -> None:
         """Registers a stream; an older one of the same gateway is closed."""
@@ -89,8 +96,24 @@ class GatewayPeers:
 
     def send(self, gateway_id: str, message: scheduler_pb2.SubmitResponse) -> None:
         """Sends to a gateway if it is connected; one that reconnects asks for what it missed."""
+        if message.HasField("dropped"):
+            self._remember(gateway_id, message)
         if peer := self._connected.get(gateway_id):
             peer.outbox.send(message)
+
+    def dropped(self, record: scheduler_pb2.QueueRecord) -> scheduler_pb2.SubmitResponse | None:
+        """Returns how an attempt ended lately: its gateway, which submits it again, has not heard of it."""
+        found = self._dropped.get((record.gateway_id, record.request_id, record.attempt))
+        return found[1] if found else None
+
+    def _remember(self, gateway_id: str, message: scheduler_pb2.SubmitResponse) -> None:
+        now_s = time.monotonic()
+        while self._dropped:
+            oldest = next(iter(self._dropped))
+            if now_s - self._dropped[oldest][0] < REMEMBER_S:
+                break
+            del self._dropped[oldest]
+        self._dropped[gateway_id, message.dropped.request_id, message.dropped.attempt] = (now_s, message)
 
     def cut_all(self) -> None:
         """Ends every gateway's stream, so that each reconnects and submits its open requests again."""

@@ -170,13 +170,13 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
             workers=[
                 scheduler_pb2.WorkerStatus(
                     worker_id=peer.worker_id,
-                    role=role_to_pb(role_from_pb(peer.hello.role)),
+                    role=role_to_pb(view.roles.get(worker_id, role_from_pb(peer.hello.role))),
                     engine=peer.hello.engine,
                     report=peer.report,
                     report_age_ms=max(round((now_s - peer.reported_s) * 1e3), 0),
                     is_draining=peer.is_draining,
                 )
-                for _, peer in sorted(loop.workers.items())
+                for worker_id, peer in sorted(loop.workers.items())
             ],
             num_waiting=view.num_waiting,
             num_running=view.num_running,

@@ -17,7 +17,8 @@ class SchedulerSettings(Section):
     listen: str = Field("127.0.0.1:50052", description="host:port for gateways and workers, and health checks")
     metrics_listen: str = Field("127.0.0.1:9102", description="host:port for Prometheus /metrics; empty: off")
     redis_url: str = Field(
-        "redis://127.0.0.1:6379/0", description="Redis or Valkey; memory:// keeps state in memory only"
+        "redis://127.0.0.1:6379/0",
+        description="Redis or Valkey, or sentinel://host:port,host:port/service; memory:// keeps state in memory only",
     )
     scheduler_id: str = Field("", description="unique per process; default: host name and process id")
     policy: Literal["adaptive", "paper"] = Field("adaptive", description="adaptive, or Algorithm 1 of the paper")
@@ -28,12 +29,37 @@ class SchedulerSettings(Section):
     )
     memory_reserve: float = Field(0.1, ge=0, lt=1, description="share of a worker's free KV never planned with")
     max_chunk_tokens: int = Field(512, ge=0, description="most prompt tokens a step beside decodes; 0: no limit")
+    small_batch_tokens: int = Field(
+        256,
+        ge=0,
+        description="batches of up to so many prompt tokens also go to workers that are busy with longer prompts and "
+        "share their steps; 0: no",
+    )
+    switch_roles: bool = Field(
+        False, description="workers of role prefill and decode change sides with the load; each side keeps one"
+    )
+    choose_layout: bool = Field(
+        False,
+        description="whether all workers do everything, or half prefill and half decode, is decided by trial; "
+        "for workers of one kind",
+    )
+    layout_window_s: float = Field(30.0, gt=0, description="least length of one window of such a trial, seconds")
+    layout_retry_s: float = Field(300.0, ge=0, description="least time between two trials, seconds")
+    default_tpot_s: float = Field(
+        0.1, gt=0, description="TPOT that trials judge by if a request names no target, seconds"
+    )
     max_queued_requests: int = Field(100_000, ge=1, description="requests that may wait, per model")
     max_queued_tokens: int = Field(50_000_000, ge=1, description="prompt tokens that may wait, per model")
     max_batch_share: float = Field(0.9, gt=0, le=1, description="share of both that batch-class requests may hold")
     max_tenant_share: float = Field(1.0, gt=0, le=1, description="share of both that one tenant may hold")
     leader_lease_s: float = Field(2.0, gt=0.2, le=60, description="a silent leader is replaced after this, seconds")
     worker_lease_s: float = Field(5.0, gt=0.5, le=300, description="a silent worker counts as lost after this, seconds")
+    worker_grace_s: float = Field(
+        1.0,
+        ge=0,
+        le=60,
+        description="a worker whose stream broke has this long to come back before it is lost, seconds",
+    )
     report_interval_s: float = Field(0.5, gt=0.01, le=60, description="most time between a worker's reports, seconds")
     gateway_lease_s: float = Field(
         10.0, ge=0, le=300, description="requests of a disconnected gateway are cancelled after this, seconds"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from bucketserve.core.messages import DropReason, RefuseReason
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.types import Batch
+from bucketserve.core.types import Batch, WorkerRole
 from bucketserve.rpc.convert import request_class_from_pb
 from bucketserve.telemetry.logs import EventLog
 from bucketserve.telemetry.metrics import ProcessMetrics
@@ -84,9 +84,18 @@ class LoopTelemetry:
         """When a worker's stream begins."""
         self._log.info("worker.joined", model=model, worker_id=worker_id, num_running=num_running)
 
+    def worker_disconnected(self, model: str, worker_id: str) -> None:
+        """When a worker's stream breaks: it may come back."""
+        self._log.info("worker.disconnected", model=model, worker_id=worker_id)
+
     def worker_lost(self, model: str, worker_id: str, cause: str) -> None:
-        """When a worker's stream ends or its lease runs out."""
+        """When a worker is given up, and its requests with it."""
         self._log.warning("worker.lost", model=model, worker_id=worker_id, cause=cause)
+
+    def role_switched(self, worker_id: str, role: WorkerRole) -> None:
+        """When a worker is given another role."""
+        self._metrics.count("bucketserve_scheduler_role_switches_total", role=role.value)
+        self._log.info("worker.role_switched", worker_id=worker_id, role=role.value)
 
     def admitted(self, record: scheduler_pb2.QueueRecord) -> None:
         """When a record is in the queue."""

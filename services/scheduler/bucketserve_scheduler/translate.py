@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from bucketserve.core.messages import (
     AdmitRequest,
@@ -12,11 +12,16 @@ from bucketserve.core.messages import (
     DispatchBatch,
     DropReason,
     ForgetRequest,
+    KvMoved,
+    MoveKv,
     RefuseRequest,
+    ReleaseKv,
+    RequestMoved,
+    SwitchRole,
 )
 from bucketserve.core.types import Batch, BatchId, RequestId, WorkerId
-from bucketserve.ports import Admit, Claim, Leadership, Remove, SetEdges, Write
-from bucketserve.rpc.convert import batch_info, drop_reason_to_pb, refuse_reason_to_pb
+from bucketserve.ports import Admit, Claim, Leadership, Move, Remove, SetEdges, Write
+from bucketserve.rpc.convert import batch_info, drop_reason_to_pb, refuse_reason_to_pb, role_to_pb
 from bucketserve.v1 import scheduler_pb2
 from bucketserve_scheduler.peers import GatewayPeers, WorkerPeer
 from bucketserve_scheduler.records import Entry, RecordTable
@@ -44,6 +49,11 @@ def writes_of(decision: Decision, records: RecordTable) -> list[Write]:
                     )
             case DispatchBatch(batch=batch):
                 writes.append(Claim(worker_id=batch.worker_id, batch_id=batch.batch_id, request_ids=batch.request_ids))
+            case RequestMoved(request_id=request_id, worker_id=worker_id):
+                entry = records.get(request_id)
+                if entry is not None:
+                    batch_id = entry.batch_id or BatchId("")
+                    writes.append(Move(request_id=request_id, worker_id=worker_id, batch_id=batch_id))
             case ChangeEdges(edges=edges):
                 writes.append(SetEdges(edges=edges))
             case ForgetRequest(request_id=request_id):
@@ -66,8 +76,11 @@ class Announcer:
         gateways: GatewayPeers,
         workers: Mapping[WorkerId, WorkerPeer],
         telemetry: LoopTelemetry,
+        *,
+        on_undeliverable: Callable[[KvMoved], None],
     ) -> None:
-        """Reads the peers, owns none of them."""
+        """Reads the peers, owns none of them; on_undeliverable(failure) when an order to pull can't be given."""
+        self._on_undeliverable = on_undeliverable
         self._records = records
         self._gateways = gateways
         self._workers = workers
@@ -90,6 +103,14 @@ class Announcer:
                     self._refuse(command)
                 case DispatchBatch(batch=batch):
                     self._dispatch(batch, claimed[batch.batch_id], leadership, now_s)
+                case MoveKv():
+                    self._pull(command, leadership)
+                case RequestMoved(request_id=request_id, worker_id=worker_id):
+                    self._moved(request_id, worker_id)
+                case SwitchRole(worker_id=worker_id, role=role):
+                    switch = scheduler_pb2.SwitchRole(role=role_to_pb(role))
+                    self._to_worker(worker_id, scheduler_pb2.WorkResponse(switch_role=switch))
+                    self._telemetry.role_switched(worker_id, role)
                 case ForgetRequest(request_id=request_id):
                     entry = self._records.pop(request_id)
                     if entry is not None and entry.has_failed:
@@ -136,10 +157,10 @@ class Announcer:
             self._gateways.send(entry.record.gateway_id, scheduler_pb2.SubmitResponse(rejected=rejected))
 
     def _cancel(self, decision: Decision) -> None:
-        """Sends cancellations, one message per worker, before batches: a newer attempt may go to the same worker."""
+        """Sends cancellations and releases, one message per worker; before batches, which may bring a newer attempt."""
         cancels: dict[WorkerId, list[str]] = {}
         for command in decision.commands:
-            if isinstance(command, CancelAtWorker):
+            if isinstance(command, CancelAtWorker | ReleaseKv):
                 cancels.setdefault(command.worker_id, []).append(command.request_id)
         for worker_id, request_ids in cancels.items():
             message = scheduler_pb2.CancelRecords(request_ids=request_ids)
@@ -178,6 +199,47 @@ class Announcer:
             )
             self._gateways.send(entry.record.gateway_id, scheduler_pb2.SubmitResponse(dispatched=entry.dispatched))
         self._telemetry.dispatched(batch, [entry.record for entry in entries], now_s)
+
+    def _pull(self, move: MoveKv, leadership: Leadership) -> None:
+        entry, source = self._records.get(move.request_id), self._workers.get(move.source_id)
+        kv = source.held.pop(move.request_id, None) if source is not None else None
+        if entry is None or source is None or kv is None:
+            # The source has gone meanwhile, or has nothing any more.
+            attempt = entry.record.attempt if entry is not None else 0
+            self._on_undeliverable(
+                KvMoved(
+                    request_id=move.request_id,
+                    attempt=attempt,
+                    source_id=move.source_id,
+                    target_id=move.target_id,
+                    is_ok=False,
+                )
+            )
+            return
+        pull = scheduler_pb2.PullKv(
+            record=entry.record,
+            source_worker_id=move.source_id,
+            source_address=source.hello.address,
+            kv=kv,
+            epoch=leadership.epoch,
+        )
+        if entry.dispatched is not None:
+            pull.batch.CopyFrom(entry.dispatched.batch)
+        self._to_worker(move.target_id, scheduler_pb2.WorkResponse(pull=pull))
+
+    def _moved(self, request_id: RequestId, worker_id: WorkerId) -> None:
+        """Tells the gateway which worker to send a stop to from now on."""
+        entry = self._records.get(request_id)
+        if entry is None:
+            return
+        entry.worker_id = worker_id
+        if entry.dispatched is not None:
+            # A copy: the one before may still be on its way.
+            dispatched = scheduler_pb2.RecordDispatched()
+            dispatched.CopyFrom(entry.dispatched)
+            dispatched.worker_id = worker_id
+            entry.dispatched = dispatched
+            self._gateways.send(entry.record.gateway_id, scheduler_pb2.SubmitResponse(dispatched=entry.dispatched))
 
     def _to_worker(self, worker_id: WorkerId, message: scheduler_pb2.WorkResponse) -> None:
         # A worker that is gone or does not read has its WorkerLost on the way: its requests come back through that.

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from bucketserve.config import TelemetrySettings, split_host_port
 from bucketserve.core.errors import EngineError
-from bucketserve.core.types import WorkerRole
 from bucketserve.ports import Engine
 from bucketserve.process import default_instance_id
 from bucketserve.rpc.server import RpcServer
@@ -58,15 +57,11 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
         try:
             started = await engine.started
             worker.attach(engine, started)
-            servicer = WorkerServicer(
-                worker_id=worker_id,
-                model=settings.model_name,
-                role=WorkerRole.BOTH,
-                info=started.info,
-            )
+            servicer = WorkerServicer(worker, model=settings.model_name, info=started.info)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server.grpc_server)
             await server.start()
             link = asyncio.create_task(worker.link.run(), name="scheduler-link")
+            sweeper = asyncio.create_task(worker.sweep(), name="kv-sweeper")
             await server.set_serving(True)
             log.info(
                 "worker.ready",
@@ -74,6 +69,7 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
                 engine=started.info.name,
                 device=started.info.device,
                 dtype=started.info.dtype,
+                role=settings.role,
                 kv_total_tokens=started.headroom.kv_total_tokens,
             )
             try:
@@ -88,8 +84,9 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
                 raise
             finally:
                 link.cancel()
-                await asyncio.wait([link])
-                await worker.delivery.close()
+                sweeper.cancel()
+                await asyncio.wait([link, sweeper])
+                await worker.close()
         finally:
             await engine.stop()
             await server.stop(grace_s=1.0)

@@ -2,7 +2,8 @@
 
 The first token of a request and its end go out at once; tokens in between wait up to flush_s to share a message, since
 the cost of a stream is per message, not per token. What a gateway has not acknowledged when a stream breaks is sent
-again on the next one; it drops what it has seen.
+again on the next one; it drops what it has seen. Output that could not be brought for give_up_s is given up with its
+request. Younger output is kept: it may be that of a gateway which has just been started at the address of the lost one.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class DeliveryPool:
         flush_s: float,
         give_up_s: float,
         on_stop: Callable[[list[tuple[str, int]]], None],
-        on_lost: Callable[[str], None],
+        on_lost: Callable[[str, set[str]], None],
     ) -> None:
-        """on_stop(keys) when a gateway wants no more; on_lost(address) when it can't be reached for give_up_s."""
+        """on_stop(keys) when a gateway wants no more; on_lost(address, request ids) when their output is given up."""
         self._worker_id = worker_id
         self._flush_s = flush_s
         self._give_up_s = give_up_s
@@ -50,7 +51,9 @@ class DeliveryPool:
         """Queues output for the gateway at that address."""
         stream = self._streams.get(address)
         if stream is None:
-            stream = _GatewayStream(address, self._worker_id, self._flush_s, self._give_up_s, self._on_stop)
+            stream = _GatewayStream(
+                address, self._worker_id, self._flush_s, self._give_up_s, self._on_stop, self._on_lost
+            )
             self._streams[address] = stream
             self._tasks[address] = asyncio.create_task(self._serve(stream), name=f"deliver-{address}")
         stream.put(delivery)
@@ -72,15 +75,13 @@ class DeliveryPool:
     async def _serve(self, stream: _GatewayStream) -> None:
         try:
             await stream.run()
-        except _GatewayLostError:
-            self._on_lost(stream.address)
         finally:
             self._streams.pop(stream.address, None)
             self._tasks.pop(stream.address, None)
 
 
-class _GatewayLostError(Exception):
-    """The gateway could not be reached in time."""
+class _TooMuchError(Exception):
+    """More output waits than a gateway that reads would let gather."""
 
 
 class _GatewayStream:
@@ -93,8 +94,10 @@ class _GatewayStream:
         flush_s: float,
         give_up_s: float,
         on_stop: Callable[[list[tuple[str, int]]], None],
+        on_lost: Callable[[str, set[str]], None],
     ) -> None:
         self.address = address
+        self._on_lost = on_lost
         self.drained = asyncio.Event()
         self.drained.set()
         self._worker_id = worker_id
@@ -102,20 +105,27 @@ class _GatewayStream:
         self._give_up_s = give_up_s
         self._on_stop = on_stop
         self._pending: dict[str, delivery_pb2.TokenDelivery] = {}
+        self._pending_since_s: dict[str, float] = {}
+        self._clock = asyncio.get_running_loop().time
         self._unacknowledged: deque[delivery_pb2.DeliverRequest] = deque()
         self._num_acknowledged = 0
         self._num_pending_tokens = 0
         self._has_pending = asyncio.Event()
         self._is_urgent = asyncio.Event()
         self._is_lost = False
+        self._away_since_s: float | None = None
 
     def put(self, delivery: delivery_pb2.TokenDelivery) -> None:
         """Adds output, merged with what is pending of the same attempt."""
         pending = self._pending.get(delivery.request_id)
         if pending is not None and pending.attempt == delivery.attempt:
+            # A request that is taken up again says its first tokens again.
+            repeated = max(pending.first_index + len(pending.token_ids) - delivery.first_index, 0)
+            del delivery.token_ids[:repeated], delivery.logprobs[:repeated]
             pending.MergeFrom(_without_index(delivery, pending.first_index))
         else:
             self._pending[delivery.request_id] = delivery
+            self._pending_since_s.setdefault(delivery.request_id, self._clock())
         self._num_pending_tokens += len(delivery.token_ids)
         self.drained.clear()
         self._has_pending.set()
@@ -125,25 +135,39 @@ class _GatewayStream:
             self._is_lost = True
 
     async def run(self) -> None:
-        """Keeps a call open and sends; returns when idle for long.
-
-        Raises:
-            _GatewayLostError: the gateway can't be reached, or does not read.
-        """
-        lost_since_s: float | None = None
-        clock = asyncio.get_running_loop().time
+        """Keeps a call open and sends; returns when idle for long, or when all output has been given up."""
         async with open_channel(self.address) as channel:
             stub = delivery_pb2_grpc.DeliveryServiceStub(channel)
             while True:
                 try:
                     if not await self._converse(stub):
                         return
-                    lost_since_s = None
-                except grpc.aio.AioRpcError:
-                    lost_since_s = lost_since_s or clock()
-                if lost_since_s is not None and clock() - lost_since_s > self._give_up_s:
-                    raise _GatewayLostError
+                    self._away_since_s = None
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    # The latter if the gateway ended the call in peace, as it does when it drains, while we wrote.
+                    self._away_since_s = self._away_since_s or self._clock()
+                except _TooMuchError:
+                    self._give_up(self._clock())
+                    return
+                if self._away_since_s is not None and self._clock() - self._away_since_s > self._give_up_s:
+                    self._give_up(self._clock() - self._give_up_s)
+                    if not self._pending:
+                        return
                 await asyncio.sleep(RECONNECT_S)
+
+    def _give_up(self, until_s: float) -> None:
+        """Drops what has waited since until_s or longer: all that had been sent before the stream broke, and more."""
+        lost = {delivery.request_id for message in self._unacknowledged for delivery in message.deliveries}
+        lost |= {request_id for request_id, since_s in self._pending_since_s.items() if since_s <= until_s}
+        self._unacknowledged.clear()
+        for request_id in lost & self._pending.keys():
+            del self._pending_since_s[request_id]
+            self._num_pending_tokens -= len(self._pending.pop(request_id).token_ids)
+        if not self._pending:
+            self._has_pending.clear()
+            self.drained.set()
+        if lost:
+            self._on_lost(self.address, lost)
 
     async def _converse(self, stub: delivery_pb2_grpc.DeliveryServiceStub) -> bool:
         """One call, until it breaks (AioRpcError, or True) or is idle for long (False)."""
@@ -161,13 +185,13 @@ class _GatewayStream:
                     await call.done_writing()
                     return False
                 if self._is_lost:
-                    raise _GatewayLostError
+                    raise _TooMuchError
                 await self._write(call)
             await reader
             return True
         finally:
             reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
+            with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await reader
             call.cancel()
 
@@ -192,6 +216,7 @@ class _GatewayStream:
     async def _write(self, call: grpc.aio.StreamStreamCall[delivery_pb2.DeliverRequest, object]) -> None:
         deliveries = list(self._pending.values())
         self._pending.clear()
+        self._pending_since_s.clear()
         self._num_pending_tokens = 0
         self._has_pending.clear()
         self._is_urgent.clear()
@@ -202,6 +227,8 @@ class _GatewayStream:
 
     async def _read(self, call: AsyncIterator[delivery_pb2.DeliverResponse]) -> None:
         async for response in call:
+            # It is there: what breaks later is another absence.
+            self._away_since_s = None
             while self._num_acknowledged < response.num_received and self._unacknowledged:
                 self._unacknowledged.popleft()
                 self._num_acknowledged += 1

@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 
 from bucketserve.core.errors import EngineError
 from bucketserve.core.types import Headroom, RequestId
-from bucketserve.ports import Engine, EngineInfo, SequenceFailure, SequenceSpec, StepOutput
+from bucketserve.engine.kv_staging import KvStaging, StagedKv, checksum
+from bucketserve.ports import Engine, EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenOutput
+from bucketserve.rpc.convert import logprobs_to_pb
+from bucketserve.v1 import worker_pb2
 
-__all__ = ["EngineStarted", "EngineThread", "EngineTurn"]
+__all__ = ["EngineStarted", "EngineThread", "EngineTurn", "HandedOver", "Resumed"]
 
 MAX_TURNS_AHEAD = 64
 """Turns that the event loop may be behind before the engine waits for it."""
@@ -27,6 +30,28 @@ class EngineStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class HandedOver:
+    """A prefilled sequence that has left the engine."""
+
+    key: RequestId
+    num_tokens: int
+    """Tokens whose KV is in the block."""
+    kv_bytes: int
+    block: StagedKv
+    """The KV, then a KvTrailer with the first token, which is in the turn's output as well."""
+    checksum: int
+    """Of the block, taken before anybody else could touch it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A sequence whose KV came from elsewhere is in the engine, or could not be taken: then error says why."""
+
+    key: RequestId
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineTurn:
     """What one turn of the thread did; headroom is as after it."""
 
@@ -34,6 +59,8 @@ class EngineTurn:
     cancelled: tuple[RequestId, ...]
     headroom: Headroom
     last_assignment: int
+    handed_over: tuple[HandedOver, ...] = ()
+    resumed: tuple[Resumed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +73,17 @@ class _Add:
 @dataclass(frozen=True, slots=True)
 class _Cancel:
     request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Import:
+    spec: SequenceSpec
+    generated: tuple[int, ...]
+    block: StagedKv
+    kv_bytes: int
+
+
+_Order = _Add | _Cancel | _Import
 
 
 class EngineThread:
@@ -61,12 +99,16 @@ class EngineThread:
         self._on_turn = on_turn
         self._loop = asyncio.get_running_loop()
         self._wake = threading.Condition()
-        self._orders: deque[_Add | _Cancel] = deque()
+        self._orders: deque[_Order] = deque()
+        self._hands_over: dict[RequestId, int] = {}
+        """Sequences to hand over once they are prefilled, and their tokens. Of the thread."""
         self._is_stopping = False
         self._ahead = threading.Semaphore(MAX_TURNS_AHEAD)
         self._last_assignment = 0
         self.started: asyncio.Future[EngineStarted] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
+        self.staging: KvStaging
+        """Where KV is between engines; there once the engine is."""
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -83,6 +125,12 @@ class EngineThread:
         """Stops sequences at the next step; each is named in a later turn's `cancelled`, known or not."""
         with self._wake:
             self._orders.append(_Cancel(tuple(request_ids)))
+            self._wake.notify()
+
+    def resume(self, spec: SequenceSpec, generated: Sequence[int], block: StagedKv, kv_bytes: int) -> None:
+        """Hands over a sequence whose KV was computed elsewhere, and the block; a turn's `resumed` says how it went."""
+        with self._wake:
+            self._orders.append(_Import(spec, tuple(generated), block, kv_bytes))
             self._wake.notify()
 
     def reset_assignments(self) -> None:
@@ -102,11 +150,13 @@ class EngineThread:
         error: BaseException | None = None
         try:
             engine = self._load()
+            self.staging = KvStaging(engine.headroom().kv_total_tokens * engine.info.kv_bytes_per_token)
             self._tell(self.started, EngineStarted(engine.info, engine.headroom()))
             try:
                 self._run(engine)
             finally:
                 engine.close()
+                self.staging.close()
         except BaseException as caught:
             error = caught
         self._loop.call_soon_threadsafe(self._finish, error)
@@ -114,15 +164,18 @@ class EngineThread:
     def _run(self, engine: Engine) -> None:
         """The hot loop: take what came in, step, hand out what came of it."""
         while (orders := self._take(engine)) is not None:
-            failures, cancelled = _obey(engine, orders)
+            failures, cancelled, resumed = self._obey(engine, orders)
             output = engine.step()
             if failures:
                 output = replace(output, failures=(*output.failures, *failures))
-            turn = EngineTurn(output, tuple(cancelled), engine.headroom(), self._last_assignment)
+            handed_over = self._hand_over(engine, output) if self._hands_over else ()
+            turn = EngineTurn(
+                output, tuple(cancelled), engine.headroom(), self._last_assignment, handed_over, tuple(resumed)
+            )
             self._ahead.acquire()
             self._loop.call_soon_threadsafe(self._deliver, turn)
 
-    def _take(self, engine: Engine) -> list[_Add | _Cancel] | None:
+    def _take(self, engine: Engine) -> list[_Order] | None:
         """Returns new orders, waiting for some if the engine has no work; None to stop."""
         with self._wake:
             while not (self._orders or self._is_stopping or engine.has_work()):
@@ -135,6 +188,41 @@ class EngineThread:
                 if isinstance(order, _Add):
                     self._last_assignment = order.assignment
             return orders
+
+    def _obey(
+        self, engine: Engine, orders: Sequence[_Order]
+    ) -> tuple[list[SequenceFailure], list[RequestId], list[Resumed]]:
+        """Carries orders out as they came; returns what the engine refused, what was cancelled, what was resumed."""
+        failures: list[SequenceFailure] = []
+        cancelled: list[RequestId] = []
+        resumed: list[Resumed] = []
+        for order in orders:
+            match order:
+                case _Add():
+                    failures += _add(engine, order)
+                    self._hands_over.update((s.request_id, len(s.token_ids)) for s in order.sequences if s.hands_over)
+                case _Cancel():
+                    engine.cancel(order.request_ids)
+                    cancelled += order.request_ids
+                case _Import():
+                    resumed.append(_import(engine, order))
+        for request_id in (*cancelled, *(failure.request_id for failure in failures)):
+            self._hands_over.pop(request_id, None)
+        return failures, cancelled, resumed
+
+    def _hand_over(self, engine: Engine, output: StepOutput) -> tuple[HandedOver, ...]:
+        """Moves the KV of what was prefilled, and has not ended with that, out of the engine."""
+        first = {token.request_id: token for token in output.tokens}
+        handed_over = []
+        for request_id in output.prefilled:
+            num_tokens = self._hands_over.pop(request_id, None)
+            if num_tokens is not None and first[request_id].finish_reason is None:
+                kv_bytes, trailer = num_tokens * engine.info.kv_bytes_per_token, _trailer(first[request_id])
+                block = self.staging.take(kv_bytes + len(trailer))
+                engine.export_kv(request_id, block.data[:kv_bytes])
+                block.data[kv_bytes:] = trailer
+                handed_over.append(HandedOver(request_id, num_tokens, kv_bytes, block, checksum(block.data)))
+        return tuple(handed_over)
 
     def _deliver(self, turn: EngineTurn) -> None:
         self._ahead.release()
@@ -154,17 +242,25 @@ class EngineThread:
                 self.ended.set_exception(error)
 
 
-def _obey(engine: Engine, orders: Sequence[_Add | _Cancel]) -> tuple[list[SequenceFailure], list[RequestId]]:
-    """Carries orders out as they came; returns what the engine refused and what was cancelled."""
-    failures: list[SequenceFailure] = []
-    cancelled: list[RequestId] = []
-    for order in orders:
-        if isinstance(order, _Add):
-            failures += _add(engine, order)
-        else:
-            engine.cancel(order.request_ids)
-            cancelled += order.request_ids
-    return failures, cancelled
+def _trailer(first: TokenOutput) -> bytes:
+    """Returns what goes along with the KV."""
+    trailer = worker_pb2.KvTrailer(cached_prompt_tokens=first.cached_prompt_tokens)
+    if first.token_id is not None:
+        trailer.token_ids.append(first.token_id)
+    if first.logprobs is not None:
+        trailer.logprobs.append(logprobs_to_pb(first.logprobs))
+    return trailer.SerializeToString()
+
+
+def _import(engine: Engine, order: _Import) -> Resumed:
+    """Copies a block into the engine and lets it go."""
+    error: str | None = None
+    try:
+        engine.import_kv(order.spec, order.generated, order.block.data[: order.kv_bytes])
+    except EngineError as caught:
+        error = str(caught)
+    order.block.release()
+    return Resumed(order.spec.request_id, error)
 
 
 def _add(engine: Engine, add: _Add) -> list[SequenceFailure]:

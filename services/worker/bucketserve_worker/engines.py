@@ -23,7 +23,7 @@ def _fake(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Calla
         kv_total_tokens=settings.kv_budget_tokens or defaults.kv_total_tokens,
         context_tokens=settings.context_tokens or defaults.context_tokens,
         max_sequences=settings.max_sequences,
-        max_step_tokens=settings.max_step_tokens,
+        max_step_tokens=settings.max_step_tokens or defaults.max_step_tokens,
         step_s=settings.fake_decode_us_per_step / 1e6,
         prefill_s_per_token=settings.fake_prefill_us_per_token / 1e6,
     )
@@ -43,6 +43,9 @@ def _transformers(settings: WorkerSettings, on_progress: Callable[[str], None]) 
                 model=settings.model,
                 device=settings.device,
                 dtype=settings.dtype,
+                quantization=settings.quantization,
+                kernels=settings.kernels,
+                prefix_cache=settings.prefix_cache,
                 num_threads=settings.num_threads,
                 kv_budget_bytes=settings.kv_budget_bytes,
                 kv_budget_tokens=settings.kv_budget_tokens,

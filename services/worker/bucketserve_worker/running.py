@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bucketserve.core.types import FinishReason, RequestId
@@ -23,6 +23,7 @@ class Running:
     received_s: float
     prefilled_s: float | None = None
     num_output_tokens: int = 0
+    cached_prompt_tokens: int = 0
     is_replaced: bool = False
     """It came again, and the engine was told to let this run go."""
 
@@ -66,16 +67,16 @@ class RunningTable:
             if running.record.request_id == request_id and attempt in (None, running.record.attempt)
         ]
 
-    def replace(self, request_id: str) -> list[RequestId]:
+    def replace(self, request_id: str, but_not: RequestId | None = None) -> list[RequestId]:
         """Returns the runs of a request that comes again; nobody is told when they end."""
-        keys = self.keys_of(request_id)
+        keys = [key for key in self.keys_of(request_id) if key != but_not]
         for key in keys:
             self._running[key].is_replaced = True
         return keys
 
-    def request_ids(self) -> list[str]:
-        """Returns the requests that are here."""
-        return [running.record.request_id for running in self._running.values() if not running.is_replaced]
+    def __iter__(self) -> Iterator[tuple[RequestId, Running]]:
+        """Yields what is here, except what nobody waits for any more."""
+        return ((key, running) for key, running in self._running.items() if not running.is_replaced)
 
     def add(self, assignment: scheduler_pb2.BatchAssignment) -> list[RequestId]:
         """Takes a batch; returns its keys, in order."""
@@ -87,9 +88,41 @@ class RunningTable:
             self._running[keys[-1]] = Running(record, assignment.batch, now_s)
         return keys
 
-    def of_gateway(self, delivery_address: str) -> list[RequestId]:
-        """Returns the requests whose output goes to that address."""
-        return [key for key, running in self._running.items() if running.record.delivery_address == delivery_address]
+    def resume(
+        self,
+        pull: scheduler_pb2.PullKv,
+        early: Sequence[tuple[int, common_pb2.PositionLogprobs | None]],
+        cached_prompt_tokens: int,
+        prefill_s: float,
+    ) -> RequestId:
+        """Takes a request whose KV has come with its first tokens, and sends those again: order is the gateway's.
+
+        Args:
+            pull: what the scheduler asked for.
+            early: tokens that were generated where it was prefilled, with their log-probabilities.
+            cached_prompt_tokens: those of the prompt that came out of the prefix cache there.
+            prefill_s: how long that took, in seconds.
+        """
+        now_s = self.clock()
+        self._num_added += 1
+        key = RequestId(f"{pull.record.request_id}#{self._num_added}")
+        running = Running(pull.record, pull.batch, now_s - prefill_s, now_s, len(early), cached_prompt_tokens)
+        self._running[key] = running
+        delivery = delivery_pb2.TokenDelivery(request_id=pull.record.request_id, attempt=pull.record.attempt)
+        for token_id, logprobs in early:
+            delivery.token_ids.append(token_id)
+            if logprobs is not None:
+                delivery.logprobs.append(logprobs)
+        self.delivery.send(pull.record.delivery_address, delivery)
+        return key
+
+    def of_gateway(self, delivery_address: str, request_ids: set[str]) -> list[RequestId]:
+        """Returns the runs of those requests whose output goes to that address."""
+        return [
+            key
+            for key, running in self._running.items()
+            if running.record.request_id in request_ids and running.record.delivery_address == delivery_address
+        ]
 
     def take_output(self, output: StepOutput) -> list[Finished]:
         """Sends a step's tokens to their gateways; returns the requests that it ended."""
@@ -111,11 +144,19 @@ class RunningTable:
         ended = [running for key in keys if (running := self._running.pop(key, None))]
         return [Finished(running, reason, now_s) for running in ended if not running.is_replaced]
 
-    def fail_all(self, message: str) -> list[Finished]:
-        """Ends everything: the engine is gone. Gateways start the requests elsewhere."""
-        failures = [SequenceFailure(request_id=key, message=message, is_retryable=True) for key in self._running]
+    def drop(self, key: RequestId) -> None:
+        """Forgets an attempt; nobody is told."""
+        self._running.pop(key, None)
+
+    def fail(self, keys: Sequence[RequestId], message: str) -> list[Finished]:
+        """Ends attempts; their gateways start them elsewhere."""
+        failures = [SequenceFailure(request_id=key, message=message, is_retryable=True) for key in keys]
         now_s = self.clock()
         return [done for failure in failures if (done := self._take_failure(failure, now_s))]
+
+    def fail_all(self, message: str) -> list[Finished]:
+        """Ends everything: the engine is gone. Gateways start the requests elsewhere."""
+        return self.fail(list(self._running), message)
 
     def _take_token(self, token: TokenOutput, now_s: float) -> Finished | None:
         running = self._running.get(token.request_id)
@@ -126,6 +167,7 @@ class RunningTable:
             attempt=running.record.attempt,
             first_index=running.num_output_tokens,
         )
+        running.cached_prompt_tokens = max(running.cached_prompt_tokens, token.cached_prompt_tokens)
         if token.token_id is not None:
             delivery.token_ids.append(token.token_id)
             running.num_output_tokens += 1
@@ -160,6 +202,7 @@ class RunningTable:
         prefilled_s = running.prefilled_s if running.prefilled_s is not None else now_s
         return delivery_pb2.DeliveryFinished(
             reason=finish_reason_to_pb(reason),
+            cached_prompt_tokens=running.cached_prompt_tokens,
             prefill_us=round((prefilled_s - running.received_s) * 1e6),
             decode_us=round((now_s - prefilled_s) * 1e6),
         )

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import grpc
 
 from bucketserve.core.errors import UnavailableError
+from bucketserve.core.types import WorkerRole
 from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.convert import role_from_pb
 from bucketserve.rpc.listening import messages_while_alive
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
@@ -37,14 +39,20 @@ class SchedulerLink:
         report: Callable[[], scheduler_pb2.WorkerReport],
         on_batch: Callable[[scheduler_pb2.BatchAssignment], None],
         on_cancel: Callable[[list[str]], None],
+        on_pull: Callable[[scheduler_pb2.PullKv], None],
+        on_role: Callable[[WorkerRole], None],
+        on_heard: Callable[[], None],
         on_state: Callable[[bool, str], None],
     ) -> None:
-        """on_state(connected, detail) on every change; addresses are tried in turn."""
+        """on_state(connected, detail) on every change, on_heard() on every message; addresses are tried in turn."""
         self._addresses = addresses
         self._hello = hello
-        self._report = report
+        self._new_report = report
         self._on_batch = on_batch
         self._on_cancel = on_cancel
+        self._on_pull = on_pull
+        self._on_role = on_role
+        self._on_heard = on_heard
         self._on_state = on_state
         self._outbox: Outbox[Work] | None = None
         self._report_soon = asyncio.Event()
@@ -57,6 +65,14 @@ class SchedulerLink:
     def prefilled(self, message: scheduler_pb2.BatchPrefilled) -> None:
         """Says that prompts are computed."""
         self._send(Work(prefilled=message))
+
+    def moved(self, message: scheduler_pb2.KvMoved) -> None:
+        """Says how a transfer ended."""
+        self._send(Work(kv_moved=message))
+
+    def report(self, report: scheduler_pb2.WorkerReport) -> None:
+        """Reports now."""
+        self._send(Work(report=report))
 
     def report_soon(self) -> None:
         """Asks for a report with the next turn of the event loop, rather than at the next interval."""
@@ -91,6 +107,7 @@ class SchedulerLink:
         reporter: asyncio.Task[None] | None = None
         try:
             async for response in messages_while_alive(call):
+                self._on_heard()
                 match response.WhichOneof("message"):
                     case "welcome":
                         self._outbox = outbox
@@ -103,6 +120,10 @@ class SchedulerLink:
                         self._on_batch(response.batch)
                     case "cancel":
                         self._on_cancel(list(response.cancel.request_ids))
+                    case "pull":
+                        self._on_pull(response.pull)
+                    case "switch_role":
+                        self._on_role(role_from_pb(response.switch_role.role))
         finally:
             self._outbox = None
             outbox.close()
@@ -118,7 +139,7 @@ class SchedulerLink:
                 async with asyncio.timeout(interval_s):
                     await self._report_soon.wait()
             self._report_soon.clear()
-            self._send(Work(report=self._report()))
+            self.report(self._new_report())
 
     def _send(self, message: Work) -> None:
         if self._outbox is not None:

@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import grpc
 
-from bucketserve.core.types import WorkerRole
+from bucketserve.core.errors import NotFoundError
 from bucketserve.ports import EngineInfo
 from bucketserve.rpc.convert import role_to_pb
 from bucketserve.v1 import worker_pb2, worker_pb2_grpc
+from bucketserve_worker.kv_source import PIECE_BYTES
+from bucketserve_worker.worker import Worker
 
 __all__ = ["WorkerServicer"]
 
-Context = grpc.aio.ServicerContext[worker_pb2.GetWorkerInfoRequest, worker_pb2.GetWorkerInfoResponse]
+InfoContext = grpc.aio.ServicerContext[worker_pb2.GetWorkerInfoRequest, worker_pb2.GetWorkerInfoResponse]
+FetchContext = grpc.aio.ServicerContext[worker_pb2.FetchKvRequest, worker_pb2.FetchKvResponse]
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
-    """Describes the worker. FetchKv is inherited and answers UNIMPLEMENTED: this version runs role `both` only."""
+    """Describes the worker and gives out the KV that it holds."""
 
-    def __init__(self, *, worker_id: str, model: str, role: WorkerRole, info: EngineInfo) -> None:
-        """All of it is fixed once the engine is loaded."""
-        self._answer = worker_pb2.GetWorkerInfoResponse(
-            worker_id=worker_id,
-            model=model,
-            role=role_to_pb(role),
-            device=info.device,
-            dtype=info.dtype,
-            kv_bytes_per_token=info.kv_bytes_per_token,
-        )
+    def __init__(self, worker: Worker, *, model: str, info: EngineInfo) -> None:
+        """Takes a worker whose engine is loaded."""
+        self._worker = worker
+        self._model = model
+        self._info = info
 
     async def GetWorkerInfo(
-        self, request: worker_pb2.GetWorkerInfoRequest, context: Context
+        self, request: worker_pb2.GetWorkerInfoRequest, context: InfoContext
     ) -> worker_pb2.GetWorkerInfoResponse:
         """The worker."""
-        return self._answer
+        return worker_pb2.GetWorkerInfoResponse(
+            worker_id=self._worker.worker_id,
+            model=self._model,
+            role=role_to_pb(self._worker.role),
+            device=self._info.device,
+            dtype=self._info.dtype,
+            kv_bytes_per_token=self._info.kv_bytes_per_token,
+        )
+
+    async def FetchKv(
+        self, request: worker_pb2.FetchKvRequest, context: FetchContext
+    ) -> AsyncIterator[worker_pb2.FetchKvResponse]:
+        """Held KV, as bytes."""
+        held = self._worker.holder.find(request.request_id, request.attempt)
+        if held is None:
+            raise NotFoundError("kv", request.request_id, "no KV is held for this attempt")
+        block = held.handed_over.block
+        for begin in range(0, len(block.data), PIECE_BYTES):
+            yield worker_pb2.FetchKvResponse(piece=bytes(block.data[begin : begin + PIECE_BYTES]))
+            if held.key not in self._worker.holder:
+                raise NotFoundError("kv", request.request_id, "the KV was let go while it was read")

@@ -21,17 +21,35 @@ class WorkerSettings(Section):
     address: str = Field("", description="host:port at which other workers reach this one; default: listen")
     metrics_listen: str = Field("127.0.0.1:9103", description="host:port for Prometheus /metrics; empty: off")
     worker_id: str = Field("", description="unique per process; default: host name and process id")
+    role: Literal["both", "prefill", "decode"] = Field(
+        "both", description="prefill: computes prompts and holds their KV; decode: pulls it and generates"
+    )
+    kv_lease_s: float = Field(
+        30.0, gt=0, description="held KV is freed when no scheduler has been heard of for this long, seconds"
+    )
     engine: Literal["transformers", "fake"] = Field("transformers", description="engine adapter")
     model: str = Field("", description="directory or hub id of a Hugging Face causal LM; unused by the fake engine")
     model_name: str = Field("default", min_length=1, max_length=128, description="name that clients use")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights and KV")
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8: weights of linear layers rounded to 8 bits, on CPU; faster, at a small loss"
+    )
+    kernels: Literal["auto", "torch"] = Field(
+        "auto", description="auto: kernels compiled for this CPU where g++ is there; torch: torch's operations only"
+    )
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: as torch chooses")
     kv_budget_bytes: int = Field(0, ge=0, description="memory for KV; 0: measured at start")
     kv_budget_tokens: int = Field(0, ge=0, description="KV in tokens; 0: by bytes, or measured")
     context_tokens: int = Field(0, ge=0, description="most tokens per sequence; 0: what the model has")
+    prefix_cache: bool = Field(True, description="KV of ended sequences is kept, while there is room, for like prompts")
     max_sequences: int = Field(64, ge=1, le=4096, description="sequences that may run at once")
-    max_step_tokens: int = Field(2048, ge=16, description="most tokens in one forward pass; bounds activation memory")
+    max_step_tokens: int = Field(
+        0,
+        ge=0,
+        description="most tokens in one forward pass; bounds activation memory; 0: what takes half a second on "
+        "CPU, 2,048 on CUDA",
+    )
     fake_prefill_us_per_token: float = Field(50.0, ge=0, description="fake engine: prefill time per token")
     fake_decode_us_per_step: float = Field(5_000.0, ge=0, description="fake engine: time of a decode step")
     flush_ms: float = Field(20.0, ge=0, le=1000, description="tokens wait at most this to share a message")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from bucketserve.core.types import FinishReason, Headroom
+from bucketserve.core.types import FinishReason, Headroom, WorkerRole
 from bucketserve.ports import StepOutput
 from bucketserve.telemetry.logs import EventLog
 from bucketserve.telemetry.metrics import ProcessMetrics
 from bucketserve.telemetry.tracing import Tracing
+from bucketserve.v1 import scheduler_pb2
 from bucketserve_worker.engine_thread import EngineTurn
+from bucketserve_worker.kv_source import Fetched
 from bucketserve_worker.running import Finished
 
 __all__ = ["WorkerTelemetry"]
@@ -27,6 +29,7 @@ class WorkerTelemetry:
         self._worker_id = worker_id
         self._model = model
         self._num_out_of_memory = 0
+        self._num_prefix_asked = self._num_prefix_reused = 0
         self._unix_offset_s = time.time() - time.monotonic()
 
     def turn(self, turn: EngineTurn, finished: Sequence[Finished]) -> None:
@@ -43,6 +46,54 @@ class WorkerTelemetry:
                 self._record_spans(done)
         for failure in turn.output.failures:
             self._log.warning("sequence.failed", request_id=failure.request_id, detail=failure.message)
+
+    def kv_transfer(
+        self, record: scheduler_pb2.QueueRecord, fetched: Fetched | None, start_s: float, error: str
+    ) -> None:
+        """When KV has come from another worker, or could not be had."""
+        if fetched is None:
+            self._metrics.count("bucketserve_worker_kv_transfers_total", model=self._model, transport="failed")
+            self._log.warning("kv.transfer_failed", request_id=record.request_id, detail=error)
+            return
+        end_s = time.monotonic()
+        self._metrics.count("bucketserve_worker_kv_transfers_total", model=self._model, transport=fetched.transport)
+        self._metrics.count("bucketserve_worker_kv_transfer_bytes_total", len(fetched.block.data), model=self._model)
+        self._metrics.observe("bucketserve_worker_kv_transfer_seconds", end_s - start_s, model=self._model)
+        if parent := self._tracing.extract(record.traceparent, record.tracestate):
+            self._tracing.record(
+                "bucketserve.kv_transfer",
+                self._unix_us(start_s),
+                self._unix_us(end_s),
+                parent=parent,
+                attributes={
+                    "bucketserve.request_id": record.request_id,
+                    "bucketserve.attempt": record.attempt,
+                    "bucketserve.worker_id": self._worker_id,
+                    "bucketserve.kv.transport": fetched.transport,
+                    "bucketserve.kv.num_bytes": len(fetched.block.data),
+                },
+            )
+
+    def held(self, num_tokens: int) -> None:
+        """Before each report."""
+        self._metrics.set("bucketserve_worker_kv_held_tokens", num_tokens, model=self._model)
+
+    def kv_expired(self, number: int) -> None:
+        """When held KV is freed because no scheduler is there to want it."""
+        self._metrics.count("bucketserve_worker_kv_leases_expired_total", number, model=self._model)
+        self._log.warning("kv.leases_expired", number=number)
+
+    def role_switched(self, older: WorkerRole, role: WorkerRole) -> None:
+        """When the scheduler gives this worker another role."""
+        self._log.info("role.switched", was=older.value, role=role.value)
+
+    def run_began(self, record: scheduler_pb2.QueueRecord, key: str, epoch: int) -> None:
+        """When a request is given to the engine: with run_ended the history that tests check for double execution."""
+        self._log.debug("run.began", request_id=record.request_id, attempt=record.attempt, run=key, epoch=epoch)
+
+    def run_ended(self, key: str, how: str) -> None:
+        """When the engine is done with it, or is told to be."""
+        self._log.debug("run.ended", run=key, how=how)
 
     def scheduler_state(self, is_connected: bool, detail: str) -> None:
         """When the scheduler's stream comes or goes."""
@@ -80,6 +131,11 @@ class WorkerTelemetry:
             self._log.warning("device.out_of_memory", num_new=new, kv_total_tokens=headroom.kv_total_tokens)
             self._num_out_of_memory = headroom.num_out_of_memory
 
+        asked, reused = headroom.num_prefix_asked_tokens, headroom.num_prefix_reused_tokens
+        self._metrics.count("vllm:prefix_cache_queries_total", asked - self._num_prefix_asked, model_name=model)
+        self._metrics.count("vllm:prefix_cache_hits_total", reused - self._num_prefix_reused, model_name=model)
+        self._num_prefix_asked, self._num_prefix_reused = asked, reused
+
     def _record_spans(self, done: Finished) -> None:
         record = done.running.record
         parent = self._tracing.extract(record.traceparent, record.tracestate)
@@ -91,6 +147,7 @@ class WorkerTelemetry:
             "bucketserve.worker_id": self._worker_id,
             "bucketserve.batch.id": done.running.batch.batch_id,
             "bucketserve.output_tokens": done.running.num_output_tokens,
+            "bucketserve.cached_prompt_tokens": done.running.cached_prompt_tokens,
             "bucketserve.finish_reason": done.reason.value,
         }
         prefilled_s = done.running.prefilled_s

@@ -1,8 +1,9 @@
 """The worker's hub: batches from the scheduler to the engine, tokens from the engine to the gateways, reports back.
 
-SchedulerLink --batch, cancel--> Worker --> EngineThread
+SchedulerLink --batch, pull, cancel--> Worker --> EngineThread
 EngineThread --turn--> Worker --> RunningTable --> DeliveryPool --> gateways
-└--> SchedulerLink: prefilled, finished, report
+                         ├--> KvHolder: KV for decode workers
+                         └--> SchedulerLink: prefilled, finished, report
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
-from bucketserve.core.types import FinishReason, Headroom, StepSample, WorkerRole
+from bucketserve.core.types import FinishReason, Headroom, RequestId, StepSample, WorkerRole
 from bucketserve.rpc.convert import (
     finish_reason_to_pb,
     headroom_to_pb,
@@ -22,12 +24,17 @@ from bucketserve.rpc.convert import (
 from bucketserve.v1 import scheduler_pb2
 from bucketserve_worker.delivery import DeliveryPool
 from bucketserve_worker.engine_thread import EngineStarted, EngineThread, EngineTurn
+from bucketserve_worker.kv_holder import Held, KvHolder
+from bucketserve_worker.kv_puller import KvPuller
+from bucketserve_worker.kv_source import KvSources
 from bucketserve_worker.running import Finished, Running, RunningTable
 from bucketserve_worker.scheduler_link import SchedulerLink
 from bucketserve_worker.settings import WorkerSettings
 from bucketserve_worker.telemetry import WorkerTelemetry
 
 __all__ = ["Worker"]
+
+SWEEP_S = 1.0
 
 MAX_STEP_SAMPLES = 256
 """Samples kept between two reports; older ones give way, since the fit wants the present."""
@@ -39,6 +46,7 @@ class Worker:
     def __init__(self, settings: WorkerSettings, worker_id: str, telemetry: WorkerTelemetry) -> None:
         """Connects to nothing yet; attach() completes it once the engine is warm."""
         self.worker_id = worker_id
+        self.role = WorkerRole(settings.role)
         self._settings = settings
         self._telemetry = telemetry
         self.delivery = DeliveryPool(
@@ -49,12 +57,16 @@ class Worker:
             on_lost=self._on_gateway_lost,
         )
         self.running = RunningTable(self.delivery, time.monotonic)
+        self.holder = KvHolder(settings.kv_lease_s, time.monotonic)
         self.link = SchedulerLink(
             settings.scheduler_address.split(","),
             hello=self._hello,
             report=self._report,
             on_batch=self._on_batch,
             on_cancel=self._on_cancel,
+            on_pull=self._on_pull,
+            on_role=self._on_role,
+            on_heard=self.holder.heard,
             on_state=telemetry.scheduler_state,
         )
         self._steps: deque[StepSample] = deque(maxlen=MAX_STEP_SAMPLES)
@@ -64,15 +76,38 @@ class Worker:
         """Takes the warm engine."""
         self._engine = engine
         self._info = started.info
+        self._puller = KvPuller(
+            KvSources(self.worker_id, self.holder, engine.staging, started.info.kv_layout),
+            engine,
+            self.running,
+            on_moved=self._on_moved,
+            on_transfer=self._telemetry.kv_transfer,
+            on_resumed=self._telemetry.run_began,
+        )
         self._headroom: Headroom = started.headroom
 
     async def drained(self, timeout_s: float) -> bool:
         """Waits until no request is left and all output is sent; False if that took longer than timeout_s."""
         deadline_s = time.monotonic() + timeout_s
-        while len(self.running) and time.monotonic() < deadline_s:
+        while (len(self.running) or len(self._puller)) and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
         await self.delivery.flush(max(deadline_s - time.monotonic(), 0.2))
         return not len(self.running)
+
+    async def close(self) -> None:
+        """Ends all streams and transfers."""
+        await self._puller.close()
+        await self.delivery.close()
+
+    async def sweep(self) -> None:
+        """Frees held KV whose lease is over, for ever: its scheduler is gone, and whoever wanted it starts anew."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            if expired := self.holder.expired():
+                self._telemetry.kv_expired(len(expired))
+                for key in expired:
+                    self.holder.release(key)
+                self._tell_finished(self.running.fail(expired, "the lease of its KV is over"))
 
     def engine_failed(self, error: BaseException) -> None:
         """Hands every request back: the engine is gone."""
@@ -84,10 +119,32 @@ class Worker:
         """Takes what one turn of the engine brought."""
         self._headroom, self._last_assignment = turn.headroom, turn.last_assignment
         output = turn.output
+        if turn.resumed:
+            # The report that counts them comes first: there is no moment in which nobody does.
+            self.link.report(self._report())
+            for resumed in turn.resumed:
+                self._puller.resumed(resumed)
+                if resumed.error is not None:
+                    self._telemetry.run_ended(resumed.key, "refused")
+        for handed_over in turn.handed_over:
+            self._telemetry.run_ended(handed_over.key, "handed over")
+            running = self.running.get(handed_over.key)
+            if running is None:
+                handed_over.block.release()
+            else:
+                self.holder.hold(running, handed_over)
+        for key in turn.cancelled:
+            self.holder.release(key)
+            self._telemetry.run_ended(key, "cancelled")
+        for token in output.tokens:
+            if token.finish_reason is not None:
+                self._telemetry.run_ended(token.request_id, "finished")
+        for failure in output.failures:
+            self._telemetry.run_ended(failure.request_id, "failed")
         if output.sample is not None:
             self._steps.append(output.sample)
         # Looked up first: a request of one token is prefilled and finished in the same turn.
-        prefilled = [running for key in output.prefilled if (running := self.running.get(key))]
+        prefilled = [(key, running) for key in output.prefilled if (running := self.running.get(key))]
         finished = [*self.running.take_output(output), *self.running.take_cancelled(turn.cancelled)]
         self._telemetry.turn(turn, finished)
         self._tell_prefilled(prefilled)
@@ -95,15 +152,17 @@ class Worker:
         if finished or output.prefilled or turn.cancelled:
             self.link.report_soon()
 
-    def _tell_prefilled(self, prefilled: Sequence[Running]) -> None:
+    def _tell_prefilled(self, prefilled: Sequence[tuple[RequestId, Running]]) -> None:
         batches: dict[str, scheduler_pb2.BatchPrefilled] = {}
-        for running in prefilled:
+        for key, running in prefilled:
             batch_id = running.batch.batch_id
             duration_us = round((self.running.clock() - running.received_s) * 1e6)
             message = batches.setdefault(
                 batch_id, scheduler_pb2.BatchPrefilled(batch_id=batch_id, duration_us=duration_us)
             )
             message.request_ids.append(running.record.request_id)
+            if held := self.holder.get(key):
+                message.held.append(self._describe(held))
         for message in batches.values():
             self.link.prefilled(message)
 
@@ -126,19 +185,45 @@ class Worker:
             self._engine.cancel(older)
         keys = self.running.add(assignment)
         sequences = [
-            sequence_from_record(record, key, assignment.batch.batch_id)
+            sequence_from_record(record, key, assignment.batch.batch_id, hands_over=self.role is WorkerRole.PREFILL)
             for key, record in zip(keys, assignment.records, strict=True)
         ]
+        for key, record in zip(keys, assignment.records, strict=True):
+            self._telemetry.run_began(record, key, assignment.epoch)
         self._engine.add(assignment.assignment, sequences, assignment.max_chunk_tokens)
 
+    def _on_pull(self, pull: scheduler_pb2.PullKv) -> None:
+        older = self.running.replace(pull.record.request_id, but_not=self._held_key(pull))
+        if older:
+            self._engine.cancel(older)
+        self._puller.pull(pull)
+
+    def _held_key(self, pull: scheduler_pb2.PullKv) -> RequestId | None:
+        """Our own name for what is to be pulled, if it is here already: a role switch may order that."""
+        held = self.holder.find(pull.record.request_id, pull.record.attempt)
+        return held.key if held is not None else None
+
+    def _on_moved(self, moved: scheduler_pb2.KvMoved) -> None:
+        self.link.moved(moved)
+        self.link.report_soon()
+
+    def _on_role(self, role: WorkerRole) -> None:
+        self._telemetry.role_switched(self.role, role)
+        self.role = role
+
     def _on_cancel(self, request_ids: list[str]) -> None:
-        self._engine.cancel([key for request_id in request_ids for key in self.running.keys_of(request_id)])
+        self._puller.give_up(request_ids)
+        keys = [key for request_id in request_ids for key in self.running.keys_of(request_id)]
+        if held := [key for key in keys if self.holder.release(key)]:
+            self._tell_finished(self.running.give_up(held, FinishReason.CANCELLED))
+            self.link.report_soon()
+        self._engine.cancel([key for key in keys if key not in held])
 
     def _on_stop(self, attempts: list[tuple[str, int]]) -> None:
         self._engine.cancel([key for name, attempt in attempts for key in self.running.keys_of(name, attempt)])
 
-    def _on_gateway_lost(self, address: str) -> None:
-        lost = self.running.of_gateway(address)
+    def _on_gateway_lost(self, address: str, request_ids: set[str]) -> None:
+        lost = self.running.of_gateway(address, request_ids)
         self._telemetry.gateway_lost(address, len(lost))
         self._tell_finished(self.running.give_up(lost, FinishReason.ERROR))
         self._engine.cancel(lost)
@@ -149,19 +234,34 @@ class Worker:
         # A new stream counts assignments from one again.
         self._engine.reset_assignments()
         self._last_assignment = 0
+        self._puller.cancel_all()
         return scheduler_pb2.WorkerHello(
             worker_id=self.worker_id,
             model=self._settings.model_name,
-            role=role_to_pb(WorkerRole.BOTH),
+            role=role_to_pb(self.role),
             address=self._settings.address or self._settings.listen,
             engine=self._info.name,
             pays_padding=self._info.pays_padding,
             context_tokens=self._info.context_tokens,
             report=self._report(),
-            running_request_ids=self.running.request_ids(),
+            running=[self._running_record(key, running) for key, running in self.running],
         )
 
+    def _running_record(self, key: RequestId, running: Running) -> scheduler_pb2.RunningRecord:
+        held = self.holder.get(key)
+        return scheduler_pb2.RunningRecord(
+            request_id=running.record.request_id,
+            attempt=running.record.attempt,
+            held=self._describe(held) if held else None,
+        )
+
+    def _describe(self, held: Held) -> scheduler_pb2.HeldKv:
+        return held.describe(self._info.kv_layout, self._engine.staging.path)
+
     def _report(self) -> scheduler_pb2.WorkerReport:
-        report = headroom_to_pb(self._headroom, self._steps, last_assignment=self._last_assignment)
+        held_tokens = self.holder.num_tokens
+        self._telemetry.held(held_tokens)
+        headroom = replace(self._headroom, kv_free_tokens=self._headroom.kv_free_tokens - held_tokens)
+        report = headroom_to_pb(headroom, self._steps, last_assignment=self._last_assignment)
         self._steps.clear()
         return report

@@ -1,0 +1,166 @@
+"""Ways by which KV comes here: out of this process, out of shared memory, through a gRPC stream.
+
+Each yields a block of our own whose length and checksum are right, or raises. What comes is never used unverified.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import xxhash
+
+from bucketserve.core.errors import BucketServeError
+from bucketserve.engine.kv_staging import KvStaging, StagedKv, checksum, locality
+from bucketserve.rpc.channel import open_channel
+from bucketserve.v1 import scheduler_pb2, worker_pb2, worker_pb2_grpc
+from bucketserve_worker.kv_holder import KvHolder
+
+__all__ = ["PIECE_BYTES", "Fetched", "KvSources", "KvTransferError"]
+
+PIECE_BYTES = 1 << 20
+INLINE_BYTES = 4 << 20
+"""Up to here a copy holds the event loop up for less than half a millisecond; a thread would cost as much again."""
+
+
+class KvTransferError(BucketServeError):
+    """The KV could not be had, or is not what its sender says; it has to be computed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """KV that has come, and what came with it."""
+
+    block: StagedKv
+    trailer: worker_pb2.KvTrailer
+    transport: str
+
+
+class KvSources:
+    """Fetches KV by the nearest way; keeps channels and mappings."""
+
+    def __init__(self, worker_id: str, holder: KvHolder, staging: KvStaging, layout: str) -> None:
+        """Holder is our own: a worker whose role was switched may go on with what it prefilled itself."""
+        self._worker_id = worker_id
+        self._holder = holder
+        self._staging = staging
+        self._layout = layout
+        self._channels: dict[str, worker_pb2_grpc.WorkerServiceStub] = {}
+        self._files = _SharedFiles()
+        self._exit = AsyncExitStack()
+
+    async def fetch(self, pull: scheduler_pb2.PullKv) -> Fetched:
+        """Returns the KV of a request; it stays held at its source until the scheduler ends that.
+
+        Raises:
+            KvTransferError: it could not be had, or did not come as it was sent.
+            grpc.aio.AioRpcError: the source can't be reached, or does not hold it.
+        """
+        if pull.kv.layout != self._layout:
+            raise KvTransferError(f"its layout is {pull.kv.layout!r}, ours {self._layout!r}: other model or dtype")
+        if pull.source_worker_id == self._worker_id:
+            block, transport = self._from_own(pull), "in_process"
+        else:
+            source = self._files.view(pull.kv)
+            block, transport = self._staging.take(pull.kv.num_bytes), "grpc" if source is None else "shared_memory"
+            try:
+                found = await (self._by_stream(pull, block) if source is None else _copy(source, block))
+                if found != pull.kv.checksum:
+                    raise KvTransferError(f"checksum mismatch by {transport}: corrupt, or its source has let it go")
+            except BaseException:
+                block.release()
+                raise
+        trailer = worker_pb2.KvTrailer.FromString(bytes(block.data[pull.kv.kv_bytes :]))
+        return Fetched(block, trailer, transport)
+
+    async def close(self) -> None:
+        """Closes channels and mappings."""
+        await self._exit.aclose()
+        self._files.close()
+
+    def _from_own(self, pull: scheduler_pb2.PullKv) -> StagedKv:
+        held = self._holder.find(pull.record.request_id, pull.record.attempt)
+        if held is None or self._holder.take(held.key) is None:
+            raise KvTransferError("it is not held here any more")
+        return held.handed_over.block
+
+    async def _by_stream(self, pull: scheduler_pb2.PullKv, block: StagedKv) -> int:
+        """Fills the block from its source; returns the checksum of what came."""
+        stub = await self._stub(pull.source_address)
+        request = worker_pb2.FetchKvRequest(request_id=pull.record.request_id, attempt=pull.record.attempt)
+        digest, end = xxhash.xxh3_64(), 0
+        call = stub.FetchKv(request)
+        try:
+            async for response in call:
+                begin, end = end, end + len(response.piece)
+                if end > len(block.data):
+                    break
+                block.data[begin:end] = response.piece
+                digest.update(response.piece)
+        finally:
+            call.cancel()
+        if end != len(block.data):
+            raise KvTransferError(f"{end} bytes came, {len(block.data)} were announced")
+        return digest.intdigest()
+
+    async def _stub(self, address: str) -> worker_pb2_grpc.WorkerServiceStub:
+        if address not in self._channels:
+            channel = await self._exit.enter_async_context(open_channel(address))
+            self._channels[address] = worker_pb2_grpc.WorkerServiceStub(channel)
+        return self._channels[address]
+
+
+async def _copy(source: memoryview, block: StagedKv) -> int:
+    """Fills the block from memory; returns the checksum of the copy, so that what changes meanwhile shows."""
+
+    def copy() -> int:
+        block.data[:] = source
+        return checksum(block.data)
+
+    return copy() if len(source) <= INLINE_BYTES else await asyncio.to_thread(copy)
+
+
+class _SharedFiles:
+    """Files of other workers, mapped once: to map anew costs a page fault for every page."""
+
+    def __init__(self) -> None:
+        self._maps: dict[tuple[str, int], mmap.mmap] = {}
+
+    def view(self, kv: scheduler_pb2.HeldKv) -> memoryview | None:
+        """Returns where the KV lies; None if it can't be reached from here."""
+        where = kv.shared_memory
+        if not where.locality or where.locality != locality():
+            return None
+        try:
+            found = self._open(where.path)
+        except OSError:
+            return None
+        view = memoryview(found)[where.offset : where.offset + kv.num_bytes]
+        return view if len(view) == kv.num_bytes else None
+
+    def _open(self, path: str) -> mmap.mmap:
+        # The inode tells a worker from one that later has the same process id.
+        key = (path, os.stat(path).st_ino)
+        if key not in self._maps:
+            self._forget_dead()
+            file = os.open(path, os.O_RDONLY)
+            try:
+                self._maps[key] = mmap.mmap(file, 0, prot=mmap.PROT_READ)
+            finally:
+                os.close(file)
+        return self._maps[key]
+
+    def _forget_dead(self) -> None:
+        """Lets go of what belonged to workers that have ended: the mapping would keep their memory."""
+        for path, inode in list(self._maps):
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_ino == inode:
+                    continue
+            del self._maps[path, inode]
+
+    def close(self) -> None:
+        self._maps.clear()

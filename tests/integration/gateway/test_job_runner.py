@@ -1,0 +1,192 @@
+"""The runner of batch jobs against a real store: what it must not lose, and what must not stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Mapping
+
+import pytest
+
+from bucketserve.core.errors import RequestCancelledError
+from bucketserve.store.embedded import EmbeddedServer
+from bucketserve.store.jobs import JobInfo, JobStore
+from bucketserve.store.redis import connect
+from bucketserve.v1 import inference_pb2, job_pb2
+from bucketserve_gateway.job_runner import JobRunner
+from bucketserve_gateway.settings import GatewaySettings
+from bucketserve_gateway.telemetry import GatewayTelemetry
+from tests.e2e.observe import eventually
+
+pytestmark = pytest.mark.redis
+
+SETTINGS = GatewaySettings(job_lease_s=1.0, job_concurrency=8)
+
+
+class Heard(GatewayTelemetry):
+    """Keeps what the runner reports."""
+
+    def __init__(self) -> None:
+        self.errors: list[BaseException] = []
+        self.stored: list[bool] = []
+
+    def unexpected(self, method: str, error: BaseException) -> None:
+        self.errors.append(error)
+
+    def job_store_unavailable(self, detail: str) -> None:
+        pass
+
+    def job_request_done(self, is_stored: bool, is_error: bool) -> None:
+        self.stored.append(is_stored)
+
+
+class Model:
+    """Answers each request with its own prompt; holds answers back, or fails, as it is told."""
+
+    def __init__(self) -> None:
+        self.failures: dict[str, list[Exception]] = {}
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.num_open = 0
+        self.takes_to_end_s = 0.0
+
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str], remaining_s: float | None
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        self.num_open += 1
+        try:
+            if failures := self.failures.get(request.prompt):
+                raise failures.pop(0)
+            await self.may_answer.wait()
+            yield inference_pb2.GenerateResponse(chunk=inference_pb2.GenerateChunk(text=request.prompt, token_ids=[1]))
+            yield inference_pb2.GenerateResponse(finished=inference_pb2.GenerateFinished())
+        finally:
+            await asyncio.sleep(self.takes_to_end_s)
+            self.num_open -= 1
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def store(valkey: EmbeddedServer) -> AsyncIterator[JobStore]:
+    client = connect(valkey.url)
+    await client.flushdb()
+    yield JobStore(client)
+    await client.aclose()
+
+
+async def submit(store: JobStore, prompts: list[str]) -> None:
+    await store.begin("j", "t", 60)
+    items = [inference_pb2.GenerateRequest(prompt=prompt).SerializeToString() for prompt in prompts]
+    await store.put("j", "u", 0, items)
+    await store.start("j", "u", len(prompts), "d")
+
+
+@contextlib.asynccontextmanager
+async def running(runner: JobRunner) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(runner.run())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def results(store: JobStore, number: int) -> list[job_pb2.FetchJobResultsResponse]:
+    async def is_completed() -> bool:
+        return (await store.get("j")).state == "completed"
+
+    await eventually(is_completed, 20)
+    found = await store.results("j", range(number))
+    return [job_pb2.FetchJobResultsResponse.FromString(result or b"") for result in found]
+
+
+async def test_a_request_called_off_by_the_scheduler_is_run_again(store: JobStore) -> None:
+    model, heard = Model(), Heard()
+    model.failures["b"] = [RequestCancelledError("the gateway was lost"), RequestCancelledError("and again")]
+    await submit(store, ["a", "b", "c"])
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+        found = await results(store, 3)
+    assert [(result.text, result.error_reason) for result in found] == [("a", ""), ("b", ""), ("c", "")]
+
+
+async def test_a_request_that_fails_as_nobody_foresaw_has_a_result_and_is_not_run_for_ever(store: JobStore) -> None:
+    model, heard = Model(), Heard()
+    model.failures["b"] = [ValueError("with details that are nobody's business")] * 10
+    await submit(store, ["a", "b", "c"])
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+        found = await results(store, 3)
+    assert [result.error_reason for result in found] == ["", "INTERNAL", ""]
+    assert "business" not in found[1].error_message
+    assert [type(error) for error in heard.errors] == [ValueError]
+    assert heard.stored == [True] * 3
+
+
+async def test_what_nobody_foresaw_in_the_store_does_not_end_the_runner(store: JobStore) -> None:
+    model, heard = Model(), Heard()
+    look = store.open_jobs
+    failures = [RuntimeError("of another kind than the server being away")]
+
+    async def open_jobs() -> list[JobInfo]:
+        if failures:
+            raise failures.pop()
+        return await look()
+
+    store.open_jobs = open_jobs  # type: ignore[method-assign]
+    await submit(store, ["a"])
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)) as task:
+        assert [result.text for result in await results(store, 1)] == ["a"]
+        assert not task.done()
+    assert [type(error) for error in heard.errors] == [RuntimeError]
+
+
+async def test_a_request_lost_and_claimed_again_is_the_runners_own_still(store: JobStore) -> None:
+    model, heard = Model(), Heard()
+    model.may_answer.clear()
+    model.takes_to_end_s = 0.1
+    runner = JobRunner(store, model.generate, "g", SETTINGS, heard)
+    await submit(store, ["a"])
+    await runner._claim()
+    await eventually(lambda: model.num_open == 1)
+    # It was cut off for longer than its lease; another runner noticed that, but had no room itself.
+    await asyncio.sleep(1.1)
+    assert await store.claim("j", "another", 0, 1.0) == []
+    await runner._renew()
+    await runner._claim()
+    await asyncio.sleep(0.3)
+    # The former run has ended, and did not take the new one's place in the books with it.
+    assert model.num_open == 1
+    assert len(runner._tasks) == 1
+    await asyncio.sleep(0.6)
+    await runner._renew()
+    await asyncio.sleep(0.6)
+    assert await store.claim("j", "another", 1, 1.0) == []
+    model.may_answer.set()
+    assert [result.text for result in await results(store, 1)] == ["a"]
+    assert heard.errors == []
+
+
+async def test_what_has_not_finished_is_given_back_at_once(store: JobStore) -> None:
+    model, heard = Model(), Heard()
+    model.may_answer.clear()
+    await submit(store, ["a", "b"])
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+        await eventually(lambda: model.num_open == 2)
+    assert model.num_open == 0
+    assert [index for index, _ in await store.claim("j", "another", 10, 1.0)] == [0, 1]
+
+
+async def test_a_cancelled_job_stops_its_requests(store: JobStore) -> None:
+    model, heard = Model(), Heard()
+    model.may_answer.clear()
+    await submit(store, ["a", "b"])
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+        await eventually(lambda: model.num_open == 2)
+        await store.cancel("j")
+        await eventually(lambda: model.num_open == 0, 5)
+    assert await store.results("j", [0, 1]) == [None, None]

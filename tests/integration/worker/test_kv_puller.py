@@ -1,0 +1,75 @@
+"""What a worker does with KV that it is told to pull, from itself as well."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from bucketserve.core.types import RequestId
+from bucketserve.engine.fake import FakeEngine, FakeSettings
+from bucketserve.engine.kv_staging import KvStaging
+from bucketserve.rpc.convert import sequence_from_record
+from bucketserve.v1 import common_pb2, scheduler_pb2
+from bucketserve_worker.delivery import DeliveryPool
+from bucketserve_worker.engine_thread import EngineThread, EngineTurn
+from bucketserve_worker.kv_holder import KvHolder
+from bucketserve_worker.kv_puller import KvPuller
+from bucketserve_worker.kv_source import KvSources
+from bucketserve_worker.running import RunningTable
+from tests.chaos.oracle import expected_tokens
+
+PROMPT = [7, 8, 9]
+RECORD = scheduler_pb2.QueueRecord(
+    request_id="r", attempt=1, token_ids=PROMPT, max_new_tokens=6, delivery_address="127.0.0.1:1"
+)
+
+
+async def test_a_worker_that_changed_sides_goes_on_with_what_it_holds_itself() -> None:
+    turns: list[EngineTurn] = []
+    tokens: list[int] = []
+    pool = DeliveryPool("w", flush_s=0.0, give_up_s=60.0, on_stop=lambda keys: None, on_lost=lambda address, ids: None)
+    running = RunningTable(pool, time.monotonic)
+    holder = KvHolder(30.0, time.monotonic)
+    moved: list[scheduler_pb2.KvMoved] = []
+
+    def on_turn(turn: EngineTurn) -> None:
+        turns.append(turn)
+        tokens.extend(token.token_id for token in turn.output.tokens if token.token_id is not None)
+        for resumed in turn.resumed:
+            puller.resumed(resumed)
+        for handed_over in turn.handed_over:
+            held_running = running.get(handed_over.key)
+            assert held_running is not None
+            holder.hold(held_running, handed_over)
+        running.take_output(turn.output)
+
+    engine = EngineThread(lambda: FakeEngine(FakeSettings()), on_turn)
+    engine.start()
+    started = await engine.started
+    staging: KvStaging = engine.staging
+    puller = KvPuller(
+        KvSources("w", holder, staging, started.info.kv_layout),
+        engine,
+        running,
+        on_moved=moved.append,
+        on_transfer=lambda *_: None,
+        on_resumed=lambda *_: None,
+    )
+    assignment = scheduler_pb2.BatchAssignment(assignment=1, batch=common_pb2.BatchInfo(batch_id="b"), records=[RECORD])
+    (key,) = running.add(assignment)
+    engine.add(1, [sequence_from_record(RECORD, key, "b", hands_over=True)], 0)
+    while not len(holder):
+        await asyncio.sleep(0.01)
+    held = holder.get(RequestId(key))
+    assert held is not None
+    kv = held.describe(started.info.kv_layout, staging.path)
+    puller.pull(scheduler_pb2.PullKv(record=RECORD, source_worker_id="w", kv=kv, batch=assignment.batch))
+    while len(running):
+        await asyncio.sleep(0.01)
+    assert tokens == expected_tokens(PROMPT, 6, 0.0, 0)
+    assert [(each.request_id, each.is_ok) for each in moved] == [("r", True)]
+    # Nothing is left of its first life here.
+    assert (len(holder), len(running), len(puller), staging.num_blocks) == (0, 0, 0, 0)
+    await puller.close()
+    await pool.close()
+    await engine.stop()

@@ -1,0 +1,59 @@
+"""A request that runs and of which nothing is heard any more is submitted again, as it is."""
+
+from __future__ import annotations
+
+import asyncio
+
+from bucketserve.rpc.outbox import Outbox
+from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2, scheduler_pb2
+from bucketserve_gateway.requests import OpenRequest, OpenRequests
+from bucketserve_gateway.scheduler_link import SILENCE_S, SchedulerLink
+from bucketserve_gateway.validation import validate
+from tests.unit.gateway.builders import catalog
+
+
+async def test_silent_requests_are_asked_for_again() -> None:
+    requests, served = OpenRequests(), catalog()
+    link = SchedulerLink(["127.0.0.1:1"], "gateway", requests, lambda is_connected, detail: None)
+
+    def opened(name: str, *, runs: bool) -> OpenRequest:
+        valid = validate(inference_pb2.GenerateRequest(request_id=name, prompt="the"), served, max_prompt_bytes=1000)
+        record = scheduler_pb2.QueueRecord(request_id=name, attempt=1, max_new_tokens=8)
+        request = OpenRequest(valid, [5, 6], 8, record, max_attempts=3, max_pending_tokens=100, submit=link.submit)
+        requests.add(request)
+        if runs:
+            request.on_dispatched(scheduler_pb2.RecordDispatched(request_id=name, attempt=1))
+        return request
+
+    silent, talks, waits, over = (
+        opened("silent", runs=True),
+        opened("talks", runs=True),
+        opened("waits", runs=False),
+        opened("over", runs=True),
+    )
+    late_s = silent.heard_s + SILENCE_S + 1
+    # Without a scheduler nobody is asked, and it is not forgotten that somebody must be.
+    assert link.ask_again(late_s) == 0
+    outbox: Outbox[scheduler_pb2.SubmitRequest] = Outbox(10)
+    link._outbox = outbox
+    assert link.ask_again(silent.heard_s + SILENCE_S / 2) == 0
+    talks.heard_s = late_s - 1
+    over.deliver(
+        delivery_pb2.TokenDelivery(
+            request_id="over",
+            attempt=1,
+            token_ids=[7],
+            finished=delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_LENGTH),
+        )
+    )
+    assert link.ask_again(late_s) == 1
+    # Not in every round, and again if it stays silent.
+    assert link.ask_again(late_s + 1) == 0
+    assert link.ask_again(late_s + SILENCE_S + 1) == 2
+    asyncio.get_running_loop().call_soon(outbox.close)
+    sent = [(m.record.request_id, m.record.attempt) async for m in outbox.messages()]
+    assert sent[:1] == [("silent", 1)]
+    assert not waits.is_over
+    # What the scheduler answers changes nothing for one that it knows.
+    silent.on_dispatched(scheduler_pb2.RecordDispatched(request_id="silent", attempt=1))
+    assert silent.attempt == 1
