@@ -1,17 +1,18 @@
+"""Stacks of real processes for the tests, and the check that a test leaves nothing behind in one."""
+
 from __future__ import annotations
 
 import asyncio
-import time
-import urllib.request
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from bucketserve.rpc.channel import open_channel
-from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_cli.stack import LocalStack, StackSpec
+from tests.chaos.checks import leaks, usage
+from tests.e2e.observe import eventually
 
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "models" / "demo" / "model")
 
@@ -19,9 +20,21 @@ NewStack = Callable[..., LocalStack]
 
 
 @pytest.fixture
-def new_stack(tmp_path: Path) -> Iterator[NewStack]:
-    """Returns a function that starts a stack, by default with the fake engine; all stop at the end of the test."""
+def stores() -> Iterator[contextlib.ExitStack]:
+    """For stores of a test's own: they end after the stacks."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def new_stack(tmp_path: Path, stores: contextlib.ExitStack) -> Iterator[NewStack]:
+    """Returns a function that starts a stack, by default with the fake engine; all stop at the end of the test.
+
+    Then it must hold nothing: no KV, lease, key, request, file or task. Services that a test ended are started again
+    first, so that what the store still has of their work shows as well.
+    """
     stacks: list[LocalStack] = []
+    before: list[dict[str, dict[str, float]]] = []
 
     def start(**options) -> LocalStack:
         environ = {"BUCKETSERVE_WORKER_CONTEXT_TOKENS": "2048", **options.pop("environ", {})}
@@ -30,35 +43,36 @@ def new_stack(tmp_path: Path) -> Iterator[NewStack]:
         )
         stack = LocalStack(spec)
         stacks.append(stack)
-        return stack.__enter__()
+        stack.__enter__()
+        before.append(usage(stack))
+        return stack
 
     yield start
-    for stack in stacks:
-        stack.__exit__(None, None, None)
+    try:
+        for stack, at_start in zip(stacks, before, strict=True):
+            ended = [name for name, service in stack.services.items() if service.exit_status is not None]
+            for name in ended:
+                stack.restart(name)
+            if ended:
+                stack.wait_until_serving(60)
+            asyncio.run(_check_nothing_is_left(stack, at_start))
+    finally:
+        for stack in stacks:
+            stack.__exit__(None, None, None)
 
 
-async def status(stack: LocalStack) -> scheduler_pb2.ModelStatus:
-    async with open_channel(stack.scheduler_address) as channel:
-        stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
-        response = await stub.GetStatus(scheduler_pb2.GetStatusRequest(), timeout=5)
-    return response.models[0]
+async def _check_nothing_is_left(stack: LocalStack, before: dict[str, dict[str, float]]) -> None:
+    left: list[str] = []
 
+    async def is_clean() -> bool:
+        try:
+            left[:] = await leaks(stack, stack.redis_url, before)
+        except (AssertionError, grpc.aio.AioRpcError) as error:
+            # Nobody leads yet.
+            left[:] = [f"not to be seen: {error!r}"]
+        return not left
 
-async def eventually(check: Callable[[], object], timeout_s: float = 15.0) -> None:
-    """Waits until check(), which may be a coroutine function, returns something true."""
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        result = check()
-        if asyncio.iscoroutine(result):
-            result = await result
-        if result:
-            return
-        assert time.monotonic() < deadline_s, f"{check} did not come true in {timeout_s} s"
-        await asyncio.sleep(0.05)
-
-
-def metric(stack: LocalStack, service: str, name: str) -> float:
-    """Sum over labels of a sample on a service's /metrics."""
-    with urllib.request.urlopen(f"http://{stack.metrics_addresses[service]}/metrics", timeout=5) as response:
-        families = list(text_string_to_metric_families(response.read().decode()))
-    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+    try:
+        await eventually(is_clean, 30)
+    except AssertionError:
+        raise AssertionError(f"left behind: {left}") from None

@@ -13,7 +13,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from bucketserve.client import BucketServeClient
 from bucketserve.v1 import common_pb2, inference_pb2
-from tests.e2e.conftest import NewStack, metric
+from tests.e2e.conftest import NewStack
+from tests.e2e.observe import metric
 
 pytestmark = pytest.mark.e2e
 

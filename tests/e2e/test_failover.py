@@ -1,4 +1,8 @@
-"""What happens to streams and new requests when a scheduler or Redis dies."""
+"""What happens when something dies: the rows of the table in docs/architecture.md, one by one.
+
+Here: worker (paused, poisoned), scheduler, Redis, gateway, SIGTERM. In test_stack.py: worker killed, client goes away,
+SIGTERM under load. In test_overload.py: overload. In test_disaggregation.py: all of it where KV is on its way.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,23 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
 
 import pytest
+import redis.asyncio as aioredis
+from redis.exceptions import RedisError
 
 from bucketserve.client import BucketServeClient, Finished
 from bucketserve.core.errors import UnavailableError
-from bucketserve.store.embedded import EmbeddedServer
-from bucketserve_cli.stack import LocalStack, free_port
-from tests.e2e.conftest import NewStack, eventually, metric, status
+from bucketserve.store.embedded import EmbeddedServer, find_server, free_port
+from bucketserve.store.redis import connect
+from bucketserve_cli.stack import LocalStack
+from tests.e2e.conftest import NewStack
+from tests.e2e.observe import eventually, metric, status
 from tests.e2e.test_stack import run
 
 pytestmark = pytest.mark.e2e
@@ -36,7 +48,9 @@ def leader_of(stack: LocalStack) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-async def test_the_standby_takes_over_and_streams_never_notice(new_stack: NewStack, how: signal.Signals) -> None:
+async def test_scheduler_dies_the_standby_takes_over_and_streams_never_notice(
+    new_stack: NewStack, how: signal.Signals
+) -> None:
     stack = new_stack(num_schedulers=2, num_workers=2, environ=SLOW)
     leader, standby = leader_of(stack)
     assert not events(stack, standby, "seat.taken")
@@ -80,24 +94,23 @@ async def test_a_paused_leader_that_wakes_can_not_write(new_stack: NewStack) -> 
 
 
 @pytest.mark.parametrize("outage_s", [0.5, 6.0])
-async def test_redis_gone_and_back_without_its_data(new_stack: NewStack, outage_s: float) -> None:
+async def test_redis_data_lost_and_nothing_else(
+    new_stack: NewStack, stores: contextlib.ExitStack, outage_s: float
+) -> None:
     port = free_port()
-    with contextlib.ExitStack() as servers:
-        first = servers.enter_context(EmbeddedServer(port))
-        stack = new_stack(num_workers=2, redis_url=first.url, environ=SLOW)
-        async with BucketServeClient(stack.gateway_address) as client:
-            wanted, _ = await run(client, 25, 250)
-            running = [asyncio.create_task(run(client, 25, 250)) for _ in range(6)]
-            await eventually(
-                lambda: sum(metric(stack, w, "vllm:num_requests_running") for w in stack.worker_names()) >= 6
-            )
-            os.kill(first.pid, signal.SIGKILL)
-            waiting = [asyncio.create_task(run(client, 25, 10)) for _ in range(3)]
-            await asyncio.sleep(outage_s)
-            servers.enter_context(EmbeddedServer(port))
-            results = await asyncio.gather(*running)
-            late = await asyncio.gather(*waiting)
-            again, _ = await run(client, 25, 10)
+    first = stores.enter_context(EmbeddedServer(port))
+    stack = new_stack(num_workers=2, redis_url=first.url, environ=SLOW)
+    async with BucketServeClient(stack.gateway_address) as client:
+        wanted, _ = await run(client, 25, 250)
+        running = [asyncio.create_task(run(client, 25, 250)) for _ in range(6)]
+        await eventually(lambda: sum(metric(stack, w, "vllm:num_requests_running") for w in stack.worker_names()) >= 6)
+        os.kill(first.pid, signal.SIGKILL)
+        waiting = [asyncio.create_task(run(client, 25, 10)) for _ in range(3)]
+        await asyncio.sleep(outage_s)
+        stores.enter_context(EmbeddedServer(port))
+        results = await asyncio.gather(*running)
+        late = await asyncio.gather(*waiting)
+        again, _ = await run(client, 25, 10)
     # Nothing was lost, nothing came twice, and what ran did not even start again.
     for tokens, finished in results:
         same = next((i for i, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b), len(tokens))
@@ -107,17 +120,23 @@ async def test_redis_gone_and_back_without_its_data(new_stack: NewStack, outage_
     assert again == wanted[:10]
 
 
-async def test_a_paused_worker_counts_as_dead_and_is_ignored_when_it_wakes(new_stack: NewStack) -> None:
+async def test_worker_paused_counts_as_dead_and_is_ignored_when_it_wakes(new_stack: NewStack) -> None:
     stack = new_stack(num_workers=2, environ={**SLOW, "BUCKETSERVE_SCHEDULER_WORKER_LEASE_S": "2"})
     async with BucketServeClient(stack.gateway_address) as client:
         wanted = [(await run(client, 10 + i, 250))[0] for i in range(2)]
         running = [asyncio.create_task(run(client, 10 + i % 2, 250)) for i in range(6)]
-        await eventually(lambda: metric(stack, "worker-0", "vllm:num_requests_running") >= 2)
-        stack.services["worker-0"].signal(signal.SIGSTOP)
+
+        def busy() -> list[str]:
+            # All six may be one batch: whoever has some will do.
+            return [name for name in stack.worker_names() if metric(stack, name, "vllm:num_requests_running") >= 2]
+
+        await eventually(busy)
+        victim = busy()[0]
+        stack.services[victim].signal(signal.SIGSTOP)
         await eventually(lambda: events(stack, "scheduler", "worker.lost"))
-        await eventually(lambda: metric(stack, "worker-1", "vllm:num_requests_running") >= 5)
+        await eventually(lambda: metric(stack, "scheduler", "bucketserve_scheduler_dropped_total") >= 1)
         # Awake again while the others still stream: what it sends belongs to attempts that nobody waits for.
-        stack.services["worker-0"].signal(signal.SIGCONT)
+        stack.services[victim].signal(signal.SIGCONT)
         results = await asyncio.gather(*running)
         assert [tokens for tokens, _ in results] == [wanted[i % 2] for i in range(6)]
         assert max(finished.attempts for _, finished in results) == 2
@@ -134,7 +153,7 @@ async def test_a_paused_worker_counts_as_dead_and_is_ignored_when_it_wakes(new_s
 
 
 async def test_a_request_that_kills_workers_is_given_up_after_three(new_stack: NewStack) -> None:
-    stack = new_stack(num_workers=3, environ=SLOW)
+    stack = new_stack(num_workers=3, environ={**SLOW, "BUCKETSERVE_TELEMETRY_LOG_LEVEL": "debug"})
     async with BucketServeClient(stack.gateway_address) as client:
         poison = asyncio.create_task(run(client, 40, 1000))
         killed: set[str] = set()
@@ -152,6 +171,12 @@ async def test_a_request_that_kills_workers_is_given_up_after_three(new_stack: N
             stack.services[name].wait(5)
         with pytest.raises(UnavailableError):
             await poison
+        # The second attempt came at once, the third after a while.
+        began = [entry for name in killed for entry in events(stack, name, "run.began") if entry["attempt"] == 3]
+        resubmitted = [e for e in events(stack, "gateway", "request.resubmitted") if e["attempt"] == 3]
+        times = [datetime.fromisoformat(entry["time"]) for entry in (*resubmitted, *began)]
+        assert len(times) == 2
+        assert (times[1] - times[0]).total_seconds() >= 0.19
         # Its workers are back; others are served as before.
         for name in sorted(killed):
             stack.restart(name)
@@ -159,8 +184,69 @@ async def test_a_request_that_kills_workers_is_given_up_after_three(new_stack: N
         assert len(tokens) == 5
 
 
-async def test_a_rolling_restart_of_workers_and_schedulers_fails_no_stream(new_stack: NewStack) -> None:
-    stack = new_stack(num_schedulers=2, num_workers=2, environ=SLOW)
+async def test_redis_short_outage_of_thirty_seconds(new_stack: NewStack, stores: contextlib.ExitStack) -> None:
+    store = stores.enter_context(EmbeddedServer(is_durable=True))
+    stack = new_stack(num_workers=2, redis_url=store.url, environ=SLOW)
+    async with BucketServeClient(stack.gateway_address) as client:
+        wanted, _ = await run(client, 25, 400)
+        running = [asyncio.create_task(run(client, 25, 400)) for _ in range(4)]
+        await eventually(lambda: sum(metric(stack, w, "vllm:num_requests_running") for w in stack.worker_names()) >= 4)
+        store.kill()
+        refused: list[float] = []
+
+        async def persistent() -> list[int]:
+            """A client that comes back when it is told to."""
+            while True:
+                try:
+                    return (await run(client, 25, 10))[0]
+                except UnavailableError as error:
+                    refused.append(error.retry_delay_s)
+                    await asyncio.sleep(error.retry_delay_s)
+
+        waiting = [asyncio.create_task(persistent()) for _ in range(3)]
+        await asyncio.sleep(30)
+        # What ran has long ended by now, without the store.
+        assert all(task.done() for task in running)
+        await asyncio.to_thread(store.start)
+        late = await asyncio.gather(*waiting)
+        results = await asyncio.gather(*running)
+    assert [tokens for tokens, _ in results] == [wanted] * 4
+    assert {finished.attempts for _, finished in results} == {1}
+    assert late == [wanted[:10]] * 3
+    # New requests waited, or were told when to come back.
+    assert all(delay_s > 0 for delay_s in refused)
+
+
+async def test_gateway_dies_its_requests_are_cancelled_and_nobody_else_notices(new_stack: NewStack) -> None:
+    stack = new_stack(num_gateways=2, num_workers=2, environ={**SLOW, "BUCKETSERVE_SCHEDULER_GATEWAY_LEASE_S": "2"})
+    here, there = stack.gateway_addresses
+    async with BucketServeClient(here) as victim, BucketServeClient(there) as other:
+        wanted, _ = await run(other, 20, 200)
+        lost = [asyncio.create_task(run(victim, 20, 1000)) for _ in range(4)]
+        kept = [asyncio.create_task(run(other, 20, 200)) for _ in range(4)]
+        await eventually(lambda: sum(metric(stack, w, "vllm:num_requests_running") for w in stack.worker_names()) >= 8)
+        stack.services["gateway"].signal(signal.SIGKILL)
+        stack.services["gateway"].wait(5)
+        ends = await asyncio.gather(*lost, return_exceptions=True)
+        assert all(isinstance(end, UnavailableError) for end in ends)
+        results = await asyncio.gather(*kept)
+        assert [tokens for tokens, _ in results] == [wanted] * 4
+        assert {finished.attempts for _, finished in results} == {1}
+
+        async def is_free() -> bool:
+            now = await status(stack)
+            return now.num_running == 0 and all(
+                worker.report.kv_free_tokens == worker.report.kv_total_tokens for worker in now.workers
+            )
+
+        # 1,000 tokens at 20 ms each would take 20 s.
+        await eventually(is_free, 15)
+        stack.restart("gateway")
+        await asyncio.to_thread(stack.wait_until_serving, 30)
+
+
+async def test_sigterm_anywhere_a_rolling_restart_of_the_whole_stack_fails_no_stream(new_stack: NewStack) -> None:
+    stack = new_stack(num_schedulers=2, num_workers=2, num_gateways=2, environ=SLOW)
     over = asyncio.Event()
     done: list[Finished] = []
 
@@ -170,10 +256,11 @@ async def test_a_rolling_restart_of_workers_and_schedulers_fails_no_stream(new_s
             assert tokens == wanted[number]
             done.append(finished)
 
-    async with BucketServeClient(stack.gateway_address) as client:
+    # A client that knows both gateways, as behind one DNS name.
+    async with BucketServeClient("ipv4:" + ",".join(stack.gateway_addresses)) as client:
         wanted = [(await run(client, 10 + i, 60))[0] for i in range(4)]
         load = [asyncio.create_task(client_loop(client, i)) for i in range(4)]
-        for name in ("worker-0", "worker-1", "scheduler", "scheduler-1"):
+        for name in ("worker-0", "worker-1", "scheduler", "scheduler-1", "gateway", "gateway-1"):
             before = len(done)
             stack.services[name].signal(signal.SIGTERM)
             await asyncio.to_thread(stack.services[name].wait, 30)
@@ -186,3 +273,68 @@ async def test_a_rolling_restart_of_workers_and_schedulers_fails_no_stream(new_s
         await asyncio.gather(*load)
     # Drained, not killed: nothing had to start again.
     assert {finished.attempts for finished in done} == {1}
+
+
+@contextlib.contextmanager
+def sentinel(master_port: int, folder: Path) -> Iterator[int]:
+    """A Sentinel that watches a master; yields its port."""
+    port = free_port()
+    config = folder / "sentinel.conf"
+    config.write_text(
+        f"port {port}\nbind 127.0.0.1\ndir {folder}\nsentinel monitor main 127.0.0.1 {master_port} 1\n"
+        "sentinel down-after-milliseconds main 1000\nsentinel failover-timeout main 5000\n"
+    )
+    process = subprocess.Popen(
+        [find_server(), str(config), "--sentinel"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield port
+    finally:
+        process.terminate()
+        process.wait(5)
+
+
+async def test_redis_fails_over_to_a_replica_by_sentinel(
+    new_stack: NewStack, stores: contextlib.ExitStack, tmp_path: Path
+) -> None:
+    master = stores.enter_context(EmbeddedServer(is_durable=True))
+    replica = stores.enter_context(EmbeddedServer(replica_of=master.port))
+    watcher = stores.enter_context(sentinel(master.port, tmp_path))
+    client = connect(f"sentinel://127.0.0.1:{watcher}/main")
+
+    async def sees_the_replica() -> bool:
+        try:
+            return (await client.info("replication"))["connected_slaves"] == 1
+        except (RedisError, OSError):
+            return False
+
+    await eventually(sees_the_replica)
+    stack = new_stack(num_workers=2, redis_url=f"sentinel://127.0.0.1:{watcher}/main", environ=SLOW)
+    async with BucketServeClient(stack.gateway_address) as gateway:
+        wanted, _ = await run(gateway, 25, 300)
+        running = [asyncio.create_task(run(gateway, 25, 300)) for _ in range(4)]
+        await eventually(lambda: sum(metric(stack, w, "vllm:num_requests_running") for w in stack.worker_names()) >= 4)
+        # The Sentinel must know the replica before there is need of it; it asks the master every ten seconds.
+        sentinels = aioredis.from_url(f"redis://127.0.0.1:{watcher}")
+        await eventually(lambda: _knows_a_replica(sentinels))
+        master.kill()
+        results = await asyncio.gather(*running)
+
+        async def serves() -> bool:
+            try:
+                return (await run(gateway, 25, 10))[0] == wanted[:10]
+            except UnavailableError:
+                return False
+
+        await eventually(serves)
+    assert [tokens for tokens, _ in results] == [wanted] * 4
+    assert {finished.attempts for _, finished in results} == {1}
+    direct = connect(replica.url)
+    assert (await direct.info("replication"))["role"] == "master"
+    for open_client in (client, sentinels, direct):
+        await open_client.aclose()
+
+
+async def _knows_a_replica(sentinels: aioredis.Redis) -> bool:
+    (main,) = (await sentinels.sentinel_masters()).values()
+    return main["num-slaves"] == 1

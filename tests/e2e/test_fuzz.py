@@ -6,6 +6,7 @@ FUZZ_CASES sets how many (default 1,500; `make fuzz` sends 100,000).
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import random
 from collections import Counter
@@ -15,8 +16,9 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from bucketserve.v1 import delivery_pb2, inference_pb2, scheduler_pb2, worker_pb2
-from tests.e2e.conftest import NewStack, metric
+from bucketserve.v1 import delivery_pb2, inference_pb2, job_pb2, scheduler_pb2, worker_pb2
+from tests.e2e.conftest import NewStack
+from tests.e2e.observe import eventually, metric
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
@@ -35,7 +37,9 @@ ALLOWED = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
 }
-TEXTS = ["", "a", "\x00", "é" * 50, "x" * 5000, "demo", "🙂" * 20, "-1", "../../etc/passwd", "%s%n"]
+# The job that a submission with the key "a" becomes, so that some calls find one.
+JOB_ID = "job-" + hashlib.sha256(b"default\0a").hexdigest()[:24]
+TEXTS = ["", "a", "\x00", "é" * 50, "x" * 5000, "demo", "🙂" * 20, "-1", "../../etc/passwd", "%s%n", JOB_ID, "{}}:{"]
 NUMBERS = [0, 1, 2, 3, 7, 255, 4095, 4096, 2**31 - 1, 2**32 - 1]
 FLOATS = [0.0, -0.0, 1.0, -1.0, 0.5, float("nan"), float("inf"), float("-inf"), 1e-30, 1e30]
 
@@ -86,15 +90,34 @@ def payload(kind: type[Message], rng: random.Random) -> bytes:
     return bytes(data)
 
 
+def upload(rng: random.Random) -> list[bytes]:
+    """A submission that begins as it should, more often than not, or whatever comes."""
+    messages = [payload(job_pb2.SubmitJobRequest, rng) for _ in range(rng.randint(0, 4))]
+    if rng.random() < 0.7:
+        header = job_pb2.JobHeader(idempotency_key=rng.choice(["a", "b", ""]), ttl_s=rng.choice([0, 1, 60]))
+        messages.insert(0, job_pb2.SubmitJobRequest(header=header).SerializeToString())
+        if rng.random() < 0.5:
+            good = inference_pb2.GenerateRequest(prompt=rng.choice(["a", "b"]))
+            good.stopping.max_tokens = rng.randint(1, 20)
+            messages[1:] = [job_pb2.SubmitJobRequest(request=good).SerializeToString()] * rng.randint(1, 3)
+    return messages
+
+
 UNARY = [
     ("gateway", "InferenceService/Tokenize", inference_pb2.TokenizeRequest),
     ("gateway", "InferenceService/ListModels", inference_pb2.ListModelsRequest),
     ("gateway", "InferenceService/GetModel", inference_pb2.GetModelRequest),
+    ("gateway", "JobService/GetJob", job_pb2.GetJobRequest),
+    ("gateway", "JobService/CancelJob", job_pb2.CancelJobRequest),
     ("scheduler", "SchedulerService/GetStatus", scheduler_pb2.GetStatusRequest),
     ("worker", "WorkerService/GetWorkerInfo", worker_pb2.GetWorkerInfoRequest),
 ]
 STREAMED = [("gateway", "InferenceService/Generate", inference_pb2.GenerateRequest)] * 4
-STREAMED += [("worker", "WorkerService/FetchKv", worker_pb2.FetchKvRequest)]
+STREAMED += [
+    ("worker", "WorkerService/FetchKv", worker_pb2.FetchKvRequest),
+    ("gateway", "JobService/FetchJobResults", job_pb2.FetchJobResultsRequest),
+]
+UPLOADS = [("gateway", "JobService/SubmitJob", job_pb2.SubmitJobRequest)] * 2
 BIDIRECTIONAL = [
     ("scheduler", "SchedulerService/Submit", scheduler_pb2.SubmitRequest),
     ("scheduler", "SchedulerService/Work", scheduler_pb2.WorkRequest),
@@ -103,14 +126,18 @@ BIDIRECTIONAL = [
 
 
 async def send(channels: dict[str, grpc.aio.Channel], rng: random.Random) -> tuple[str, grpc.StatusCode, str]:
-    target, method, kind = rng.choice(UNARY + STREAMED + BIDIRECTIONAL)
+    target, method, kind = rng.choice(UNARY + STREAMED + UPLOADS + BIDIRECTIONAL)
     path, channel = f"/bucketserve.v1.{method}", channels[target]
     try:
         if (target, method, kind) in UNARY:
             await channel.unary_unary(path)(payload(kind, rng), timeout=20)
         elif (target, method, kind) in STREAMED:
-            async for _ in channel.unary_stream(path)(payload(kind, rng), timeout=20):
+            # Results may be waited for as long as a job takes to come in.
+            timeout_s = 1 if kind is job_pb2.FetchJobResultsRequest else 20
+            async for _ in channel.unary_stream(path)(payload(kind, rng), timeout=timeout_s):
                 pass
+        elif (target, method, kind) in UPLOADS:
+            await channel.stream_unary(path)(iter(upload(rng)), timeout=20)
         else:
             messages = [payload(kind, rng) for _ in range(rng.randint(1, 4))]
             call = channel.stream_stream(path)(iter(messages), timeout=1)
@@ -157,5 +184,15 @@ async def test_no_input_breaks_anything(new_stack: NewStack) -> None:
     for name, service in stack.services.items():
         assert service.exit_status is None, name
         assert "Traceback" not in service.log_path.read_text(), name
-    assert seen["InferenceService/Generate", "INVALID_ARGUMENT"] > 0
-    assert metric(stack, "gateway", "bucketserve_gateway_open_requests") == 0
+    for method, code in (
+        ("InferenceService/Generate", "INVALID_ARGUMENT"),
+        ("JobService/SubmitJob", "OK"),
+        ("JobService/SubmitJob", "INVALID_ARGUMENT"),
+        ("JobService/SubmitJob", "ALREADY_EXISTS"),
+        ("JobService/GetJob", "OK"),
+        ("JobService/GetJob", "NOT_FOUND"),
+        ("JobService/FetchJobResults", "OK"),
+    ):
+        assert seen[method, code] > 0, (method, code, seen)
+    # What was submitted as a job may still run.
+    await eventually(lambda: metric(stack, "gateway", "bucketserve_gateway_open_requests") == 0)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections import Counter
 
 import pytest
 
 from bucketserve.client import BucketServeClient
 from bucketserve.core.errors import BucketServeError, OverloadedError
-from tests.e2e.conftest import NewStack, eventually, metric, status
+from bucketserve.v1 import common_pb2
+from tests.chaos.checks import usage
+from tests.e2e.conftest import NewStack
+from tests.e2e.observe import eventually, metric, status
 from tests.e2e.test_stack import run
 
 pytestmark = pytest.mark.e2e
@@ -67,3 +71,42 @@ async def test_batch_work_gives_way_first(new_stack: NewStack) -> None:
     # Half of the queue is closed to batch work, and what came later but is urgent went before what was let in.
     assert refused >= QUEUE
     assert max(took_s for _, took_s in urgent) < max(took_s for error, took_s in results if error is None)
+
+
+@pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
+async def test_overload_admitted_interactive_requests_stay_within_their_slo(new_stack: NewStack, seconds: int) -> None:
+    # 8 sequences of 20 tokens at 10 ms: 40 requests a second. 400 a second come.
+    stack = new_stack(environ={**SMALL, "BUCKETSERVE_SCHEDULER_MAX_QUEUED_REQUESTS": "10000"})
+    slo = common_pb2.Slo(ttft_ms=3000, reject_if_unattainable=True)
+    ttft_ms: list[float] = []
+    refused: Counter[str] = Counter()
+
+    async def one(client: BucketServeClient) -> None:
+        try:
+            _, finished = await run(client, 20, 20, slo=slo)
+            ttft_ms.append(finished.timings.ttft_ms)
+        except OverloadedError as error:
+            refused[error.reason] += 1
+
+    async with BucketServeClient(stack.gateway_address) as client:
+        # It learns how fast its worker is before it can promise anything.
+        await asyncio.gather(*(one(client) for _ in range(30)))
+        ttft_ms.clear()
+        before = usage(stack)
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(10 * seconds):
+                for _ in range(40):
+                    tasks.create_task(one(client))
+                await asyncio.sleep(0.1)
+        after = usage(stack)
+        # Over at once: the next one finds an empty queue.
+        _, finished = await run(client, 20, 20, slo=slo)
+        assert finished.timings.queue_ms < 1000
+    # What is refused is not kept, however much of it there is.
+    grown_mib = {name: (after[name]["bytes"] - before[name]["bytes"]) / 2**20 for name in after}
+    assert max(grown_mib.values()) < 64, grown_mib
+    print(sorted(round(each) for each in ttft_ms)[::20], grown_mib)
+    # Who is let in is served in time: what can't be is refused at once, with the reason.
+    assert set(refused) == {"SLO_UNATTAINABLE"}
+    assert refused["SLO_UNATTAINABLE"] > len(ttft_ms) > 50
+    assert sum(each <= 3000 for each in ttft_ms) >= 0.95 * len(ttft_ms)

@@ -9,8 +9,10 @@ from collections import defaultdict
 import pytest
 
 from bucketserve.client import BucketServeClient, Chunk, Finished, Started
+from bucketserve.rpc.probe import check_health
 from bucketserve.v1 import common_pb2
-from tests.e2e.conftest import NewStack, eventually, metric, status
+from tests.e2e.conftest import NewStack
+from tests.e2e.observe import eventually, metric, status
 from tests.otlp import OtlpReceiver
 
 pytestmark = pytest.mark.e2e
@@ -44,7 +46,7 @@ async def test_one_connected_trace_buckets_and_every_request_completed(new_stack
             first = await run(client, 8, 4, metadata=[("traceparent", f"00-{caller}-00f067aa0ba902b7-01")])
             lengths = [5, 700, 20, 350, 9, 600, 40, 3, 12, 500]
             results = await asyncio.gather(*(run(client, length, 12) for length in lengths))
-        stack.__exit__(None, None, None)
+        stack.stop_services()
         spans = receiver.spans()
     for tokens, finished in (first, *results):
         assert finished.reason == common_pb2.FINISH_REASON_LENGTH
@@ -81,6 +83,8 @@ async def test_batches_shrink_with_the_reported_headroom(new_stack: NewStack) ->
             environ={
                 "BUCKETSERVE_TELEMETRY_OTLP_ENDPOINT": receiver.endpoint,
                 "BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "4000",
+                # What gathers goes in batches as large as memory allows.
+                "BUCKETSERVE_SCHEDULER_SMALL_BATCH_TOKENS": "0",
                 # Slow prefill: requests gather while a batch is computed.
                 "BUCKETSERVE_WORKER_FAKE_PREFILL_US_PER_TOKEN": "10000",
                 "BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "10000",
@@ -103,7 +107,7 @@ async def test_batches_shrink_with_the_reported_headroom(new_stack: NewStack) ->
     assert any(f.batch.limited_by == "memory" for _, f in second)
 
 
-async def test_a_killed_worker_costs_a_pause_and_no_token(new_stack: NewStack) -> None:
+async def test_worker_dies_and_it_costs_a_pause_and_no_token(new_stack: NewStack) -> None:
     stack = new_stack(num_workers=2, environ={"BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "20000"})
     async with BucketServeClient(stack.gateway_address) as client:
         wanted = [(await run(client, 10 + i, 60))[0] for i in range(2)]
@@ -133,7 +137,7 @@ async def test_a_restarted_scheduler_disturbs_no_stream(new_stack: NewStack) -> 
     assert late == wanted[:5]
 
 
-async def test_cancelled_requests_leave_nothing_behind(new_stack: NewStack) -> None:
+async def test_client_goes_away_and_nothing_is_left_behind(new_stack: NewStack) -> None:
     stack = new_stack(environ={"BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "20000"})
 
     async def start_and_leave(client: BucketServeClient, after: type) -> None:
@@ -162,11 +166,16 @@ async def test_cancelled_requests_leave_nothing_behind(new_stack: NewStack) -> N
 async def test_sigterm_lets_streams_finish(new_stack: NewStack) -> None:
     stack = new_stack(environ={"BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "20000"})
     async with BucketServeClient(stack.gateway_address) as client:
-        wanted, _ = await run(client, 12, 60)
-        running = [asyncio.create_task(run(client, 12, 60)) for _ in range(5)]
+        wanted, _ = await run(client, 12, 150)
+        running = [asyncio.create_task(run(client, 12, 150)) for _ in range(5)]
         await eventually(lambda: metric(stack, "worker-0", "vllm:num_requests_running") >= 5)
         for name in ("worker-0", "gateway", "scheduler"):
             stack.services[name].signal(signal.SIGTERM)
+        # Whoever asks for their health is told at once, while they finish what they have.
+        for name in ("worker-0", "gateway"):
+            address = stack.services[name].health_address
+            await eventually(lambda address=address: check_health(address) == "NOT_SERVING", 2)
+        assert not any(task.done() for task in running)
         results = await asyncio.gather(*running)
     assert [tokens for tokens, _ in results] == [wanted] * 5
     assert [stack.services[name].wait(15) for name in ("worker-0", "gateway", "scheduler")] == [0, 0, 0]

@@ -1,0 +1,183 @@
+"""Prefill and decode in different processes: KV moves, tokens stay the same, nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+
+import pytest
+
+from bucketserve.client import BucketServeClient
+from bucketserve.v1 import common_pb2
+from bucketserve_cli.stack import LocalStack
+from tests.e2e.conftest import NewStack
+from tests.e2e.observe import eventually, metric, status
+from tests.e2e.test_failover import SLOW, events
+from tests.e2e.test_stack import run
+
+pytestmark = pytest.mark.e2e
+
+PREFILL, DECODE = "worker-0", "worker-1"
+
+
+def transfers(stack: LocalStack, worker: str = DECODE, **labels: str) -> float:
+    return metric(stack, worker, "bucketserve_worker_kv_transfers_total", **labels)
+
+
+async def is_clean(stack: LocalStack) -> bool:
+    """Whether every worker that is connected holds nothing."""
+    now = await status(stack)
+    return now.num_running == now.num_waiting == 0 and all(
+        worker.report.kv_free_tokens == worker.report.kv_total_tokens for worker in now.workers
+    )
+
+
+@pytest.mark.parametrize("engine", ["fake", "transformers"])
+async def test_tokens_are_those_of_one_worker_that_does_both(new_stack: NewStack, engine: str) -> None:
+    lengths = [(1, 5), (7, 1), (33, 20), (150, 12), (300, 30), (64, 2)]
+    both = new_stack(engine=engine)
+    async with BucketServeClient(both.gateway_address) as client:
+        wanted = [(await run(client, *length))[0] for length in lengths]
+    split = new_stack(engine=engine, roles=("prefill", "decode"))
+    async with BucketServeClient(split.gateway_address) as client:
+        results = await asyncio.gather(*(run(client, *length) for length in lengths * 3))
+    assert [tokens for tokens, _ in results] == wanted * 3
+    assert {finished.attempts for _, finished in results} == {1}
+    # All but those that ended with their first token went over, and through shared memory: both are on this host.
+    await eventually(lambda: transfers(split, transport="shared_memory") == 15)
+    assert transfers(split) == 15
+    assert metric(split, DECODE, "bucketserve_worker_prefill_tokens_total") == 0
+    await eventually(lambda: is_clean(split))
+
+
+async def test_a_full_decode_side_holds_the_prefill_side_back(new_stack: NewStack) -> None:
+    small = ({}, {"BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "600"})
+    stack = new_stack(roles=("prefill", "decode"), environ=SLOW, worker_environ=small)
+    async with BucketServeClient(stack.gateway_address) as client:
+        wanted, _ = await run(client, 100, 100)
+        running = [asyncio.create_task(run(client, 100, 100)) for _ in range(8)]
+        # Two fit on the decode side; the others' KV waits where it was computed, and counts as used there.
+        await eventually(lambda: metric(stack, PREFILL, "bucketserve_worker_kv_held_tokens") >= 400)
+        results = await asyncio.gather(*running)
+    assert [tokens for tokens, _ in results] == [wanted] * 8
+    await eventually(lambda: is_clean(stack))
+
+
+@pytest.mark.parametrize("victim", [PREFILL, DECODE])
+async def test_either_side_may_die_under_load(new_stack: NewStack, victim: str) -> None:
+    stack = new_stack(roles=("prefill", "decode"), environ=SLOW)
+    async with BucketServeClient(stack.gateway_address) as client:
+        wanted, _ = await run(client, 60, 150)
+        running = [asyncio.create_task(run(client, 60, 150)) for _ in range(8)]
+        await eventually(lambda: metric(stack, DECODE, "vllm:num_requests_running") >= 4)
+        stack.services[victim].signal(signal.SIGKILL)
+        stack.services[victim].wait(5)
+        stack.restart(victim)
+        results = await asyncio.gather(*running)
+    assert [tokens for tokens, _ in results] == [wanted] * 8
+    await eventually(lambda: is_clean(stack))
+
+
+async def test_a_new_leader_finds_everything_where_it_is(new_stack: NewStack) -> None:
+    small = ({}, {"BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "800"})
+    stack = new_stack(roles=("prefill", "decode"), environ=SLOW, worker_environ=small)
+    async with BucketServeClient(stack.gateway_address) as client:
+        wanted, _ = await run(client, 100, 100)
+        running = [asyncio.create_task(run(client, 100, 100)) for _ in range(8)]
+        await eventually(lambda: metric(stack, PREFILL, "bucketserve_worker_kv_held_tokens") >= 300)
+        stack.services["scheduler"].signal(signal.SIGKILL)
+        stack.services["scheduler"].wait(5)
+        stack.restart("scheduler")
+        results = await asyncio.gather(*running)
+    assert [tokens for tokens, _ in results] == [wanted] * 8
+    # Decodes went on and held KV was handed over: nothing was computed twice.
+    assert {finished.attempts for _, finished in results} == {1}
+    await eventually(lambda: is_clean(stack))
+
+
+async def test_cancelled_requests_free_both_sides(new_stack: NewStack) -> None:
+    small = ({}, {"BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "600"})
+    stack = new_stack(roles=("prefill", "decode"), environ=SLOW, worker_environ=small)
+    async with BucketServeClient(stack.gateway_address) as client:
+        running = [asyncio.create_task(run(client, 100, 150)) for _ in range(12)]
+        await eventually(lambda: metric(stack, PREFILL, "bucketserve_worker_kv_held_tokens") >= 300)
+        for task in running:
+            task.cancel()
+        for task in running:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await eventually(lambda: is_clean(stack))
+        assert (await run(client, 10, 5))[1].attempts == 1
+
+
+async def test_a_worker_changes_sides_under_load_and_nothing_is_lost(new_stack: NewStack) -> None:
+    stack = new_stack(
+        roles=("prefill", "decode", "decode"),
+        environ={
+            **SLOW,
+            "BUCKETSERVE_WORKER_FAKE_PREFILL_US_PER_TOKEN": "2000",
+            "BUCKETSERVE_SCHEDULER_SWITCH_ROLES": "true",
+        },
+    )
+    async with BucketServeClient(stack.gateway_address) as client:
+        wanted, _ = await run(client, 200, 60)
+        # 60 prompts of 0.4 s each: prefill is short for long enough.
+        early = [asyncio.create_task(run(client, 200, 60)) for _ in range(60)]
+        await eventually(lambda: events(stack, "scheduler", "worker.role_switched"))
+        (switch,) = events(stack, "scheduler", "worker.role_switched")
+        assert switch["role"] == "prefill"
+        roles = {worker.worker_id: worker.role for worker in (await status(stack)).workers}
+        assert roles[switch["worker_id"]] == common_pb2.WORKER_ROLE_PREFILL
+        results = await asyncio.gather(*early, *(run(client, 200, 60) for _ in range(20)))
+        assert metric(stack, switch["worker_id"], "bucketserve_worker_prefill_tokens_total") > 0
+    assert [tokens for tokens, _ in results] == [wanted] * 80
+    assert {finished.attempts for _, finished in results} == {1}
+    await eventually(lambda: is_clean(stack))
+
+
+async def test_layouts_are_tried_under_load_and_nothing_is_lost(new_stack: NewStack) -> None:
+    stack = new_stack(
+        roles=("both", "both"),
+        environ={
+            **SLOW,
+            "BUCKETSERVE_SCHEDULER_CHOOSE_LAYOUT": "true",
+            "BUCKETSERVE_SCHEDULER_LAYOUT_WINDOW_S": "1.5",
+            "BUCKETSERVE_SCHEDULER_LAYOUT_RETRY_S": "1",
+            # So that there is always a reason to try.
+            "BUCKETSERVE_SCHEDULER_DEFAULT_TPOT_S": "0.0001",
+        },
+    )
+    results = []
+    async with BucketServeClient(stack.gateway_address) as client:
+        wanted, _ = await run(client, 50, 40)
+
+        async def keep_asking() -> None:
+            while len(events(stack, "scheduler", "worker.role_switched")) < 8:
+                results.append(await run(client, 50, 40))
+
+        await asyncio.gather(*(keep_asking() for _ in range(16)))
+    assert {event["role"] for event in events(stack, "scheduler", "worker.role_switched")} == {
+        "prefill",
+        "decode",
+        "both",
+    }
+    assert len(results) > 60
+    assert all(tokens == wanted for tokens, _ in results)
+    assert {finished.attempts for _, finished in results} == {1}
+    await eventually(lambda: is_clean(stack))
+
+
+async def test_held_kv_is_freed_when_no_scheduler_comes_back(new_stack: NewStack) -> None:
+    small = ({"BUCKETSERVE_WORKER_KV_LEASE_S": "2"}, {"BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "600"})
+    stack = new_stack(roles=("prefill", "decode"), environ=SLOW, worker_environ=small)
+    async with BucketServeClient(stack.gateway_address) as client:
+        running = [asyncio.create_task(run(client, 100, 150)) for _ in range(8)]
+        await eventually(lambda: metric(stack, PREFILL, "bucketserve_worker_kv_held_tokens") >= 300)
+        stack.services["scheduler"].signal(signal.SIGKILL)
+        stack.services["scheduler"].wait(5)
+        await eventually(lambda: events(stack, PREFILL, "kv.leases_expired"))
+        stack.restart("scheduler")
+        results = await asyncio.gather(*running)
+    assert len({tuple(tokens) for tokens, _ in results}) == 1
+    await eventually(lambda: is_clean(stack))
