@@ -1,7 +1,11 @@
 """Output tokens per second of the transformers engine alone, all requests at once, and its share of the GEMM limit.
 
-The GEMM limit is what the machine's matrix product reaches on this model's layers with 2,048 tokens: the time that the
-weights' arithmetic would take if there were nothing else. --dtype may be given several times: the runs alternate.
+The GEMM limit is what the fastest matrix product to be had on this machine (torch's, oneDNN's or ours) reaches on the
+model's layers with 2,048 rows, measured before and after each run, since a shared machine's speed changes from minute
+to minute. The share is how much of it the weights' arithmetic of the run got, 2 FLOPs a weight and token, as if there
+were nothing else to compute; in prefill, that of a run that computes all prompts and one token each. "With attention"
+adds attention's own FLOPs, 4 x hidden size for each layer and each pair of a token and one that it sees (MFU as in PaLM
+appendix B, causal half only). --mode may be given several times: the runs alternate.
 """
 
 from __future__ import annotations
@@ -18,16 +22,24 @@ import time
 from pathlib import Path
 
 import torch
+from conditions import Records, Row, conditions, cpu
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bucketserve.core.types import RequestId
-from bucketserve.engine.linear import PackedLinear
 from bucketserve.engine.loader import LoadSettings, load_engine
+from bucketserve.engine.native.kernels import load_kernels
+from bucketserve.engine.native.products import KernelProducts, OneDnnProducts, Products, TorchProducts
 from bucketserve.engine.packed import PackedEngine
 from bucketserve.ports import SequenceSpec
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODES = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8"},
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 
 
 def read_requests(path: Path | None) -> list[tuple[list[int], int]]:
@@ -59,35 +71,52 @@ def run(engine: PackedEngine, requests: list[tuple[list[int], int]], name: str) 
     return time.perf_counter() - start, tokens, steps
 
 
-def gemm_flops(dtype: torch.dtype, hidden: int, wide: int) -> float:
-    """FLOP/s of the model's two largest shapes."""
-    times, work = [], 0
+def gemm_flops(mode: str, hidden: int, wide: int) -> float:
+    """FLOP/s on the model's two largest shapes, by whoever is fastest."""
+    dtype, kernels = DTYPES[mode], load_kernels()
+    candidates: list[Products] = [KernelProducts(kernels, is_int8=mode == "int8")]
+    if mode == "float32":
+        candidates.append(TorchProducts(kernels))
+    if OneDnnProducts.suits(dtype):
+        candidates.append(OneDnnProducts(kernels))
+    return max(_flops(candidate, dtype, hidden, wide) for candidate in candidates)
+
+
+def _flops(products: Products, dtype: torch.dtype, hidden: int, wide: int) -> float:
+    seconds, work = 0.0, 0
     for inner, outer in ((hidden, wide), (wide, hidden)):
-        x, w = torch.randn(2048, inner, dtype=dtype), torch.randn(outer, inner, dtype=dtype)
-        for _ in range(3):
-            torch.nn.functional.linear(x, w)
-        best = min(_timed(x, w) for _ in range(10))
-        times.append(best)
+        # Activations are float32 where that costs nothing, as in the engine.
+        x = torch.randn(2048, inner, dtype=torch.float32 if products.wants_float32 else dtype)
+        product = products.linear([torch.randn(outer, inner, dtype=dtype)], None)
+        out = torch.empty(2048, outer, dtype=x.dtype)
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            product.write(x, out)
+            times.append(time.perf_counter() - start)
+        seconds += statistics.median(times)
         work += 2 * 2048 * inner * outer
-    return work / sum(times)
+    return work / seconds
 
 
-def _timed(x: torch.Tensor, w: torch.Tensor) -> float:
-    start = time.perf_counter()
-    torch.nn.functional.linear(x, w)
-    return time.perf_counter() - start
+def linear_weights(model: str) -> int:
+    """Returns how many weights a token is multiplied with, the LM head left out."""
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    linears = [m for m in shape.modules() if isinstance(m, torch.nn.Linear)]
+    return sum(m.weight.numel() for m in linears if m is not shape.get_output_embeddings())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory, such as one of benchmarks/reference_model.py")
     parser.add_argument("--requests", type=Path, help="JSON with requests[] of prompt_ids and output_len")
-    parser.add_argument("--dtype", action="append", choices=sorted(DTYPES))
+    parser.add_argument("--mode", action="append", choices=sorted(MODES))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-step-tokens", type=int, default=2048)
+    parser.add_argument("--max-step-tokens", type=int, default=0)
     parser.add_argument("--profile", action="store_true", help="one run under cProfile, and nothing else")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--jsonl", type=Path)
     arguments = parser.parse_args()
     console = Console()
     requests = read_requests(arguments.requests)
@@ -96,13 +125,14 @@ def main() -> None:
         name: load_engine(
             LoadSettings(
                 model=arguments.model,
-                dtype=name,
+                prefix_cache=False,
+                **MODES[name],
                 num_threads=arguments.threads,
                 kv_budget_tokens=sum(len(prompt) + output for prompt, output in requests) + 1000,
                 max_step_tokens=arguments.max_step_tokens,
             )
         )
-        for name in arguments.dtype or ["float32", "bfloat16"]
+        for name in arguments.mode or list(MODES)
     }
     if arguments.profile:
         engine = next(iter(engines.values()))
@@ -111,41 +141,54 @@ def main() -> None:
         profile.runcall(run, engine, requests, "profiled")
         pstats.Stats(profile).sort_stats("tottime").print_stats(30)
         return
-    figures: dict[str, list[float]] = {name: [] for name in engines}
-    limits: dict[str, list[float]] = {name: [] for name in engines}
     config = json.loads((Path(arguments.model) / "config.json").read_text())
-    weights = sum(
-        module.in_features * module.out_features
-        for module in next(iter(engines.values())).model.modules()
-        if isinstance(module, PackedLinear | torch.nn.Linear)
-    )
-    for number in range(arguments.rounds + 1):
-        for name, engine in engines.items():
-            seconds, tokens, _ = run(engine, requests, f"{name}{number}")
-            if number:
-                figures[name].append(tokens / seconds)
-                flops = gemm_flops(DTYPES[name], config["hidden_size"], config["intermediate_size"])
-                limits[name].append(2 * weights * (num_prompt + tokens) / flops / seconds)
-    table = Table("dtype", "output tokens/s", "min - max", "share of the GEMM limit")
-    for name, values in figures.items():
+    shape = (config["hidden_size"], config["intermediate_size"])
+    per_token = 2 * linear_weights(arguments.model)
+    # A prompt of n tokens has n (n + 1) / 2 pairs of a token and one that it sees.
+    pairs = sum(len(prompt) * (len(prompt) + 1) // 2 for prompt, _ in requests)
+    attention = 4 * config["hidden_size"] * config["num_hidden_layers"] * pairs
+    prompts = [(prompt, 1) for prompt, _ in requests]
+    first = conditions(threads=arguments.threads, requests=len(requests), prompt_tokens=num_prompt)
+    with Records(arguments.jsonl, first) as records:
+        for number in range(arguments.rounds + 1):
+            for name, engine in engines.items():
+                limits = [gemm_flops(name, *shape)]
+                seconds, tokens, _ = run(engine, requests, f"{name}{number}")
+                limits.append(gemm_flops(name, *shape))
+                prefill_s, _, _ = run(engine, prompts, f"{name}{number}p")
+                limits.append(gemm_flops(name, *shape))
+                if not number:
+                    continue  # to warm up
+                whole, prefill = sum(limits[:2]) / 2, sum(limits[1:]) / 2
+                records.add(
+                    {
+                        "mode": name,
+                        "output_tokens_per_s": tokens / seconds,
+                        "gemm_gflops": prefill / 1e9,
+                        "share": per_token * (num_prompt + tokens) / seconds / whole,
+                        "share_in_prefill": per_token * num_prompt / prefill_s / prefill,
+                        "share_in_prefill_with_attention": (per_token * num_prompt + attention) / prefill_s / prefill,
+                    }
+                )
+    table = Table("mode", "output tok/s", "GEMM limit, GFLOP/s", "share of it", "in prefill", "with attention")
+    for name in engines:
+        of_mode = [row for row in records.rows if row["mode"] == name]
         table.add_row(
             name,
-            f"{statistics.median(values):.0f}",
-            f"{min(values):.0f} - {max(values):.0f}",
-            f"{statistics.median(limits[name]):.0%}",
+            _spread(of_mode, "output_tokens_per_s", ".0f"),
+            _spread(of_mode, "gemm_gflops", ".0f"),
+            _spread(of_mode, "share", ".0%"),
+            _spread(of_mode, "share_in_prefill", ".0%"),
+            _spread(of_mode, "share_in_prefill_with_attention", ".0%"),
         )
     console.print(f"{len(requests)} requests, {num_prompt} prompt tokens, {arguments.threads} threads")
     console.print(table)
-    console.print(f"torch {torch.__version__}, Python {platform.python_version()}, {_cpu()}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"output_tokens_per_s": figures, "gemm_share": limits}, indent=2) + "\n")
+    console.print(f"torch {torch.__version__}, Python {platform.python_version()}, {cpu()}")
 
 
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+def _spread(rows: list[Row], key: str, form: str) -> str:
+    values = [float(row[key]) for row in rows]  # type: ignore[arg-type]
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 if __name__ == "__main__":
