@@ -15,6 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[local,paper,dev]'
+	$(BIN)/python -m bucketserve.engine.native.build
 	touch $@
 
 setup: $(READY) ## Create .venv with everything the project needs
@@ -25,7 +26,7 @@ demo: $(READY) ## Start the whole stack, send a mix of prompts at once, show the
 up: $(READY) ## Start the whole stack and keep it running until Ctrl-C
 	$(BIN)/bucketserve up
 
-test: check ## All checks and tests that CI runs (about ten minutes on 2 cores)
+test: check ## All checks and tests that CI runs (about fifteen minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
 
 test-fast: $(READY) ## Unit and property tests only
@@ -36,6 +37,40 @@ test-e2e: $(READY) ## Tests over real processes only
 
 fuzz: $(READY) ## 100,000 random inputs to every RPC of real processes
 	FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/e2e/test_fuzz.py
+
+DURATION ?= 600
+SEED ?= 1
+
+chaos: $(READY) ## Seeded faults against a live local stack: make chaos DURATION=600 SEED=1
+	$(BIN)/python -m tests.chaos.run --duration $(DURATION) --seed $(SEED)
+
+soak: $(READY) ## The same load without faults: make soak DURATION=3600
+	$(BIN)/python -m tests.chaos.run --duration $(DURATION) --seed $(SEED) --faults none
+
+bench-kv: $(READY) ## KV transfer against a bare gRPC stream and memcpy
+	$(BIN)/python benchmarks/kv_transfer.py
+
+bench-engine: $(READY) ## Engine alone and its share of the GEMM limit: make bench-engine MODEL=DIR REQUESTS=FILE
+	$(BIN)/python benchmarks/engine_speed.py --model $(MODEL) $(if $(REQUESTS),--requests $(REQUESTS))
+
+PEERS ?=
+OUT ?= out
+
+bench: $(READY) ## Beside vLLM and transformers, whole stack: make bench PEERS=DIR MODEL=DIR REQUESTS=FILE
+	@test -n "$(PEERS)" -a -n "$(MODEL)" || { echo "usage: make bench PEERS=DIR MODEL=DIR [REQUESTS=FILE] [OUT=DIR]"; exit 1; }
+	@test -x "$(PEERS)/vllm/bin/python" -a -x "$(PEERS)/transformers/bin/python" -a -e "$(MODEL)/config.json" || \
+		{ echo "the peers or the model are not there; once: make bench-peers PEERS=$(PEERS) MODEL=$(MODEL)   (about 3 GB)"; exit 1; }
+	mkdir -p $(OUT)
+	$(BIN)/python benchmarks/compare.py --peers $(PEERS) --model $(MODEL) $(if $(REQUESTS),--requests $(REQUESTS)) \
+		--jsonl $(OUT)/compare.jsonl $(BENCH_FLAGS)
+
+bench-peers: $(READY) ## Install the peers and write the reference model: make bench-peers PEERS=DIR MODEL=DIR
+	@test -n "$(PEERS)" -a -n "$(MODEL)" || { echo "usage: make bench-peers PEERS=DIR MODEL=DIR"; exit 1; }
+	test -x "$(PEERS)/transformers/bin/python" || benchmarks/peers/setup.sh "$(PEERS)"
+	test -e "$(MODEL)/config.json" || $(BIN)/python benchmarks/reference_model.py "$(MODEL)"
+
+perplexity: $(READY) ## What bfloat16 and 8-bit weights cost, on the demo model
+	$(BIN)/python benchmarks/perplexity.py
 
 check: protos-check lint types imports docs-check ## Everything that is checked without running it
 
@@ -88,5 +123,5 @@ images: ## Build the images (needs Docker)
 clean: ## Remove what was built
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
-.PHONY: help setup demo up test test-fast test-e2e fuzz check protos protos-check docs docs-check format lint types imports bench-path \
+.PHONY: help setup demo up test test-fast test-e2e fuzz chaos soak bench bench-peers bench-kv bench-engine perplexity check protos protos-check docs docs-check format lint types imports bench-path \
 	bench-core paper compose-check k8s-render images clean
