@@ -30,6 +30,8 @@ _SERVICE = "bucketserve.v1.InferenceService"
 _SERVICE_CONFIG = json.dumps(
     {
         "loadBalancingConfig": [{"round_robin": {}}],
+        # A gateway that shuts down says NOT_SERVING first and is left before it closes its connections.
+        "healthCheckConfig": {"serviceName": _SERVICE},
         "methodConfig": [
             {
                 "name": [{"service": _SERVICE}],

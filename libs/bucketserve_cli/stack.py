@@ -245,6 +245,8 @@ class LocalStack:
                     "BUCKETSERVE_GATEWAY_DELIVERY_ADDRESS": delivery,
                     "BUCKETSERVE_GATEWAY_SCHEDULER_ADDRESS": ",".join(self.scheduler_addresses),
                     "BUCKETSERVE_GATEWAY_REDIS_URL": "" if redis_url.startswith("memory") else redis_url,
+                    # Everybody is on this machine: there is no load balancer that takes its time.
+                    "BUCKETSERVE_GATEWAY_LAME_DUCK_S": "0.2",
                     "BUCKETSERVE_GATEWAY_MODELS": f"{self.spec.model_name}={self.spec.model}",
                 },
                 address,

@@ -179,6 +179,7 @@ def test_our_pods_are_safe_and_probed_where_they_listen(case: str) -> None:
         assert container(workload)["startupProbe"]["grpc"]["port"] == port
         # A scheduler has nothing to drain: what waits is in Redis.
         drain_s = 0.0 if component == "scheduler" else float(env[f"BUCKETSERVE_{component.upper()}_DRAIN_S"])
+        drain_s += float(env.get(f"BUCKETSERVE_{component.upper()}_LAME_DUCK_S", 0))
         assert spec["terminationGracePeriodSeconds"] > drain_s + 5
 
 

@@ -19,30 +19,34 @@ class Outbox(Generic[M]):
 
     def __init__(self, limit: int) -> None:
         """Holds at most `limit` messages."""
-        self._queue: asyncio.Queue[M | None] = asyncio.Queue(limit)
+        self._queue: asyncio.Queue[M | None] = asyncio.Queue()
+        self._limit = limit
+        self._is_cut = False
         self.is_closed = False
+        """Whether it takes nothing more."""
 
     def send(self, message: M) -> bool:
         """Queues a message; closes the box and returns False if it is full or closed."""
         if self.is_closed:
             return False
-        try:
-            self._queue.put_nowait(message)
-        except asyncio.QueueFull:
+        if self._queue.qsize() >= self._limit:
             self.close()
             return False
+        self._queue.put_nowait(message)
         return True
 
     def close(self) -> None:
         """Ends messages() at once; what is still queued is not sent."""
-        if self.is_closed:
-            return
-        self.is_closed = True
-        while self._queue.full():
-            self._queue.get_nowait()
-        self._queue.put_nowait(None)
+        self._is_cut = True
+        self.finish()
+
+    def finish(self) -> None:
+        """Ends messages() after what is queued."""
+        if not self.is_closed:
+            self.is_closed = True
+            self._queue.put_nowait(None)
 
     async def messages(self) -> AsyncIterator[M]:
-        """Yields messages as they come, until close()."""
-        while (message := await self._queue.get()) is not None and not self.is_closed:
+        """Yields messages as they come, until close() or finish()."""
+        while (message := await self._queue.get()) is not None and not self._is_cut:
             yield message

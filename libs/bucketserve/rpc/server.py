@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -14,6 +15,9 @@ from bucketserve.rpc.channel import SERVER_OPTIONS
 from bucketserve.rpc.interceptors import ErrorInterceptor
 
 __all__ = ["RpcServer"]
+
+FOREVER_S = 86_400.0
+"""A grace that stop() cuts short."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -54,6 +58,7 @@ class RpcServer:
             names = [*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
             reflection.enable_server_reflection(names, self.grpc_server)
         self.port = 0
+        self._leaving: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         """Binds and accepts connections, still NOT_SERVING; returns the port.
@@ -74,7 +79,22 @@ class RpcServer:
         for service in self._services:
             await self._health.set(service, _SERVING if is_serving else _NOT_SERVING)
 
+    async def leave(self, lame_duck_s: float) -> None:
+        """Parts with clients; returns when new calls are refused, while running ones go on until stop().
+
+        For lame_duck_s seconds it says NOT_SERVING and still takes calls: who watches health goes elsewhere meanwhile.
+        Then the port is closed and connections are told to go (GOAWAY). Without the first, calls that cross the GOAWAY
+        would end with CANCELLED, which a client can't tell from a call that ran: that is how gRPC's core answers
+        what arrives after its shutdown has begun.
+        """
+        await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(lame_duck_s)
+        self._leaving = asyncio.create_task(self.grpc_server.stop(FOREVER_S), name="leaving")
+        await asyncio.sleep(0)
+
     async def stop(self, grace_s: float) -> None:
         """Refuses new calls, lets running ones finish for at most grace_s seconds, then cuts them."""
         await self._health.enter_graceful_shutdown()
         await self.grpc_server.stop(grace_s)
+        if self._leaving is not None:
+            await self._leaving

@@ -201,7 +201,7 @@ class WorkRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., prefilled: _Optional[_Union[BatchPrefilled, _Mapping]] = ..., finished: _Optional[_Union[RecordFinished, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ..., kv_moved: _Optional[_Union[KvMoved, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running")
+    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running", "is_draining")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +211,7 @@ class WorkerHello(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
+    IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     role: _common_pb2.WorkerRole
@@ -220,7 +221,8 @@ class WorkerHello(_message.Message):
     context_tokens: int
     report: WorkerReport
     running: _containers.RepeatedCompositeFieldContainer[RunningRecord]
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRecord, _Mapping]]] = ...) -> None: ...
+    is_draining: bool
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRecord, _Mapping]]] = ..., is_draining: _Optional[bool] = ...) -> None: ...
 
 class RunningRecord(_message.Message):
     __slots__ = ("request_id", "attempt", "held")
@@ -351,20 +353,26 @@ class WorkerDraining(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkResponse(_message.Message):
-    __slots__ = ("welcome", "batch", "cancel", "heartbeat", "pull", "switch_role")
+    __slots__ = ("welcome", "batch", "cancel", "heartbeat", "pull", "switch_role", "no_more_work")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     PULL_FIELD_NUMBER: _ClassVar[int]
     SWITCH_ROLE_FIELD_NUMBER: _ClassVar[int]
+    NO_MORE_WORK_FIELD_NUMBER: _ClassVar[int]
     welcome: WorkerWelcome
     batch: BatchAssignment
     cancel: CancelRecords
     heartbeat: Heartbeat
     pull: PullKv
     switch_role: SwitchRole
-    def __init__(self, welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., batch: _Optional[_Union[BatchAssignment, _Mapping]] = ..., cancel: _Optional[_Union[CancelRecords, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pull: _Optional[_Union[PullKv, _Mapping]] = ..., switch_role: _Optional[_Union[SwitchRole, _Mapping]] = ...) -> None: ...
+    no_more_work: NoMoreWork
+    def __init__(self, welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., batch: _Optional[_Union[BatchAssignment, _Mapping]] = ..., cancel: _Optional[_Union[CancelRecords, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pull: _Optional[_Union[PullKv, _Mapping]] = ..., switch_role: _Optional[_Union[SwitchRole, _Mapping]] = ..., no_more_work: _Optional[_Union[NoMoreWork, _Mapping]] = ...) -> None: ...
+
+class NoMoreWork(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class PullKv(_message.Message):
     __slots__ = ("record", "batch", "source_worker_id", "source_address", "kv", "epoch")

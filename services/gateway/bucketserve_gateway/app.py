@@ -31,7 +31,7 @@ FLUSH_S = 2.0
 
 
 async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
-    """Runs the gateway until `stop` is set and its streams have ended, or drain_s have passed.
+    """Runs the gateway until `stop` is set, and then for lame_duck_s and until its streams end, at most drain_s.
 
     Raises:
         ModelLoadError: a model's tokenizer can't be loaded.
@@ -99,9 +99,10 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
             enable_reflection=False,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, public.grpc_server)
+        is_leaving = asyncio.Event()
         store = JobStore(connect(settings.redis_url)) if settings.redis_url else None
         job_pb2_grpc.add_JobServiceServicer_to_server(
-            JobServicer(store, catalog, settings, is_draining=lambda: inference.is_draining), public.grpc_server
+            JobServicer(store, catalog, settings, is_leaving=is_leaving.is_set), public.grpc_server
         )
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(delivery, internal.grpc_server)
         async with asyncio.TaskGroup() as tasks:
@@ -116,8 +117,8 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
                 await public.set_serving(True)
                 observer.log.info("gateway.ready", listen=settings.listen, models=",".join(settings.models))
                 await stop.wait()
-                await public.set_serving(False)
-                inference.is_draining = True
+                await public.leave(settings.lame_duck_s)
+                is_leaving.set()
                 if jobs is not None:
                     # What jobs have running here is given back: another gateway, or this one later, takes it up.
                     jobs.cancel()

@@ -52,13 +52,13 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         catalog: ModelCatalog,
         settings: GatewaySettings,
         *,
-        is_draining: Callable[[], bool],
+        is_leaving: Callable[[], bool],
     ) -> None:
         """Without a store every call is answered UNAVAILABLE."""
         self._maybe_store = store
         self._catalog = catalog
         self._settings = settings
-        self._is_draining = is_draining
+        self._is_leaving = is_leaving
 
     async def SubmitJob(self, request_iterator: SubmitRequests, context: SubmitContext) -> job_pb2.SubmitJobResponse:
         """Header, then requests. Each is checked before it is written; the job runs when all of them are."""
@@ -114,7 +114,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
                     continue
                 if not request.follow or job.state in ("completed", "cancelled"):
                     return
-            if self._is_draining():
+            if self._is_leaving():
                 raise UnavailableError("the gateway is shutting down", reason="DRAINING", retry_delay_s=1.0)
             await asyncio.sleep(FOLLOW_S)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import grpc
 from opentelemetry.trace import Span
 
-from bucketserve.core.errors import BucketServeError, FieldViolation, InvalidRequestError, UnavailableError
+from bucketserve.core.errors import BucketServeError, FieldViolation, InvalidRequestError
 from bucketserve.v1 import inference_pb2, inference_pb2_grpc, scheduler_pb2
 from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.models import ModelCatalog
@@ -52,9 +52,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """The public API."""
 
     def __init__(self, parts: GatewayParts) -> None:
-        """Takes new requests until is_draining is set."""
+        """Opens nothing."""
         self._parts = parts
-        self.is_draining = False
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: GenerateContext
@@ -127,8 +126,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         parts, settings = self._parts, self._parts.settings
         arrival_s, arrival_unix_us = time.monotonic(), time.time_ns() // 1000
         try:
-            if self.is_draining:
-                raise UnavailableError("the gateway is shutting down", reason="DRAINING", retry_delay_s=1.0)
             valid = validate(request, parts.catalog, max_prompt_bytes=settings.max_prompt_bytes)
             with parts.telemetry.tokenizing(span):
                 prompt_ids = await self._tokenize(valid)

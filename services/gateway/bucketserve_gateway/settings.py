@@ -44,6 +44,12 @@ class GatewaySettings(Section):
     output_queue_tokens: int = Field(16_384, ge=16, description="tokens kept for a client that does not read")
     scheduler_wait_s: float = Field(10.0, gt=0, description="how long a new request waits for an absent scheduler")
     tokenizer_threads: int = Field(2, ge=1, le=64, description="threads that tokenise")
+    lame_duck_s: float = Field(
+        1.0,
+        ge=0,
+        le=60,
+        description="on SIGTERM, new requests are still taken for so long after health says NOT_SERVING, seconds",
+    )
     drain_s: float = Field(25.0, ge=0, le=600, description="most time to finish on SIGTERM, seconds")
     enable_reflection: bool = Field(True, description="answer gRPC reflection")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from bucketserve.config import TelemetrySettings, split_host_port
+from bucketserve.core.errors import UnavailableError
 from bucketserve.ports import QueueStore
 from bucketserve.process import default_instance_id
 from bucketserve.rpc.server import RpcServer
@@ -25,19 +26,37 @@ from bucketserve_scheduler.telemetry import LoopTelemetry
 __all__ = ["serve"]
 
 
+LEAVE_S = 1.0
+"""For loops to finish their turn on SIGTERM, which takes longer only while the store is away."""
+
+
 class _Loops:
     """The loops by model; each is started when its model is first named."""
 
-    def __init__(self, tasks: asyncio.TaskGroup, deps: LoopDeps, new_store: Callable[[str], QueueStore]) -> None:
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        deps: LoopDeps,
+        new_store: Callable[[str], QueueStore],
+        is_leading: Callable[[], bool],
+    ) -> None:
         self._tasks = tasks
         self._deps = deps
         self._new_store = new_store
+        self._is_leading = is_leading
         self._loops: dict[str, SchedulingLoop] = {}
         self._running: list[asyncio.Task[None]] = []
 
     def of(self, model: str, context_tokens: int) -> SchedulingLoop:
+        """Returns a model's loop.
+
+        Raises:
+            UnavailableError: another scheduler leads. A loop of ours would stand in the way of its loop.
+        """
         loop = self._loops.get(model)
         if loop is None:
+            if not self._is_leading():
+                raise UnavailableError("standby: another scheduler leads", reason="STANDBY")
             loop = SchedulingLoop(model, context_tokens, self._new_store(model), self._deps)
             self._loops[model] = loop
             self._running.append(self._tasks.create_task(loop.run(), name=f"loop-{model}"))
@@ -55,12 +74,22 @@ class _Loops:
         self._loops.clear()
         self._running.clear()
 
+    async def leave(self) -> None:
+        """Lets every loop finish its turn and resign: what is claimed for a worker is also sent to it."""
+        for loop in self._loops.values():
+            loop.leave()
+        if self._running:
+            await asyncio.wait(self._running, timeout=LEAVE_S)
+        for loop in self._loops.values():
+            loop.part()
+        self.stop()
+
 
 async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
     """Runs the scheduler until `stop` is set.
 
-    There is nothing to drain: what waits is in the store, what runs goes on without a scheduler. Leadership is given
-    up, so that a standby or the next start leads at once.
+    Nothing is waited for but the turn in hand: what waits is in the store, what runs goes on without a scheduler.
+    Leadership is given up, so that a standby or the next start leads at once.
     """
     scheduler_id = settings.scheduler_id or default_instance_id("scheduler")
     clock = _steady_unix_clock()
@@ -93,7 +122,7 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
         )
         new_store = await stores(settings.redis_url, stack)
         async with asyncio.TaskGroup() as tasks:
-            loops = _Loops(tasks, deps, new_store)
+            loops = _Loops(tasks, deps, new_store, lambda: seat.is_held and not stop.is_set())
 
             def lose(why: str) -> None:
                 outlets.log.warning("seat.lost", detail=why)
@@ -115,7 +144,7 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
                 gateways=gateways,
                 loop_of=loops.of,
                 loops=loops.all,
-                is_leading=lambda: seat.is_held,
+                is_leading=lambda: seat.is_held and not stop.is_set(),
                 clock=clock,
             )
             scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(servicer, server.grpc_server)
@@ -125,6 +154,8 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
                 outlets.log.info("scheduler.ready", listen=settings.listen, policy=settings.policy)
                 await stop.wait()
                 await server.set_serving(False)
+                await loops.leave()
+                gateways.part_with_all()
             finally:
                 sitting.cancel()
                 loops.stop()

@@ -88,6 +88,7 @@ class SchedulingLoop:
         self.num_finished = 0
         self._renew_s = 0.0
         self._tick_s = 0.0
+        self._is_leaving = False
 
     # --- what servicers call ------------------------------------------------------------------------------------
 
@@ -125,6 +126,8 @@ class SchedulingLoop:
                 running=running_from_pb(hello),
             )
         )
+        if hello.is_draining:
+            await self._drain(peer)
         return peer
 
     async def disconnect(self, peer: WorkerPeer) -> None:
@@ -184,8 +187,21 @@ class SchedulingLoop:
                     )
                 )
             case "draining":
-                peer.is_draining = True
-                await self._inbox.put(WorkerDraining(peer.worker_id))
+                await self._drain(peer)
+
+    async def _drain(self, peer: WorkerPeer) -> None:
+        peer.is_draining = True
+        await self._inbox.put(WorkerDraining(peer.worker_id))
+
+    def leave(self) -> None:
+        """Lets run() end after the turn in hand."""
+        self._is_leaving = True
+
+    def part(self) -> None:
+        """Ends every worker's stream once it has been sent everything; for a loop that has ended."""
+        for peer in self.workers.values():
+            peer.outbox.finish()
+        self.workers.clear()
 
     def abandon(self) -> None:
         """Ends every worker's stream, so that they look for the scheduler that leads, and forgets the records.
@@ -200,15 +216,16 @@ class SchedulingLoop:
     # --- the loop -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Leads the model whenever it can; ends only by cancellation."""
+        """Leads the model whenever it can; ends by leave() or cancellation."""
         try:
-            while True:
+            while not self._is_leaving:
                 self.leadership = await self._become_leader()
                 with contextlib.suppress(StaleEpochError):
                     await self._recover(self.leadership)
                     wake_s: float | None = 0.0
-                    while True:
+                    while not self._is_leaving:
                         wake_s = await self._turn(self.leadership, wake_s)
+                    return
                 self._step_down()
         finally:
             if self.leadership is not None:
@@ -224,10 +241,19 @@ class SchedulingLoop:
             decision = self.core.step(events, now_s)
         claimed = await self._write(leadership, decision)
         self._announcer.announce(decision, claimed, leadership, now_s)
+        self._release(events)
         self.num_batches += len(claimed)
         self.num_finished += sum(isinstance(command, ForgetRequest) for command in decision.commands)
         await self._renew(leadership)
         return decision.wake_s
+
+    def _release(self, events: Sequence[Event]) -> None:
+        """Tells draining workers that nothing more is on its way: the core has heard of it, and batches came before."""
+        for event in events:
+            if isinstance(event, WorkerDraining):
+                peer = self.workers.get(event.worker_id)
+                if peer is not None and peer.is_draining:
+                    peer.outbox.send(scheduler_pb2.WorkResponse(no_more_work=scheduler_pb2.NoMoreWork()))
 
     async def _take(self, wake_s: float | None) -> list[Event]:
         """Waits for events until the core wants to wake, and takes all there are."""

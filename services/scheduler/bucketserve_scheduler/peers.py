@@ -115,6 +115,11 @@ class GatewayPeers:
             del self._dropped[oldest]
         self._dropped[gateway_id, message.dropped.request_id, message.dropped.attempt] = (now_s, message)
 
+    def part_with_all(self) -> None:
+        """Ends every gateway's stream once it has been told everything."""
+        for peer in self._connected.values():
+            peer.outbox.finish()
+
     def cut_all(self) -> None:
         """Ends every gateway's stream, so that each reconnects and submits its open requests again."""
         for peer in self._connected.values():

@@ -56,6 +56,8 @@ class SchedulerLink:
         self._on_state = on_state
         self._outbox: Outbox[Work] | None = None
         self._report_soon = asyncio.Event()
+        self.can_bring_work = False
+        """Whether the scheduler may yet assign something: there is a stream, and it has not said NoMoreWork."""
         self.is_draining = False
 
     def finished(self, message: scheduler_pb2.RecordFinished) -> None:
@@ -79,7 +81,7 @@ class SchedulerLink:
         self._report_soon.set()
 
     def drain(self) -> None:
-        """Takes no more batches."""
+        """Asks for no more batches; what is on its way still comes, until can_bring_work is false."""
         self.is_draining = True
         self._send(Work(draining=scheduler_pb2.WorkerDraining()))
 
@@ -103,6 +105,7 @@ class SchedulerLink:
     async def _converse(self, stub: scheduler_pb2_grpc.SchedulerServiceStub, address: str) -> None:
         outbox: Outbox[Work] = Outbox(OUTBOX_LIMIT)
         outbox.send(Work(hello=self._hello()))
+        self.can_bring_work = True
         call = stub.Work(outbox.messages())
         reporter: asyncio.Task[None] | None = None
         try:
@@ -115,6 +118,7 @@ class SchedulerLink:
                         interval_s = response.welcome.report_interval_ms / 1e3
                         reporter = asyncio.create_task(self._report_for_ever(interval_s))
                         if self.is_draining:
+                            # Also if the hello said so: it may have been written before.
                             self.drain()
                     case "batch":
                         self._on_batch(response.batch)
@@ -124,7 +128,10 @@ class SchedulerLink:
                         self._on_pull(response.pull)
                     case "switch_role":
                         self._on_role(role_from_pb(response.switch_role.role))
+                    case "no_more_work":
+                        self.can_bring_work = False
         finally:
+            self.can_bring_work = False
             self._outbox = None
             outbox.close()
             call.cancel()

@@ -87,12 +87,16 @@ class Worker:
         self._headroom: Headroom = started.headroom
 
     async def drained(self, timeout_s: float) -> bool:
-        """Waits until no request is left and all output is sent; False if that took longer than timeout_s."""
+        """Waits until no request is left or can come and all output is sent; False if timeout_s were too short."""
         deadline_s = time.monotonic() + timeout_s
-        while (len(self.running) or len(self._puller)) and time.monotonic() < deadline_s:
+        while self._has_work() and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
         await self.delivery.flush(max(deadline_s - time.monotonic(), 0.2))
         return not len(self.running)
+
+    def _has_work(self) -> bool:
+        is_coming = self.link.is_draining and self.link.can_bring_work
+        return bool(len(self.running) or len(self._puller) or is_coming)
 
     async def close(self) -> None:
         """Ends all streams and transfers."""
@@ -245,6 +249,7 @@ class Worker:
             context_tokens=self._info.context_tokens,
             report=self._report(),
             running=[self._running_record(key, running) for key, running in self.running],
+            is_draining=self.link.is_draining,
         )
 
     def _running_record(self, key: RequestId, running: Running) -> scheduler_pb2.RunningRecord:
