@@ -8,13 +8,12 @@ async with BucketServeClient("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 
 import grpc
 
-from bucketserve.rpc.channel import CHANNEL_OPTIONS
+from bucketserve.rpc.channel import open_channel
 from bucketserve.rpc.status import error_from_call
 from bucketserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
@@ -27,26 +26,17 @@ Event = Started | Chunk | Finished
 
 _SERVICE = "bucketserve.v1.InferenceService"
 # Only what never reached a server is retried, and only before the first message.
-_SERVICE_CONFIG = json.dumps(
-    {
-        "loadBalancingConfig": [{"round_robin": {}}],
-        # A gateway that shuts down says NOT_SERVING first and is left before it closes its connections.
-        "healthCheckConfig": {"serviceName": _SERVICE},
-        "methodConfig": [
-            {
-                "name": [{"service": _SERVICE}],
-                "retryPolicy": {
-                    # Some three seconds: as long as it takes to find a gateway again whose restart was not noticed yet.
-                    "maxAttempts": 5,
-                    "initialBackoff": "0.2s",
-                    "maxBackoff": "2s",
-                    "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
-                },
-            }
-        ],
-    }
-)
+_RETRIES = {
+    "name": [{"service": _SERVICE}],
+    "retryPolicy": {
+        # Some three seconds: as long as it takes to find a gateway again whose restart was not noticed yet.
+        "maxAttempts": 5,
+        "initialBackoff": "0.2s",
+        "maxBackoff": "2s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    },
+}
 
 
 class BucketServeClient:
@@ -54,10 +44,7 @@ class BucketServeClient:
 
     def __init__(self, address: str, *, options: Sequence[tuple[str, int | str]] = ()) -> None:
         """Connects when first used; options are further channel arguments."""
-        ours = [option for option in CHANNEL_OPTIONS if option[0] != "grpc.service_config"]
-        self._channel = grpc.aio.insecure_channel(
-            address, options=[*ours, ("grpc.service_config", _SERVICE_CONFIG), *options]
-        )
+        self._channel = open_channel(address, watched_service=_SERVICE, method_configs=[_RETRIES], options=options)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> BucketServeClient:

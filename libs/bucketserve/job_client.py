@@ -29,7 +29,7 @@ class JobClient:
 
     def __init__(self, address: str) -> None:
         """Connects when first used."""
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, watched_service="bucketserve.v1.JobService")
         self.stub = job_pb2_grpc.JobServiceStub(self._channel)
 
     async def __aenter__(self) -> JobClient:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import grpc
 
@@ -28,7 +28,6 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int | str]] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
 ]
 
 SERVER_OPTIONS: Sequence[tuple[str, int | str]] = [
@@ -43,6 +42,24 @@ SERVER_OPTIONS: Sequence[tuple[str, int | str]] = [
 ]
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """Returns an insecure channel to host:port with keepalive and message limits for internal streams."""
-    return grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+def open_channel(
+    address: str,
+    *,
+    watched_service: str = "",
+    method_configs: Sequence[Mapping[str, object]] = (),
+    options: Sequence[tuple[str, int | str]] = (),
+) -> grpc.aio.Channel:
+    """Returns an insecure channel with round robin, keepalive and message limits for long streams.
+
+    Args:
+        address: host:port, or several as ipv4:host:port,host:port.
+        watched_service: full name of a service whose health decides where calls go, so that a server that shuts down
+            is left before it closes; empty: whoever accepts connections is called.
+        method_configs: methodConfig of gRPC's service config, such as a retry policy.
+        options: further channel arguments.
+    """
+    config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": list(method_configs)}
+    if watched_service:
+        config["healthCheckConfig"] = {"serviceName": watched_service}
+    ours = [*CHANNEL_OPTIONS, ("grpc.service_config", json.dumps(config))]
+    return grpc.aio.insecure_channel(address, options=[*ours, *options])
