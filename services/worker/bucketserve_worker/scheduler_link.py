@@ -105,6 +105,8 @@ class SchedulerLink:
     async def _converse(self, stub: scheduler_pb2_grpc.SchedulerServiceStub, address: str) -> None:
         outbox: Outbox[Work] = Outbox(OUTBOX_LIMIT)
         outbox.send(Work(hello=self._hello()))
+        # From here on, not from the welcome on: what ends now is in the hello as running.
+        self._outbox = outbox
         self.can_bring_work = True
         call = stub.Work(outbox.messages())
         reporter: asyncio.Task[None] | None = None
@@ -113,13 +115,9 @@ class SchedulerLink:
                 self._on_heard()
                 match response.WhichOneof("message"):
                     case "welcome":
-                        self._outbox = outbox
                         self._on_state(True, f"{address}: {response.welcome.scheduler.scheduler_id}")
                         interval_s = response.welcome.report_interval_ms / 1e3
                         reporter = asyncio.create_task(self._report_for_ever(interval_s))
-                        if self.is_draining:
-                            # Also if the hello said so: it may have been written before.
-                            self.drain()
                     case "batch":
                         self._on_batch(response.batch)
                     case "cancel":

@@ -1,0 +1,68 @@
+"""The worker's stream to the scheduler, over a real connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
+from bucketserve_worker.scheduler_link import SchedulerLink
+
+
+class SlowToWelcome(scheduler_pb2_grpc.SchedulerServiceServicer):
+    """Keeps what it hears, and welcomes when told to."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.said_hello = asyncio.Event()
+        self.may_welcome = asyncio.Event()
+
+    async def Work(self, request_iterator, context) -> AsyncIterator[scheduler_pb2.WorkResponse]:
+        reading = asyncio.create_task(self._read(request_iterator))
+        while not self.may_welcome.is_set():
+            yield scheduler_pb2.WorkResponse(heartbeat=scheduler_pb2.Heartbeat())
+            await asyncio.sleep(0.05)
+        yield scheduler_pb2.WorkResponse(welcome=scheduler_pb2.WorkerWelcome(report_interval_ms=60_000))
+        await reading
+
+    async def _read(self, requests) -> None:
+        async for message in requests:
+            self.heard.append(message.WhichOneof("message"))
+            self.said_hello.set()
+
+
+async def test_what_ends_between_hello_and_welcome_is_told() -> None:
+    # The hello names it as running: its end must follow, or it runs for ever in the scheduler's books.
+    scheduler = SlowToWelcome()
+    server = grpc.aio.server()
+    scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(scheduler, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    connected = asyncio.Event()
+    link = SchedulerLink(
+        [f"127.0.0.1:{port}"],
+        hello=scheduler_pb2.WorkerHello,
+        report=scheduler_pb2.WorkerReport,
+        on_batch=lambda batch: None,
+        on_cancel=lambda ids: None,
+        on_pull=lambda pull: None,
+        on_role=lambda role: None,
+        on_heard=lambda: None,
+        on_state=lambda is_connected, detail: connected.set() if is_connected else None,
+    )
+    running = asyncio.create_task(link.run())
+    try:
+        await asyncio.wait_for(scheduler.said_hello.wait(), 10)
+        link.finished(scheduler_pb2.RecordFinished(request_id="r", attempt=1))
+        link.drain()
+        scheduler.may_welcome.set()
+        await asyncio.wait_for(connected.wait(), 10)
+        link.moved(scheduler_pb2.KvMoved(request_id="s"))
+        while len(scheduler.heard) < 4:
+            await asyncio.sleep(0.01)
+        assert scheduler.heard == ["hello", "finished", "draining", "kv_moved"]
+    finally:
+        running.cancel()
+        await server.stop(0)
