@@ -68,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, required=True, help="where benchmarks/peers/setup.sh put them")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--requests", type=Path, help="JSON with requests[] of prompt_ids and output_len; else drawn")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th request only, for a slow peer")
     parser.add_argument("--mode", choices=MODES, action="append", help="of ours; default: float32, bfloat16, int8")
     parser.add_argument(
         "--peer",
@@ -90,7 +91,7 @@ def main() -> None:
     """Measures and reports."""
     options = parse()
     console = Console(width=140)
-    requests = read_requests(options.requests)
+    requests = read_requests(options.requests)[:: options.every]
     settings = {
         "requests": len(requests),
         "prompt_tokens": sum(len(request.prompt_ids) for request in requests),
