@@ -53,7 +53,8 @@ async def test_a_client_that_does_not_read_is_bounded_then_cut_and_harms_nobody(
 async def test_streams_of_a_connection_and_metadata_of_a_call_are_limited(new_stack: NewStack) -> None:
     stack = new_stack(
         environ={
-            "BUCKETSERVE_GATEWAY_MAX_STREAMS_PER_CONNECTION": "4",
+            # Four requests, and the client's watch of the gateway's health.
+            "BUCKETSERVE_GATEWAY_MAX_STREAMS_PER_CONNECTION": "5",
             "BUCKETSERVE_GATEWAY_MAX_METADATA_BYTES": "4096",
             "BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "20000",
         }

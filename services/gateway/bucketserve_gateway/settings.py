@@ -36,7 +36,10 @@ class GatewaySettings(Section):
     )
     max_prompt_bytes: int = Field(4 * 1024 * 1024, ge=1, description="longest prompt in bytes, before tokenising")
     max_streams_per_connection: int = Field(
-        1_000, ge=1, le=100_000, description="requests open at once on one connection; further ones wait at the client"
+        1_000,
+        ge=2,
+        le=100_000,
+        description="streams at once on a connection, its health watch among them; further ones wait at the client",
     )
     max_metadata_bytes: int = Field(16_384, ge=1024, le=1 << 20, description="most metadata of a call")
     default_max_tokens: int = Field(256, ge=1, description="max_tokens of a request that names none")
