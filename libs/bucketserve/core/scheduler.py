@@ -155,6 +155,8 @@ class SchedulerCore:
         self._commands += self._roles.update(now_s)
         self._commands += self._hand_over()
         self._dispatch(now_s)
+        if not len(self._lanes):
+            self._admission.drain.pause()
         return Decision(tuple(self._commands), tuple(self._drops), self._wake_s())
 
     # --- events -------------------------------------------------------------------------------------------------
