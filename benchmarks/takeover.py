@@ -86,7 +86,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     spec = StackSpec(
-        model=str(ROOT / "models" / "demo"),
+        model=str(ROOT / "models" / "demo" / "model"),
         engine="fake",
         num_workers=2,
         num_schedulers=2,

@@ -22,8 +22,10 @@ async def status(stack: LocalStack) -> scheduler_pb2.ModelStatus:
         async with open_channel(address) as channel:
             stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
             response = await stub.GetStatus(scheduler_pb2.GetStatusRequest(), timeout=5)
-        if response.models:
-            return response.models[0]
+        # There may be others: who may speak to schedulers may name any model.
+        for model in response.models:
+            if model.model == stack.spec.model_name:
+                return model
     raise AssertionError("nobody leads")
 
 

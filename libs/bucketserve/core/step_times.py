@@ -3,7 +3,10 @@
     step = fixed + a x prompt tokens + b x prompt tokens x context + c x decode context + d x decoding sequences
 
 The form is DistServe's (arXiv 2401.09670, simdistserve), with one fixed part since a step reads the weights once.
-Recursive least squares on relative errors, with forgetting; a coefficient below zero counts as zero.
+Recursive least squares on relative errors, with forgetting; a coefficient below zero counts as zero. The covariance
+is kept as U D U' with a unit upper triangle U and a positive diagonal D (Bierman, Factorization Methods for Discrete
+Sequential Estimation, 1977): updated as it is, steps of microseconds make it indefinite in the end, and the fit runs
+away.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ NOISE = 0.05
 """Relative scatter of measured steps. The covariance is kept in units of it."""
 VARIANCES = tuple((prior / NOISE) ** 2 for prior in PRIORS)
 FORGETTING = 0.995
+GROWTH = FORGETTING**-0.5
 GOOD_ENOUGH = 0.02
 """A step that was predicted this well teaches nothing; skipping it keeps learning cheap."""
 
@@ -32,7 +36,8 @@ class StepTimes:
         n = len(SCALES)
         self._coefficients = [0.0] * n
         self._clipped = _clip(self._coefficients)
-        self._covariance = [[VARIANCES[i] if i == j else 0.0 for j in range(n)] for i in range(n)]
+        self._upper = [[0.0] * n for _ in range(n)]
+        self._diagonal = list(VARIANCES)
         self.num_samples = 0
         self.relative_error = 1.0
         """Of predictions made before learning from the step, exponentially weighted."""
@@ -81,24 +86,34 @@ class StepTimes:
             weight * sample.decode_context_tokens / 1e4,
             weight * sample.decode_sequences / 1e2,
         )
-        covariance, n = self._covariance, len(units)
-        gains = [sum(row[j] * units[j] for j in range(n)) for row in covariance]
-        spread = FORGETTING + sum(unit * gain for unit, gain in zip(units, gains, strict=True))
+        upper, diagonal, n = self._upper, self._diagonal, len(units)
         error = 1.0 - sum(value * unit for value, unit in zip(self._coefficients, units, strict=True))
+        # Bierman's update: f = U'u, g = Df, and column by column what the measurement leaves of D and U.
+        seen = [units[j] + sum(upper[i][j] * units[i] for i in range(j)) for j in range(n)]
+        gains = [diagonal[j] * seen[j] for j in range(n)]
+        spread = FORGETTING
+        for j in range(n):
+            before = spread
+            spread += seen[j] * gains[j]
+            diagonal[j] *= before / spread
+            step = -seen[j] / before
+            for i in range(j):
+                old = upper[i][j]
+                upper[i][j] = old + gains[i] * step
+                gains[i] += old * gains[j]
         for i in range(n):
-            share = gains[i] / spread
-            self._coefficients[i] += share * error
-            row = covariance[i]
-            for j in range(n):
-                row[j] -= share * gains[j]
+            self._coefficients[i] += gains[i] / spread * error
         self._clipped = _clip(self._coefficients)
         # Forget only what is certain: without new evidence of its kind a coefficient must not run away.
         for i in range(n):
-            if covariance[i][i] < VARIANCES[i] * FORGETTING:
-                grow = FORGETTING**-0.5
-                for j in range(n):
-                    covariance[i][j] *= grow
-                    covariance[j][i] *= grow
+            variance = diagonal[i] + sum(upper[i][j] ** 2 * diagonal[j] for j in range(i + 1, n))
+            if variance < VARIANCES[i] * FORGETTING:
+                # Row and column i of the covariance, times the root of 1 / FORGETTING each.
+                diagonal[i] /= FORGETTING
+                for j in range(i + 1, n):
+                    upper[i][j] *= GROWTH
+                for j in range(i):
+                    upper[j][i] /= GROWTH
 
 
 def _clip(coefficients: list[float]) -> list[float]:

@@ -23,6 +23,8 @@ __all__ = ["SchedulerServicer"]
 
 GATEWAY_OUTBOX_LIMIT = 65_536
 HEARTBEAT_S = 0.5
+MOST_CONTEXT_TOKENS = 1 << 28
+"""Lengths are sorted into cells up to there: what is far beyond every model is a mistake."""
 HEARTBEAT = scheduler_pb2.Heartbeat()
 
 M = TypeVar("M")
@@ -186,14 +188,17 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         )
 
 
-def _check(message: str, **required: object) -> None:
+def _check(message: str, *, context_tokens: int = 1, **required: object) -> None:
     """Refuses a message that lacks what everything else builds on.
 
     Raises:
-        InvalidRequestError: with every field that is missing.
+        InvalidRequestError: with every field that is missing, or a context that nothing can have.
     """
-    if missing := [name for name, value in required.items() if not value]:
-        raise InvalidRequestError([FieldViolation(f"{message}.{name}", "must be set") for name in missing])
+    bad = [FieldViolation(f"{message}.{name}", "must be set") for name, value in required.items() if not value]
+    if not 0 < context_tokens <= MOST_CONTEXT_TOKENS:
+        bad.append(FieldViolation(f"{message}.context_tokens", f"1 to {MOST_CONTEXT_TOKENS:,}"))
+    if bad:
+        raise InvalidRequestError(bad)
 
 
 async def _beat(outbox: Outbox[M], heartbeat: M) -> None:
