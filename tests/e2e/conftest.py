@@ -53,8 +53,8 @@ def new_stack(tmp_path: Path, stores: contextlib.ExitStack) -> Iterator[NewStack
             ended = [name for name, service in stack.services.items() if service.exit_status is not None]
             for name in ended:
                 stack.restart(name)
-            if ended:
-                stack.wait_until_serving(60)
+            # Also for those that the test itself has just started again.
+            stack.wait_until_serving(60)
             asyncio.run(_check_nothing_is_left(stack, at_start))
     finally:
         for stack in stacks:
@@ -67,7 +67,7 @@ async def _check_nothing_is_left(stack: LocalStack, before: dict[str, dict[str, 
     async def is_clean() -> bool:
         try:
             left[:] = await leaks(stack, stack.redis_url, before)
-        except (AssertionError, grpc.aio.AioRpcError) as error:
+        except (AssertionError, grpc.aio.AioRpcError, OSError) as error:
             # Nobody leads yet.
             left[:] = [f"not to be seen: {error!r}"]
         return not left
