@@ -60,6 +60,8 @@ class Fleet:
         """Starts empty."""
         self._settings = settings
         self._workers: dict[WorkerId, WorkerState] = {}
+        self._num_changes = 0
+        """Of all workers: no two states share a version, also if a worker leaves and comes again."""
         self._by_load = _Ranking(self._workers)
         self._by_memory = _Ranking(self._workers)
         self._for_small = _Ranking(self._workers)
@@ -89,8 +91,7 @@ class Fleet:
 
     def join(self, worker: WorkerState) -> None:
         """Adds a worker, or puts one in its older state's place."""
-        older = self.leave(worker.worker_id)
-        worker.version = older.version if older else 0
+        self.leave(worker.worker_id)
         self._workers[worker.worker_id] = worker
         self._count(worker)
         self.changed(worker)
@@ -107,7 +108,8 @@ class Fleet:
 
     def changed(self, worker: WorkerState) -> None:
         """Ranks a worker anew; to be called after every change of its state."""
-        worker.version += 1
+        self._num_changes += 1
+        worker.version = self._num_changes
         worker.room = worker.room_for_one(self._settings.memory_reserve)
         self._open.discard(worker.worker_id)
         if worker.is_draining:

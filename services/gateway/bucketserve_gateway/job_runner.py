@@ -92,10 +92,7 @@ class JobRunner:
 
     async def _renew(self) -> None:
         """Keeps the leases; stops what is not ours any more or whose job was cancelled."""
-        jobs: dict[str, list[int]] = {}
-        for job_id, index in self._tasks:
-            jobs.setdefault(job_id, []).append(index)
-        for job_id, indices in jobs.items():
+        for job_id, indices in self._by_job().items():
             ours = await self._store.renew(job_id, self._owner, indices, self._settings.job_lease_s)
             for index in indices:
                 task = self._tasks.get((job_id, index))
@@ -160,11 +157,15 @@ class JobRunner:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._telemetry.unexpected("job", error)
 
-    async def _give_back(self) -> None:
+    def _by_job(self) -> dict[str, list[int]]:
+        """Returns the indices that run here, by job."""
         jobs: dict[str, list[int]] = {}
         for job_id, index in self._tasks:
             jobs.setdefault(job_id, []).append(index)
-        tasks = list(self._tasks.values())
+        return jobs
+
+    async def _give_back(self) -> None:
+        jobs, tasks = self._by_job(), list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -75,15 +75,17 @@ class SchedulerLink:
         A worker may have reported a request's end, so that the scheduler forgot it, and died before the output was
         delivered. The scheduler takes what it does not know, and answers for what it knows.
         """
+        if not self.is_connected:
+            return 0
         silent = [
             opened
             for opened in self._requests
             if not opened.is_over and opened.dispatched is not None and now_s - opened.heard_s >= SILENCE_S
         ]
-        for opened in silent if self.is_connected else ():
+        for opened in silent:
             opened.heard_s = now_s
             self.submit(opened)
-        return len(silent) if self.is_connected else 0
+        return len(silent)
 
     async def watch(self) -> None:
         """Asks again for what is silent; ends only by cancellation."""

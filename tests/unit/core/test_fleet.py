@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.settings import CoreSettings
-from bucketserve.core.types import WorkerRole
+from bucketserve.core.types import WorkerId, WorkerRole
 from bucketserve.core.workers import WorkerState
 from tests.builders import joined
 
@@ -33,3 +33,17 @@ def test_without_decode_workers_those_that_do_both_decode() -> None:
     assert fleet.decoders() == []
     fleet.join(WorkerState.joined(replace(joined("b", free=500), role=WorkerRole.BOTH)))
     assert [worker.worker_id for worker in fleet.decoders()] == ["b"]
+
+
+def test_a_worker_that_comes_again_is_ranked_by_what_it_is_now() -> None:
+    fleet = Fleet(CoreSettings())
+    fleet.join(WorkerState.joined(joined("a", free=9000)))
+    fleet.join(WorkerState.joined(joined("b", free=5000)))
+    fleet.leave(WorkerId("a"))
+    fleet.join(WorkerState.joined(joined("a", free=1000)))
+    # Nothing of its earlier life is taken for the present, however often it changes.
+    for _ in range(3):
+        assert [worker.worker_id for worker in fleet.decoders()] == ["b", "a"]
+        again = fleet.get(WorkerId("a"))
+        assert again is not None
+        fleet.changed(again)
