@@ -118,21 +118,9 @@ inline void for_rows(long rows, F&& f) {
     }
 }
 
-// acc[r][0..1] += A[r, 0..depth) x B[0..depth, 0..NR)
-template <int R>
-inline void tile(const float* a, long lda, const float* b, long ldb, long depth, vf (&acc)[R][2]) {
-    for (long k = 0; k < depth; ++k, b += ldb) {
-        vf b0 = load(b), b1 = load(b + VL);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            float value = a[r * lda + k];
-            acc[r][0] += b0 * value;
-            acc[r][1] += b1 * value;
-        }
-    }
-}
-template <int R>
-inline void tile(const float* a, long lda, const bf16* b, long ldb, long depth, vf (&acc)[R][2]) {
+// acc[r][0..1] += A[r, 0..depth) x B[0..depth, 0..NR), B of float or bf16
+template <int R, class W>
+inline void tile(const float* a, long lda, const W* b, long ldb, long depth, vf (&acc)[R][2]) {
     for (long k = 0; k < depth; ++k, b += ldb) {
         vf b0 = load(b), b1 = load(b + VL);
 #pragma GCC unroll 16
