@@ -11,10 +11,28 @@ import torch.nn.functional as F
 
 from bucketserve.engine.native.kernels import Epilogue, Kernels, PackedWeights
 
-__all__ = ["KernelProducts", "OneDnnProducts", "Product", "Products", "TorchProducts", "choose_products"]
+__all__ = [
+    "GatedProduct",
+    "KernelProducts",
+    "OneDnnProducts",
+    "Product",
+    "Products",
+    "TorchProducts",
+    "choose_products",
+]
 
 TRIAL_ROWS = 256
 TRIALS = 4
+
+
+class GatedProduct(Protocol):
+    """Weights of gate and up, ready: silu(gate x) times (up x). x is [rows, depth], contiguous."""
+
+    columns: int
+    num_bytes: int
+
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Returns the result, [rows, columns]; `out` may be used for it."""
 
 
 class Product(Protocol):
@@ -40,8 +58,8 @@ class Products(Protocol):
     def linear(self, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Product:
         """Returns one product for weights [columns, depth] given in parts, one under the other."""
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Product:
-        """Returns one whose `write` is silu(gate x) times (up x); it has no `add`."""
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> GatedProduct:
+        """Returns one for weights [columns, depth] each."""
 
 
 class KernelProducts:
@@ -59,7 +77,7 @@ class KernelProducts:
         """See Products."""
         return _KernelProduct(self._kernels, self._kernels.pack(weights, bias, is_int8=self._is_int8), Epilogue.WRITE)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Product:
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> GatedProduct:
         """See Products."""
         packed = self._kernels.pack([gate, up], is_pair=True, is_int8=self._is_int8)
         return _KernelProduct(self._kernels, packed, Epilogue.SILU_MUL)
@@ -100,7 +118,7 @@ class OneDnnProducts:
         """See Products."""
         return _OneDnnProduct(torch.cat([weight.detach() for weight in weights]), bias)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Product:
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> GatedProduct:
         """See Products."""
         return _Gated(self.linear([gate, up], None), self._kernels)
 
@@ -136,7 +154,7 @@ class TorchProducts:
         """See Products."""
         return _TorchProduct(torch.cat([weight.detach() for weight in weights]), bias)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Product:
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> GatedProduct:
         """See Products."""
         return _Gated(self.linear([gate, up], None), self._kernels)
 
@@ -172,9 +190,6 @@ class _Gated:
             return F.silu(gate) * up
         self._kernels.silu_mul(both, out)
         return out
-
-    def add(self, x: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
 
 
 def choose_products(kernels: Kernels | None, dtype: torch.dtype, columns: int, depth: int) -> Products | None:
