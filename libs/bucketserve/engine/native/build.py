@@ -1,4 +1,4 @@
-"""Compiles kernels.cpp for this processor, once, and loads it.
+"""Compiles kernels.cpp and its headers for this processor, once, and loads them.
 
 Compiled where it runs, so that it uses the instructions that this processor has. A machine without a C++ compiler
 serves with torch's own operations instead, more slowly. `python -m bucketserve.engine.native.build` compiles ahead.
@@ -66,7 +66,8 @@ def _compiler() -> str:
 @cache
 def _fingerprint(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = [SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, _processor().encode(), torch.__version__.encode()]
+    sources = [path.read_bytes() for path in sorted((SOURCE, *SOURCE.parent.glob("*.h")))]
+    parts = [*sources, " ".join(FLAGS).encode(), version, _processor().encode(), torch.__version__.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -1,0 +1,163 @@
+// Vectors of this processor, bfloat16, and tiles: the inner loops that products and attention share.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include <omp.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;  // floats in a vector
+constexpr int MR = 12;  // rows of a tile: MR x 2 accumulators, and room for two vectors of B
+#else
+constexpr int VL = 8;
+constexpr int MR = 6;
+#endif
+constexpr int NR = 2 * VL;  // columns of a tile, and of a panel of packed weights
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef float vf_unaligned __attribute__((vector_size(VL * 4), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef int32_t vi_unaligned __attribute__((vector_size(VL * 4), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh_unaligned __attribute__((vector_size(VL * 2), aligned(2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+inline void store(float* p, vf value) { *reinterpret_cast<vf_unaligned*>(p) = value; }
+inline vf load(const bf16* p) {
+    vu wide = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu);
+    return reinterpret_cast<vf>(wide << 16);
+}
+inline void store(bf16* p, vf value) {
+    // Round to nearest, ties to even.
+    vu bits = reinterpret_cast<vu>(value);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(bits, vh_unaligned);
+}
+inline float get(const float* p) { return *p; }
+inline float get(const bf16* p) {
+    uint32_t bits = uint32_t(p->bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline void put(float* p, float value) { *p = value; }
+inline void put(bf16* p, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    p->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float sum(vf value) {
+    float total = 0;
+    for (int i = 0; i < VL; ++i) total += value[i];
+    return total;
+}
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+inline float largest(vf value) {
+    float most = value[0];
+    for (int i = 1; i < VL; ++i) most = std::max(most, value[i]);
+    return most;
+}
+
+// e^x for x <= 88, relative error below 2e-7: Cephes' expf (S. Moshier), argument reduction in two parts.
+inline vf exponential(vf x) {
+    x = x < -87.0f ? vf{} - 87.0f : x;
+    vf shifted = x * 1.44269504088896341f + 12582912.0f;
+    vf n = shifted - 12582912.0f;
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vi exponent = (reinterpret_cast<vi>(shifted) - 0x4b400000) << 23;
+    return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + exponent);
+}
+inline vf silu(vf x) { return x / (1.0f + exponential(x < -88.0f ? vf{} + 88.0f : -x)); }
+inline vf tanh_(vf x) {
+    vf e = exponential(x > 40.0f ? vf{} + 80.0f : 2.0f * x);
+    return (e - 1.0f) / (e + 1.0f);
+}
+
+// Scratch that a thread keeps between calls.
+template <int Slot>
+char* scratch(size_t bytes) {
+    thread_local std::vector<char> memory;
+    if (memory.size() < bytes + 64) memory.resize(bytes + 64);
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+}
+
+// --- tiles ----------------------------------------------------------------------------------------------------------
+
+// Calls f with std::integral_constant<int, min(rows, R)>: tiles are compiled for each number of rows.
+template <int R, class F>
+inline void for_rows(long rows, F&& f) {
+    if (rows >= R) {
+        f(std::integral_constant<int, R>{});
+    } else if constexpr (R > 1) {
+        for_rows<R - 1>(rows, f);
+    }
+}
+
+// acc[r][0..1] += A[r, 0..depth) x B[0..depth, 0..NR), B of float or bf16
+template <int R, class W>
+inline void tile(const float* a, long lda, const W* b, long ldb, long depth, vf (&acc)[R][2]) {
+    for (long k = 0; k < depth; ++k, b += ldb) {
+        vf b0 = load(b), b1 = load(b + VL);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            float value = a[r * lda + k];
+            acc[r][0] += b0 * value;
+            acc[r][1] += b1 * value;
+        }
+    }
+}
+
+// 8-bit weights: pairs of rows of B lie side by side, [depth / 2][NR][2]; A holds pairs of 16-bit integers.
+template <int R>
+inline void tile(const int32_t* a, long lda, const int8_t* b, long pairs, vi (&acc)[R][2]) {
+    for (long k = 0; k < pairs; ++k, b += 2 * NR) {
+#if defined(__AVX512BW__)
+        __m512i b0 = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+        __m512i b1 = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 2 * VL)));
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            __m512i value = _mm512_set1_epi32(a[r * lda + k]);
+            acc[r][0] += reinterpret_cast<vi>(_mm512_madd_epi16(b0, value));
+            acc[r][1] += reinterpret_cast<vi>(_mm512_madd_epi16(b1, value));
+        }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+        __m256i b0 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
+        __m256i b1 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 2 * VL)));
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            __m256i value = _mm256_set1_epi32(a[r * lda + k]);
+            acc[r][0] += reinterpret_cast<vi>(_mm256_madd_epi16(b0, value));
+            acc[r][1] += reinterpret_cast<vi>(_mm256_madd_epi16(b1, value));
+        }
+#else
+        for (int r = 0; r < R; ++r) {
+            int32_t pair = a[r * lda + k];
+            int32_t low = int16_t(pair & 0xffff), high = int16_t(pair >> 16);
+            for (int i = 0; i < NR; ++i) acc[r][i / VL][i % VL] += low * b[2 * i] + high * b[2 * i + 1];
+        }
+#endif
+    }
+}
+
+}  // namespace
