@@ -26,7 +26,7 @@ demo: $(READY) ## Start the whole stack, send a mix of prompts at once, show the
 up: $(READY) ## Start the whole stack and keep it running until Ctrl-C
 	$(BIN)/bucketserve up
 
-test: check ## All checks and tests that CI runs (about fifteen minutes on 2 cores)
+test: check ## All checks and tests that CI runs (some 25 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
 
 test-fast: $(READY) ## Unit and property tests only

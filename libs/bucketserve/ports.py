@@ -180,6 +180,11 @@ class SequenceSpec:
     hands_over: bool = False
     """Ends here with its first token: its KV goes to another engine. KV is reserved for the prompt alone."""
 
+    @property
+    def reserved_tokens(self) -> int:
+        """KV tokens that it needs at most: one that is handed over grows elsewhere."""
+        return len(self.token_ids) + (0 if self.hands_over else self.max_new_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Logprob:

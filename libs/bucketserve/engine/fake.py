@@ -46,10 +46,6 @@ class _Sequence:
     max_chunk_tokens: int = 0
 
     @property
-    def reserved(self) -> int:
-        return _needed(self.spec)
-
-    @property
     def remaining(self) -> int:
         return len(self.spec.token_ids) - self.num_prefilled
 
@@ -83,7 +79,7 @@ class FakeEngine:
 
     def headroom(self) -> Headroom:
         """See ports.Engine."""
-        reserved = sum(s.reserved for group in (self._waiting, self._running) for s in group.values())
+        reserved = sum(s.spec.reserved_tokens for group in (self._waiting, self._running) for s in group.values())
         return Headroom(
             kv_total_tokens=self.settings.kv_total_tokens,
             kv_free_tokens=self.settings.kv_total_tokens - reserved,
@@ -97,7 +93,7 @@ class FakeEngine:
     def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
         """See ports.Engine."""
         for spec in sequences:
-            needed = _needed(spec)
+            needed = spec.reserved_tokens
             if needed > min(self.settings.context_tokens, self.settings.kv_total_tokens):
                 raise EngineError(f"{needed} tokens can never fit into a context of {self.settings.context_tokens}")
         for spec in sequences:
@@ -120,8 +116,8 @@ class FakeEngine:
         state = bytes(kv[:KV_BYTES])
         if bytes(kv) != state * num_tokens:
             raise EngineError(f"{len(kv)} bytes are not the KV of {num_tokens} tokens")
-        if _needed(spec) > self.headroom().kv_free_tokens:
-            raise EngineError(f"no room for {_needed(spec)} tokens whose KV has come")
+        if spec.reserved_tokens > self.headroom().kv_free_tokens:
+            raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
         sequence = _Sequence(spec, int.from_bytes(state, "big"), num_tokens, len(generated))
         for token_id in generated:
             sequence.state = _mix(sequence.state ^ token_id)
@@ -216,11 +212,6 @@ class FakeEngine:
             logprobs=_logprobs(token_id, spec.num_logprobs, self.settings.vocab_size),
             finish_reason=FinishReason.LENGTH if is_last else None,
         )
-
-
-def _needed(spec: SequenceSpec) -> int:
-    """KV tokens to reserve: a sequence that is handed over grows elsewhere."""
-    return len(spec.token_ids) + (0 if spec.hands_over else spec.max_new_tokens)
 
 
 def _hash(token_ids: Sequence[int]) -> int:

@@ -20,7 +20,7 @@ from bucketserve.engine.kv_memory import KvMemory
 from bucketserve.engine.kv_space import KvSpace
 from bucketserve.engine.native.kernels import Kernels
 from bucketserve.engine.sampling import sample, token_logprobs
-from bucketserve.engine.sequences import EngineSequence, Entry, halve, measure, needed_tokens, sample_row
+from bucketserve.engine.sequences import EngineSequence, Entry, halve, measure, sample_row
 from bucketserve.ports import EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenLogprobs, TokenOutput
 
 __all__ = ["DeviceMemory", "PackedEngine", "PackedLimits"]
@@ -99,7 +99,7 @@ class PackedEngine:
 
     def headroom(self) -> Headroom:
         """See ports.Engine."""
-        reserved = sum(s.reserved for group in (self._waiting, self._running) for s in group.values())
+        reserved = sum(s.spec.reserved_tokens for group in (self._waiting, self._running) for s in group.values())
         device = self._device_memory()
         return Headroom(
             kv_total_tokens=self._budget_tokens,
@@ -127,7 +127,7 @@ class PackedEngine:
         """See ports.Engine."""
         most = min(self._limits.context_tokens, self._space.memory.num_tokens)
         for spec in sequences:
-            needed = needed_tokens(spec)
+            needed = spec.reserved_tokens
             if needed > most:
                 raise EngineError(f"{needed} tokens can never fit: the context is {most} tokens here")
             if spec.request_id in self._waiting or spec.request_id in self._running:
@@ -151,8 +151,8 @@ class PackedEngine:
         num_tokens = len(spec.token_ids) + len(generated) - 1
         self._check_length(num_tokens, kv)
         sequence = EngineSequence(spec, 0, [*spec.token_ids, *generated], num_generated=len(generated))
-        if needed_tokens(spec) > self._limits.context_tokens or not self._reserve(sequence) or sequence.kv is None:
-            raise EngineError(f"no room for {needed_tokens(spec)} tokens whose KV has come")
+        if spec.reserved_tokens > self._limits.context_tokens or not self._reserve(sequence) or sequence.kv is None:
+            raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
         self._space.memory.copy_in(sequence.kv.start, num_tokens, kv)
         sequence.num_cached = num_tokens
         self._running[spec.request_id] = sequence
@@ -229,7 +229,7 @@ class PackedEngine:
         """Gives a sequence its KV range, and in it what is known of its prompt already."""
         if sequence.kv is not None:
             return True
-        sequence.kv = self._space.reserve(sequence.reserved)
+        sequence.kv = self._space.reserve(sequence.spec.reserved_tokens)
         if sequence.kv is None:
             return False
         if not sequence.num_generated:

@@ -10,7 +10,7 @@ from bucketserve.engine.kv_space import KvRange
 from bucketserve.engine.sampling import SampleRow
 from bucketserve.ports import SequenceSpec
 
-__all__ = ["EngineSequence", "Entry", "halve", "measure", "needed_tokens", "sample_row"]
+__all__ = ["EngineSequence", "Entry", "halve", "measure", "sample_row"]
 
 
 @dataclass(slots=True, eq=False)
@@ -29,11 +29,6 @@ class EngineSequence:
     num_generated: int = 0
 
     @property
-    def reserved(self) -> int:
-        """KV tokens that it needs at most."""
-        return needed_tokens(self.spec)
-
-    @property
     def remaining(self) -> int:
         """Prompt tokens still to compute."""
         return len(self.spec.token_ids) - self.num_cached
@@ -50,11 +45,6 @@ class Entry:
     def completes(self) -> bool:
         """Whether the last of them is the sequence's last token, so that its logits are wanted."""
         return self.sequence.num_cached + self.num_tokens == len(self.sequence.tokens)
-
-
-def needed_tokens(spec: SequenceSpec) -> int:
-    """KV tokens to reserve: a sequence that is handed over grows elsewhere."""
-    return len(spec.token_ids) + (0 if spec.hands_over else spec.max_new_tokens)
 
 
 def sample_row(sequence: EngineSequence) -> SampleRow:
