@@ -16,10 +16,7 @@ class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECT_REASON_TENANT_QUOTA: _ClassVar[RejectReason]
     REJECT_REASON_SLO_UNATTAINABLE: _ClassVar[RejectReason]
     REJECT_REASON_TOO_LARGE: _ClassVar[RejectReason]
-    REJECT_REASON_NO_WORKER: _ClassVar[RejectReason]
     REJECT_REASON_DUPLICATE: _ClassVar[RejectReason]
-    REJECT_REASON_DRAINING: _ClassVar[RejectReason]
-    REJECT_REASON_STORE_UNAVAILABLE: _ClassVar[RejectReason]
 
 class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -35,10 +32,7 @@ REJECT_REASON_QUEUE_TOKENS: RejectReason
 REJECT_REASON_TENANT_QUOTA: RejectReason
 REJECT_REASON_SLO_UNATTAINABLE: RejectReason
 REJECT_REASON_TOO_LARGE: RejectReason
-REJECT_REASON_NO_WORKER: RejectReason
 REJECT_REASON_DUPLICATE: RejectReason
-REJECT_REASON_DRAINING: RejectReason
-REJECT_REASON_STORE_UNAVAILABLE: RejectReason
 DROP_REASON_UNSPECIFIED: DropReason
 DROP_REASON_DEADLINE: DropReason
 DROP_REASON_CANCELLED: DropReason

@@ -176,11 +176,5 @@ def _refusal(rejected: scheduler_pb2.RecordRejected) -> BucketServeError:
         case scheduler_pb2.REJECT_REASON_TOO_LARGE:
             description = "prompt and max_tokens together need more KV memory than any worker has"
             return InvalidRequestError([FieldViolation("stopping.max_tokens", description)])
-        case (
-            scheduler_pb2.REJECT_REASON_NO_WORKER
-            | scheduler_pb2.REJECT_REASON_DRAINING
-            | scheduler_pb2.REJECT_REASON_STORE_UNAVAILABLE
-        ):
-            return UnavailableError(f"refused: {name}", reason=name, retry_delay_s=max(delay_s, 0.1))
         case _:
             return OverloadedError(f"refused: {name}", reason=name, retry_delay_s=delay_s)
