@@ -116,9 +116,7 @@ class Bench:
             self.running[index], self.running[-1] = self.running[-1], self.running[index]
             batch, request_id = self.running.pop()
             self.used[batch.worker_id] -= self.requests.pop(request_id).reserved_tokens
-            events.append(
-                RequestFinished(request_id=request_id, attempt=1, worker_id=batch.worker_id, output_tokens=100)
-            )
+            events.append(RequestFinished(request_id=request_id, worker_id=batch.worker_id, output_tokens=100))
             events.append(WorkerReported(worker_id=batch.worker_id, headroom=self.headroom(batch.worker_id)))
         return events
 

@@ -39,7 +39,6 @@ from bucketserve_worker.running import Running
 from bucketserve_worker.servicer import WorkerServicer
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORD = scheduler_pb2.QueueRecord(request_id="r", attempt=1)
 BARE = "/benchmark.Bare/Stream"
 
 
@@ -56,8 +55,8 @@ class HoldingWorker:
         block = self.staging.take(num_bytes)
         block.data[:] = bytes(torch.randint(0, 256, (num_bytes,), dtype=torch.uint8).numpy())
         self.holder.hold(
-            Running(RECORD, common_pb2.BatchInfo(), 0.0, 0.0),
-            HandedOver(RequestId("r#1"), 1, num_bytes, block, checksum(block.data)),
+            Running("r.1", scheduler_pb2.RunSpec(), common_pb2.BatchInfo(), 0.0, 0.0),
+            HandedOver(RequestId("r.1#1"), 1, num_bytes, block, checksum(block.data)),
         )
         self.kv = next(iter(self.holder)).describe("L", self.staging.path)
 
@@ -91,7 +90,7 @@ async def measure(address: str, kv: scheduler_pb2.HeldKv, rounds: int) -> dict[s
     """Returns seconds for each way, in pairs."""
     num_bytes = kv.num_bytes
     sources = KvSources("reader", KvHolder(1e9, time.monotonic), KvStaging(4 * num_bytes), "L")
-    near = scheduler_pb2.PullKv(record=RECORD, source_worker_id="source", source_address=address, kv=kv)
+    near = scheduler_pb2.PullKv(run_id="r.1", source_worker_id="source", source_address=address, kv=kv)
     # As a reader on another host sees it.
     far = scheduler_pb2.PullKv()
     far.CopyFrom(near)

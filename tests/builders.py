@@ -35,8 +35,8 @@ def joined(name: str = "w", free: int = 1000, total: int | None = None, **more) 
     )
 
 
-def at(name: str, attempt: int = 1, *, is_held: bool = False) -> RunningRequest:
-    return RunningRequest(request_id=RequestId(name), attempt=attempt, is_held=is_held)
+def at(name: str, *, is_held: bool = False) -> RunningRequest:
+    return RunningRequest(request_id=RequestId(name), is_held=is_held)
 
 
 def reported(name: str = "w", free: int = 1000, total: int = 1000, **more) -> WorkerReported:

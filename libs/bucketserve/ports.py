@@ -13,12 +13,12 @@ from bucketserve.core.types import BatchId, FinishReason, Headroom, RequestId, S
 
 __all__ = [
     "Admit",
-    "Claim",
+    "Dispatch",
     "Engine",
     "EngineInfo",
     "Leadership",
     "Logprob",
-    "Move",
+    "Place",
     "QueueStore",
     "Remove",
     "Sampling",
@@ -27,7 +27,7 @@ __all__ = [
     "SetEdges",
     "StepOutput",
     "StoreSnapshot",
-    "StoredRecord",
+    "StoredTicket",
     "TokenLogprobs",
     "TokenOutput",
     "Write",
@@ -39,18 +39,17 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admit:
-    """Adds a waiting record. Writing the same id and attempt again changes nothing; a newer attempt replaces it."""
+    """Adds a waiting ticket. Writing the same id again makes it wait again."""
 
     request_id: RequestId
-    attempt: int
     prefill_tokens: int
-    payload: bytes
-    """The serialised queue record; opaque to the store."""
+    ticket: bytes
+    """The serialised ticket; opaque to the store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """Moves waiting records to a worker; those that are not waiting any more stay as they are."""
+class Dispatch:
+    """Notes that waiting tickets are at a worker; those that are not waiting any more stay as they are."""
 
     worker_id: WorkerId
     batch_id: BatchId
@@ -58,8 +57,8 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Move:
-    """Notes that a record is at a worker, wherever it was before: its KV has moved. No effect on an unknown one."""
+class Place:
+    """Notes that a ticket is at a worker, wherever it was before. No effect on an unknown one."""
 
     request_id: RequestId
     worker_id: WorkerId
@@ -68,7 +67,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remove:
-    """Forgets records, waiting or claimed: finished, cancelled, expired or lost."""
+    """Forgets tickets, waiting or at a worker: finished, cancelled, expired or lost."""
 
     request_ids: tuple[RequestId, ...]
 
@@ -77,24 +76,23 @@ class Remove:
 class SetEdges:
     """Replaces the bucket edges.
 
-    A record's bucket follows from its length and the edges, so that no record moves and none can be lost on the way.
+    A ticket's bucket follows from its length and the edges, so that no ticket moves and none can be lost on the way.
     """
 
     edges: tuple[int, ...]
 
 
-Write = Admit | Claim | Move | Remove | SetEdges
+Write = Admit | Dispatch | Place | Remove | SetEdges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredRecord:
-    """A record as read back."""
+class StoredTicket:
+    """A ticket as read back."""
 
     request_id: RequestId
-    attempt: int
-    payload: bytes
+    ticket: bytes
     worker_id: WorkerId | None
-    """The worker that holds it; None while it waits."""
+    """The worker that it is at; None while it waits."""
     batch_id: BatchId | None
 
 
@@ -103,7 +101,7 @@ class StoreSnapshot:
     """Everything that is stored for a model."""
 
     edges: tuple[int, ...]
-    records: tuple[StoredRecord, ...]
+    tickets: tuple[StoredTicket, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,9 +137,11 @@ class QueueStore(Protocol):
     async def apply(self, leadership: Leadership, writes: Sequence[Write]) -> Sequence[frozenset[RequestId]]:
         """Performs the writes in order, in one round trip; for each one returns the ids on which it took effect.
 
+        An Admit for which the store has no room takes no effect; removals always work.
+
         Raises:
             StaleEpochError: someone else leads; none of the writes after the first refused one took effect.
-            UnavailableError: the store can't be reached; repeat the call.
+            UnavailableError: the store can't be reached or can't write; repeat the call.
         """
 
     async def close(self) -> None:

@@ -75,9 +75,9 @@ async def _keys(redis_url: str) -> list[str]:
             name = key.decode()
             kind = name.rpartition(":")[2]
             number, which = 0, ""
-            if kind in ("record", "claim", "owner"):
+            if kind in ("ticket", "place", "owner"):
                 number = await client.hlen(key)
-                if kind == "claim":
+                if kind == "place":
                     # Enough to follow them in the logs.
                     which = f": {dict(list((await client.hgetall(key)).items())[:5])}"
             elif kind in ("waiting", "lease", "pending"):
@@ -98,26 +98,26 @@ class _Run:
 
 
 def double_executions(stack: LocalStack) -> tuple[int, list[str]]:
-    """Returns (runs, violations): the same attempt of a request at two workers at once under one fencing epoch.
+    """Returns (runs, violations): the same attempt at two workers at once under one fencing epoch.
 
     The history is what workers log when a run is given to the engine and when it has left it. A process that ended took
     its runs with it: the next life's first line ends them.
     """
-    runs: dict[tuple[str, int], list[_Run]] = defaultdict(list)
+    runs: dict[str, list[_Run]] = defaultdict(list)
     for worker in stack.worker_names():
         _read(worker, stack.services[worker].log_path, runs)
     bad = []
-    for (request_id, attempt), of_request in runs.items():
+    for run_id, of_request in runs.items():
         of_request.sort(key=lambda run: run.began_s)
         for i, first in enumerate(of_request):
             for second in of_request[i + 1 :]:
                 is_at_once = second.began_s < first.ended_s - TOLERANCE_S
                 if is_at_once and first.worker != second.worker and first.epoch == second.epoch:
-                    bad.append(f"{request_id} attempt {attempt} at {first.worker} and {second.worker}")
+                    bad.append(f"{run_id} at {first.worker} and {second.worker}")
     return sum(len(of_request) for of_request in runs.values()), bad
 
 
-def _read(worker: str, log: Path, runs: dict[tuple[str, int], list[_Run]]) -> None:
+def _read(worker: str, log: Path, runs: dict[str, list[_Run]]) -> None:
     open_runs: dict[str, _Run] = {}
     last_s = 0.0
     for line in log.read_text(errors="replace").splitlines():
@@ -133,7 +133,7 @@ def _read(worker: str, log: Path, runs: dict[tuple[str, int], list[_Run]]) -> No
             case "run.began":
                 run = _Run(worker, entry["epoch"], at_s)
                 open_runs[entry["run"]] = run
-                runs[entry["request_id"], entry["attempt"]].append(run)
+                runs[entry["run"].partition("#")[0]].append(run)
             case "run.ended":
                 if run := open_runs.pop(entry["run"], None):
                     run.ended_s = at_s

@@ -28,8 +28,8 @@ class LengthHistogram:
 
     def __init__(self, context_tokens: int, half_life_s: float, bins_per_octave: int = 4) -> None:
         """Covers lengths 0 to context_tokens; half_life_s in seconds."""
-        edges = sorted({round(2 ** (i / bins_per_octave)) for i in range(40 * bins_per_octave)})
-        self.highs = [edge for edge in edges if 1 < edge <= context_tokens] + [context_tokens + 1]
+        self._grid = sorted({round(2 ** (i / bins_per_octave)) for i in range(40 * bins_per_octave)})
+        self.highs = [edge for edge in self._grid if 1 < edge <= context_tokens] + [context_tokens + 1]
         self._half_life_s = half_life_s
         self._since_s = 0.0
         self._weight = 1.0
@@ -38,6 +38,14 @@ class LengthHistogram:
         self.tokens = [0.0] * n
         self.inverses = [0.0] * n
         self.longest = [0] * n
+
+    def extend(self, context_tokens: int) -> None:
+        """Covers lengths up to context_tokens, which is more than before."""
+        further = [edge for edge in self._grid if self.highs[-1] <= edge <= context_tokens]
+        self.highs[-1:] = [*further, context_tokens + 1]
+        for values in (self.counts, self.tokens, self.inverses):
+            values.extend([0.0] * len(further))
+        self.longest += [0] * len(further)
 
     def add(self, length: int, now_s: float) -> None:
         """Notes an arrival. Later arrivals weigh more, which is the same as older ones fading, but O(1)."""

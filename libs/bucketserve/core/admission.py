@@ -53,6 +53,10 @@ class Admission:
             self._batch_requests -= 1
             self._batch_tokens -= request.prefill_tokens
 
+    def retry_s(self) -> float:
+        """Returns when to come back if it is not known what for to wait."""
+        return min(max(self.drain.seconds_for(self._lanes.num_tokens), MIN_RETRY_S), MAX_RETRY_S)
+
     def _reason(self, request: Request, now_s: float) -> RefuseReason | None:
         settings, tokens = self._settings, request.prefill_tokens
         if request.reserved_tokens > self._lanes.context_tokens or not self._fleet.could_hold(request):

@@ -17,8 +17,10 @@ from bucketserve.core.types import Bucket, Request, RequestId
 __all__ = ["Key", "Waiting", "WaitingCells"]
 
 CELLS_PER_OCTAVE = 8
+GRID = tuple(sorted({round(2 ** (i / CELLS_PER_OCTAVE)) for i in range(8 * 40)} | {0}))
 Key = tuple[float, float, str, int]
-"""(order key, arrival, id, entry): ties break on arrival, then id; the entry tells an attempt from its older ones."""
+"""(order key, arrival, id, entry): ties break on arrival, then id; the entry tells a request that came back from its
+older place."""
 
 
 @dataclass(slots=True)
@@ -63,9 +65,7 @@ class WaitingCells:
 
     def __init__(self, context_tokens: int) -> None:
         """Covers lengths 0 to context_tokens."""
-        self.context_tokens = context_tokens
-        edges = sorted({round(2 ** (i / CELLS_PER_OCTAVE)) for i in range(8 * 40)} | {0})
-        lows = [edge for edge in edges if edge <= context_tokens]
+        lows = [edge for edge in GRID if edge <= context_tokens]
         self._lows = lows
         self._cells = [_Cell(low, high) for low, high in zip(lows, [*lows[1:], context_tokens + 1], strict=True)]
         self._by_id: dict[RequestId, Waiting] = {}
@@ -110,6 +110,14 @@ class WaitingCells:
         self._cell_of(waiting.request.prefill_tokens).remove(request_id)
         self.num_tokens -= waiting.request.prefill_tokens
         return waiting.request
+
+    def extend(self, context_tokens: int) -> None:
+        """Covers lengths up to context_tokens, which is more than before."""
+        last = self._cells[-1]
+        lows = [edge for edge in GRID if last.high <= edge <= context_tokens]
+        last.high = lows[0] if lows else context_tokens + 1
+        self._lows += lows
+        self._cells += [_Cell(low, high) for low, high in zip(lows, [*lows[1:], context_tokens + 1], strict=True)]
 
     def split_at(self, edge: int) -> None:
         """Makes `edge` a border between cells. Costs the size of the cell that it falls into."""

@@ -36,6 +36,13 @@ class EdgeChooser:
         self.edges: tuple[int, ...] = (*(edge for edge in first if edge < self._last_edge - 1), self._last_edge)
         self.buckets: tuple[Bucket, ...] = _buckets(self.edges)
 
+    def extend(self, context_tokens: int, waiting: Lanes) -> None:
+        """Covers lengths up to context_tokens, which is more than before; the last bucket grows."""
+        self._last_edge = context_tokens + 1
+        self._histogram.extend(context_tokens)
+        waiting.extend(context_tokens)
+        self._set((*self.edges[:-1], self._last_edge), waiting)
+
     def restore(self, edges: Sequence[int], waiting: Lanes) -> None:
         """Takes edges over from a store."""
         kept = sorted({edge for edge in edges if 0 < edge < self._last_edge})

@@ -4,11 +4,12 @@ BucketServeError
 ├── InvalidRequestError      the request can never succeed as it is      INVALID_ARGUMENT
 ├── NotFoundError            there is no such thing                      NOT_FOUND
 │   └── UnknownModelError    nobody serves that model
-├── DuplicateRequestError    the request id is in use                    ALREADY_EXISTS
+├── DuplicateRequestError    the job's key is taken by another job       ALREADY_EXISTS
 ├── OverloadedError          full; try again after retry_delay_s         RESOURCE_EXHAUSTED
 ├── UnavailableError         a part is down; try again                   UNAVAILABLE
 ├── DeadlineError            the deadline passed or can't be met         DEADLINE_EXCEEDED
 ├── RequestCancelledError    the client cancelled                        CANCELLED
+├── IllegalStepError         a request can't go from the one state to the other; a fault of ours
 ├── StaleEpochError          another scheduler leads; discard and re-read
 ├── EngineError              the model failed
 │   └── OutOfMemoryError     the device ran out of memory
@@ -27,6 +28,7 @@ __all__ = [
     "DuplicateRequestError",
     "EngineError",
     "FieldViolation",
+    "IllegalStepError",
     "InvalidRequestError",
     "ModelLoadError",
     "NotFoundError",
@@ -92,7 +94,7 @@ class UnknownModelError(NotFoundError):
 
 
 class DuplicateRequestError(BucketServeError):
-    """The request id is in use."""
+    """The job's key is taken by another job."""
 
     reason = "DUPLICATE_REQUEST"
 
@@ -131,6 +133,10 @@ class RequestCancelledError(BucketServeError):
     """The request was cancelled."""
 
     reason = "CANCELLED"
+
+
+class IllegalStepError(BucketServeError):
+    """A request can't go from the one state to the other (core/lifecycle.py)."""
 
 
 class StaleEpochError(BucketServeError):

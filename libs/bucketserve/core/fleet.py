@@ -162,6 +162,12 @@ class Fleet:
             decode is None or request.reserved_tokens <= decode
         )
 
+    def could_decode(self, request: Request) -> bool:
+        """Whether some worker that takes over prefilled requests could hold the request if it were empty."""
+        decoders = [worker for worker in self if worker.role is WorkerRole.DECODE and not worker.is_draining]
+        others = [worker for worker in self if worker.role is WorkerRole.BOTH and not worker.is_draining]
+        return any(worker.could_hold(request) for worker in decoders or others)
+
     def candidates(self) -> list[WorkerState]:
         """Returns workers that may be given a batch: the least loaded, and the one with the most free KV.
 

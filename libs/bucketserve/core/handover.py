@@ -1,8 +1,8 @@
 """From prefill to decode workers: who pulls which request's KV, and when.
 
 Decode pulls: a prefilled request's KV stays where it was computed until a decode worker has room for its prompt and all
-its output, so that a full decode side holds the prefill side back by itself. Requests go in the order of their keys.
-While the KV moves, both sides count it.
+its output, so that a full decode side holds the prefill side back by itself. Requests go in the order of arrival; one
+that no decode worker could hold even if it were empty is passed over. While the KV moves, both sides count it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import heapq
 from collections.abc import Callable
 
 from bucketserve.core.fleet import Fleet
-from bucketserve.core.messages import MoveKv
+from bucketserve.core.messages import PullKv
 from bucketserve.core.types import Request, RequestId, WorkerId
 from bucketserve.core.workers import WorkerState
 
 __all__ = ["Handover"]
+
+Entry = tuple[float, RequestId, WorkerId, int]
+"""(arrival, request, source, reserved tokens)."""
 
 
 class Handover:
@@ -24,7 +27,7 @@ class Handover:
     def __init__(self, fleet: Fleet) -> None:
         """Reads and books the fleet's workers."""
         self._fleet = fleet
-        self._ready: list[tuple[float, RequestId, WorkerId, int]] = []
+        self._ready: list[Entry] = []
         self._waiting_tokens = 0
 
     def waiting_tokens(self) -> int:
@@ -36,34 +39,39 @@ class Handover:
         heapq.heappush(self._ready, (request.arrival_s, request.request_id, source_id, request.reserved_tokens))
         self._waiting_tokens += request.reserved_tokens
 
-    def moves(self, still_at: Callable[[RequestId, WorkerId], Request | None]) -> list[MoveKv]:
-        """Returns the transfers to begin now.
+    def pulls(self, still_at: Callable[[RequestId, WorkerId], Request | None]) -> tuple[list[PullKv], list[RequestId]]:
+        """Returns the transfers to begin now, and the requests passed over since no decode worker could hold them.
 
         Args:
-            still_at: (request, source) -> the request if it is prefilled there and not moving yet, else None.
+            still_at: (request, source) -> the request if it is held there and nobody pulls it yet, else None.
         """
-        moves: list[MoveKv] = []
+        pulls: list[PullKv] = []
+        too_large: list[Entry] = []
         while self._ready:
             _, request_id, source_id, tokens = self._ready[0]
             request = still_at(request_id, source_id)
             if request is not None:
-                target = next(
-                    (
-                        worker
-                        for worker in self._fleet.decoders()
-                        if worker.free_sequences() > 0 and _needs(request, source_id, worker) <= worker.room
-                    ),
-                    None,
-                )
-                if target is None:
+                target = self._target(request, source_id)
+                if target is not None:
+                    target.expect(request_id, _needs(request, source_id, target))
+                    self._fleet.changed(target)
+                    pulls.append(PullKv(request_id=request_id, source_id=source_id, target_id=target.worker_id))
+                elif self._fleet.could_decode(request):
                     break
-                target.incoming[request_id] = _needs(request, source_id, target)
-                target.requests.add(request_id)
-                self._fleet.changed(target)
-                moves.append(MoveKv(request_id=request_id, source_id=source_id, target_id=target.worker_id))
+                else:
+                    too_large.append(self._ready[0])
+                    self._waiting_tokens += tokens
             heapq.heappop(self._ready)
             self._waiting_tokens -= tokens
-        return moves
+        for entry in too_large:
+            heapq.heappush(self._ready, entry)
+        return pulls, [entry[1] for entry in too_large]
+
+    def _target(self, request: Request, source_id: WorkerId) -> WorkerState | None:
+        for worker in self._fleet.decoders():
+            if worker.free_sequences() > 0 and _needs(request, source_id, worker) <= worker.room:
+                return worker
+        return None
 
 
 def _needs(request: Request, source_id: WorkerId, target: WorkerState) -> int:

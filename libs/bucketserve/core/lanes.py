@@ -33,7 +33,7 @@ class Lanes:
         self.context_tokens = context_tokens
         self._cells = {lane: WaitingCells(context_tokens) for lane in Lane}
         self._share = deferred_share
-        self._late: list[tuple[float, str, int]] = []
+        self._late: list[tuple[float, RequestId]] = []
         self._owed = 0.0
         """Tokens that deferred requests are owed; below 0: had in advance."""
 
@@ -73,7 +73,7 @@ class Lanes:
         lane = Lane.DEFERRED if late_s is None else Lane.IN_TIME
         self._cells[lane].add(request, order_key)
         if late_s is not None and late_s < float("inf"):
-            heapq.heappush(self._late, (late_s, request.request_id, request.attempt))
+            heapq.heappush(self._late, (late_s, request.request_id))
 
     def remove(self, request_id: RequestId) -> Request | None:
         """Removes a request, if it waits."""
@@ -86,10 +86,9 @@ class Lanes:
         """Moves requests to the deferred lane that can't meet their target any more. O(log n) for each, once."""
         in_time = self._cells[Lane.IN_TIME]
         while self._late and self._late[0][0] < now_s:
-            _, name, attempt = heapq.heappop(self._late)
-            request_id = RequestId(name)
+            _, request_id = heapq.heappop(self._late)
             request, key = in_time.get(request_id), in_time.key(request_id)
-            if request is not None and key is not None and request.attempt == attempt:
+            if request is not None and key is not None:
                 in_time.remove(request_id)
                 self._cells[Lane.DEFERRED].add(request, key[0])
 
@@ -109,6 +108,12 @@ class Lanes:
                 self._owed -= tokens * (1 - self._share)
         elif len(self._cells[Lane.DEFERRED]):
             self._owed += tokens * self._share
+
+    def extend(self, context_tokens: int) -> None:
+        """Covers lengths up to context_tokens, which is more than before."""
+        self.context_tokens = context_tokens
+        for cells in self._cells.values():
+            cells.extend(context_tokens)
 
     def split_at(self, edge: int) -> None:
         """Makes `edge` a border between cells."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from bucketserve.core.types import (
     Batch,
     BatchId,
+    FinishReason,
     Headroom,
     Request,
     RequestId,
@@ -18,25 +19,30 @@ from bucketserve.core.types import (
 )
 
 __all__ = [
+    "AdmitFailed",
     "AdmitRequest",
     "BatchPrefilled",
     "CancelAtWorker",
     "ChangeEdges",
     "Command",
+    "ContextExtended",
     "Decision",
     "DispatchBatch",
+    "DispatchFailed",
     "Drop",
     "DropReason",
     "Event",
+    "Fault",
     "ForgetRequest",
-    "KvMoved",
-    "MoveKv",
+    "KvPulled",
+    "PlaceRequest",
+    "PullKv",
     "RefuseReason",
     "RefuseRequest",
     "ReleaseKv",
     "RequestCancelled",
     "RequestFinished",
-    "RequestMoved",
+    "RequestResumed",
     "RequestSubmitted",
     "SwitchRole",
     "WorkerDraining",
@@ -54,7 +60,7 @@ class RefuseReason(enum.Enum):
     TENANT_QUOTA = "tenant_quota"
     SLO_UNATTAINABLE = "slo_unattainable"
     TOO_LARGE = "too_large"
-    DUPLICATE = "duplicate"
+    STORE_FULL = "store_full"
 
 
 class DropReason(enum.Enum):
@@ -65,6 +71,8 @@ class DropReason(enum.Enum):
     WORKER_LOST = "worker_lost"
     WORKER_FAILED = "worker_failed"
     TOO_LARGE = "too_large"
+    INTERNAL = "internal"
+    """A step of the core failed on it."""
 
 
 # --- events ---------------------------------------------------------------------------------------------------------
@@ -78,10 +86,42 @@ class RequestSubmitted:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestResumed:
+    """A gateway says a request again that was admitted before: no admission, and it is never refused.
+
+    Either the next attempt of one whose worker was lost, which goes first, or one whose prompt a new leader lacked.
+    """
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
 class RequestCancelled:
-    """The client is gone. Idempotent; unknown ids are ignored."""
+    """Nobody waits for it any more. Idempotent; unknown ids are ignored."""
 
     request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitFailed:
+    """The store could not take the requests that AdmitRequest named; removals still work."""
+
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchFailed:
+    """The store did not have these requests of a batch as waiting: they were not sent and have to be stored again."""
+
+    worker_id: WorkerId
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ContextExtended:
+    """The model's context is at least that long."""
+
+    context_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +130,7 @@ class WorkerJoined:
 
     Requests that the core believes to be at this worker but that are not among `running` are lost
     (Drop with WORKER_LOST). Running ones that it believes to be at a worker that is not here are taken to be at this
-    one: their KV was moved and nobody could be told. Other running ones are answered with CancelAtWorker.
+    one: their KV was pulled and nobody could be told. Other running ones are answered with CancelAtWorker.
     """
 
     worker_id: WorkerId
@@ -120,7 +160,7 @@ class WorkerDraining:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """Lease over or stream broken. Its requests are dropped with WORKER_LOST; their gateways resubmit them."""
+    """Lease over or stream broken. Its requests are dropped with WORKER_LOST; their gateways resume them."""
 
     worker_id: WorkerId
 
@@ -139,20 +179,19 @@ class BatchPrefilled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestFinished:
-    """A request left its worker: complete, cancelled or failed. Stale attempts are ignored."""
+    """A request left its worker: complete, cancelled or failed."""
 
     request_id: RequestId
-    attempt: int
     worker_id: WorkerId
     output_tokens: int
+    reason: FinishReason = FinishReason.LENGTH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KvMoved:
-    """The transfer that MoveKv asked for is over; until then both workers count the request's KV."""
+class KvPulled:
+    """The transfer that PullKv asked for is over; until then both workers count the request's KV."""
 
     request_id: RequestId
-    attempt: int
     source_id: WorkerId
     target_id: WorkerId
     is_ok: bool
@@ -160,14 +199,18 @@ class KvMoved:
 
 Event = (
     RequestSubmitted
+    | RequestResumed
     | RequestCancelled
+    | AdmitFailed
+    | DispatchFailed
+    | ContextExtended
     | WorkerJoined
     | WorkerReported
     | WorkerDraining
     | WorkerLost
     | BatchPrefilled
     | RequestFinished
-    | KvMoved
+    | KvPulled
 )
 
 
@@ -186,7 +229,6 @@ class RefuseRequest:
     """Tell the gateway; nothing is stored."""
 
     request_id: RequestId
-    attempt: int
     reason: RefuseReason
     retry_after_s: float
 
@@ -200,7 +242,7 @@ class ChangeEdges:
 
 @dataclass(frozen=True, slots=True)
 class DispatchBatch:
-    """Claim the batch's requests in the store, then send it to its worker."""
+    """Note in the store that the batch is at its worker, then send it; DispatchFailed names what the store lacked."""
 
     batch: Batch
 
@@ -221,8 +263,8 @@ class ForgetRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MoveKv:
-    """Tell a decode worker to pull a prefilled request's KV and to go on with it. Answered by KvMoved."""
+class PullKv:
+    """Tell a decode worker to pull a prefilled request's KV and to go on with it. Answered by KvPulled."""
 
     request_id: RequestId
     source_id: WorkerId
@@ -238,8 +280,8 @@ class ReleaseKv:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestMoved:
-    """A request now decodes at another worker: note it in the store."""
+class PlaceRequest:
+    """A request is at that worker, wherever it was believed to be: note it in the store."""
 
     request_id: RequestId
     worker_id: WorkerId
@@ -258,8 +300,8 @@ Command = (
     | RefuseRequest
     | ChangeEdges
     | DispatchBatch
-    | MoveKv
-    | RequestMoved
+    | PullKv
+    | PlaceRequest
     | ReleaseKv
     | SwitchRole
     | CancelAtWorker
@@ -272,8 +314,15 @@ class Drop:
     """An admitted request ends here: remove its record and tell its gateway why."""
 
     request_id: RequestId
-    attempt: int
     reason: DropReason
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An event that the core could not take. The requests that it names were given up."""
+
+    event: Event
+    error: Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,3 +333,5 @@ class Decision:
     drops: tuple[Drop, ...] = ()
     wake_s: float | None = field(default=None)
     """Call step again at this time at the latest, even without events; None: only on events."""
+    faults: tuple[Fault, ...] = ()
+    """Events that could not be taken, for the log."""

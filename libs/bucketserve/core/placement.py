@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.types import Request, WorkerRole
@@ -54,10 +54,13 @@ def load_score(worker: WorkerState) -> float:
     return score
 
 
-def place(request: Request, candidates: Iterable[WorkerState], settings: CoreSettings) -> WorkerState | None:
+def place(request: Request, candidates: Sequence[WorkerState], settings: CoreSettings) -> WorkerState | None:
     """Returns the worker for a batch that begins with the request, if one can take it. Ties go to the lower id.
 
-    Candidates come ranked by their load as it was when they last changed (core/fleet.py).
+    A worker that the request is to avoid is taken only if there is no other candidate. Candidates come ranked by their
+    load as it was when they last changed (core/fleet.py).
     """
+    if request.avoid:
+        candidates = [worker for worker in candidates if worker.worker_id not in request.avoid] or candidates
     able = [worker for worker in candidates if can_take(request, worker, settings)]
     return min(able, key=lambda worker: (-worker.load, worker.worker_id), default=None)

@@ -18,24 +18,30 @@ from bucketserve.core.fleet import Fleet
 from bucketserve.core.handover import Handover
 from bucketserve.core.lanes import Lane, Lanes
 from bucketserve.core.layout import LayoutChooser
+from bucketserve.core.lifecycle import Life, Lifecycle, State
 from bucketserve.core.messages import (
+    AdmitFailed,
     AdmitRequest,
     BatchPrefilled,
     CancelAtWorker,
     ChangeEdges,
     Command,
+    ContextExtended,
     Decision,
+    DispatchFailed,
     Drop,
     DropReason,
     Event,
+    Fault,
     ForgetRequest,
-    KvMoved,
+    KvPulled,
+    PlaceRequest,
     RefuseReason,
     RefuseRequest,
     ReleaseKv,
     RequestCancelled,
     RequestFinished,
-    RequestMoved,
+    RequestResumed,
     RequestSubmitted,
     WorkerDraining,
     WorkerJoined,
@@ -46,7 +52,16 @@ from bucketserve.core.order import latest_start_s, order_key
 from bucketserve.core.roles import RoleBalancer
 from bucketserve.core.settings import CoreSettings, QueueOrder
 from bucketserve.core.tenants import TenantBook
-from bucketserve.core.types import Bucket, Request, RequestClass, RequestId, RunningRequest, WorkerId, WorkerRole
+from bucketserve.core.types import (
+    Bucket,
+    FinishReason,
+    Request,
+    RequestClass,
+    RequestId,
+    RunningRequest,
+    WorkerId,
+    WorkerRole,
+)
 from bucketserve.core.waste import Waste, WasteBook
 from bucketserve.core.workers import WorkerState
 
@@ -78,27 +93,23 @@ class CoreView:
     """Of the workers, as they are now."""
 
 
-@dataclass(slots=True)
-class _Running:
-    request: Request
-    worker_id: WorkerId
-    lane: Lane
-    is_prefilled: bool = False
-    prefilled_s: float | None = None
-    target_id: WorkerId | None = None
-    """The decode worker that its KV moves to."""
+HEAD_S = 1e6
+"""A resumed request comes before all that arrived less than this later: its client waits in the middle of a stream."""
+HELD_PATIENCE_S = 30.0
+"""How long KV is held for a decode worker large enough, when there is none."""
 
 
 class SchedulerCore:
     """Admission, buckets, batches and placement for one model."""
 
     def __init__(self, settings: CoreSettings, context_tokens: int) -> None:
-        """Starts empty. Lengths reach from 1 to context_tokens."""
+        """Starts empty. Lengths reach from 1 to context_tokens, until ContextExtended or a worker knows better."""
         self._settings = settings
         self._lanes = Lanes(context_tokens, settings.deferred_share)
         self._edges = EdgeChooser(settings, context_tokens)
         self._fleet = Fleet(settings)
         self._demand = Demand()
+        self._lives = Lifecycle(self._fleet, self._demand)
         self._former = BatchFormer(settings, self._lanes, self._fleet, self._edges, self._demand)
         self._handover = Handover(self._fleet)
         self._roles = RoleBalancer(settings, self._fleet, self._lanes, self._handover)
@@ -106,21 +117,19 @@ class SchedulerCore:
         self._tenants = TenantBook()
         self._admission = Admission(settings, self._lanes, self._fleet, self._tenants)
         self._waste = WasteBook()
-        self._running: dict[RequestId, _Running] = {}
-        self._deadlines: list[tuple[float, str, int]] = []
+        self._deadlines: list[tuple[float, RequestId]] = []
         self._commands: list[Command] = []
         self._drops: list[Drop] = []
 
-    def restore(self, *, waiting: Iterable[Request], running: Mapping[Request, WorkerId], edges: Sequence[int]) -> None:
-        """Takes over what a store holds; admission limits don't apply to what was admitted before."""
-        if edges:
-            self._edges.restore(edges, self._lanes)
-        for request in waiting:
-            self._enqueue(request)
+    def restore(self, *, parked: Iterable[Request], running: Mapping[Request, WorkerId], edges: Sequence[int]) -> None:
+        """Takes over what a store holds: what waits is parked until its gateway says it again (RequestResumed)."""
+        for request in parked:
+            self._lives.park(request)
         for request, worker_id in running.items():
-            self._running[request.request_id] = _Running(request, worker_id, Lane.IN_TIME)
-            self._demand.took(Lane.IN_TIME, request.reserved_tokens, 0.0)
-            self._watch_deadline(request, 0.0)
+            self._lives.place(self._lives.park(request), worker_id, 0.0)
+        if edges:
+            self._extend(edges[-1] - 1)
+            self._edges.restore(edges, self._lanes)
 
     def status(self) -> CoreView:
         """Returns buckets, totals and roles. O(cells + workers)."""
@@ -132,7 +141,7 @@ class SchedulerCore:
             tuple(views),
             len(self._lanes),
             len(self._lanes.of(Lane.DEFERRED)),
-            len(self._running),
+            self._lives.num_at_workers,
             self._edges.predicted_waste(),
             self._waste.observed(),
             {worker.worker_id: worker.role for worker in self._fleet},
@@ -146,35 +155,60 @@ class SchedulerCore:
             now_s: never less than in the step before.
         """
         self._commands, self._drops = [], []
-        for event in events:
-            self._take(event, now_s)
+        faults = [fault for event in events if (fault := self._try(event, now_s))]
         self._expire(now_s)
         if self._edges.update(self._lanes, self._fleet, now_s):
             self._commands.append(ChangeEdges(self._edges.edges))
         self._commands += self._layout.update(now_s)
         self._commands += self._roles.update(now_s)
-        self._commands += self._hand_over()
+        self._hand_over(now_s)
         self._dispatch(now_s)
         if not len(self._lanes):
             self._admission.drain.pause()
-        return Decision(tuple(self._commands), tuple(self._drops), self._wake_s())
+        return Decision(tuple(self._commands), tuple(self._drops), self._wake_s(), tuple(faults))
 
     # --- events -------------------------------------------------------------------------------------------------
+
+    def _try(self, event: Event, now_s: float) -> Fault | None:
+        """Takes an event; should that fail, gives up the requests that it names, so that all others go on."""
+        try:
+            self._take(event, now_s)
+        except Exception as error:
+            for request_id in _named_by(event):
+                if life := self._lives.get(request_id):
+                    self._drop(life, DropReason.INTERNAL, now_s)
+                elif isinstance(event, RequestSubmitted | RequestResumed):
+                    self._drops.append(Drop(request_id, DropReason.INTERNAL))
+            return Fault(event, error)
+        return None
 
     def _take(self, event: Event, now_s: float) -> None:
         match event:
             case RequestSubmitted(request=request):
                 self._submit(request, now_s)
+            case RequestResumed(request=request):
+                self._resume(request, now_s)
             case RequestCancelled(request_id=request_id):
-                self._cancel(request_id)
+                self._cancel(request_id, now_s)
+            case AdmitFailed(request_ids=request_ids):
+                self._not_stored(request_ids, now_s)
+            case DispatchFailed():
+                self._not_sent(event, now_s)
             case RequestFinished():
                 self._finish(event, now_s)
-            case WorkerReported():
-                self._report(event)
             case BatchPrefilled():
                 self._prefilled(event, now_s)
-            case KvMoved():
-                self._moved(event, now_s)
+            case KvPulled():
+                self._pulled(event, now_s)
+            case _:
+                self._take_of_fleet(event, now_s)
+
+    def _take_of_fleet(self, event: Event, now_s: float) -> None:
+        match event:
+            case WorkerReported():
+                self._report(event)
+            case ContextExtended(context_tokens=context_tokens):
+                self._extend(context_tokens)
             case WorkerJoined():
                 self._join(event, now_s)
             case WorkerDraining(worker_id=worker_id):
@@ -186,41 +220,63 @@ class SchedulerCore:
                 worker = self._fleet.leave(worker_id)
                 if worker is not None:
                     self._former.worker_left(worker)
-                self._lose([rid for rid, r in self._running.items() if worker_id in (r.worker_id, r.target_id)], now_s)
+                for life in self._lives.at(worker_id):
+                    self._drop(life, DropReason.WORKER_LOST, now_s)
 
     def _submit(self, request: Request, now_s: float) -> None:
-        known = self._lanes.get(request.request_id)
-        running = self._running.get(request.request_id)
-        current = known or (running.request if running else None)
-        if current is not None and current.attempt >= request.attempt:
-            self._commands.append(RefuseRequest(request.request_id, request.attempt, RefuseReason.DUPLICATE, 0.0))
+        if self._lives.get(request.request_id) is not None:
             return
-        if known is not None:
-            self._dequeue(request.request_id)
-        elif running is not None:
-            self._stop(running, now_s)
-        elif refusal := self._admission.refusal(request, now_s):
-            self._commands.append(RefuseRequest(request.request_id, request.attempt, *refusal))
+        if refusal := self._admission.refusal(request, now_s):
+            self._commands.append(RefuseRequest(request.request_id, *refusal))
             return
+        self._admit(request, now_s)
+
+    def _resume(self, request: Request, now_s: float) -> None:
+        life = self._lives.get(request.request_id)
+        if life is None or life.state is State.PARKED:
+            self._admit(request, now_s)
+
+    def _admit(self, request: Request, now_s: float) -> None:
         self._edges.arrived(request.prefill_tokens, now_s)
         self._enqueue(request)
         self._commands.append(AdmitRequest(request))
 
-    def _cancel(self, request_id: RequestId) -> None:
-        if request := self._dequeue(request_id):
-            self._drops.append(Drop(request_id, request.attempt, DropReason.CANCELLED))
-        elif running := self._running.get(request_id):
-            for worker_id in (running.worker_id, running.target_id):
-                if worker_id is not None:
-                    self._commands.append(CancelAtWorker(worker_id, request_id))
+    def _cancel(self, request_id: RequestId, now_s: float) -> None:
+        life = self._lives.get(request_id)
+        if life is None:
+            return
+        if life.is_at_worker:
+            # Its worker says when it has stopped; until then its memory is counted.
+            self._commands += [CancelAtWorker(worker_id, request_id) for worker_id in life.workers]
+        else:
+            self._drop(life, DropReason.CANCELLED, now_s)
+
+    def _not_stored(self, request_ids: Sequence[RequestId], now_s: float) -> None:
+        for request_id in request_ids:
+            if life := self._lives.in_state(request_id, State.WAITING, State.PREFILL):
+                if life.state is State.PREFILL:
+                    self._lives.take_back(life, now_s)
+                self._end(life, now_s)
+                self._commands.append(RefuseRequest(request_id, RefuseReason.STORE_FULL, self._admission.retry_s()))
+
+    def _not_sent(self, event: DispatchFailed, now_s: float) -> None:
+        for request_id in event.request_ids:
+            life = self._lives.in_state(request_id, State.PREFILL)
+            if life is not None and life.worker_id == event.worker_id:
+                self._lives.take_back(life, now_s)
+                self._enqueue(life.request)
+                self._commands.append(AdmitRequest(life.request))
 
     def _finish(self, event: RequestFinished, now_s: float) -> None:
-        running = self._running.get(event.request_id)
-        if running is None or running.request.attempt != event.attempt or running.worker_id != event.worker_id:
+        life = self._lives.get(event.request_id)
+        if life is None or life.worker_id != event.worker_id:
             return
-        self._layout.finished(running.request, running.prefilled_s, event.output_tokens, now_s)
-        self._end(running, now_s)
-        self._admission.drain.finished(running.request.prefill_tokens, now_s)
+        if event.reason is FinishReason.ERROR:
+            self._drop(life, DropReason.WORKER_FAILED, now_s, at=(life.target_id,))
+            return
+        self._layout.finished(life.request, life.prefilled_s, event.output_tokens, now_s)
+        self._end(life, now_s, event.output_tokens)
+        self._admission.drain.finished(life.request.prefill_tokens, now_s)
         self._commands.append(ForgetRequest(event.request_id))
 
     def _report(self, event: WorkerReported) -> None:
@@ -238,89 +294,83 @@ class SchedulerCore:
             return
         for request_id in event.request_ids:
             worker.prefilled(request_id)
-            running = self._running.get(request_id)
-            if running is not None and running.worker_id == event.worker_id:
-                running.is_prefilled, running.prefilled_s = True, now_s
+            life = self._lives.in_state(request_id, State.PREFILL, State.DECODE)
+            if life is not None and life.worker_id == event.worker_id:
+                self._lives.prefilled(life, now_s)
         for request_id in event.held:
-            self._held(request_id, event.worker_id)
+            self._hold(request_id, event.worker_id)
         self._fleet.changed(worker)
 
-    def _held(self, request_id: RequestId, worker_id: WorkerId) -> None:
+    def _hold(self, request_id: RequestId, worker_id: WorkerId) -> None:
         """Notes that a worker holds the KV of a request for a decode worker."""
-        running = self._running.get(request_id)
-        if running is not None and running.worker_id == worker_id:
-            running.is_prefilled = True
-            self._handover.ready(running.request, worker_id)
+        life = self._lives.in_state(request_id, State.PREFILL, State.DECODE)
+        if life is not None and life.worker_id == worker_id:
+            self._lives.hold(life)
+            self._handover.ready(life.request, worker_id)
 
-    def _moved(self, event: KvMoved, now_s: float) -> None:
-        running = self._running.get(event.request_id)
-        if running is None or running.request.attempt != event.attempt or running.target_id != event.target_id:
+    def _pulled(self, event: KvPulled, now_s: float) -> None:
+        life = self._lives.in_state(event.request_id, State.PULLING)
+        if life is None or life.target_id != event.target_id:
             return
-        if not event.is_ok:
+        if event.is_ok:
+            self._arrived(life)
+        else:
             # Never served as it is: its gateway submits it again and the prompt is computed anew.
-            self._lose([event.request_id], now_s, DropReason.WORKER_FAILED)
-            return
-        self._arrived(running, event.source_id, event.target_id)
+            self._drop(life, DropReason.WORKER_FAILED, now_s)
 
-    def _arrived(self, running: _Running, source_id: WorkerId, target_id: WorkerId) -> None:
-        """A request decodes at another worker from now on."""
-        request_id = running.request.request_id
-        running.worker_id, running.target_id = target_id, None
-        self._commands.append(RequestMoved(request_id, target_id))
-        if target := self._fleet.get(target_id):
-            target.incoming.pop(request_id, None)
-            self._fleet.changed(target)
-        source = self._fleet.get(source_id)
-        if source is not None and source is not target:
-            source.release(request_id)
-            self._fleet.changed(source)
+    def _arrived(self, life: Life) -> None:
+        """A request decodes at the worker that pulled its KV."""
+        request_id = life.request.request_id
+        source_id = self._lives.pulled(life)
+        self._place(life)
+        if source_id is not None:
             self._commands.append(ReleaseKv(source_id, request_id))
+
+    def _place(self, life: Life) -> None:
+        if life.worker_id is not None:
+            self._commands.append(PlaceRequest(life.request.request_id, life.worker_id))
 
     def _join(self, event: WorkerJoined, now_s: float) -> None:
         if older := self._fleet.get(event.worker_id):
             self._former.worker_left(older)
+        self._extend(event.context_tokens)
         worker = WorkerState.joined(event)
         still = {at.request_id for at in event.running}
         for at in event.running:
             self._adopt(at, event.worker_id, now_s)
-        here = {rid for rid, r in self._running.items() if event.worker_id in (r.worker_id, r.target_id)}
+        here = {life.request.request_id for life in self._lives.at(event.worker_id)}
         worker.requests = here & still
         self._fleet.join(worker)
-        self._lose(sorted(here - still), now_s)
+        for request_id in sorted(here - still):
+            if life := self._lives.get(request_id):
+                self._drop(life, DropReason.WORKER_LOST, now_s)
         for request_id in sorted(still - here):
             self._commands.append(CancelAtWorker(event.worker_id, request_id))
         for at in event.running:
             if at.is_held:
-                self._held(at.request_id, event.worker_id)
+                self._hold(at.request_id, event.worker_id)
 
     def _adopt(self, at: RunningRequest, worker_id: WorkerId, now_s: float) -> None:
         """Believes a worker that it has a request that waits here, or whose worker is not here to say otherwise."""
-        waiting = self._lanes.get(at.request_id)
-        if waiting is not None and waiting.attempt == at.attempt:
+        life = self._lives.get(at.request_id)
+        if life is None:
+            return
+        if not life.is_at_worker:
             self._dequeue(at.request_id)
-            self._running[at.request_id] = _Running(waiting, worker_id, Lane.IN_TIME)
-            self._demand.took(Lane.IN_TIME, waiting.reserved_tokens, now_s)
-            self._commands.append(RequestMoved(at.request_id, worker_id))
-            return
-        running = self._running.get(at.request_id)
-        if running is None or running.request.attempt != at.attempt:
-            return
-        if running.target_id == worker_id and not at.is_held:
+            self._lives.place(life, worker_id, now_s)
+            self._place(life)
+        elif life.target_id == worker_id and not at.is_held:
             # Its KV has come; the word of it was lost with the stream.
-            self._arrived(running, running.worker_id, worker_id)
-        elif worker_id not in (running.worker_id, running.target_id) and self._fleet.get(running.worker_id) is None:
-            running.worker_id, running.target_id = worker_id, None
-            self._commands.append(RequestMoved(at.request_id, worker_id))
-
-    def _lose(
-        self, request_ids: Sequence[RequestId], now_s: float, reason: DropReason = DropReason.WORKER_LOST
-    ) -> None:
-        for request_id in request_ids:
-            running = self._running[request_id]
-            self._stop(running, now_s, but_not_at_lost=True)
-            self._drops.append(Drop(request_id, running.request.attempt, reason))
+            self._arrived(life)
+        elif worker_id not in life.workers and (life.worker_id is None or self._fleet.get(life.worker_id) is None):
+            self._lives.move(life, worker_id)
+            self._place(life)
 
     # --- the queue ----------------------------------------------------------------------------------------------
+
+    def _extend(self, context_tokens: int) -> None:
+        if context_tokens > self._lanes.context_tokens:
+            self._edges.extend(context_tokens, self._lanes)
 
     def _enqueue(self, request: Request) -> None:
         prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
@@ -333,13 +383,18 @@ class SchedulerCore:
             lead_s=self._admission.drain.seconds_for(round(lead_tokens)) if lead_tokens else 0.0,
         )
         late_s: float | None = float("inf")
-        if self._settings.queue_order is QueueOrder.SLACK:
+        if request.is_resumed:
+            key = request.arrival_s - HEAD_S
+        elif self._settings.queue_order is QueueOrder.SLACK:
             is_batch = request.request_class is RequestClass.BATCH
             late_s = None if is_batch else latest_start_s(request, self._settings, prefill_s)
+        self._lives.wait(request)
         self._lanes.add(request, key, late_s)
         self._tenants.entered(request)
         self._admission.entered(request)
-        self._watch_deadline(request, prefill_s)
+        if request.deadline_s is not None:
+            # From then on it can't have a token by its deadline any more.
+            heapq.heappush(self._deadlines, (request.deadline_s - prefill_s, request.request_id))
 
     def _cost_s(self, request: Request, prefill_s: float) -> float:
         """Returns the delay that a request means to those that wait, in seconds, summed over them.
@@ -352,37 +407,25 @@ class SchedulerCore:
         memory_s = request.reserved_tokens * held_s / self._fleet.kv_total_tokens
         return memory_s * (1 + len(self._lanes.of(Lane.IN_TIME)))
 
-    def _dequeue(self, request_id: RequestId) -> Request | None:
+    def _dequeue(self, request_id: RequestId) -> None:
         request = self._lanes.remove(request_id)
         if request is not None:
             self._tenants.left(request)
             self._admission.left(request)
             self._former.forget(request_id)
-        return request
-
-    def _watch_deadline(self, request: Request, prefill_s: float) -> None:
-        """Watches for the moment from which on a waiting request can't have a token by its deadline any more."""
-        if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.deadline_s - prefill_s, request.request_id, request.attempt))
 
     def _expire(self, now_s: float) -> None:
         """Drops what can't be in time any more; what runs is stopped at its deadline."""
         while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, name, attempt = heapq.heappop(self._deadlines)
-            request_id = RequestId(name)
-            waiting = self._lanes.get(request_id)
-            running = self._running.get(request_id)
-            if waiting is not None and waiting.attempt == attempt:
-                self._dequeue(request_id)
-            elif running is not None and running.request.attempt == attempt:
-                deadline_s = running.request.deadline_s or 0.0
-                if deadline_s > now_s:
-                    heapq.heappush(self._deadlines, (deadline_s, name, attempt))
-                    continue
-                self._stop(running, now_s)
-            else:
+            _, request_id = heapq.heappop(self._deadlines)
+            life = self._lives.get(request_id)
+            if life is None:
                 continue
-            self._drops.append(Drop(request_id, attempt, DropReason.DEADLINE))
+            deadline_s = life.request.deadline_s or 0.0
+            if life.is_at_worker and deadline_s > now_s:
+                heapq.heappush(self._deadlines, (deadline_s, request_id))
+            else:
+                self._drop(life, DropReason.DEADLINE, now_s, at=life.workers)
 
     # --- batches ------------------------------------------------------------------------------------------------
 
@@ -398,8 +441,7 @@ class SchedulerCore:
             batch = formed.command.batch
             for request in formed.requests:
                 self._dequeue(request.request_id)
-                self._running[request.request_id] = _Running(request, batch.worker_id, formed.lane)
-            self._demand.took(formed.lane, batch.reserved_kv_tokens, now_s)
+            self._lives.dispatch(batch, formed.lane, now_s)
             self._lanes.dispatched(formed.lane, self._share_tokens(formed))
             self._waste.add(batch)
             self._commands.append(formed.command)
@@ -429,44 +471,66 @@ class SchedulerCore:
                     request = cells.get(RequestId(key[2]))
                     if request is None or self._fleet.could_hold(request):
                         break
-                    self._dequeue(request.request_id)
-                    self._drops.append(Drop(request.request_id, request.attempt, DropReason.TOO_LARGE))
+                    if life := self._lives.get(request.request_id):
+                        self._drop(life, DropReason.TOO_LARGE, now_s)
 
-    def _hand_over(self) -> Sequence[Command]:
-        moves = self._handover.moves(self._ready_at)
-        for move in moves:
-            self._running[move.request_id].target_id = move.target_id
-        return moves
+    def _hand_over(self, now_s: float) -> None:
+        pulls, too_large = self._handover.pulls(self._held_at)
+        for pull in pulls:
+            if life := self._lives.get(pull.request_id):
+                self._lives.pull(life, pull.target_id)
+                self._commands.append(pull)
+        for request_id in too_large:
+            life = self._lives.get(request_id)
+            if life is not None and now_s - (life.prefilled_s or 0.0) > HELD_PATIENCE_S:
+                self._drop(life, DropReason.TOO_LARGE, now_s)
 
-    def _ready_at(self, request_id: RequestId, source_id: WorkerId) -> Request | None:
-        running = self._running.get(request_id)
-        if running is None or running.worker_id != source_id or not running.is_prefilled or running.target_id:
-            return None
-        return running.request
+    def _held_at(self, request_id: RequestId, source_id: WorkerId) -> Request | None:
+        life = self._lives.in_state(request_id, State.HELD)
+        return life.request if life is not None and life.worker_id == source_id else None
 
-    # --- the end of what runs -----------------------------------------------------------------------------------
+    # --- the end ------------------------------------------------------------------------------------------------
 
-    def _stop(self, running: _Running, now_s: float, *, but_not_at_lost: bool = False) -> None:
-        """Takes a running request away from its workers; those that are still there are told to stop it."""
-        for worker_id in (running.worker_id, running.target_id):
-            if worker_id is None:
-                continue
-            worker = self._fleet.get(worker_id)
-            if not but_not_at_lost or (worker is not None and running.request.request_id in worker.requests):
-                self._commands.append(CancelAtWorker(worker_id, running.request.request_id))
-        self._end(running, now_s)
+    def _drop(
+        self, life: Life, reason: DropReason, now_s: float, *, at: Sequence[WorkerId | None] | None = None
+    ) -> None:
+        """Ends a request before its worker has finished it.
 
-    def _end(self, running: _Running, now_s: float) -> None:
-        request_id = running.request.request_id
-        del self._running[request_id]
-        self._demand.took(running.lane, -running.request.reserved_tokens, now_s)
-        for worker_id in (running.worker_id, running.target_id):
-            if worker_id is not None and (worker := self._fleet.get(worker_id)):
-                worker.release(request_id)
-                self._fleet.changed(worker)
+        Args:
+            life: the request.
+            reason: why.
+            now_s: the time.
+            at: who is told to stop it; default: those of its workers that have it in their books.
+        """
+        request_id = life.request.request_id
+        if at is None:
+            at = [w for w in life.workers if (known := self._fleet.get(w)) and request_id in known.requests]
+        self._commands += [CancelAtWorker(worker_id, request_id) for worker_id in at if worker_id is not None]
+        self._end(life, now_s)
+        self._drops.append(Drop(request_id, reason))
+
+    def _end(self, life: Life, now_s: float, output_tokens: int | None = None) -> None:
+        self._dequeue(life.request.request_id)
+        self._tenants.ended(life.request, output_tokens, has_run=life.is_at_worker)
+        self._lives.end(life, now_s)
 
     def _wake_s(self) -> float | None:
         times = [self._deadlines[0][0]] if self._deadlines else []
         if self._former.wake_s is not None:
             times.append(self._former.wake_s)
         return min(times, default=None)
+
+
+def _named_by(event: Event) -> tuple[RequestId, ...]:
+    """Returns the requests that an event is about; a worker's running ones are not its fault."""
+    match event:
+        case RequestSubmitted(request=request) | RequestResumed(request=request):
+            return (request.request_id,)
+        case BatchPrefilled(request_ids=ids) | AdmitFailed(request_ids=ids) | DispatchFailed(request_ids=ids):
+            return ids
+        case RequestCancelled(request_id=request_id):
+            return (request_id,)
+        case RequestFinished(request_id=request_id) | KvPulled(request_id=request_id):
+            return (request_id,)
+        case _:
+            return ()

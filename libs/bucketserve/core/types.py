@@ -27,6 +27,10 @@ __all__ = [
 ]
 
 RequestId = NewType("RequestId", str)
+"""Names one attempt of one request: the run id that its gateway drew, a dot, the attempt's number.
+
+The next attempt has another name, so that nothing that arrives late can touch what came after.
+"""
 WorkerId = NewType("WorkerId", str)
 BatchId = NewType("BatchId", str)
 
@@ -88,7 +92,10 @@ class Request:
     """Prompt tokens that a prefix cache is known to hold."""
     request_class: RequestClass = RequestClass.INTERACTIVE
     tenant: str = "default"
-    attempt: int = 1
+    is_resumed: bool = False
+    """An earlier attempt was lost with its worker: its client waits in the middle of its output."""
+    avoid: frozenset[WorkerId] = frozenset()
+    """Workers that lost or failed earlier attempts: taken only if there is no other."""
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     deadline_s: float | None = None
@@ -119,7 +126,6 @@ class RunningRequest:
     """A request that a worker says it has."""
 
     request_id: RequestId
-    attempt: int
     is_held: bool = False
     """Its prompt is computed and its KV waits for a decode worker."""
 

@@ -13,10 +13,11 @@ from bucketserve.core.types import Batch, BatchId, Headroom, Request, RequestId,
 __all__ = ["WorkerState"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Unaccounted:
     """A batch that the worker's report does not contain yet."""
 
+    batch_id: BatchId
     assignment: int
     kv_tokens: int
     prefill_tokens: int
@@ -76,11 +77,27 @@ class WorkerState:
         """Notes a batch given to it."""
         if is_small:
             self.small.add(batch.batch_id)
-        self.unaccounted.append(_Unaccounted(batch.assignment, kv_tokens, batch.prefill_tokens, len(batch.request_ids)))
+        number = len(batch.request_ids)
+        self.unaccounted.append(_Unaccounted(batch.batch_id, batch.assignment, kv_tokens, batch.prefill_tokens, number))
         self.outstanding[batch.batch_id] = set(batch.request_ids)
         for request_id in batch.request_ids:
             self.batch_of[request_id] = batch.batch_id
         self.requests.update(batch.request_ids)
+
+    def take_back(self, request: Request) -> None:
+        """Undoes the assignment of one request of a batch: it was not sent."""
+        batch_id = self.batch_of.get(request.request_id)
+        for batch in self.unaccounted:
+            if batch.batch_id == batch_id:
+                batch.kv_tokens -= self.kv_tokens(request)
+                batch.prefill_tokens -= request.prefill_tokens
+                batch.num_requests -= 1
+        self.release(request.request_id)
+
+    def expect(self, request_id: RequestId, kv_tokens: int) -> None:
+        """Notes a request whose KV it is to pull."""
+        self.incoming[request_id] = kv_tokens
+        self.requests.add(request_id)
 
     def prefilled(self, request_id: RequestId) -> None:
         """Notes that a request's prompt is computed."""

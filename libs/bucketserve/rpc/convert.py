@@ -17,6 +17,7 @@ from bucketserve.core.types import (
     RequestId,
     RunningRequest,
     StepSample,
+    WorkerId,
     WorkerRole,
 )
 from bucketserve.ports import Logprob, Sampling, SequenceSpec, TokenLogprobs
@@ -32,11 +33,11 @@ __all__ = [
     "logprobs_to_pb",
     "refuse_reason_to_pb",
     "request_class_from_pb",
-    "request_from_record",
+    "request_from_ticket",
     "role_from_pb",
     "role_to_pb",
     "running_from_pb",
-    "sequence_from_record",
+    "sequence_from_spec",
     "steps_from_pb",
 ]
 
@@ -63,12 +64,12 @@ _ROLES = {
 }
 _ROLES_BACK = {**_inverse(_ROLES), common_pb2.WORKER_ROLE_UNSPECIFIED: WorkerRole.BOTH}
 _REFUSALS = {
-    RefuseReason.QUEUE_REQUESTS: scheduler_pb2.REJECT_REASON_QUEUE_REQUESTS,
-    RefuseReason.QUEUE_TOKENS: scheduler_pb2.REJECT_REASON_QUEUE_TOKENS,
-    RefuseReason.TENANT_QUOTA: scheduler_pb2.REJECT_REASON_TENANT_QUOTA,
-    RefuseReason.SLO_UNATTAINABLE: scheduler_pb2.REJECT_REASON_SLO_UNATTAINABLE,
-    RefuseReason.TOO_LARGE: scheduler_pb2.REJECT_REASON_TOO_LARGE,
-    RefuseReason.DUPLICATE: scheduler_pb2.REJECT_REASON_DUPLICATE,
+    RefuseReason.QUEUE_REQUESTS: scheduler_pb2.REFUSE_REASON_QUEUE_REQUESTS,
+    RefuseReason.QUEUE_TOKENS: scheduler_pb2.REFUSE_REASON_QUEUE_TOKENS,
+    RefuseReason.TENANT_QUOTA: scheduler_pb2.REFUSE_REASON_TENANT_QUOTA,
+    RefuseReason.SLO_UNATTAINABLE: scheduler_pb2.REFUSE_REASON_SLO_UNATTAINABLE,
+    RefuseReason.TOO_LARGE: scheduler_pb2.REFUSE_REASON_TOO_LARGE,
+    RefuseReason.STORE_FULL: scheduler_pb2.REFUSE_REASON_STORE_FULL,
 }
 _DROPS = {
     DropReason.DEADLINE: scheduler_pb2.DROP_REASON_DEADLINE,
@@ -76,6 +77,7 @@ _DROPS = {
     DropReason.WORKER_LOST: scheduler_pb2.DROP_REASON_WORKER_LOST,
     DropReason.WORKER_FAILED: scheduler_pb2.DROP_REASON_WORKER_FAILED,
     DropReason.TOO_LARGE: scheduler_pb2.DROP_REASON_TOO_LARGE,
+    DropReason.INTERNAL: scheduler_pb2.DROP_REASON_INTERNAL,
 }
 
 
@@ -107,13 +109,10 @@ def role_from_pb(role: common_pb2.WorkerRole) -> WorkerRole:
 
 def running_from_pb(hello: scheduler_pb2.WorkerHello) -> tuple[RunningRequest, ...]:
     """Returns the requests that a worker says it has."""
-    return tuple(
-        RunningRequest(request_id=RequestId(at.request_id), attempt=at.attempt, is_held=at.HasField("held"))
-        for at in hello.running
-    )
+    return tuple(RunningRequest(request_id=RequestId(at.run_id), is_held=at.HasField("held")) for at in hello.running)
 
 
-def refuse_reason_to_pb(reason: RefuseReason) -> scheduler_pb2.RejectReason:
+def refuse_reason_to_pb(reason: RefuseReason) -> scheduler_pb2.RefuseReason:
     """Returns the wire value."""
     return _REFUSALS[reason]
 
@@ -128,34 +127,35 @@ def request_class_from_pb(request_class: common_pb2.RequestClass) -> RequestClas
     return RequestClass.BATCH if request_class == common_pb2.REQUEST_CLASS_BATCH else RequestClass.INTERACTIVE
 
 
-def request_from_record(record: scheduler_pb2.QueueRecord) -> Request:
-    """Returns what the core needs to know of a queue record; its times are seconds since the Unix epoch."""
-    slo = record.slo
+def request_from_ticket(ticket: scheduler_pb2.Ticket, *, arrival_s: float, deadline_s: float | None = None) -> Request:
+    """Returns what the core needs to know of a ticket; times are seconds on the scheduler's clock."""
+    slo = ticket.slo
     return Request(
-        request_id=RequestId(record.request_id),
-        prompt_tokens=len(record.token_ids),
-        max_new_tokens=record.max_new_tokens,
-        arrival_s=record.arrival_unix_us / 1e6,
-        request_class=request_class_from_pb(record.request_class),
-        tenant=record.tenant,
-        attempt=record.attempt,
+        request_id=RequestId(ticket.run_id),
+        prompt_tokens=ticket.prompt_tokens,
+        max_new_tokens=ticket.max_new_tokens,
+        arrival_s=arrival_s,
+        request_class=request_class_from_pb(ticket.request_class),
+        tenant=ticket.tenant,
+        is_resumed=ticket.is_resumed,
+        avoid=frozenset(WorkerId(worker_id) for worker_id in ticket.avoid_worker_ids),
         ttft_slo_s=slo.ttft_ms / 1e3 if slo.HasField("ttft_ms") else None,
         tpot_slo_s=slo.tpot_ms / 1e3 if slo.HasField("tpot_ms") else None,
-        deadline_s=record.deadline_unix_us / 1e6 if record.HasField("deadline_unix_us") else None,
+        deadline_s=deadline_s,
         reject_if_unattainable=slo.reject_if_unattainable,
     )
 
 
-def sequence_from_record(
-    record: scheduler_pb2.QueueRecord, key: RequestId, batch_id: str, *, hands_over: bool = False
+def sequence_from_spec(
+    spec: scheduler_pb2.RunSpec, key: RequestId, batch_id: str, *, hands_over: bool = False
 ) -> SequenceSpec:
-    """Returns what the engine needs to run a queue record; key is the engine's name for this attempt."""
-    sampling = record.sampling
+    """Returns what the engine needs to run a spec; key is the engine's name for this run."""
+    sampling = spec.sampling
     return SequenceSpec(
         request_id=key,
-        token_ids=tuple(record.token_ids),
-        max_new_tokens=record.max_new_tokens,
-        num_resumed_tokens=record.num_resumed_tokens,
+        token_ids=tuple(spec.token_ids),
+        max_new_tokens=spec.max_new_tokens,
+        num_resumed_tokens=spec.num_resumed_tokens,
         sampling=Sampling(
             temperature=sampling.temperature,
             top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
@@ -164,8 +164,8 @@ def sequence_from_record(
             repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
             seed=sampling.seed,
         ),
-        stop_token_ids=frozenset(record.stop_token_ids),
-        num_logprobs=record.num_logprobs if record.HasField("num_logprobs") else None,
+        stop_token_ids=frozenset(spec.stop_token_ids),
+        num_logprobs=spec.num_logprobs if spec.HasField("num_logprobs") else None,
         batch_id=BatchId(batch_id),
         hands_over=hands_over,
     )

@@ -22,12 +22,12 @@ from bucketserve.core.messages import (
     DispatchBatch,
     Event,
     ForgetRequest,
-    KvMoved,
-    MoveKv,
+    KvPulled,
+    PlaceRequest,
+    PullKv,
     RefuseRequest,
     ReleaseKv,
     RequestFinished,
-    RequestMoved,
     RequestSubmitted,
     SwitchRole,
     WorkerJoined,
@@ -70,7 +70,7 @@ class RunStats:
 @dataclass(slots=True)
 class _Move:
     sequence: SimSequence
-    command: MoveKv
+    command: PullKv
     source_kv_tokens: int
 
 
@@ -240,7 +240,6 @@ class Simulation:
             events.append(
                 RequestFinished(
                     request_id=sequence.request_id,
-                    attempt=1,
                     worker_id=worker_id,
                     output_tokens=sequence.num_generated,
                 )
@@ -257,9 +256,8 @@ class Simulation:
         if command.request_id in self._stopping:
             target.cancel(command.request_id)
         events.append(
-            KvMoved(
+            KvPulled(
                 request_id=command.request_id,
-                attempt=1,
                 source_id=command.source_id,
                 target_id=command.target_id,
                 is_ok=True,
@@ -280,7 +278,7 @@ class Simulation:
                 self._requests.pop(request_id, None)
             case DispatchBatch(batch=batch):
                 self._dispatch(batch)
-            case MoveKv():
+            case PullKv():
                 self._move(command)
             case CancelAtWorker(worker_id=worker_id, request_id=request_id):
                 self._cancel(self.workers[worker_id], request_id)
@@ -288,7 +286,7 @@ class Simulation:
                 self.stats.num_edge_changes += 1
             case SwitchRole(worker_id=worker_id, role=role):
                 self.workers[worker_id].role = role
-            case ForgetRequest() | RequestMoved() | ReleaseKv():
+            case ForgetRequest() | PlaceRequest() | ReleaseKv():
                 pass
 
     def _dispatch(self, batch: Batch) -> None:
@@ -309,7 +307,7 @@ class Simulation:
             max_chunk_tokens=batch.max_chunk_tokens,
         )
 
-    def _move(self, command: MoveKv) -> None:
+    def _move(self, command: PullKv) -> None:
         source, target = self.workers[command.source_id], self.workers[command.target_id]
         sequence = source.held(command.request_id)
         if sequence is None or command.request_id in self._moving:

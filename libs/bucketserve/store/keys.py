@@ -6,9 +6,9 @@ All keys of a model share the hash tag {model}, so that they live in one Cluster
 |----------------------------|--------|-----------------------------------------------------------------------|
 | bs:{model}:leader          | string | owner of the leadership; expires after its lease (milliseconds)       |
 | bs:{model}:epoch           | hash   | epoch: fencing epoch, only grows; owner: who got it                   |
-| bs:{model}:waiting         | zset   | request id -> prefill length in tokens                                |
-| bs:{model}:record          | hash   | request id -> attempt, a colon, the serialised queue record           |
-| bs:{model}:claim           | hash   | request id -> worker id, a newline, batch id; only of claimed records |
+| bs:{model}:waiting         | zset   | run id -> prefill length in tokens                                    |
+| bs:{model}:ticket          | hash   | run id -> the serialised ticket, without the prompt                   |
+| bs:{model}:place           | hash   | run id -> worker id, a newline, batch id; only of those at a worker   |
 | bs:{model}:edges           | string | bucket edges in tokens, comma-separated                               |
 """
 
@@ -43,18 +43,18 @@ class Keys:
 
     @property
     def waiting(self) -> str:
-        """Waiting records by prefill length."""
+        """Waiting tickets by prefill length."""
         return f"{self._prefix}waiting"
 
     @property
-    def record(self) -> str:
-        """All records."""
-        return f"{self._prefix}record"
+    def ticket(self) -> str:
+        """All tickets."""
+        return f"{self._prefix}ticket"
 
     @property
-    def claim(self) -> str:
-        """Who has claimed what."""
-        return f"{self._prefix}claim"
+    def place(self) -> str:
+        """Which worker has what."""
+        return f"{self._prefix}place"
 
     @property
     def edges(self) -> str:

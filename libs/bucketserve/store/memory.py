@@ -13,12 +13,12 @@ from bucketserve.core.errors import StaleEpochError
 from bucketserve.core.types import BatchId, RequestId, WorkerId
 from bucketserve.ports import (
     Admit,
-    Claim,
+    Dispatch,
     Leadership,
-    Move,
+    Place,
     Remove,
     SetEdges,
-    StoredRecord,
+    StoredTicket,
     StoreSnapshot,
     Write,
 )
@@ -35,9 +35,9 @@ class MemoryState:
     epoch: int = 0
     epoch_owner: str | None = None
     edges: tuple[int, ...] = ()
-    records: dict[RequestId, tuple[int, bytes]] = field(default_factory=dict)
+    tickets: dict[RequestId, bytes] = field(default_factory=dict)
     waiting: dict[RequestId, int] = field(default_factory=dict)
-    claims: dict[RequestId, tuple[WorkerId, BatchId]] = field(default_factory=dict)
+    places: dict[RequestId, tuple[WorkerId, BatchId]] = field(default_factory=dict)
 
 
 class MemoryStore:
@@ -67,15 +67,11 @@ class MemoryStore:
         """See QueueStore."""
         self._check(leadership)
         state = self._state
-        records = []
-        for request_id, (attempt, payload) in sorted(state.records.items()):
-            worker_id, batch_id = state.claims.get(request_id, (None, None))
-            records.append(
-                StoredRecord(
-                    request_id=request_id, attempt=attempt, payload=payload, worker_id=worker_id, batch_id=batch_id
-                )
-            )
-        return StoreSnapshot(edges=state.edges, records=tuple(records))
+        tickets = []
+        for request_id, ticket in sorted(state.tickets.items()):
+            worker_id, batch_id = state.places.get(request_id, (None, None))
+            tickets.append(StoredTicket(request_id=request_id, ticket=ticket, worker_id=worker_id, batch_id=batch_id))
+        return StoreSnapshot(edges=state.edges, tickets=tuple(tickets))
 
     async def apply(self, leadership: Leadership, writes: Sequence[Write]) -> Sequence[frozenset[RequestId]]:
         """See QueueStore."""
@@ -93,31 +89,27 @@ class MemoryStore:
         state = self._state
         match write:
             case Admit():
-                stored = state.records.get(write.request_id)
-                if stored is not None and stored[0] > write.attempt:
-                    return []
-                if stored is None or stored[0] < write.attempt:
-                    state.claims.pop(write.request_id, None)
-                    state.records[write.request_id] = (write.attempt, write.payload)
-                    state.waiting[write.request_id] = write.prefill_tokens
+                state.tickets[write.request_id] = write.ticket
+                state.waiting[write.request_id] = write.prefill_tokens
+                state.places.pop(write.request_id, None)
                 return [write.request_id]
-            case Claim():
-                mark = (write.worker_id, write.batch_id)
+            case Dispatch():
+                place = (write.worker_id, write.batch_id)
                 for request_id in write.request_ids:
                     if state.waiting.pop(request_id, None) is not None:
-                        state.claims[request_id] = mark
-                return [request_id for request_id in write.request_ids if state.claims.get(request_id) == mark]
-            case Move():
-                if write.request_id not in state.records:
+                        state.places[request_id] = place
+                return [request_id for request_id in write.request_ids if state.places.get(request_id) == place]
+            case Place():
+                if write.request_id not in state.tickets:
                     return []
                 state.waiting.pop(write.request_id, None)
-                state.claims[write.request_id] = (write.worker_id, write.batch_id)
+                state.places[write.request_id] = (write.worker_id, write.batch_id)
                 return [write.request_id]
             case Remove():
-                removed = [rid for rid in write.request_ids if state.records.pop(rid, None) is not None]
+                removed = [rid for rid in write.request_ids if state.tickets.pop(rid, None) is not None]
                 for request_id in write.request_ids:
                     state.waiting.pop(request_id, None)
-                    state.claims.pop(request_id, None)
+                    state.places.pop(request_id, None)
                 return removed
             case SetEdges():
                 state.edges = write.edges

@@ -11,12 +11,12 @@ from urllib.parse import unquote
 import redis.asyncio as aioredis
 from redis.asyncio.sentinel import Sentinel
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from bucketserve.core.errors import SettingsError, StaleEpochError, UnavailableError
 from bucketserve.core.types import BatchId, RequestId, WorkerId
-from bucketserve.ports import Admit, Claim, Leadership, Move, Remove, SetEdges, StoredRecord, StoreSnapshot, Write
+from bucketserve.ports import Admit, Dispatch, Leadership, Place, Remove, SetEdges, StoredTicket, StoreSnapshot, Write
 from bucketserve.store.keys import Keys
 
 __all__ = ["RedisStore", "connect", "guard"]
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 TIMEOUT_S = 5.0
 SCAN_COUNT = 1_000
-SCRIPTS = ("lead", "resign", "admit", "claim", "move", "remove", "edges")
+SCRIPTS = ("lead", "resign", "admit", "dispatch", "place", "remove", "edges")
 
 
 def connect(url: str) -> aioredis.Redis:
@@ -135,8 +135,8 @@ class RedisStore:
                 # EVALSHA, queued in the pipeline; the sha is registered with the pipeline by calling the script on it.
                 pipe.evalsha(self._scripts[name].sha, len(keys), *keys, leadership.epoch, *args)
             replies: list[Any] = await pipe.execute(raise_on_error=False)
-        for reply in replies:
-            if isinstance(reply, Exception):
+        for write, reply in zip(writes, replies, strict=True):
+            if isinstance(reply, Exception) and not (isinstance(write, Admit) and isinstance(reply, OutOfMemoryError)):
                 raise reply
         return [_effect(write, reply) for write, reply in zip(writes, replies, strict=True)]
 
@@ -147,23 +147,23 @@ class RedisStore:
             case Admit():
                 return (
                     "admit",
-                    [keys.epoch, keys.record, keys.waiting, keys.claim],
-                    [write.request_id, write.attempt, write.prefill_tokens, write.payload],
+                    [keys.epoch, keys.ticket, keys.waiting, keys.place],
+                    [write.request_id, write.prefill_tokens, write.ticket],
                 )
-            case Claim():
+            case Dispatch():
                 return (
-                    "claim",
-                    [keys.epoch, keys.waiting, keys.claim],
+                    "dispatch",
+                    [keys.epoch, keys.waiting, keys.place],
                     [write.worker_id, write.batch_id, *write.request_ids],
                 )
-            case Move():
+            case Place():
                 return (
-                    "move",
-                    [keys.epoch, keys.record, keys.waiting, keys.claim],
+                    "place",
+                    [keys.epoch, keys.ticket, keys.waiting, keys.place],
                     [write.request_id, write.worker_id, write.batch_id],
                 )
             case Remove():
-                return "remove", [keys.epoch, keys.record, keys.waiting, keys.claim], [*write.request_ids]
+                return "remove", [keys.epoch, keys.ticket, keys.waiting, keys.place], [*write.request_ids]
             case SetEdges():
                 return "edges", [keys.epoch, keys.edges], [",".join(map(str, write.edges))]
 
@@ -172,22 +172,20 @@ class RedisStore:
         if epoch is None or int(epoch) != leadership.epoch:
             raise StaleEpochError(f"epoch {leadership.epoch} is over")
         edges = cast(bytes | None, await self._client.get(self._keys.edges))
-        claims = {key: value async for key, value in self._client.hscan_iter(self._keys.claim, count=SCAN_COUNT)}
-        records: dict[bytes, StoredRecord] = {}
+        places = {key: value async for key, value in self._client.hscan_iter(self._keys.place, count=SCAN_COUNT)}
+        tickets: dict[bytes, StoredTicket] = {}
         # HSCAN may return a field twice while the hash grows; the dictionary keeps one.
-        async for key, value in self._client.hscan_iter(self._keys.record, count=SCAN_COUNT):
-            attempt, _, payload = value.partition(b":")
-            worker_id, _, batch_id = claims.get(key, b"").partition(b"\n")
-            records[key] = StoredRecord(
+        async for key, value in self._client.hscan_iter(self._keys.ticket, count=SCAN_COUNT):
+            worker_id, _, batch_id = places.get(key, b"").partition(b"\n")
+            tickets[key] = StoredTicket(
                 request_id=RequestId(key.decode()),
-                attempt=int(attempt),
-                payload=payload,
+                ticket=value,
                 worker_id=WorkerId(worker_id.decode()) if worker_id else None,
                 batch_id=BatchId(batch_id.decode()) if batch_id else None,
             )
         return StoreSnapshot(
             edges=tuple(int(edge) for edge in edges.split(b",")) if edges else (),
-            records=tuple(record for _, record in sorted(records.items())),
+            tickets=tuple(ticket for _, ticket in sorted(tickets.items())),
         )
 
 

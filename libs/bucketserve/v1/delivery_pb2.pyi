@@ -16,20 +16,18 @@ class DeliverRequest(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., deliveries: _Optional[_Iterable[_Union[TokenDelivery, _Mapping]]] = ...) -> None: ...
 
 class TokenDelivery(_message.Message):
-    __slots__ = ("request_id", "attempt", "first_index", "token_ids", "logprobs", "finished")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("run_id", "first_index", "token_ids", "logprobs", "finished")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    attempt: int
+    run_id: str
     first_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.PositionLogprobs]
     finished: DeliveryFinished
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.PositionLogprobs, _Mapping]]] = ..., finished: _Optional[_Union[DeliveryFinished, _Mapping]] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.PositionLogprobs, _Mapping]]] = ..., finished: _Optional[_Union[DeliveryFinished, _Mapping]] = ...) -> None: ...
 
 class DeliveryFinished(_message.Message):
     __slots__ = ("reason", "matched_stop_token_id", "cached_prompt_tokens", "prefill_us", "decode_us", "error_message", "is_retryable")
@@ -50,17 +48,9 @@ class DeliveryFinished(_message.Message):
     def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., matched_stop_token_id: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., prefill_us: _Optional[int] = ..., decode_us: _Optional[int] = ..., error_message: _Optional[str] = ..., is_retryable: _Optional[bool] = ...) -> None: ...
 
 class DeliverResponse(_message.Message):
-    __slots__ = ("stops", "num_received")
-    STOPS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("stopped_run_ids", "num_received")
+    STOPPED_RUN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_RECEIVED_FIELD_NUMBER: _ClassVar[int]
-    stops: _containers.RepeatedCompositeFieldContainer[StopDelivery]
+    stopped_run_ids: _containers.RepeatedScalarFieldContainer[str]
     num_received: int
-    def __init__(self, stops: _Optional[_Iterable[_Union[StopDelivery, _Mapping]]] = ..., num_received: _Optional[int] = ...) -> None: ...
-
-class StopDelivery(_message.Message):
-    __slots__ = ("request_id", "attempt")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    attempt: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+    def __init__(self, stopped_run_ids: _Optional[_Iterable[str]] = ..., num_received: _Optional[int] = ...) -> None: ...

@@ -64,7 +64,7 @@ class InferenceServiceServicer:
     def Generate(self, request, context):
         """Generates text for one prompt as a stream: started, chunks, finished.
         Errors: INVALID_ARGUMENT (BadRequest with field violations), NOT_FOUND (unknown model, ResourceInfo),
-        ALREADY_EXISTS (request_id in use), RESOURCE_EXHAUSTED (RetryInfo), UNAVAILABLE (RetryInfo), DEADLINE_EXCEEDED.
+        RESOURCE_EXHAUSTED (RetryInfo), UNAVAILABLE (RetryInfo), DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

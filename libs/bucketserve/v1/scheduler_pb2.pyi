@@ -8,15 +8,15 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class RefuseReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    REJECT_REASON_UNSPECIFIED: _ClassVar[RejectReason]
-    REJECT_REASON_QUEUE_REQUESTS: _ClassVar[RejectReason]
-    REJECT_REASON_QUEUE_TOKENS: _ClassVar[RejectReason]
-    REJECT_REASON_TENANT_QUOTA: _ClassVar[RejectReason]
-    REJECT_REASON_SLO_UNATTAINABLE: _ClassVar[RejectReason]
-    REJECT_REASON_TOO_LARGE: _ClassVar[RejectReason]
-    REJECT_REASON_DUPLICATE: _ClassVar[RejectReason]
+    REFUSE_REASON_UNSPECIFIED: _ClassVar[RefuseReason]
+    REFUSE_REASON_QUEUE_REQUESTS: _ClassVar[RefuseReason]
+    REFUSE_REASON_QUEUE_TOKENS: _ClassVar[RefuseReason]
+    REFUSE_REASON_TENANT_QUOTA: _ClassVar[RefuseReason]
+    REFUSE_REASON_SLO_UNATTAINABLE: _ClassVar[RefuseReason]
+    REFUSE_REASON_TOO_LARGE: _ClassVar[RefuseReason]
+    REFUSE_REASON_STORE_FULL: _ClassVar[RefuseReason]
 
 class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -26,71 +26,83 @@ class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DROP_REASON_WORKER_LOST: _ClassVar[DropReason]
     DROP_REASON_WORKER_FAILED: _ClassVar[DropReason]
     DROP_REASON_TOO_LARGE: _ClassVar[DropReason]
-REJECT_REASON_UNSPECIFIED: RejectReason
-REJECT_REASON_QUEUE_REQUESTS: RejectReason
-REJECT_REASON_QUEUE_TOKENS: RejectReason
-REJECT_REASON_TENANT_QUOTA: RejectReason
-REJECT_REASON_SLO_UNATTAINABLE: RejectReason
-REJECT_REASON_TOO_LARGE: RejectReason
-REJECT_REASON_DUPLICATE: RejectReason
+    DROP_REASON_INTERNAL: _ClassVar[DropReason]
+REFUSE_REASON_UNSPECIFIED: RefuseReason
+REFUSE_REASON_QUEUE_REQUESTS: RefuseReason
+REFUSE_REASON_QUEUE_TOKENS: RefuseReason
+REFUSE_REASON_TENANT_QUOTA: RefuseReason
+REFUSE_REASON_SLO_UNATTAINABLE: RefuseReason
+REFUSE_REASON_TOO_LARGE: RefuseReason
+REFUSE_REASON_STORE_FULL: RefuseReason
 DROP_REASON_UNSPECIFIED: DropReason
 DROP_REASON_DEADLINE: DropReason
 DROP_REASON_CANCELLED: DropReason
 DROP_REASON_WORKER_LOST: DropReason
 DROP_REASON_WORKER_FAILED: DropReason
 DROP_REASON_TOO_LARGE: DropReason
+DROP_REASON_INTERNAL: DropReason
 
-class QueueRecord(_message.Message):
-    __slots__ = ("request_id", "attempt", "model", "token_ids", "num_resumed_tokens", "max_new_tokens", "sampling", "stop_token_ids", "num_logprobs", "request_class", "tenant", "slo", "arrival_unix_us", "deadline_unix_us", "gateway_id", "delivery_address", "traceparent", "tracestate", "context_tokens")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+class Ticket(_message.Message):
+    __slots__ = ("run_id", "model", "prompt_tokens", "max_new_tokens", "request_class", "tenant", "slo", "gateway_id", "context_tokens", "is_resumed", "avoid_worker_ids", "traceparent", "tracestate")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SLO_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IS_RESUMED_FIELD_NUMBER: _ClassVar[int]
+    AVOID_WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    model: str
+    prompt_tokens: int
+    max_new_tokens: int
+    request_class: _common_pb2.RequestClass
+    tenant: str
+    slo: _common_pb2.Slo
+    gateway_id: str
+    context_tokens: int
+    is_resumed: bool
+    avoid_worker_ids: _containers.RepeatedScalarFieldContainer[str]
+    traceparent: str
+    tracestate: str
+    def __init__(self, run_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., tenant: _Optional[str] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., gateway_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., is_resumed: _Optional[bool] = ..., avoid_worker_ids: _Optional[_Iterable[str]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
+
+class RunSpec(_message.Message):
+    __slots__ = ("token_ids", "num_resumed_tokens", "max_new_tokens", "sampling", "stop_token_ids", "num_logprobs", "delivery_address", "traceparent", "tracestate")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
-    TENANT_FIELD_NUMBER: _ClassVar[int]
-    SLO_FIELD_NUMBER: _ClassVar[int]
-    ARRIVAL_UNIX_US_FIELD_NUMBER: _ClassVar[int]
-    DEADLINE_UNIX_US_FIELD_NUMBER: _ClassVar[int]
-    GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     DELIVERY_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
-    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    attempt: int
-    model: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_resumed_tokens: int
     max_new_tokens: int
     sampling: _common_pb2.SamplingParams
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_logprobs: int
-    request_class: _common_pb2.RequestClass
-    tenant: str
-    slo: _common_pb2.Slo
-    arrival_unix_us: int
-    deadline_unix_us: int
-    gateway_id: str
     delivery_address: str
     traceparent: str
     tracestate: str
-    context_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., tenant: _Optional[str] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., arrival_unix_us: _Optional[int] = ..., deadline_unix_us: _Optional[int] = ..., gateway_id: _Optional[str] = ..., delivery_address: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., context_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., delivery_address: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("hello", "record", "cancel")
+    __slots__ = ("hello", "run", "cancel")
     HELLO_FIELD_NUMBER: _ClassVar[int]
-    RECORD_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     hello: GatewayHello
-    record: QueueRecord
-    cancel: CancelRecord
-    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., record: _Optional[_Union[QueueRecord, _Mapping]] = ..., cancel: _Optional[_Union[CancelRecord, _Mapping]] = ...) -> None: ...
+    run: SubmitRun
+    cancel: CancelRun
+    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., run: _Optional[_Union[SubmitRun, _Mapping]] = ..., cancel: _Optional[_Union[CancelRun, _Mapping]] = ...) -> None: ...
 
 class GatewayHello(_message.Message):
     __slots__ = ("gateway_id",)
@@ -98,29 +110,43 @@ class GatewayHello(_message.Message):
     gateway_id: str
     def __init__(self, gateway_id: _Optional[str] = ...) -> None: ...
 
-class CancelRecord(_message.Message):
-    __slots__ = ("model", "request_id")
+class SubmitRun(_message.Message):
+    __slots__ = ("ticket", "spec", "age_us", "remaining_us", "is_admitted")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    AGE_US_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_US_FIELD_NUMBER: _ClassVar[int]
+    IS_ADMITTED_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    spec: bytes
+    age_us: int
+    remaining_us: int
+    is_admitted: bool
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., spec: _Optional[bytes] = ..., age_us: _Optional[int] = ..., remaining_us: _Optional[int] = ..., is_admitted: _Optional[bool] = ...) -> None: ...
+
+class CancelRun(_message.Message):
+    __slots__ = ("model", "run_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     model: str
-    request_id: str
-    def __init__(self, model: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    run_id: str
+    def __init__(self, model: _Optional[str] = ..., run_id: _Optional[str] = ...) -> None: ...
 
 class SubmitResponse(_message.Message):
-    __slots__ = ("hello", "accepted", "rejected", "dispatched", "dropped", "heartbeat")
+    __slots__ = ("hello", "accepted", "refused", "dispatched", "dropped", "heartbeat")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
-    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     DISPATCHED_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     hello: SchedulerHello
-    accepted: RecordAccepted
-    rejected: RecordRejected
-    dispatched: RecordDispatched
-    dropped: RecordDropped
+    accepted: RunAccepted
+    refused: RunRefused
+    dispatched: RunDispatched
+    dropped: RunDropped
     heartbeat: Heartbeat
-    def __init__(self, hello: _Optional[_Union[SchedulerHello, _Mapping]] = ..., accepted: _Optional[_Union[RecordAccepted, _Mapping]] = ..., rejected: _Optional[_Union[RecordRejected, _Mapping]] = ..., dispatched: _Optional[_Union[RecordDispatched, _Mapping]] = ..., dropped: _Optional[_Union[RecordDropped, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[SchedulerHello, _Mapping]] = ..., accepted: _Optional[_Union[RunAccepted, _Mapping]] = ..., refused: _Optional[_Union[RunRefused, _Mapping]] = ..., dispatched: _Optional[_Union[RunDispatched, _Mapping]] = ..., dropped: _Optional[_Union[RunDropped, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()
@@ -134,65 +160,57 @@ class SchedulerHello(_message.Message):
     epoch: int
     def __init__(self, scheduler_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
-class RecordAccepted(_message.Message):
-    __slots__ = ("request_id", "attempt")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    attempt: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+class RunAccepted(_message.Message):
+    __slots__ = ("run_id",)
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
 
-class RecordRejected(_message.Message):
-    __slots__ = ("request_id", "attempt", "reason", "retry_delay_ms")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+class RunRefused(_message.Message):
+    __slots__ = ("run_id", "reason", "retry_delay_ms")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     RETRY_DELAY_MS_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    attempt: int
-    reason: RejectReason
+    run_id: str
+    reason: RefuseReason
     retry_delay_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[_Union[RejectReason, str]] = ..., retry_delay_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., reason: _Optional[_Union[RefuseReason, str]] = ..., retry_delay_ms: _Optional[int] = ...) -> None: ...
 
-class RecordDispatched(_message.Message):
-    __slots__ = ("request_id", "attempt", "worker_id", "dispatched_unix_us", "batch")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+class RunDispatched(_message.Message):
+    __slots__ = ("run_id", "worker_id", "waited_us", "batch")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
-    DISPATCHED_UNIX_US_FIELD_NUMBER: _ClassVar[int]
+    WAITED_US_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    attempt: int
+    run_id: str
     worker_id: str
-    dispatched_unix_us: int
+    waited_us: int
     batch: _common_pb2.BatchInfo
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., worker_id: _Optional[str] = ..., dispatched_unix_us: _Optional[int] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., waited_us: _Optional[int] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ...) -> None: ...
 
-class RecordDropped(_message.Message):
-    __slots__ = ("request_id", "attempt", "reason")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+class RunDropped(_message.Message):
+    __slots__ = ("run_id", "reason")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    attempt: int
+    run_id: str
     reason: DropReason
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[_Union[DropReason, str]] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., reason: _Optional[_Union[DropReason, str]] = ...) -> None: ...
 
 class WorkRequest(_message.Message):
-    __slots__ = ("hello", "report", "prefilled", "finished", "draining", "kv_moved")
+    __slots__ = ("hello", "report", "prefilled", "finished", "draining", "kv_pulled")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     PREFILLED_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
-    KV_MOVED_FIELD_NUMBER: _ClassVar[int]
+    KV_PULLED_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     report: WorkerReport
     prefilled: BatchPrefilled
-    finished: RecordFinished
+    finished: RunFinished
     draining: WorkerDraining
-    kv_moved: KvMoved
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., prefilled: _Optional[_Union[BatchPrefilled, _Mapping]] = ..., finished: _Optional[_Union[RecordFinished, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ..., kv_moved: _Optional[_Union[KvMoved, _Mapping]] = ...) -> None: ...
+    kv_pulled: KvPulled
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., prefilled: _Optional[_Union[BatchPrefilled, _Mapping]] = ..., finished: _Optional[_Union[RunFinished, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ..., kv_pulled: _Optional[_Union[KvPulled, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
     __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running", "is_draining")
@@ -214,23 +232,21 @@ class WorkerHello(_message.Message):
     pays_padding: bool
     context_tokens: int
     report: WorkerReport
-    running: _containers.RepeatedCompositeFieldContainer[RunningRecord]
+    running: _containers.RepeatedCompositeFieldContainer[RunningRun]
     is_draining: bool
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRecord, _Mapping]]] = ..., is_draining: _Optional[bool] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ...) -> None: ...
 
-class RunningRecord(_message.Message):
-    __slots__ = ("request_id", "attempt", "held")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+class RunningRun(_message.Message):
+    __slots__ = ("run_id", "held")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    attempt: int
+    run_id: str
     held: HeldKv
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., held: _Optional[_Union[HeldKv, _Mapping]] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., held: _Optional[_Union[HeldKv, _Mapping]] = ...) -> None: ...
 
 class HeldKv(_message.Message):
-    __slots__ = ("request_id", "num_tokens", "layout", "kv_bytes", "num_bytes", "checksum", "prefill_us", "shared_memory")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("run_id", "num_tokens", "layout", "kv_bytes", "num_bytes", "checksum", "prefill_us", "shared_memory", "secret")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -238,7 +254,8 @@ class HeldKv(_message.Message):
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     PREFILL_US_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
+    SECRET_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
     num_tokens: int
     layout: str
     kv_bytes: int
@@ -246,7 +263,8 @@ class HeldKv(_message.Message):
     checksum: int
     prefill_us: int
     shared_memory: SharedMemory
-    def __init__(self, request_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., layout: _Optional[str] = ..., kv_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., prefill_us: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+    secret: bytes
+    def __init__(self, run_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., layout: _Optional[str] = ..., kv_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., prefill_us: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., secret: _Optional[bytes] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("locality", "path", "offset")
@@ -307,40 +325,36 @@ class StepSample(_message.Message):
     def __init__(self, prefill_tokens: _Optional[int] = ..., prefill_attention: _Optional[int] = ..., decode_sequences: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ..., duration_us: _Optional[int] = ...) -> None: ...
 
 class BatchPrefilled(_message.Message):
-    __slots__ = ("batch_id", "duration_us", "request_ids", "held")
+    __slots__ = ("batch_id", "duration_us", "run_ids", "held")
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     DURATION_US_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    RUN_IDS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     batch_id: str
     duration_us: int
-    request_ids: _containers.RepeatedScalarFieldContainer[str]
+    run_ids: _containers.RepeatedScalarFieldContainer[str]
     held: _containers.RepeatedCompositeFieldContainer[HeldKv]
-    def __init__(self, batch_id: _Optional[str] = ..., duration_us: _Optional[int] = ..., request_ids: _Optional[_Iterable[str]] = ..., held: _Optional[_Iterable[_Union[HeldKv, _Mapping]]] = ...) -> None: ...
+    def __init__(self, batch_id: _Optional[str] = ..., duration_us: _Optional[int] = ..., run_ids: _Optional[_Iterable[str]] = ..., held: _Optional[_Iterable[_Union[HeldKv, _Mapping]]] = ...) -> None: ...
 
-class KvMoved(_message.Message):
-    __slots__ = ("request_id", "attempt", "source_worker_id", "is_ok")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+class KvPulled(_message.Message):
+    __slots__ = ("run_id", "source_worker_id", "is_ok")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     IS_OK_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    attempt: int
+    run_id: str
     source_worker_id: str
     is_ok: bool
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., source_worker_id: _Optional[str] = ..., is_ok: _Optional[bool] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., source_worker_id: _Optional[str] = ..., is_ok: _Optional[bool] = ...) -> None: ...
 
-class RecordFinished(_message.Message):
-    __slots__ = ("request_id", "attempt", "reason", "output_tokens")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+class RunFinished(_message.Message):
+    __slots__ = ("run_id", "reason", "output_tokens")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    attempt: int
+    run_id: str
     reason: _common_pb2.FinishReason
     output_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., output_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., output_tokens: _Optional[int] = ...) -> None: ...
 
 class WorkerDraining(_message.Message):
     __slots__ = ()
@@ -357,32 +371,32 @@ class WorkResponse(_message.Message):
     NO_MORE_WORK_FIELD_NUMBER: _ClassVar[int]
     welcome: WorkerWelcome
     batch: BatchAssignment
-    cancel: CancelRecords
+    cancel: CancelRuns
     heartbeat: Heartbeat
     pull: PullKv
     switch_role: SwitchRole
     no_more_work: NoMoreWork
-    def __init__(self, welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., batch: _Optional[_Union[BatchAssignment, _Mapping]] = ..., cancel: _Optional[_Union[CancelRecords, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pull: _Optional[_Union[PullKv, _Mapping]] = ..., switch_role: _Optional[_Union[SwitchRole, _Mapping]] = ..., no_more_work: _Optional[_Union[NoMoreWork, _Mapping]] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., batch: _Optional[_Union[BatchAssignment, _Mapping]] = ..., cancel: _Optional[_Union[CancelRuns, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pull: _Optional[_Union[PullKv, _Mapping]] = ..., switch_role: _Optional[_Union[SwitchRole, _Mapping]] = ..., no_more_work: _Optional[_Union[NoMoreWork, _Mapping]] = ...) -> None: ...
 
 class NoMoreWork(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class PullKv(_message.Message):
-    __slots__ = ("record", "batch", "source_worker_id", "source_address", "kv", "epoch")
-    RECORD_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("run_id", "batch", "source_worker_id", "source_address", "kv", "epoch")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    record: QueueRecord
+    run_id: str
     batch: _common_pb2.BatchInfo
     source_worker_id: str
     source_address: str
     kv: HeldKv
     epoch: int
-    def __init__(self, record: _Optional[_Union[QueueRecord, _Mapping]] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ..., source_worker_id: _Optional[str] = ..., source_address: _Optional[str] = ..., kv: _Optional[_Union[HeldKv, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ..., source_worker_id: _Optional[str] = ..., source_address: _Optional[str] = ..., kv: _Optional[_Union[HeldKv, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class SwitchRole(_message.Message):
     __slots__ = ("role",)
@@ -401,26 +415,32 @@ class WorkerWelcome(_message.Message):
     def __init__(self, scheduler: _Optional[_Union[SchedulerHello, _Mapping]] = ..., report_interval_ms: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class BatchAssignment(_message.Message):
-    __slots__ = ("assignment", "epoch", "batch", "records", "max_chunk_tokens", "dispatched_unix_us")
+    __slots__ = ("assignment", "epoch", "batch", "runs", "max_chunk_tokens")
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
-    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    DISPATCHED_UNIX_US_FIELD_NUMBER: _ClassVar[int]
     assignment: int
     epoch: int
     batch: _common_pb2.BatchInfo
-    records: _containers.RepeatedCompositeFieldContainer[QueueRecord]
+    runs: _containers.RepeatedCompositeFieldContainer[AssignedRun]
     max_chunk_tokens: int
-    dispatched_unix_us: int
-    def __init__(self, assignment: _Optional[int] = ..., epoch: _Optional[int] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ..., records: _Optional[_Iterable[_Union[QueueRecord, _Mapping]]] = ..., max_chunk_tokens: _Optional[int] = ..., dispatched_unix_us: _Optional[int] = ...) -> None: ...
+    def __init__(self, assignment: _Optional[int] = ..., epoch: _Optional[int] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[AssignedRun, _Mapping]]] = ..., max_chunk_tokens: _Optional[int] = ...) -> None: ...
 
-class CancelRecords(_message.Message):
-    __slots__ = ("request_ids",)
-    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
-    request_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+class AssignedRun(_message.Message):
+    __slots__ = ("run_id", "spec")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    spec: bytes
+    def __init__(self, run_id: _Optional[str] = ..., spec: _Optional[bytes] = ...) -> None: ...
+
+class CancelRuns(_message.Message):
+    __slots__ = ("run_ids",)
+    RUN_IDS_FIELD_NUMBER: _ClassVar[int]
+    run_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, run_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

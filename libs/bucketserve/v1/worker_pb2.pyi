@@ -28,12 +28,12 @@ class GetWorkerInfoResponse(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class FetchKvRequest(_message.Message):
-    __slots__ = ("request_id", "attempt")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    attempt: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+    __slots__ = ("run_id", "secret")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    secret: bytes
+    def __init__(self, run_id: _Optional[str] = ..., secret: _Optional[bytes] = ...) -> None: ...
 
 class FetchKvResponse(_message.Message):
     __slots__ = ("piece",)
@@ -42,11 +42,13 @@ class FetchKvResponse(_message.Message):
     def __init__(self, piece: _Optional[bytes] = ...) -> None: ...
 
 class KvTrailer(_message.Message):
-    __slots__ = ("token_ids", "logprobs", "cached_prompt_tokens")
+    __slots__ = ("token_ids", "logprobs", "cached_prompt_tokens", "spec")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.PositionLogprobs]
     cached_prompt_tokens: int
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.PositionLogprobs, _Mapping]]] = ..., cached_prompt_tokens: _Optional[int] = ...) -> None: ...
+    spec: bytes
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.PositionLogprobs, _Mapping]]] = ..., cached_prompt_tokens: _Optional[int] = ..., spec: _Optional[bytes] = ...) -> None: ...

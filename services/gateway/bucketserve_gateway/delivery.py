@@ -33,8 +33,7 @@ class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
     def stop(self, opened: OpenRequest) -> None:
         """Tells the worker that runs a request to stop it."""
         if opened.dispatched is not None and (outbox := self._outboxes.get(opened.dispatched.worker_id)):
-            stop = delivery_pb2.StopDelivery(request_id=opened.request_id, attempt=opened.attempt)
-            outbox.send(Response(stops=[stop]))
+            outbox.send(Response(stopped_run_ids=[opened.run_id]))
 
     def close(self) -> None:
         """Ends all streams."""
@@ -64,17 +63,13 @@ class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
         try:
             async for message in deliveries:
                 num_received += 1
-                stops = [
-                    delivery_pb2.StopDelivery(request_id=delivery.request_id, attempt=delivery.attempt)
-                    for delivery in message.deliveries
-                    if not self._is_wanted(delivery)
-                ]
-                outbox.send(Response(stops=stops, num_received=num_received))
+                stopped = [delivery.run_id for delivery in message.deliveries if not self._is_wanted(delivery)]
+                outbox.send(Response(stopped_run_ids=stopped, num_received=num_received))
         finally:
             outbox.close()
 
     def _is_wanted(self, delivery: delivery_pb2.TokenDelivery) -> bool:
         """Hands a delivery over; returns False if its worker should stop."""
-        opened = self._requests.get(delivery.request_id)
+        opened = self._requests.get(delivery.run_id)
         is_wanted = opened is not None and opened.deliver(delivery)
         return is_wanted or delivery.HasField("finished")

@@ -3,17 +3,20 @@
 new --accepted--> queued --dispatched--> running --delivered--> ... --> finished or failed, exactly once
 ^                       |
 +---- next attempt <----+  (worker lost or failed, gap in its output)
+
+Each attempt has a run id of its own, drawn here, by which everybody else knows it: what arrives late for an older one
+names something that is not open any more. The client's request_id is a label; two requests may have the same.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from bucketserve.core.errors import (
     BucketServeError,
-    DuplicateRequestError,
     EngineError,
     OverloadedError,
     UnavailableError,
@@ -33,20 +36,35 @@ class OpenRequest:
         valid: ValidRequest,
         prompt_ids: Sequence[int],
         max_tokens: int,
-        record: scheduler_pb2.QueueRecord,
+        ticket: scheduler_pb2.Ticket,
+        spec: scheduler_pb2.RunSpec,
         *,
         max_attempts: int,
         max_pending_tokens: int,
-        submit: Callable[[OpenRequest], None],
+        resume: Callable[[OpenRequest, str], None],
     ) -> None:
-        """Takes the first attempt's record; submit(self) is called for every further attempt."""
+        """Takes what is the same in all attempts.
+
+        Args:
+            valid: what the client asked for.
+            prompt_ids: the prompt.
+            max_tokens: most tokens to generate.
+            ticket: the scheduler's part; its run id, lengths and workers to avoid are filled in here.
+            spec: the workers' part; its tokens are filled in here.
+            max_attempts: how often it may be started.
+            max_pending_tokens: tokens that may wait for the client to read them.
+            resume: called with self and the former run id when the next attempt has begun.
+        """
         self.valid = valid
         self.prompt_ids = tuple(prompt_ids)
         self.max_tokens = max_tokens
-        self.record = record
+        self.deadline_s: float | None = None
+        """When its client stops waiting, on the monotonic clock; None for never."""
         self.tokens: list[int] = []
         """Everything generated so far, over all attempts."""
-        self.dispatched: scheduler_pb2.RecordDispatched | None = None
+        self.attempt = 0
+        """The attempt whose output counts."""
+        self.dispatched: scheduler_pb2.RunDispatched | None = None
         self.first_token_s: float | None = None
         self.arrival_s = time.monotonic()
         self.heard_s = self.arrival_s
@@ -55,7 +73,10 @@ class OpenRequest:
         self.error: BucketServeError | None = None
         self._max_attempts = max_attempts
         self._max_pending_tokens = max_pending_tokens
-        self._submit = submit
+        self._resume = resume
+        self._name = uuid.uuid4().hex
+        self._ticket = ticket
+        self._spec = spec
         self._attempt_start = 0
         """How many tokens earlier attempts had generated."""
         tokenizer = valid.model.tokenizer
@@ -67,16 +88,22 @@ class OpenRequest:
         self._pending = inference_pb2.GenerateChunk()
         self._changed = asyncio.Event()
         self._accepted = asyncio.Event()
+        self._begin()
 
     @property
-    def request_id(self) -> str:
-        """Its id."""
+    def label(self) -> str:
+        """What its client calls it."""
         return self.valid.request_id
 
     @property
-    def attempt(self) -> int:
-        """The attempt whose output counts."""
-        return self.record.attempt
+    def run_id(self) -> str:
+        """The id of the attempt whose output counts."""
+        return self._ticket.run_id
+
+    @property
+    def model(self) -> str:
+        """The model that it names."""
+        return self._ticket.model
 
     @property
     def is_over(self) -> bool:
@@ -118,13 +145,27 @@ class OpenRequest:
             await self._changed.wait()
             self._changed.clear()
 
+    def submission(self) -> scheduler_pb2.SubmitRun:
+        """Returns the present attempt for the scheduler, with its age as of now."""
+        now_s = time.monotonic()
+        run = scheduler_pb2.SubmitRun(
+            ticket=self._ticket,
+            spec=self._spec_bytes,
+            age_us=round((now_s - self.arrival_s) * 1e6),
+            is_admitted=self._accepted.is_set(),
+        )
+        if self.deadline_s is not None:
+            run.remaining_us = max(round((self.deadline_s - now_s) * 1e6), 0)
+        return run
+
     # --- from the scheduler -------------------------------------------------------------------------------------
 
     def on_accepted(self) -> None:
         """The scheduler has queued it."""
         self._accepted.set()
+        self.heard_s = time.monotonic()
 
-    def on_dispatched(self, dispatched: scheduler_pb2.RecordDispatched) -> None:
+    def on_dispatched(self, dispatched: scheduler_pb2.RunDispatched) -> None:
         """It is at a worker."""
         self.dispatched = dispatched
         self.heard_s = time.monotonic()
@@ -144,23 +185,36 @@ class OpenRequest:
         if self.attempt >= self._max_attempts:
             self.fail(UnavailableError(f"gave up after {self.attempt} attempts: {cause}", reason="ATTEMPTS_EXHAUSTED"))
             return
-        self._attempt_start = len(self.tokens)
-        record = scheduler_pb2.QueueRecord()
-        record.CopyFrom(self.record)
-        record.attempt += 1
-        record.ClearField("token_ids")
-        record.token_ids.extend((*self.prompt_ids, *self.tokens))
-        record.num_resumed_tokens = len(self.tokens)
-        record.max_new_tokens = self.max_tokens - len(self.tokens)
-        self.record = record
+        former = self.run_id
+        if self.dispatched is not None and self.dispatched.worker_id not in self._ticket.avoid_worker_ids:
+            self._ticket.avoid_worker_ids.append(self.dispatched.worker_id)
+        self._begin()
+        self._resume(self, former)
+
+    def _begin(self) -> None:
+        """Makes ticket and spec those of the next attempt."""
+        self.attempt += 1
         self.dispatched = None
-        self._submit(self)
+        self.heard_s = time.monotonic()
+        self._attempt_start = len(self.tokens)
+        # A copy: the one before may still be on its way.
+        ticket, spec = scheduler_pb2.Ticket(), self._spec
+        ticket.CopyFrom(self._ticket)
+        ticket.run_id = f"{self._name}.{self.attempt}"
+        ticket.is_resumed = self.attempt > 1
+        ticket.prompt_tokens = len(self.prompt_ids) + len(self.tokens)
+        ticket.max_new_tokens = spec.max_new_tokens = self.max_tokens - len(self.tokens)
+        spec.ClearField("token_ids")
+        spec.token_ids.extend((*self.prompt_ids, *self.tokens))
+        spec.num_resumed_tokens = len(self.tokens)
+        self._ticket, self._spec_bytes = ticket, spec.SerializeToString()
+        spec.ClearField("token_ids")
 
     # --- from workers -------------------------------------------------------------------------------------------
 
     def deliver(self, delivery: delivery_pb2.TokenDelivery) -> bool:
         """Takes output; returns whether more of this attempt is wanted."""
-        if self.is_over or delivery.attempt != self.attempt:
+        if self.is_over or delivery.run_id != self.run_id:
             return False
         self.heard_s = time.monotonic()
         expected = len(self.tokens) - self._attempt_start
@@ -224,7 +278,7 @@ class OpenRequest:
         ttft_ms = total_ms if self.first_token_s is None else (self.first_token_s - self.arrival_s) * 1e3
         queue_ms = 0.0
         if self.dispatched is not None:
-            queue_ms = max(self.dispatched.dispatched_unix_us - self.record.arrival_unix_us, 0) / 1e3
+            queue_ms = self.dispatched.waited_us / 1e3
         timings = common_pb2.RequestTimings(queue_ms=queue_ms, ttft_ms=ttft_ms, total_ms=total_ms)
         timings.prefill_ms = end.prefill_us / 1e3 if end is not None else max(ttft_ms - queue_ms, 0.0)
         timings.decode_ms = end.decode_us / 1e3 if end is not None else total_ms - ttft_ms
@@ -247,7 +301,7 @@ class OpenRequest:
 
 
 class OpenRequests:
-    """Open requests by id."""
+    """Open requests by the run id of their present attempt."""
 
     def __init__(self) -> None:
         """Starts empty."""
@@ -264,25 +318,22 @@ class OpenRequests:
         return iter(list(self._open.values()))
 
     def add(self, opened: OpenRequest) -> None:
-        """Takes a request.
-
-        Raises:
-            DuplicateRequestError: its id is in use.
-        """
-        if opened.request_id in self._open:
-            raise DuplicateRequestError(f"request id {opened.request_id!r} is in use")
-        self._open[opened.request_id] = opened
+        """Takes a request."""
+        self._open[opened.run_id] = opened
         self._nothing_open.clear()
 
-    def get(self, request_id: str, attempt: int | None = None) -> OpenRequest | None:
-        """Returns an open request; with an attempt given, only if that is the one that counts."""
-        opened = self._open.get(request_id)
-        return opened if opened is not None and attempt in (None, opened.attempt) else None
+    def get(self, run_id: str) -> OpenRequest | None:
+        """Returns the open request whose present attempt has that id."""
+        return self._open.get(run_id)
+
+    def resumed(self, opened: OpenRequest, former: str) -> None:
+        """Knows an open request by its new run id from now on."""
+        if self._open.pop(former, None) is not None:
+            self._open[opened.run_id] = opened
 
     def remove(self, opened: OpenRequest) -> None:
         """Forgets a request."""
-        if self._open.get(opened.request_id) is opened:
-            del self._open[opened.request_id]
+        self._open.pop(opened.run_id, None)
         if not self._open:
             self._nothing_open.set()
 

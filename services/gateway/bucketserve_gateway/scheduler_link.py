@@ -1,4 +1,4 @@
-"""The gateway's stream to the scheduler: records and cancellations out; admissions, refusals and dispatches in."""
+"""The gateway's stream to the scheduler: runs and cancellations out; admissions, refusals and dispatches in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import grpc
 from bucketserve.core.errors import (
     BucketServeError,
     DeadlineError,
-    DuplicateRequestError,
+    EngineError,
     FieldViolation,
     InvalidRequestError,
     OverloadedError,
@@ -29,7 +29,7 @@ __all__ = ["SchedulerLink"]
 OUTBOX_LIMIT = 65_536
 RECONNECT_S = 0.2
 SILENCE_S = 20.0
-"""A request that runs, and of which nothing was heard for so long, is submitted again."""
+"""A request of which nothing was heard for so long is submitted again."""
 
 Submit = scheduler_pb2.SubmitRequest
 
@@ -37,8 +37,8 @@ Submit = scheduler_pb2.SubmitRequest
 class SchedulerLink:
     """Keeps one Submit stream open, reconnecting for ever.
 
-    After every connection all open requests are submitted again under their ids and attempts: the scheduler answers
-    with what it knows of them, and takes those that it does not know.
+    After every connection all open requests are submitted again under their run ids: the scheduler answers with what it
+    knows of them, and takes those that it does not know.
     """
 
     def __init__(
@@ -62,26 +62,23 @@ class SchedulerLink:
 
     def submit(self, opened: OpenRequest) -> None:
         """Sends a request's present attempt, now or as soon as there is a stream."""
-        self._send(Submit(record=opened.record))
+        if self._outbox is not None:
+            self._outbox.send(Submit(run=opened.submission()))
 
-    def cancel(self, opened: OpenRequest) -> None:
-        """Tells the scheduler to forget a request."""
-        record = opened.record
-        self._send(Submit(cancel=scheduler_pb2.CancelRecord(model=record.model, request_id=record.request_id)))
+    def cancel(self, model: str, run_id: str) -> None:
+        """Tells the scheduler to forget an attempt."""
+        if self._outbox is not None:
+            self._outbox.send(Submit(cancel=scheduler_pb2.CancelRun(model=model, run_id=run_id)))
 
     def ask_again(self, now_s: float) -> int:
         """Submits silent requests again, as they are; returns how many.
 
-        A worker may have reported a request's end, so that the scheduler forgot it, and died before the output was
-        delivered. The scheduler takes what it does not know, and answers for what it knows.
+        Whatever was lost on the way, word of a dispatch or of an end, is found out so. The scheduler takes what it does
+        not know, and answers for what it knows; a request that waits in its queue is silent as well.
         """
         if not self.is_connected:
             return 0
-        silent = [
-            opened
-            for opened in self._requests
-            if not opened.is_over and opened.dispatched is not None and now_s - opened.heard_s >= SILENCE_S
-        ]
+        silent = [opened for opened in self._requests if not opened.is_over and now_s - opened.heard_s >= SILENCE_S]
         for opened in silent:
             opened.heard_s = now_s
             self.submit(opened)
@@ -134,7 +131,7 @@ class SchedulerLink:
         if kind is None or kind == "heartbeat":
             return
         message = getattr(response, kind)
-        opened = self._requests.get(message.request_id, message.attempt)
+        opened = self._requests.get(message.run_id)
         if opened is None:
             return
         match kind:
@@ -142,14 +139,10 @@ class SchedulerLink:
                 opened.on_accepted()
             case "dispatched":
                 opened.on_dispatched(message)
-            case "rejected":
+            case "refused":
                 opened.fail(_refusal(message))
             case "dropped":
                 _drop(opened, message.reason)
-
-    def _send(self, message: Submit) -> None:
-        if self._outbox is not None:
-            self._outbox.send(message)
 
 
 def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
@@ -162,18 +155,18 @@ def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
             opened.fail(DeadlineError("the deadline passed before the request was served"))
         case scheduler_pb2.DROP_REASON_CANCELLED:
             opened.fail(RequestCancelledError("cancelled"))
+        case scheduler_pb2.DROP_REASON_INTERNAL:
+            opened.fail(EngineError("the scheduler failed on the request"))
         case _:
             opened.fail(UnavailableError("no worker can hold the request any more", reason="TOO_LARGE"))
 
 
-def _refusal(rejected: scheduler_pb2.RecordRejected) -> BucketServeError:
+def _refusal(refused: scheduler_pb2.RunRefused) -> BucketServeError:
     """Returns the error that a refusal means for the client."""
-    name = scheduler_pb2.RejectReason.Name(rejected.reason).removeprefix("REJECT_REASON_")
-    delay_s = rejected.retry_delay_ms / 1e3
-    match rejected.reason:
-        case scheduler_pb2.REJECT_REASON_DUPLICATE:
-            return DuplicateRequestError(f"request id {rejected.request_id!r} is in use")
-        case scheduler_pb2.REJECT_REASON_TOO_LARGE:
+    name = scheduler_pb2.RefuseReason.Name(refused.reason).removeprefix("REFUSE_REASON_")
+    delay_s = refused.retry_delay_ms / 1e3
+    match refused.reason:
+        case scheduler_pb2.REFUSE_REASON_TOO_LARGE:
             description = "prompt and max_tokens together need more KV memory than any worker has"
             return InvalidRequestError([FieldViolation("stopping.max_tokens", description)])
         case _:

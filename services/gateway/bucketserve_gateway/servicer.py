@@ -124,7 +124,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             BucketServeError: it can't be served; nothing of it reached the scheduler.
         """
         parts, settings = self._parts, self._parts.settings
-        arrival_s, arrival_unix_us = time.monotonic(), time.time_ns() // 1000
+        arrival_s = time.monotonic()
         try:
             valid = validate(request, parts.catalog, max_prompt_bytes=settings.max_prompt_bytes)
             with parts.telemetry.tokenizing(span):
@@ -133,20 +133,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         except BucketServeError as error:
             parts.telemetry.refused("", "", error)
             raise
-        record = self._record(valid, prompt_ids, max_tokens, arrival_unix_us)
-        record.traceparent, record.tracestate = parts.telemetry.context(span)
-        if remaining_s is not None:
-            record.deadline_unix_us = arrival_unix_us + round(remaining_s * 1e6)
+        ticket, spec = self._describe(valid)
+        ticket.traceparent, ticket.tracestate = parts.telemetry.context(span)
+        spec.traceparent, spec.tracestate = ticket.traceparent, ticket.tracestate
         opened = OpenRequest(
             valid,
             prompt_ids,
             max_tokens,
-            record,
+            ticket,
+            spec,
             max_attempts=settings.max_attempts,
             max_pending_tokens=settings.output_queue_tokens,
-            submit=self._submit_again,
+            resume=self._resume,
         )
         opened.arrival_s = arrival_s
+        opened.deadline_s = None if remaining_s is None else arrival_s + remaining_s
         parts.requests.add(opened)
         parts.telemetry.opened(len(parts.requests), opened)
         return opened
@@ -156,21 +157,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         parts = self._parts
         parts.requests.remove(opened)
         if opened.finished is None:
-            parts.scheduler.cancel(opened)
+            parts.scheduler.cancel(opened.model, opened.run_id)
             parts.delivery.stop(opened)
         parts.telemetry.closed(len(parts.requests), opened, span)
 
-    def _submit_again(self, opened: OpenRequest) -> None:
-        """Starts the next attempt: the second at once, further ones after a while, since something may be wrong."""
-        self._parts.telemetry.restarted(opened)
+    def _resume(self, opened: OpenRequest, former: str) -> None:
+        """Submits the next attempt: the second at once, further ones after a while, since something may be wrong."""
+        parts = self._parts
+        parts.requests.resumed(opened, former)
+        parts.scheduler.cancel(opened.model, former)
+        parts.telemetry.resumed(opened)
         if opened.attempt <= 2:
-            self._parts.scheduler.submit(opened)
+            parts.scheduler.submit(opened)
             return
         delay_s = min(RETRY_S * 2.0 ** min(opened.attempt - 3, 16), MOST_RETRY_S)
-        asyncio.get_running_loop().call_later(delay_s, self._submit_if_open, opened, opened.attempt)
+        asyncio.get_running_loop().call_later(delay_s, self._submit_if_open, opened, opened.run_id)
 
-    def _submit_if_open(self, opened: OpenRequest, attempt: int) -> None:
-        if self._parts.requests.get(opened.request_id, attempt) is opened and not opened.is_over:
+    def _submit_if_open(self, opened: OpenRequest, run_id: str) -> None:
+        if self._parts.requests.get(run_id) is opened and not opened.is_over:
             self._parts.scheduler.submit(opened)
 
     async def _tokenize(self, valid: ValidRequest) -> Sequence[int]:
@@ -180,32 +184,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             return await self._parts.tokenizers.encode_chat(valid.model, valid.chat)
         return await self._parts.tokenizers.encode(valid.model, valid.prompt or "")
 
-    def _record(
-        self, valid: ValidRequest, prompt_ids: Sequence[int], max_tokens: int, arrival_unix_us: int
-    ) -> scheduler_pb2.QueueRecord:
-        """Returns the first attempt's record."""
-        return scheduler_pb2.QueueRecord(
-            request_id=valid.request_id,
-            attempt=1,
+    def _describe(self, valid: ValidRequest) -> tuple[scheduler_pb2.Ticket, scheduler_pb2.RunSpec]:
+        """Returns what the scheduler and what workers need to know of a request in all its attempts."""
+        ticket = scheduler_pb2.Ticket(
             model=valid.model.card.name,
-            token_ids=prompt_ids,
-            max_new_tokens=max_tokens,
-            sampling=valid.sampling,
-            stop_token_ids=valid.stop_token_ids,
-            num_logprobs=valid.num_logprobs,
             request_class=valid.request_class,
             tenant=valid.tenant,
             slo=valid.slo,
-            arrival_unix_us=arrival_unix_us,
             gateway_id=self._parts.gateway_id,
-            delivery_address=self._parts.delivery_address,
             context_tokens=valid.model.card.context_tokens,
         )
+        spec = scheduler_pb2.RunSpec(
+            sampling=valid.sampling,
+            stop_token_ids=valid.stop_token_ids,
+            num_logprobs=valid.num_logprobs,
+            delivery_address=self._parts.delivery_address,
+        )
+        return ticket, spec
 
 
 def _started(opened: OpenRequest) -> inference_pb2.GenerateStarted:
     return inference_pb2.GenerateStarted(
-        request_id=opened.request_id,
+        request_id=opened.label,
         model=opened.valid.model.card.name,
         prompt_tokens=len(opened.prompt_ids),
         seed=opened.valid.sampling.seed,

@@ -20,7 +20,7 @@ __all__ = ["GatewayTelemetry"]
 
 
 class GatewayTelemetry:
-    """Observes; changes nothing but the trace context of new records."""
+    """Observes; changes nothing but the trace context of new requests."""
 
     def __init__(self, log: EventLog, metrics: ProcessMetrics, tracing: Tracing) -> None:
         """Takes the process's outlets."""
@@ -35,7 +35,6 @@ class GatewayTelemetry:
         if span.is_recording():
             operation = "chat" if request.WhichOneof("input") == "chat" else "text_completion"
             span.set_attribute("gen_ai.operation.name", operation)
-            span.set_attribute("gen_ai.request.model", request.model)
         return span
 
     @contextlib.contextmanager
@@ -60,17 +59,17 @@ class GatewayTelemetry:
         model = opened.valid.model.card.name
         self._metrics.count("bucketserve_gateway_prompt_tokens_total", len(opened.prompt_ids), model=model)
 
-    def restarted(self, opened: OpenRequest) -> None:
-        """When a request starts again."""
-        self._metrics.count("bucketserve_gateway_resubmissions_total", model=opened.record.model)
-        self.log.warning("request.resubmitted", request_id=opened.request_id, attempt=opened.attempt)
+    def resumed(self, opened: OpenRequest) -> None:
+        """When a request's next attempt begins."""
+        self._metrics.count("bucketserve_gateway_resumptions_total", model=opened.model)
+        self.log.warning("request.resumed", request_id=opened.label, run_id=opened.run_id)
 
     def closed(self, num_open: int, opened: OpenRequest, span: Span) -> None:
         """When a request is over, however it ended."""
         self._metrics.set("bucketserve_gateway_open_requests", num_open)
         labels = {
             "model": opened.valid.model.card.name,
-            "request_class": request_class_from_pb(opened.record.request_class).value,
+            "request_class": request_class_from_pb(opened.valid.request_class).value,
         }
         outcome = "cancelled"
         if opened.finished is not None:
@@ -92,7 +91,8 @@ class GatewayTelemetry:
             self._metrics.observe("bucketserve_gateway_queue_seconds", opened.finished.timings.queue_ms / 1e3, **labels)
         self.log.info(
             "request.done",
-            request_id=opened.request_id,
+            request_id=opened.label,
+            run_id=opened.run_id,
             outcome=outcome,
             prompt_tokens=len(opened.prompt_ids),
             output_tokens=num_tokens,
@@ -100,7 +100,10 @@ class GatewayTelemetry:
             attempts=opened.attempt,
         )
         if span.is_recording():
-            span.set_attribute("bucketserve.request_id", opened.request_id)
+            span.set_attribute("bucketserve.request_id", opened.label)
+            span.set_attribute("bucketserve.run_id", opened.run_id)
+            # Also for a client that named none.
+            span.set_attribute("gen_ai.request.model", opened.model)
             span.set_attribute("bucketserve.attempt", opened.attempt)
             span.set_attribute("bucketserve.request_class", labels["request_class"])
             span.set_attribute("bucketserve.tenant", opened.valid.tenant)

@@ -92,7 +92,6 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
     Leadership is given up, so that a standby or the next start leads at once.
     """
     scheduler_id = settings.scheduler_id or default_instance_id("scheduler")
-    clock = _steady_unix_clock()
     gateways = GatewayPeers()
     async with AsyncExitStack() as stack:
         outlets = stack.enter_context(
@@ -117,7 +116,7 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
             scheduler_id=scheduler_id,
             gateways=gateways,
             telemetry=LoopTelemetry(outlets.log, outlets.metrics, outlets.tracing),
-            clock=clock,
+            clock=time.monotonic,
             new_core=lambda context_tokens: new_core(settings, context_tokens),
         )
         new_store = await stores(settings.redis_url, stack)
@@ -145,7 +144,8 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
                 loop_of=loops.of,
                 loops=loops.all,
                 is_leading=lambda: seat.is_held and not stop.is_set(),
-                clock=clock,
+                epoch=lambda: seat.epoch,
+                clock=time.monotonic,
             )
             scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(servicer, server.grpc_server)
             try:
@@ -161,9 +161,3 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
                 loops.stop()
                 gateways.cut_all()
                 await server.stop(grace_s=1.0)
-
-
-def _steady_unix_clock() -> Callable[[], float]:
-    """Returns a clock that starts at the wall clock's time and never goes back."""
-    offset_s = time.time() - time.monotonic()
-    return lambda: time.monotonic() + offset_s

@@ -14,14 +14,17 @@ from dataclasses import dataclass
 
 from bucketserve.core.errors import StaleEpochError, UnavailableError
 from bucketserve.core.messages import (
+    AdmitFailed,
     BatchPrefilled,
+    ContextExtended,
     Decision,
-    DispatchBatch,
+    DispatchFailed,
     Event,
     ForgetRequest,
-    KvMoved,
+    KvPulled,
     RequestCancelled,
     RequestFinished,
+    RequestResumed,
     RequestSubmitted,
     WorkerDraining,
     WorkerJoined,
@@ -30,15 +33,22 @@ from bucketserve.core.messages import (
 )
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.types import BatchId, RequestId, WorkerId
-from bucketserve.ports import Claim, Leadership, QueueStore, Write
-from bucketserve.rpc.convert import headroom_from_pb, request_from_record, role_from_pb, running_from_pb, steps_from_pb
+from bucketserve.ports import Admit, Dispatch, Leadership, QueueStore
+from bucketserve.rpc.convert import (
+    finish_reason_from_pb,
+    headroom_from_pb,
+    request_from_ticket,
+    role_from_pb,
+    running_from_pb,
+    steps_from_pb,
+)
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2
 from bucketserve_scheduler.peers import GatewayPeers, WorkerPeer
-from bucketserve_scheduler.records import RecordTable
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_scheduler.telemetry import LoopTelemetry
-from bucketserve_scheduler.translate import Announcer, writes_of
+from bucketserve_scheduler.tickets import TicketTable
+from bucketserve_scheduler.translate import Announcer, Written, writes_of
 
 __all__ = ["LoopDeps", "SchedulingLoop"]
 
@@ -58,13 +68,13 @@ class LoopDeps:
     gateways: GatewayPeers
     telemetry: LoopTelemetry
     clock: Callable[[], float]
-    """Seconds since the Unix epoch, never going back."""
+    """Seconds, never going back."""
     new_core: Callable[[int], SchedulerCore]
     """Builds a core for a context of that many tokens."""
 
 
 class SchedulingLoop:
-    """Owns one model's core, records and workers."""
+    """Owns one model's core, tickets and workers."""
 
     def __init__(self, model: str, context_tokens: int, store: QueueStore, deps: LoopDeps) -> None:
         """Starts with nothing; run() does the work."""
@@ -75,12 +85,12 @@ class SchedulingLoop:
         self._context_tokens = context_tokens
         self._store = store
         self._deps = deps
-        self._inbox: asyncio.Queue[Event | scheduler_pb2.QueueRecord] = asyncio.Queue(INBOX_LIMIT)
-        self._records = RecordTable(deps.gateways)
+        self._inbox: asyncio.Queue[Event | scheduler_pb2.SubmitRun] = asyncio.Queue(INBOX_LIMIT)
+        self._tickets = TicketTable(deps.gateways)
         self._own_events: list[Event] = []
         """What came of telling peers, for the next turn."""
         self._announcer = Announcer(
-            self._records, deps.gateways, self.workers, deps.telemetry, on_undeliverable=self._own_events.append
+            self._tickets, deps.gateways, self.workers, deps.telemetry, on_undeliverable=self._own_events.append
         )
         self._expected: dict[WorkerId, float] = {}
         """Workers that should come back -> when they count as lost."""
@@ -92,13 +102,14 @@ class SchedulingLoop:
 
     # --- what servicers call ------------------------------------------------------------------------------------
 
-    async def submit(self, record: scheduler_pb2.QueueRecord) -> None:
-        """Queues a record; the answer goes to its gateway. A repeated one is answered with what is known of it."""
-        await self._inbox.put(record)
+    async def submit(self, run: scheduler_pb2.SubmitRun) -> None:
+        """Queues a run; the answer goes to its gateway. A repeated one is answered with what is known of it."""
+        await self._know_context(run.ticket.context_tokens)
+        await self._inbox.put(run)
 
-    async def cancel(self, request_id: RequestId) -> None:
-        """Ends a request wherever it is."""
-        await self._inbox.put(RequestCancelled(request_id))
+    async def cancel(self, run_id: RequestId) -> None:
+        """Ends a run wherever it is."""
+        await self._inbox.put(RequestCancelled(run_id))
 
     async def connect(self, hello: scheduler_pb2.WorkerHello) -> WorkerPeer:
         """Registers a worker; batches come through the returned peer's outbox."""
@@ -111,11 +122,12 @@ class SchedulingLoop:
             outbox=Outbox(WORKER_OUTBOX_LIMIT),
             report=hello.report,
             reported_s=self._deps.clock(),
-            held={RequestId(at.request_id): at.held for at in hello.running if at.HasField("held")},
+            held={RequestId(at.run_id): at.held for at in hello.running if at.HasField("held")},
         )
         self.workers[worker_id] = peer
         self._deps.telemetry.worker_joined(self.model, worker_id, len(hello.running))
         self._expected.pop(worker_id, None)
+        await self._know_context(hello.context_tokens)
         await self._inbox.put(
             WorkerJoined(
                 worker_id=worker_id,
@@ -155,39 +167,42 @@ class SchedulingLoop:
                 )
             case "prefilled":
                 for kv in message.prefilled.held:
-                    peer.held[RequestId(kv.request_id)] = kv
+                    peer.held[RequestId(kv.run_id)] = kv
                 await self._inbox.put(
                     BatchPrefilled(
                         worker_id=peer.worker_id,
                         batch_id=BatchId(message.prefilled.batch_id),
-                        request_ids=tuple(RequestId(request_id) for request_id in message.prefilled.request_ids),
+                        request_ids=tuple(RequestId(run_id) for run_id in message.prefilled.run_ids),
                         duration_s=message.prefilled.duration_us / 1e6,
-                        held=tuple(RequestId(kv.request_id) for kv in message.prefilled.held),
+                        held=tuple(RequestId(kv.run_id) for kv in message.prefilled.held),
                     )
                 )
             case "finished":
-                peer.held.pop(RequestId(message.finished.request_id), None)
-                self._records.note_finished(message.finished)
+                peer.held.pop(RequestId(message.finished.run_id), None)
                 await self._inbox.put(
                     RequestFinished(
-                        request_id=RequestId(message.finished.request_id),
-                        attempt=message.finished.attempt,
+                        request_id=RequestId(message.finished.run_id),
                         worker_id=peer.worker_id,
                         output_tokens=message.finished.output_tokens,
+                        reason=finish_reason_from_pb(message.finished.reason),
                     )
                 )
-            case "kv_moved":
+            case "kv_pulled":
                 await self._inbox.put(
-                    KvMoved(
-                        request_id=RequestId(message.kv_moved.request_id),
-                        attempt=message.kv_moved.attempt,
-                        source_id=WorkerId(message.kv_moved.source_worker_id),
+                    KvPulled(
+                        request_id=RequestId(message.kv_pulled.run_id),
+                        source_id=WorkerId(message.kv_pulled.source_worker_id),
                         target_id=peer.worker_id,
-                        is_ok=message.kv_moved.is_ok,
+                        is_ok=message.kv_pulled.is_ok,
                     )
                 )
             case "draining":
                 await self._drain(peer)
+
+    async def _know_context(self, context_tokens: int) -> None:
+        if context_tokens > self._context_tokens:
+            self._context_tokens = context_tokens
+            await self._inbox.put(ContextExtended(context_tokens))
 
     async def _drain(self, peer: WorkerPeer) -> None:
         peer.is_draining = True
@@ -204,14 +219,14 @@ class SchedulingLoop:
         self.workers.clear()
 
     def abandon(self) -> None:
-        """Ends every worker's stream, so that they look for the scheduler that leads, and forgets the records.
+        """Ends every worker's stream, so that they look for the scheduler that leads, and forgets the tickets.
 
         For a loop that is cancelled and not used again.
         """
         for peer in list(self.workers.values()):
             peer.outbox.close()
         self.workers.clear()
-        self._records.clear()
+        self._tickets.clear()
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -239,10 +254,12 @@ class SchedulingLoop:
         now_s = self._deps.clock()
         with self._deps.telemetry.step(self.model, self.core):
             decision = self.core.step(events, now_s)
-        claimed = await self._write(leadership, decision)
-        self._announcer.announce(decision, claimed, leadership, now_s)
+        for fault in decision.faults:
+            self._deps.telemetry.fault(self.model, fault)
+        written = await self._write(leadership, decision)
+        self._announcer.announce(decision, written, leadership, now_s)
         self._release(events)
-        self.num_batches += len(claimed)
+        self.num_batches += len(written.dispatched)
         self.num_finished += sum(isinstance(command, ForgetRequest) for command in decision.commands)
         await self._renew(leadership)
         return decision.wake_s
@@ -259,8 +276,8 @@ class SchedulingLoop:
         """Waits for events until the core wants to wake, and takes all there are."""
         now_s = self._deps.clock()
         timeout_s = TICK_S if wake_s is None else min(max(wake_s - now_s, 0.0), TICK_S)
-        items: list[Event | scheduler_pb2.QueueRecord] = []
-        if self._inbox.empty() and timeout_s > 0:
+        items: list[Event | scheduler_pb2.SubmitRun] = []
+        if self._inbox.empty() and timeout_s > 0 and not self._own_events:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     items.append(await self._inbox.get())
@@ -270,32 +287,40 @@ class SchedulingLoop:
             items.append(self._inbox.get_nowait())
         return [event for item in items if (event := self._as_event(item)) is not None]
 
-    def _as_event(self, item: Event | scheduler_pb2.QueueRecord) -> Event | None:
-        """Returns what the core is to know; a record that is already here is only answered again.
+    def _as_event(self, item: Event | scheduler_pb2.SubmitRun) -> Event | None:
+        """Returns what the core is to know; a run that is already here is only answered again.
 
-        Records are looked at here rather than on arrival, since after a restart gateways submit theirs again while the
-        store's copy is still being read.
+        Runs are looked at here rather than on arrival, since after a restart gateways submit theirs again while the
+        store's tickets are still being read.
         """
-        if not isinstance(item, scheduler_pb2.QueueRecord):
+        if not isinstance(item, scheduler_pb2.SubmitRun):
             return item
-        if entry := self._records.known(item):
-            self._announcer.repeat(entry, item)
+        now_s, run_id = self._deps.clock(), RequestId(item.ticket.run_id)
+        arrival_s = now_s - item.age_us / 1e6
+        entry = self._tickets.get(run_id)
+        if entry is not None and not entry.is_parked:
+            self._announcer.repeat(entry)
             return None
-        if dropped := self._deps.gateways.dropped(item):
+        if entry is None and (dropped := self._deps.gateways.dropped(run_id)):
             # The gateway has not heard of it. To start the same attempt again could be to run it twice.
-            self._deps.gateways.send(item.gateway_id, dropped)
+            self._deps.gateways.send(item.ticket.gateway_id, dropped)
             return None
-        self._records.add(item, self.model, self._deps.clock())
-        return RequestSubmitted(request_from_record(item))
+        if entry is None:
+            entry = self._tickets.add(item.ticket, arrival_s, now_s)
+        entry.arrival_s, entry.spec = arrival_s, item.spec
+        deadline_s = now_s + item.remaining_us / 1e6 if item.HasField("remaining_us") else None
+        request = request_from_ticket(item.ticket, arrival_s=arrival_s, deadline_s=deadline_s)
+        is_admitted = item.is_admitted or entry.is_accepted
+        return RequestResumed(request) if is_admitted else RequestSubmitted(request)
 
-    async def _write(self, leadership: Leadership, decision: Decision) -> dict[BatchId, frozenset[RequestId]]:
-        """Makes a decision durable; returns which requests of each batch were claimed.
+    async def _write(self, leadership: Leadership, decision: Decision) -> Written:
+        """Makes a decision durable; what the store did not take becomes events of the next turn.
 
         While the store is away it is tried again and again: what runs goes on, what is new waits.
         """
-        writes: Sequence[Write] = writes_of(decision, self._records)
+        writes = writes_of(decision, self._tickets)
         if not writes:
-            return {}
+            return Written()
         while True:
             try:
                 with self._deps.telemetry.store_round_trip():
@@ -304,9 +329,19 @@ class SchedulingLoop:
             except UnavailableError as error:
                 self._deps.telemetry.store_unavailable(self.model, str(error))
                 await asyncio.sleep(STORE_RETRY_S)
-        claims = [command.batch.batch_id for command in decision.commands if isinstance(command, DispatchBatch)]
-        done = [effect for write, effect in zip(writes, effects, strict=True) if isinstance(write, Claim)]
-        return dict(zip(claims, done, strict=True))
+        dispatched: dict[BatchId, frozenset[RequestId]] = {}
+        refused: set[RequestId] = set()
+        for write, effect in zip(writes, effects, strict=True):
+            if isinstance(write, Admit) and not effect:
+                refused.add(write.request_id)
+            elif isinstance(write, Dispatch):
+                dispatched[write.batch_id] = effect
+                if lost := tuple(rid for rid in write.request_ids if rid not in effect and rid not in refused):
+                    self._deps.telemetry.dispatch_failed(self.model, len(lost))
+                    self._own_events.append(DispatchFailed(worker_id=write.worker_id, request_ids=lost))
+        if refused:
+            self._own_events.append(AdmitFailed(tuple(sorted(refused))))
+        return Written(dispatched, frozenset(refused))
 
     # --- leadership and leases ----------------------------------------------------------------------------------
 
@@ -353,8 +388,8 @@ class SchedulingLoop:
                 self._deps.telemetry.store_unavailable(self.model, str(error))
                 await asyncio.sleep(STORE_RETRY_S)
         now_s = self._deps.clock()
-        waiting, running = self._records.restore(snapshot, self.model, now_s)
-        self.core.restore(waiting=waiting, running=running, edges=snapshot.edges)
+        parked, running = self._tickets.restore(snapshot, now_s)
+        self.core.restore(parked=parked, running=running, edges=snapshot.edges)
         lost_s = now_s + self._deps.settings.worker_lease_s
         self._expected = {worker_id: lost_s for worker_id in set(running.values()) if worker_id not in self.workers}
 
@@ -367,7 +402,7 @@ class SchedulingLoop:
         self.workers.clear()
         self._expected.clear()
         self._deps.gateways.cut_all()
-        self._records.clear()
+        self._tickets.clear()
         self._own_events.clear()
         self.core = self._deps.new_core(self._context_tokens)
         while not self._inbox.empty():

@@ -45,10 +45,10 @@ class GatewayPeers:
 
     _connected: dict[str, GatewayPeer] = field(default_factory=dict)
     _requests: dict[str, dict[RequestId, str]] = field(default_factory=dict)
-    """gateway id -> open request -> model."""
+    """gateway id -> open run -> model."""
     _absent_since: dict[str, float] = field(default_factory=dict)
-    _dropped: dict[tuple[str, str, int], tuple[float, scheduler_pb2.SubmitResponse]] = field(default_factory=dict)
-    """(gateway, request, attempt) -> (monotonic time, what the gateway was told), for REMEMBER_S; oldest first."""
+    _dropped: dict[str, tuple[float, scheduler_pb2.SubmitResponse]] = field(default_factory=dict)
+    """Run id -> (monotonic time, what its gateway was told), for REMEMBER_S; oldest first."""
 
     def connect(self, peer: GatewayPeer) -> None:
         """Registers a stream; an older one of the same gateway is closed."""
@@ -97,23 +97,23 @@ class GatewayPeers:
     def send(self, gateway_id: str, message: scheduler_pb2.SubmitResponse) -> None:
         """Sends to a gateway if it is connected; one that reconnects asks for what it missed."""
         if message.HasField("dropped"):
-            self._remember(gateway_id, message)
+            self._remember(message)
         if peer := self._connected.get(gateway_id):
             peer.outbox.send(message)
 
-    def dropped(self, record: scheduler_pb2.QueueRecord) -> scheduler_pb2.SubmitResponse | None:
-        """Returns how an attempt ended lately: its gateway, which submits it again, has not heard of it."""
-        found = self._dropped.get((record.gateway_id, record.request_id, record.attempt))
+    def dropped(self, run_id: str) -> scheduler_pb2.SubmitResponse | None:
+        """Returns how a run ended lately: its gateway, which submits it again, has not heard of it."""
+        found = self._dropped.get(run_id)
         return found[1] if found else None
 
-    def _remember(self, gateway_id: str, message: scheduler_pb2.SubmitResponse) -> None:
+    def _remember(self, message: scheduler_pb2.SubmitResponse) -> None:
         now_s = time.monotonic()
         while self._dropped:
             oldest = next(iter(self._dropped))
             if now_s - self._dropped[oldest][0] < REMEMBER_S:
                 break
             del self._dropped[oldest]
-        self._dropped[gateway_id, message.dropped.request_id, message.dropped.attempt] = (now_s, message)
+        self._dropped[message.dropped.run_id] = (now_s, message)
 
     def part_with_all(self) -> None:
         """Ends every gateway's stream once it has been told everything."""

@@ -1,13 +1,15 @@
 """Who schedules: one of several schedulers holds the seat, the others stand by and refuse streams.
 
 The seat is a leadership in the store, like that of each model's loop, under a name that no model has. It decides where
-gateways and workers are heard; what a former holder still writes is refused by the fencing epochs of its loops.
+gateways and workers are heard. A holder that could not renew it within its lease has to believe that another has it;
+what it still writes is refused by the fencing epochs of its loops.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 
 from bucketserve.core.errors import StaleEpochError, UnavailableError
@@ -40,11 +42,21 @@ class Seat:
         self._on_lost = on_lost
         self._on_store_away = on_store_away
         self._held: Leadership | None = None
+        self._renewed_s = 0.0
+        """When the last successful renewal was asked for."""
 
     @property
     def is_held(self) -> bool:
         """Whether this process schedules."""
-        return self._held is not None
+        return self._held is not None and not self._has_lapsed()
+
+    @property
+    def epoch(self) -> int:
+        """Fencing epoch of the seat; 0 while it is not held."""
+        return self._held.epoch if self._held is not None else 0
+
+    def _has_lapsed(self) -> bool:
+        return time.monotonic() - self._renewed_s > self._lease_s
 
     async def run(self) -> None:
         """Goes on until it is cancelled, and gives the seat up then."""
@@ -58,12 +70,19 @@ class Seat:
                     await self._store.resign(self._held)
 
     async def _look(self) -> None:
+        asked_s = time.monotonic()
         try:
-            leadership = await self._store.lead(self._scheduler_id, self._lease_s)
-        except UnavailableError as error:
-            # Without the store nobody else can take it either; what runs goes on, and the epochs fence what is written.
-            self._on_store_away(str(error))
+            async with asyncio.timeout(self._lease_s / 2):
+                leadership = await self._store.lead(self._scheduler_id, self._lease_s)
+        except (UnavailableError, TimeoutError) as error:
+            self._on_store_away(str(error) or "the store does not answer")
+            if self._held is not None and self._has_lapsed():
+                # Whoever still reaches the store has taken it, or will.
+                self._held = None
+                self._on_lost("it could not be renewed within its lease")
             return
+        if leadership is not None:
+            self._renewed_s = asked_s
         if self._held is not None and (leadership is None or leadership.epoch != self._held.epoch):
             self._held = None
             self._on_lost("another scheduler took it" if leadership is None else "the store forgot it")

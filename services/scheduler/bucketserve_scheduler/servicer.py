@@ -48,10 +48,12 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         loop_of: Callable[[str, int], SchedulingLoop],
         loops: Callable[[], list[SchedulingLoop]],
         is_leading: Callable[[], bool],
+        epoch: Callable[[], int],
         clock: Callable[[], float],
     ) -> None:
         """loop_of(model, context_tokens) returns the model's loop and starts it if there is none yet."""
         self._is_leading = is_leading
+        self._epoch = epoch
         self._settings = settings
         self._scheduler_id = scheduler_id
         self._gateways = gateways
@@ -118,24 +120,24 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     async def _read_gateway(self, requests: SubmitRequests, peer: GatewayPeer) -> None:
         try:
             async for message in requests:
-                if message.WhichOneof("message") == "record":
-                    record = message.record
+                if message.WhichOneof("message") == "run":
+                    ticket = message.run.ticket
                     _check(
-                        "record",
-                        request_id=record.request_id,
-                        attempt=record.attempt,
-                        model=record.model,
-                        token_ids=record.token_ids,
-                        max_new_tokens=record.max_new_tokens,
-                        gateway_id=record.gateway_id,
-                        context_tokens=record.context_tokens,
+                        "run.ticket",
+                        run_id=ticket.run_id,
+                        model=ticket.model,
+                        prompt_tokens=ticket.prompt_tokens,
+                        max_new_tokens=ticket.max_new_tokens,
+                        gateway_id=ticket.gateway_id,
+                        context_tokens=ticket.context_tokens,
                     )
-                    await self._loop_of(record.model, record.context_tokens).submit(record)
+                    _check("run", spec=message.run.spec)
+                    await self._loop_of(ticket.model, ticket.context_tokens).submit(message.run)
                 elif message.WhichOneof("message") == "cancel":
                     cancel = message.cancel
                     for loop in self._loops():
                         if loop.model == cancel.model:
-                            await loop.cancel(RequestId(cancel.request_id))
+                            await loop.cancel(RequestId(cancel.run_id))
         finally:
             peer.outbox.close()
 
@@ -152,8 +154,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "standby: another scheduler leads")
 
     def _hello(self) -> scheduler_pb2.SchedulerHello:
-        epochs = [loop.leadership.epoch for loop in self._loops() if loop.leadership is not None]
-        return scheduler_pb2.SchedulerHello(scheduler_id=self._scheduler_id, epoch=max(epochs, default=0))
+        return scheduler_pb2.SchedulerHello(scheduler_id=self._scheduler_id, epoch=self._epoch())
 
     def _model_status(self, loop: SchedulingLoop) -> scheduler_pb2.ModelStatus:
         now_s = self._clock()

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
-from bucketserve.core.messages import DropReason, RefuseReason
+from bucketserve.core.messages import DropReason, Fault, RefuseReason
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.types import Batch, WorkerRole
 from bucketserve.rpc.convert import request_class_from_pb
@@ -14,6 +14,7 @@ from bucketserve.telemetry.logs import EventLog
 from bucketserve.telemetry.metrics import ProcessMetrics
 from bucketserve.telemetry.tracing import Tracing
 from bucketserve.v1 import scheduler_pb2
+from bucketserve_scheduler.tickets import Entry
 
 __all__ = ["LoopTelemetry"]
 
@@ -97,20 +98,29 @@ class LoopTelemetry:
         self._metrics.count("bucketserve_scheduler_role_switches_total", role=role.value)
         self._log.info("worker.role_switched", worker_id=worker_id, role=role.value)
 
-    def admitted(self, record: scheduler_pb2.QueueRecord) -> None:
-        """When a record is in the queue."""
-        request_class = request_class_from_pb(record.request_class).value
-        self._metrics.count("bucketserve_scheduler_admitted_total", model=record.model, request_class=request_class)
+    def admitted(self, ticket: scheduler_pb2.Ticket) -> None:
+        """When a ticket is in the queue."""
+        request_class = request_class_from_pb(ticket.request_class).value
+        self._metrics.count("bucketserve_scheduler_admitted_total", model=ticket.model, request_class=request_class)
 
     def refused(self, reason: RefuseReason) -> None:
-        """When a record is not."""
+        """When one is not."""
         self._metrics.count("bucketserve_scheduler_refused_total", reason=reason.value)
 
     def dropped(self, reason: DropReason) -> None:
-        """When a queued or running record ends early."""
+        """When a queued or running request ends early."""
         self._metrics.count("bucketserve_scheduler_dropped_total", reason=reason.value)
 
-    def dispatched(self, batch: Batch, records: Sequence[scheduler_pb2.QueueRecord], now_s: float) -> None:
+    def fault(self, model: str, fault: Fault) -> None:
+        """When the core could not take an event."""
+        self._metrics.count("bucketserve_scheduler_faults_total")
+        self._log.error("core.fault", error=fault.error, model=model, event_kind=type(fault.event).__name__)
+
+    def dispatch_failed(self, model: str, num_requests: int) -> None:
+        """When the store did not have what was to be dispatched: it loses keys."""
+        self._log.warning("store.lost_waiting", model=model, num_requests=num_requests)
+
+    def dispatched(self, batch: Batch, entries: Sequence[Entry], now_s: float) -> None:
         """When a batch goes to its worker: one span per request, one for the batch, linked to them."""
         self._metrics.count("bucketserve_scheduler_batches_total", limited_by=batch.limited_by.value)
         self._metrics.observe("bucketserve_scheduler_batch_requests", len(batch.request_ids))
@@ -118,7 +128,7 @@ class LoopTelemetry:
         self._metrics.observe("bucketserve_scheduler_batch_padding_ratio", padding)
         if not self._tracing.is_enabled:
             return
-        now_us = round(now_s * 1e6)
+        now_us = time.time_ns() // 1000
         attributes: dict[str, str | int] = {
             "bucketserve.batch.id": batch.batch_id,
             "bucketserve.batch.num_requests": len(batch.request_ids),
@@ -131,20 +141,16 @@ class LoopTelemetry:
             "bucketserve.worker_id": batch.worker_id,
         }
         parents = []
-        for record in records:
-            parent = self._tracing.extract(record.traceparent, record.tracestate)
+        for entry in entries:
+            parent = self._tracing.extract(entry.ticket.traceparent, entry.ticket.tracestate)
             if parent is None:
                 continue
             parents.append(parent)
             self._tracing.record(
                 "bucketserve.queue",
-                record.arrival_unix_us,
+                now_us - round((now_s - entry.arrival_s) * 1e6),
                 now_us,
                 parent=parent,
-                attributes={
-                    **attributes,
-                    "bucketserve.request_id": record.request_id,
-                    "bucketserve.attempt": record.attempt,
-                },
+                attributes={**attributes, "bucketserve.run_id": entry.ticket.run_id},
             )
         self._tracing.record("bucketserve.batch", now_us, now_us, attributes=attributes, links=parents)

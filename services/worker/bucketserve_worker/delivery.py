@@ -35,10 +35,10 @@ class DeliveryPool:
         *,
         flush_s: float,
         give_up_s: float,
-        on_stop: Callable[[list[tuple[str, int]]], None],
+        on_stop: Callable[[list[str]], None],
         on_lost: Callable[[str, set[str]], None],
     ) -> None:
-        """on_stop(keys) when a gateway wants no more; on_lost(address, request ids) when their output is given up."""
+        """on_stop(run ids) when a gateway wants no more; on_lost(address, run ids) when their output is given up."""
         self._worker_id = worker_id
         self._flush_s = flush_s
         self._give_up_s = give_up_s
@@ -93,7 +93,7 @@ class _GatewayStream:
         worker_id: str,
         flush_s: float,
         give_up_s: float,
-        on_stop: Callable[[list[tuple[str, int]]], None],
+        on_stop: Callable[[list[str]], None],
         on_lost: Callable[[str, set[str]], None],
     ) -> None:
         self.address = address
@@ -116,16 +116,16 @@ class _GatewayStream:
         self._away_since_s: float | None = None
 
     def put(self, delivery: delivery_pb2.TokenDelivery) -> None:
-        """Adds output, merged with what is pending of the same attempt."""
-        pending = self._pending.get(delivery.request_id)
-        if pending is not None and pending.attempt == delivery.attempt:
-            # A request that is taken up again says its first tokens again.
+        """Adds output, merged with what is pending of the same run."""
+        pending = self._pending.get(delivery.run_id)
+        if pending is not None:
+            # A run that is taken up again says its first tokens again.
             repeated = max(pending.first_index + len(pending.token_ids) - delivery.first_index, 0)
             del delivery.token_ids[:repeated], delivery.logprobs[:repeated]
             pending.MergeFrom(_without_index(delivery, pending.first_index))
         else:
-            self._pending[delivery.request_id] = delivery
-            self._pending_since_s.setdefault(delivery.request_id, self._clock())
+            self._pending[delivery.run_id] = delivery
+            self._pending_since_s.setdefault(delivery.run_id, self._clock())
         self._num_pending_tokens += len(delivery.token_ids)
         self.drained.clear()
         self._has_pending.set()
@@ -157,12 +157,12 @@ class _GatewayStream:
 
     def _give_up(self, until_s: float) -> None:
         """Drops what has waited since until_s or longer: all that had been sent before the stream broke, and more."""
-        lost = {delivery.request_id for message in self._unacknowledged for delivery in message.deliveries}
-        lost |= {request_id for request_id, since_s in self._pending_since_s.items() if since_s <= until_s}
+        lost = {delivery.run_id for message in self._unacknowledged for delivery in message.deliveries}
+        lost |= {run_id for run_id, since_s in self._pending_since_s.items() if since_s <= until_s}
         self._unacknowledged.clear()
-        for request_id in lost & self._pending.keys():
-            del self._pending_since_s[request_id]
-            self._num_pending_tokens -= len(self._pending.pop(request_id).token_ids)
+        for run_id in lost & self._pending.keys():
+            del self._pending_since_s[run_id]
+            self._num_pending_tokens -= len(self._pending.pop(run_id).token_ids)
         if not self._pending:
             self._has_pending.clear()
             self.drained.set()
@@ -234,8 +234,8 @@ class _GatewayStream:
                 self._num_acknowledged += 1
             if not self._unacknowledged and not self._pending:
                 self.drained.set()
-            if response.stops:
-                self._on_stop([(stop.request_id, stop.attempt) for stop in response.stops])
+            if response.stopped_run_ids:
+                self._on_stop(list(response.stopped_run_ids))
 
 
 def _without_index(delivery: delivery_pb2.TokenDelivery, first_index: int) -> delivery_pb2.TokenDelivery:

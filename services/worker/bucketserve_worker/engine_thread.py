@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bucketserve.core.errors import EngineError
@@ -68,6 +68,7 @@ class _Add:
     assignment: int
     sequences: tuple[SequenceSpec, ...]
     max_chunk_tokens: int
+    specs: Mapping[RequestId, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,8 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self._wake = threading.Condition()
         self._orders: deque[_Order] = deque()
-        self._hands_over: dict[RequestId, int] = {}
-        """Sequences to hand over once they are prefilled, and their tokens. Of the thread."""
+        self._hands_over: dict[RequestId, tuple[int, bytes]] = {}
+        """Sequences to hand over once they are prefilled: their tokens, and the serialised RunSpec. Of the thread."""
         self._is_stopping = False
         self._ahead = threading.Semaphore(MAX_TURNS_AHEAD)
         self._last_assignment = 0
@@ -115,10 +116,16 @@ class EngineThread:
         """Starts the thread; `started` resolves when the engine is warm, or raises what loading raised."""
         self._thread.start()
 
-    def add(self, assignment: int, sequences: Sequence[SequenceSpec], max_chunk_tokens: int) -> None:
-        """Hands a batch over; it joins at the next step."""
+    def add(
+        self,
+        assignment: int,
+        sequences: Sequence[SequenceSpec],
+        max_chunk_tokens: int,
+        specs: Mapping[RequestId, bytes],
+    ) -> None:
+        """Hands a batch over; it joins at the next step. specs: serialised RunSpecs of what will be handed over."""
         with self._wake:
-            self._orders.append(_Add(assignment, tuple(sequences), max_chunk_tokens))
+            self._orders.append(_Add(assignment, tuple(sequences), max_chunk_tokens, specs))
             self._wake.notify()
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
@@ -200,7 +207,10 @@ class EngineThread:
             match order:
                 case _Add():
                     failures += _add(engine, order)
-                    self._hands_over.update((s.request_id, len(s.token_ids)) for s in order.sequences if s.hands_over)
+                    for sequence in order.sequences:
+                        if sequence.hands_over:
+                            spec = order.specs[sequence.request_id]
+                            self._hands_over[sequence.request_id] = len(sequence.token_ids), spec
                 case _Cancel():
                     engine.cancel(order.request_ids)
                     cancelled += order.request_ids
@@ -215,9 +225,9 @@ class EngineThread:
         first = {token.request_id: token for token in output.tokens}
         handed_over = []
         for request_id in output.prefilled:
-            num_tokens = self._hands_over.pop(request_id, None)
-            if num_tokens is not None and first[request_id].finish_reason is None:
-                kv_bytes, trailer = num_tokens * engine.info.kv_bytes_per_token, _trailer(first[request_id])
+            num_tokens, spec = self._hands_over.pop(request_id, (0, b""))
+            if num_tokens and first[request_id].finish_reason is None:
+                kv_bytes, trailer = num_tokens * engine.info.kv_bytes_per_token, _trailer(first[request_id], spec)
                 block = self.staging.take(kv_bytes + len(trailer))
                 engine.export_kv(request_id, block.data[:kv_bytes])
                 block.data[kv_bytes:] = trailer
@@ -242,9 +252,9 @@ class EngineThread:
                 self.ended.set_exception(error)
 
 
-def _trailer(first: TokenOutput) -> bytes:
+def _trailer(first: TokenOutput, spec: bytes) -> bytes:
     """Returns what goes along with the KV."""
-    trailer = worker_pb2.KvTrailer(cached_prompt_tokens=first.cached_prompt_tokens)
+    trailer = worker_pb2.KvTrailer(cached_prompt_tokens=first.cached_prompt_tokens, spec=spec)
     if first.token_id is not None:
         trailer.token_ids.append(first.token_id)
     if first.logprobs is not None:
@@ -271,5 +281,5 @@ def _add(engine: Engine, add: _Add) -> list[SequenceFailure]:
     except EngineError as error:
         if len(add.sequences) == 1:
             return [SequenceFailure(request_id=add.sequences[0].request_id, message=str(error), is_retryable=False)]
-    singles = (_Add(add.assignment, (sequence,), add.max_chunk_tokens) for sequence in add.sequences)
+    singles = (replace(add, sequences=(sequence,)) for sequence in add.sequences)
     return [failure for single in singles for failure in _add(engine, single)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -21,6 +22,8 @@ class Held:
     key: RequestId
     running: Running
     handed_over: HandedOver
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    """What whoever asks for it has to show."""
 
     def describe(self, layout: str, shared_path: str | None) -> scheduler_pb2.HeldKv:
         """Returns what a reader must know of it.
@@ -32,13 +35,14 @@ class Held:
         running, handed_over = self.running, self.handed_over
         prefilled_s = running.prefilled_s if running.prefilled_s is not None else running.received_s
         kv = scheduler_pb2.HeldKv(
-            request_id=running.record.request_id,
+            run_id=running.run_id,
             num_tokens=handed_over.num_tokens,
             layout=layout,
             kv_bytes=handed_over.kv_bytes,
             num_bytes=len(handed_over.block.data),
             checksum=handed_over.checksum,
             prefill_us=round((prefilled_s - running.received_s) * 1e6),
+            secret=self.secret,
         )
         if shared_path is not None and handed_over.block.shared_offset is not None:
             kv.shared_memory.locality, kv.shared_memory.path = locality(), shared_path
@@ -85,13 +89,9 @@ class KvHolder:
         """Returns the block of a run, if it is held."""
         return self._held.get(key)
 
-    def find(self, request_id: str, attempt: int) -> Held | None:
-        """Returns a request's KV, if that attempt is held."""
-        for held in self._held.values():
-            record = held.running.record
-            if record.request_id == request_id and record.attempt == attempt:
-                return held
-        return None
+    def find(self, run_id: str) -> Held | None:
+        """Returns a run's KV, if it is held."""
+        return next((held for held in self._held.values() if held.running.run_id == run_id), None)
 
     def take(self, key: RequestId) -> Held | None:
         """Gives a block up without releasing it: it is the caller's now."""

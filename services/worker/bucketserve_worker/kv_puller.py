@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import grpc
 
 from bucketserve.core.errors import BucketServeError
 from bucketserve.core.types import RequestId
-from bucketserve.rpc.convert import sequence_from_record
-from bucketserve.v1 import common_pb2, scheduler_pb2
+from bucketserve.rpc.convert import sequence_from_spec
+from bucketserve.v1 import scheduler_pb2
 from bucketserve_worker.engine_thread import EngineThread, Resumed
 from bucketserve_worker.kv_source import Fetched, KvSources
 from bucketserve_worker.running import RunningTable
@@ -22,7 +22,7 @@ FETCH_TIMEOUT_S = 30.0
 
 
 class KvPuller:
-    """One task for each transfer. A transfer ends with exactly one KvMoved, unless it is called off."""
+    """One task for each transfer. A transfer ends with exactly one KvPulled, unless it is called off."""
 
     def __init__(
         self,
@@ -30,9 +30,9 @@ class KvPuller:
         engine: EngineThread,
         running: RunningTable,
         *,
-        on_moved: Callable[[scheduler_pb2.KvMoved], None],
-        on_transfer: Callable[[scheduler_pb2.QueueRecord, Fetched | None, float, str], None],
-        on_resumed: Callable[[scheduler_pb2.QueueRecord, str, int], None],
+        on_pulled: Callable[[scheduler_pb2.KvPulled], None],
+        on_transfer: Callable[[scheduler_pb2.PullKv, Fetched | None, float, str], None],
+        on_began: Callable[[RequestId, int], None],
     ) -> None:
         """Tells what happens.
 
@@ -40,15 +40,15 @@ class KvPuller:
             sources: where KV comes from.
             engine: goes on with what comes.
             running: the requests here.
-            on_moved: the scheduler's answer.
-            on_transfer: (record, what came or None, monotonic start in seconds, error) after each transfer.
-            on_resumed: (record, key, epoch) when a request is given to the engine.
+            on_pulled: the scheduler's answer.
+            on_transfer: (order, what came or None, monotonic start in seconds, error) after each transfer.
+            on_began: (key, epoch) when a run is given to the engine.
         """
-        self._on_resumed = on_resumed
+        self._on_began = on_began
         self._sources = sources
         self._engine = engine
         self._running = running
-        self._on_moved = on_moved
+        self._on_pulled = on_pulled
         self._on_transfer = on_transfer
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._pulls: dict[str, scheduler_pb2.PullKv] = {}
@@ -61,26 +61,26 @@ class KvPuller:
         return len(self._tasks) + len(self._at_engine)
 
     def pull(self, pull: scheduler_pb2.PullKv) -> None:
-        """Begins a transfer; one of an older attempt is called off."""
-        request_id = pull.record.request_id
-        self.cancel([request_id])
-        task = asyncio.create_task(self._pull(pull), name=f"pull-{request_id}")
-        self._tasks[request_id], self._pulls[request_id] = task, pull
-        task.add_done_callback(lambda done: self._forget(request_id, done))
+        """Begins a transfer; an older one of the same run is called off."""
+        run_id = pull.run_id
+        self.cancel([run_id])
+        task = asyncio.create_task(self._pull(pull), name=f"pull-{run_id}")
+        self._tasks[run_id], self._pulls[run_id] = task, pull
+        task.add_done_callback(lambda done: self._forget(run_id, done))
 
-    def give_up(self, request_ids: Iterable[str]) -> None:
+    def give_up(self, run_ids: Iterable[str]) -> None:
         """Calls transfers off and says so: the source may be away, and then nobody else would."""
-        for request_id in request_ids:
-            pull = self._pulls.get(request_id)
-            self.cancel([request_id])
+        for run_id in run_ids:
+            pull = self._pulls.get(run_id)
+            self.cancel([run_id])
             if pull is not None:
                 self._tell(pull, is_ok=False)
 
-    def cancel(self, request_ids: Iterable[str]) -> None:
+    def cancel(self, run_ids: Iterable[str]) -> None:
         """Calls transfers off; nobody is told."""
-        for request_id in request_ids:
-            self._pulls.pop(request_id, None)
-            if task := self._tasks.pop(request_id, None):
+        for run_id in run_ids:
+            self._pulls.pop(run_id, None)
+            if task := self._tasks.pop(run_id, None):
                 task.cancel()
 
     def cancel_all(self) -> None:
@@ -101,51 +101,36 @@ class KvPuller:
                 fetched = await self._sources.fetch(pull)
         except (BucketServeError, grpc.aio.AioRpcError, TimeoutError) as error:
             detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
-            self._on_transfer(pull.record, None, start_s, f"{type(error).__name__}: {detail}")
+            self._on_transfer(pull, None, start_s, f"{type(error).__name__}: {detail}")
             self._tell(pull, is_ok=False)
             return
-        self._on_transfer(pull.record, fetched, start_s, "")
+        self._on_transfer(pull, fetched, start_s, "")
         self._resume(pull, fetched)
 
     def _resume(self, pull: scheduler_pb2.PullKv, fetched: Fetched) -> None:
-        record = pull.record
         if fetched.transport == "in_process":
             # It was prefilled here, before a switch of roles: this is the same run under a new name.
-            for older in self._running.keys_of(record.request_id, record.attempt):
+            for older in self._running.keys_of(pull.run_id):
                 self._running.drop(older)
-        token_ids = fetched.trailer.token_ids
-        logprobs: Sequence[common_pb2.PositionLogprobs | None] = [*fetched.trailer.logprobs] or [None] * len(token_ids)
-        key = self._running.resume(
-            pull,
-            list(zip(token_ids, logprobs, strict=True)),
-            fetched.trailer.cached_prompt_tokens,
-            prefill_s=pull.kv.prefill_us / 1e6,
-        )
+        key, running = self._running.resume(pull, fetched.trailer)
         self._at_engine[key] = pull
-        spec = sequence_from_record(pull.record, key, pull.batch.batch_id)
-        self._on_resumed(pull.record, key, pull.epoch)
-        self._engine.resume(spec, token_ids, fetched.block, pull.kv.kv_bytes)
+        self._on_began(key, pull.epoch)
+        sequence = sequence_from_spec(running.spec, key, pull.batch.batch_id)
+        self._engine.resume(sequence, fetched.trailer.token_ids, fetched.block, pull.kv.kv_bytes)
 
     def resumed(self, resumed: Resumed) -> None:
         """Takes the engine's answer. The scheduler must hear of it before it hears that the request is over."""
         pull = self._at_engine.pop(resumed.key)
         if resumed.error is not None:
             self._running.drop(resumed.key)
-            self._on_transfer(pull.record, None, time.monotonic(), resumed.error)
+            self._on_transfer(pull, None, time.monotonic(), resumed.error)
         self._tell(pull, is_ok=resumed.error is None)
 
     def _tell(self, pull: scheduler_pb2.PullKv, *, is_ok: bool) -> None:
-        self._on_moved(
-            scheduler_pb2.KvMoved(
-                request_id=pull.record.request_id,
-                attempt=pull.record.attempt,
-                source_worker_id=pull.source_worker_id,
-                is_ok=is_ok,
-            )
-        )
+        self._on_pulled(scheduler_pb2.KvPulled(run_id=pull.run_id, source_worker_id=pull.source_worker_id, is_ok=is_ok))
 
-    def _forget(self, request_id: str, task: asyncio.Task[None]) -> None:
-        if self._tasks.get(request_id) is task:
-            del self._tasks[request_id], self._pulls[request_id]
+    def _forget(self, run_id: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(run_id) is task:
+            del self._tasks[run_id], self._pulls[run_id]
         if not task.cancelled():
             task.result()

@@ -54,7 +54,7 @@ class KvSources:
         self._exit = AsyncExitStack()
 
     async def fetch(self, pull: scheduler_pb2.PullKv) -> Fetched:
-        """Returns the KV of a request; it stays held at its source until the scheduler ends that.
+        """Returns the KV of a run; it stays held at its source until the scheduler ends that.
 
         Raises:
             KvTransferError: it could not be had, or did not come as it was sent.
@@ -83,7 +83,7 @@ class KvSources:
         self._files.close()
 
     def _from_own(self, pull: scheduler_pb2.PullKv) -> StagedKv:
-        held = self._holder.find(pull.record.request_id, pull.record.attempt)
+        held = self._holder.find(pull.run_id)
         if held is None or self._holder.take(held.key) is None:
             raise KvTransferError("it is not held here any more")
         return held.handed_over.block
@@ -91,7 +91,7 @@ class KvSources:
     async def _by_stream(self, pull: scheduler_pb2.PullKv, block: StagedKv) -> int:
         """Fills the block from its source; returns the checksum of what came."""
         stub = await self._stub(pull.source_address)
-        request = worker_pb2.FetchKvRequest(request_id=pull.record.request_id, attempt=pull.record.attempt)
+        request = worker_pb2.FetchKvRequest(run_id=pull.run_id, secret=pull.kv.secret)
         digest, end = xxhash.xxh3_64(), 0
         call = stub.FetchKv(request)
         try:

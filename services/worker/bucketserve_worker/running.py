@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from bucketserve.core.types import FinishReason, RequestId
 from bucketserve.ports import SequenceFailure, StepOutput, TokenOutput
 from bucketserve.rpc.convert import finish_reason_to_pb, logprobs_to_pb
-from bucketserve.v1 import common_pb2, delivery_pb2, scheduler_pb2
+from bucketserve.v1 import common_pb2, delivery_pb2, scheduler_pb2, worker_pb2
 from bucketserve_worker.delivery import DeliveryPool
 
 __all__ = ["Finished", "Running", "RunningTable"]
@@ -16,9 +16,10 @@ __all__ = ["Finished", "Running", "RunningTable"]
 
 @dataclass(slots=True)
 class Running:
-    """A request at this worker."""
+    """A run at this worker."""
 
-    record: scheduler_pb2.QueueRecord
+    run_id: str
+    spec: scheduler_pb2.RunSpec
     batch: common_pb2.BatchInfo
     received_s: float
     prefilled_s: float | None = None
@@ -39,11 +40,10 @@ class Finished:
 
 @dataclass(slots=True)
 class RunningTable:
-    """Runs of requests, by the engine's name for each. Owned by the event loop.
+    """Runs, by the engine's name for each. Owned by the event loop.
 
-    A request may arrive again while the engine still works on it: as its next attempt, or as the same one after the
-    scheduler lost what it knew. Tokens of two runs must never be mixed up, so that the engine knows each run by a name
-    of its own.
+    A run may arrive again while the engine still lets it go: the scheduler lost what it knew, cancelled the run and was
+    told of it again. Tokens of the two must never be mixed up, so that the engine knows each by a name of its own.
     """
 
     delivery: DeliveryPool
@@ -59,17 +59,13 @@ class RunningTable:
         """Returns an attempt, if it is here."""
         return self._running.get(key)
 
-    def keys_of(self, request_id: str, attempt: int | None = None) -> list[RequestId]:
-        """Returns the runs of a request, or of one attempt, that are here; all but at most one are on their way out."""
-        return [
-            key
-            for key, running in self._running.items()
-            if running.record.request_id == request_id and attempt in (None, running.record.attempt)
-        ]
+    def keys_of(self, run_id: str) -> list[RequestId]:
+        """Returns the engine's names for a run; all but at most one are on their way out."""
+        return [key for key, running in self._running.items() if running.run_id == run_id]
 
-    def replace(self, request_id: str, but_not: RequestId | None = None) -> list[RequestId]:
-        """Returns the runs of a request that comes again; nobody is told when they end."""
-        keys = [key for key in self.keys_of(request_id) if key != but_not]
+    def replace(self, run_id: str, but_not: RequestId | None = None) -> list[RequestId]:
+        """Returns the names of a run that comes again; nobody is told when they end."""
+        keys = [key for key in self.keys_of(run_id) if key != but_not]
         for key in keys:
             self._running[key].is_replaced = True
         return keys
@@ -78,50 +74,45 @@ class RunningTable:
         """Yields what is here, except what nobody waits for any more."""
         return ((key, running) for key, running in self._running.items() if not running.is_replaced)
 
-    def add(self, assignment: scheduler_pb2.BatchAssignment) -> list[RequestId]:
-        """Takes a batch; returns its keys, in order."""
+    def add(self, assignment: scheduler_pb2.BatchAssignment) -> list[tuple[RequestId, Running]]:
+        """Takes a batch; returns its runs with their names, in order."""
         now_s = self.clock()
-        keys = []
-        for record in assignment.records:
-            self._num_added += 1
-            keys.append(RequestId(f"{record.request_id}#{self._num_added}"))
-            self._running[keys[-1]] = Running(record, assignment.batch, now_s)
-        return keys
+        added = []
+        for run in assignment.runs:
+            running = Running(run.run_id, scheduler_pb2.RunSpec.FromString(run.spec), assignment.batch, now_s)
+            added.append((self._name(running), running))
+        return added
 
-    def resume(
-        self,
-        pull: scheduler_pb2.PullKv,
-        early: Sequence[tuple[int, common_pb2.PositionLogprobs | None]],
-        cached_prompt_tokens: int,
-        prefill_s: float,
-    ) -> RequestId:
-        """Takes a request whose KV has come with its first tokens, and sends those again: order is the gateway's.
-
-        Args:
-            pull: what the scheduler asked for.
-            early: tokens that were generated where it was prefilled, with their log-probabilities.
-            cached_prompt_tokens: those of the prompt that came out of the prefix cache there.
-            prefill_s: how long that took, in seconds.
-        """
+    def resume(self, pull: scheduler_pb2.PullKv, trailer: worker_pb2.KvTrailer) -> tuple[RequestId, Running]:
+        """Takes a run whose KV has come, and sends the tokens that came with it: order is the gateway's."""
         now_s = self.clock()
+        running = Running(
+            pull.run_id,
+            scheduler_pb2.RunSpec.FromString(trailer.spec),
+            pull.batch,
+            received_s=now_s - pull.kv.prefill_us / 1e6,
+            prefilled_s=now_s,
+            num_output_tokens=len(trailer.token_ids),
+            cached_prompt_tokens=trailer.cached_prompt_tokens,
+        )
+        delivery = delivery_pb2.TokenDelivery(
+            run_id=pull.run_id, token_ids=trailer.token_ids, logprobs=trailer.logprobs
+        )
+        self.delivery.send(running.spec.delivery_address, delivery)
+        return self._name(running), running
+
+    def _name(self, running: Running) -> RequestId:
         self._num_added += 1
-        key = RequestId(f"{pull.record.request_id}#{self._num_added}")
-        running = Running(pull.record, pull.batch, now_s - prefill_s, now_s, len(early), cached_prompt_tokens)
+        key = RequestId(f"{running.run_id}#{self._num_added}")
         self._running[key] = running
-        delivery = delivery_pb2.TokenDelivery(request_id=pull.record.request_id, attempt=pull.record.attempt)
-        for token_id, logprobs in early:
-            delivery.token_ids.append(token_id)
-            if logprobs is not None:
-                delivery.logprobs.append(logprobs)
-        self.delivery.send(pull.record.delivery_address, delivery)
         return key
 
-    def of_gateway(self, delivery_address: str, request_ids: set[str]) -> list[RequestId]:
-        """Returns the runs of those requests whose output goes to that address."""
+    def of_gateway(self, delivery_address: str, run_ids: set[str]) -> list[RequestId]:
+        """Returns the names of those runs whose output goes to that address."""
         return [
             key
             for key, running in self._running.items()
-            if running.record.request_id in request_ids and running.record.delivery_address == delivery_address
+            if running.run_id in run_ids and running.spec.delivery_address == delivery_address
         ]
 
     def take_output(self, output: StepOutput) -> list[Finished]:
@@ -162,11 +153,7 @@ class RunningTable:
         running = self._running.get(token.request_id)
         if running is None or running.is_replaced:
             return None
-        delivery = delivery_pb2.TokenDelivery(
-            request_id=running.record.request_id,
-            attempt=running.record.attempt,
-            first_index=running.num_output_tokens,
-        )
+        delivery = delivery_pb2.TokenDelivery(run_id=running.run_id, first_index=running.num_output_tokens)
         running.cached_prompt_tokens = max(running.cached_prompt_tokens, token.cached_prompt_tokens)
         if token.token_id is not None:
             delivery.token_ids.append(token.token_id)
@@ -178,7 +165,7 @@ class RunningTable:
             if token.matched_stop_token_id is not None:
                 delivery.finished.matched_stop_token_id = token.matched_stop_token_id
             del self._running[token.request_id]
-        self.delivery.send(running.record.delivery_address, delivery)
+        self.delivery.send(running.spec.delivery_address, delivery)
         return None if token.finish_reason is None else Finished(running, token.finish_reason, now_s)
 
     def _take_failure(self, failure: SequenceFailure, now_s: float) -> Finished | None:
@@ -188,13 +175,8 @@ class RunningTable:
         finished = self._finished(running, FinishReason.ERROR, now_s)
         finished.error_message, finished.is_retryable = failure.message, failure.is_retryable
         self.delivery.send(
-            running.record.delivery_address,
-            delivery_pb2.TokenDelivery(
-                request_id=running.record.request_id,
-                attempt=running.record.attempt,
-                first_index=running.num_output_tokens,
-                finished=finished,
-            ),
+            running.spec.delivery_address,
+            delivery_pb2.TokenDelivery(run_id=running.run_id, first_index=running.num_output_tokens, finished=finished),
         )
         return Finished(running, FinishReason.ERROR, now_s)
 

@@ -60,17 +60,17 @@ class SchedulerLink:
         """Whether the scheduler may yet assign something: there is a stream, and it has not said NoMoreWork."""
         self.is_draining = False
 
-    def finished(self, message: scheduler_pb2.RecordFinished) -> None:
-        """Says that a request has left."""
+    def finished(self, message: scheduler_pb2.RunFinished) -> None:
+        """Says that a run has left."""
         self._send(Work(finished=message))
 
     def prefilled(self, message: scheduler_pb2.BatchPrefilled) -> None:
         """Says that prompts are computed."""
         self._send(Work(prefilled=message))
 
-    def moved(self, message: scheduler_pb2.KvMoved) -> None:
+    def pulled(self, message: scheduler_pb2.KvPulled) -> None:
         """Says how a transfer ended."""
-        self._send(Work(kv_moved=message))
+        self._send(Work(kv_pulled=message))
 
     def report(self, report: scheduler_pb2.WorkerReport) -> None:
         """Reports now."""
@@ -121,7 +121,7 @@ class SchedulerLink:
                     case "batch":
                         self._on_batch(response.batch)
                     case "cancel":
-                        self._on_cancel(list(response.cancel.request_ids))
+                        self._on_cancel(list(response.cancel.run_ids))
                     case "pull":
                         self._on_pull(response.pull)
                     case "switch_role":

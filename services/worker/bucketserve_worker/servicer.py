@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator
 
 import grpc
@@ -45,11 +46,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.FetchKvRequest, context: FetchContext
     ) -> AsyncIterator[worker_pb2.FetchKvResponse]:
         """Held KV, as bytes."""
-        held = self._worker.holder.find(request.request_id, request.attempt)
-        if held is None:
-            raise NotFoundError("kv", request.request_id, "no KV is held for this attempt")
+        held = self._worker.holder.find(request.run_id)
+        if held is None or not secrets.compare_digest(held.secret, request.secret):
+            # One answer for both: who only guesses learns nothing.
+            raise NotFoundError("kv", request.run_id, "no KV is held for this run and secret")
         block = held.handed_over.block
         for begin in range(0, len(block.data), PIECE_BYTES):
             yield worker_pb2.FetchKvResponse(piece=bytes(block.data[begin : begin + PIECE_BYTES]))
             if held.key not in self._worker.holder:
-                raise NotFoundError("kv", request.request_id, "the KV was let go while it was read")
+                raise NotFoundError("kv", request.run_id, "the KV was let go while it was read")

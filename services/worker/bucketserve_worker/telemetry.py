@@ -45,29 +45,29 @@ class WorkerTelemetry:
             if self._tracing.is_enabled:
                 self._record_spans(done)
         for failure in turn.output.failures:
-            self._log.warning("sequence.failed", request_id=failure.request_id, detail=failure.message)
+            self._log.warning("run.failed", run=failure.request_id, detail=failure.message)
 
-    def kv_transfer(
-        self, record: scheduler_pb2.QueueRecord, fetched: Fetched | None, start_s: float, error: str
-    ) -> None:
+    def kv_transfer(self, pull: scheduler_pb2.PullKv, fetched: Fetched | None, start_s: float, error: str) -> None:
         """When KV has come from another worker, or could not be had."""
         if fetched is None:
             self._metrics.count("bucketserve_worker_kv_transfers_total", model=self._model, transport="failed")
-            self._log.warning("kv.transfer_failed", request_id=record.request_id, detail=error)
+            self._log.warning("kv.transfer_failed", run_id=pull.run_id, detail=error)
             return
         end_s = time.monotonic()
         self._metrics.count("bucketserve_worker_kv_transfers_total", model=self._model, transport=fetched.transport)
         self._metrics.count("bucketserve_worker_kv_transfer_bytes_total", len(fetched.block.data), model=self._model)
         self._metrics.observe("bucketserve_worker_kv_transfer_seconds", end_s - start_s, model=self._model)
-        if parent := self._tracing.extract(record.traceparent, record.tracestate):
+        if not self._tracing.is_enabled:
+            return
+        spec = scheduler_pb2.RunSpec.FromString(fetched.trailer.spec)
+        if parent := self._tracing.extract(spec.traceparent, spec.tracestate):
             self._tracing.record(
                 "bucketserve.kv_transfer",
                 self._unix_us(start_s),
                 self._unix_us(end_s),
                 parent=parent,
                 attributes={
-                    "bucketserve.request_id": record.request_id,
-                    "bucketserve.attempt": record.attempt,
+                    "bucketserve.run_id": pull.run_id,
                     "bucketserve.worker_id": self._worker_id,
                     "bucketserve.kv.transport": fetched.transport,
                     "bucketserve.kv.num_bytes": len(fetched.block.data),
@@ -87,9 +87,9 @@ class WorkerTelemetry:
         """When the scheduler gives this worker another role."""
         self._log.info("role.switched", was=older.value, role=role.value)
 
-    def run_began(self, record: scheduler_pb2.QueueRecord, key: str, epoch: int) -> None:
-        """When a request is given to the engine: with run_ended the history that tests check for double execution."""
-        self._log.debug("run.began", request_id=record.request_id, attempt=record.attempt, run=key, epoch=epoch)
+    def run_began(self, key: str, epoch: int) -> None:
+        """When a run is given to the engine: with run_ended the history that tests check for double execution."""
+        self._log.debug("run.began", run=key, epoch=epoch)
 
     def run_ended(self, key: str, how: str) -> None:
         """When the engine is done with it, or is told to be."""
@@ -137,13 +137,12 @@ class WorkerTelemetry:
         self._num_prefix_asked, self._num_prefix_reused = asked, reused
 
     def _record_spans(self, done: Finished) -> None:
-        record = done.running.record
-        parent = self._tracing.extract(record.traceparent, record.tracestate)
+        spec = done.running.spec
+        parent = self._tracing.extract(spec.traceparent, spec.tracestate)
         if parent is None:
             return
         attributes: dict[str, str | int] = {
-            "bucketserve.request_id": record.request_id,
-            "bucketserve.attempt": record.attempt,
+            "bucketserve.run_id": done.running.run_id,
             "bucketserve.worker_id": self._worker_id,
             "bucketserve.batch.id": done.running.batch.batch_id,
             "bucketserve.output_tokens": done.running.num_output_tokens,

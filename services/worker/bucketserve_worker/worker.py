@@ -19,7 +19,7 @@ from bucketserve.rpc.convert import (
     finish_reason_to_pb,
     headroom_to_pb,
     role_to_pb,
-    sequence_from_record,
+    sequence_from_spec,
 )
 from bucketserve.v1 import scheduler_pb2
 from bucketserve_worker.delivery import DeliveryPool
@@ -80,9 +80,9 @@ class Worker:
             KvSources(self.worker_id, self.holder, engine.staging, started.info.kv_layout),
             engine,
             self.running,
-            on_moved=self._on_moved,
+            on_pulled=self._on_pulled,
             on_transfer=self._telemetry.kv_transfer,
-            on_resumed=self._telemetry.run_began,
+            on_began=self._telemetry.run_began,
         )
         self._headroom: Headroom = started.headroom
 
@@ -164,7 +164,7 @@ class Worker:
             message = batches.setdefault(
                 batch_id, scheduler_pb2.BatchPrefilled(batch_id=batch_id, duration_us=duration_us)
             )
-            message.request_ids.append(running.record.request_id)
+            message.run_ids.append(running.run_id)
             if held := self.holder.get(key):
                 message.held.append(self._describe(held))
         for message in batches.values():
@@ -173,9 +173,8 @@ class Worker:
     def _tell_finished(self, finished: Sequence[Finished]) -> None:
         for done in finished:
             self.link.finished(
-                scheduler_pb2.RecordFinished(
-                    request_id=done.running.record.request_id,
-                    attempt=done.running.record.attempt,
+                scheduler_pb2.RunFinished(
+                    run_id=done.running.run_id,
                     reason=finish_reason_to_pb(done.reason),
                     output_tokens=done.running.num_output_tokens,
                 )
@@ -184,50 +183,50 @@ class Worker:
     # --- from the scheduler and the gateways ----------------------------------------------------------------------
 
     def _on_batch(self, assignment: scheduler_pb2.BatchAssignment) -> None:
-        older = [key for record in assignment.records for key in self.running.replace(record.request_id)]
+        older = [key for run in assignment.runs for key in self.running.replace(run.run_id)]
         if older:
             self._engine.cancel(older)
-        keys = self.running.add(assignment)
-        sequences = [
-            sequence_from_record(record, key, assignment.batch.batch_id, hands_over=self.role is WorkerRole.PREFILL)
-            for key, record in zip(keys, assignment.records, strict=True)
-        ]
-        for key, record in zip(keys, assignment.records, strict=True):
-            self._telemetry.run_began(record, key, assignment.epoch)
-        self._engine.add(assignment.assignment, sequences, assignment.max_chunk_tokens)
+        hands_over = self.role is WorkerRole.PREFILL
+        added, batch_id = self.running.add(assignment), assignment.batch.batch_id
+        for key, _ in added:
+            self._telemetry.run_began(key, assignment.epoch)
+        self._engine.add(
+            assignment.assignment,
+            [sequence_from_spec(running.spec, key, batch_id, hands_over=hands_over) for key, running in added],
+            assignment.max_chunk_tokens,
+            # What is handed over takes its spec along.
+            specs={key: run.spec for (key, _), run in zip(added, assignment.runs, strict=True)} if hands_over else {},
+        )
 
     def _on_pull(self, pull: scheduler_pb2.PullKv) -> None:
-        older = self.running.replace(pull.record.request_id, but_not=self._held_key(pull))
+        held = self.holder.find(pull.run_id)
+        # What is to be pulled may be here already: a role switch may order that.
+        older = self.running.replace(pull.run_id, but_not=held.key if held is not None else None)
         if older:
             self._engine.cancel(older)
         self._puller.pull(pull)
 
-    def _held_key(self, pull: scheduler_pb2.PullKv) -> RequestId | None:
-        """Our own name for what is to be pulled, if it is here already: a role switch may order that."""
-        held = self.holder.find(pull.record.request_id, pull.record.attempt)
-        return held.key if held is not None else None
-
-    def _on_moved(self, moved: scheduler_pb2.KvMoved) -> None:
-        self.link.moved(moved)
+    def _on_pulled(self, pulled: scheduler_pb2.KvPulled) -> None:
+        self.link.pulled(pulled)
         self.link.report_soon()
 
     def _on_role(self, role: WorkerRole) -> None:
         self._telemetry.role_switched(self.role, role)
         self.role = role
 
-    def _on_cancel(self, request_ids: list[str]) -> None:
-        self._puller.give_up(request_ids)
-        keys = [key for request_id in request_ids for key in self.running.keys_of(request_id)]
+    def _on_cancel(self, run_ids: list[str]) -> None:
+        self._puller.give_up(run_ids)
+        keys = [key for run_id in run_ids for key in self.running.keys_of(run_id)]
         if held := [key for key in keys if self.holder.release(key)]:
             self._tell_finished(self.running.give_up(held, FinishReason.CANCELLED))
             self.link.report_soon()
         self._engine.cancel([key for key in keys if key not in held])
 
-    def _on_stop(self, attempts: list[tuple[str, int]]) -> None:
-        self._engine.cancel([key for name, attempt in attempts for key in self.running.keys_of(name, attempt)])
+    def _on_stop(self, run_ids: list[str]) -> None:
+        self._engine.cancel([key for run_id in run_ids for key in self.running.keys_of(run_id)])
 
-    def _on_gateway_lost(self, address: str, request_ids: set[str]) -> None:
-        lost = self.running.of_gateway(address, request_ids)
+    def _on_gateway_lost(self, address: str, run_ids: set[str]) -> None:
+        lost = self.running.of_gateway(address, run_ids)
         self._telemetry.gateway_lost(address, len(lost))
         self._tell_finished(self.running.give_up(lost, FinishReason.ERROR))
         self._engine.cancel(lost)
@@ -248,17 +247,13 @@ class Worker:
             pays_padding=self._info.pays_padding,
             context_tokens=self._info.context_tokens,
             report=self._report(),
-            running=[self._running_record(key, running) for key, running in self.running],
+            running=[self._running_run(key, running) for key, running in self.running],
             is_draining=self.link.is_draining,
         )
 
-    def _running_record(self, key: RequestId, running: Running) -> scheduler_pb2.RunningRecord:
+    def _running_run(self, key: RequestId, running: Running) -> scheduler_pb2.RunningRun:
         held = self.holder.get(key)
-        return scheduler_pb2.RunningRecord(
-            request_id=running.record.request_id,
-            attempt=running.record.attempt,
-            held=self._describe(held) if held else None,
-        )
+        return scheduler_pb2.RunningRun(run_id=running.run_id, held=self._describe(held) if held else None)
 
     def _describe(self, held: Held) -> scheduler_pb2.HeldKv:
         return held.describe(self._info.kv_layout, self._engine.staging.path)

@@ -9,17 +9,17 @@ import pytest
 
 from bucketserve.core.errors import StaleEpochError
 from bucketserve.core.types import BatchId, RequestId, WorkerId
-from bucketserve.ports import Admit, Claim, Leadership, Move, QueueStore, Remove, SetEdges
+from bucketserve.ports import Admit, Dispatch, Leadership, Place, QueueStore, Remove, SetEdges
 
 NewStore = Callable[[], QueueStore]
 
 
-def admit(name: str, attempt: int = 1, length: int = 10, payload: bytes = b"p") -> Admit:
-    return Admit(request_id=RequestId(name), attempt=attempt, prefill_tokens=length, payload=payload)
+def admit(name: str, length: int = 10, ticket: bytes = b"t") -> Admit:
+    return Admit(request_id=RequestId(name), prefill_tokens=length, ticket=ticket)
 
 
-def claim(*names: str, worker: str = "w", batch: str = "b") -> Claim:
-    return Claim(
+def dispatch(*names: str, worker: str = "w", batch: str = "b") -> Dispatch:
+    return Dispatch(
         worker_id=WorkerId(worker), batch_id=BatchId(batch), request_ids=tuple(RequestId(name) for name in names)
     )
 
@@ -34,58 +34,57 @@ async def led(store: QueueStore, owner: str = "a", ttl_s: float = 30.0) -> Leade
     return leadership
 
 
-async def held(store: QueueStore, leadership: Leadership) -> dict[str, tuple[int, bytes, str | None, str | None]]:
+async def held(store: QueueStore, leadership: Leadership) -> dict[str, tuple[bytes, str | None, str | None]]:
     snapshot = await store.load(leadership)
-    return {r.request_id: (r.attempt, r.payload, r.worker_id, r.batch_id) for r in snapshot.records}
+    return {t.request_id: (t.ticket, t.worker_id, t.batch_id) for t in snapshot.tickets}
 
 
-async def test_records_are_read_back_as_they_were_written(new_store: NewStore) -> None:
+async def test_tickets_are_read_back_as_they_were_written(new_store: NewStore) -> None:
     store = new_store()
     lead = await led(store)
-    payload = bytes(range(256)) + b":\n"
+    ticket = bytes(range(256)) + b":\n"
     effects = await store.apply(
-        lead, [admit("r1", payload=payload), admit("r 2"), SetEdges(edges=(16, 128)), claim("r1", "missing")]
+        lead, [admit("r1", ticket=ticket), admit("r 2"), SetEdges(edges=(16, 128)), dispatch("r1", "missing")]
     )
     assert effects == [{"r1"}, {"r 2"}, frozenset(), {"r1"}]
-    assert await held(store, lead) == {"r1": (1, payload, "w", "b"), "r 2": (1, b"p", None, None)}
+    assert await held(store, lead) == {"r1": (ticket, "w", "b"), "r 2": (b"t", None, None)}
     assert (await store.load(lead)).edges == (16, 128)
     assert await store.apply(lead, [remove("r1", "missing")]) == [{"r1"}]
-    assert await held(store, lead) == {"r 2": (1, b"p", None, None)}
+    assert await held(store, lead) == {"r 2": (b"t", None, None)}
 
 
-async def test_a_moved_record_is_at_its_new_worker_from_wherever_it_was(new_store: NewStore) -> None:
+async def test_a_placed_ticket_is_at_its_worker_from_wherever_it_was(new_store: NewStore) -> None:
     store = new_store()
     lead = await led(store)
-    await store.apply(lead, [admit("claimed"), admit("waits"), claim("claimed")])
-    moves = [
-        Move(request_id=RequestId(name), worker_id=WorkerId("d"), batch_id=BatchId("b"))
-        for name in ("claimed", "waits", "unknown")
+    await store.apply(lead, [admit("there"), admit("waits"), dispatch("there")])
+    places = [
+        Place(request_id=RequestId(name), worker_id=WorkerId("d"), batch_id=BatchId("b"))
+        for name in ("there", "waits", "unknown")
     ]
     for _ in range(2):
-        assert await store.apply(lead, moves) == [{"claimed"}, {"waits"}, frozenset()]
-        assert await held(store, lead) == {"claimed": (1, b"p", "d", "b"), "waits": (1, b"p", "d", "b")}
-    # It does not wait any more, so that no batch can claim it.
-    assert await store.apply(lead, [claim("waits", worker="w2")]) == [frozenset()]
+        assert await store.apply(lead, places) == [{"there"}, {"waits"}, frozenset()]
+        assert await held(store, lead) == {"there": (b"t", "d", "b"), "waits": (b"t", "d", "b")}
+    # It does not wait any more, so that no batch can have it.
+    assert await store.apply(lead, [dispatch("waits", worker="w2")]) == [frozenset()]
 
 
 async def test_writing_twice_is_writing_once(new_store: NewStore) -> None:
     store = new_store()
     lead = await led(store)
-    writes = [admit("r1"), admit("r2"), claim("r1"), SetEdges(edges=(8,))]
+    writes = [admit("r1"), admit("r2"), dispatch("r1"), SetEdges(edges=(8,))]
     first = await store.apply(lead, writes)
     state = await held(store, lead)
     assert await store.apply(lead, writes) == first
     assert await held(store, lead) == state
 
 
-async def test_a_newer_attempt_replaces_and_an_older_one_is_ignored(new_store: NewStore) -> None:
+async def test_what_is_admitted_again_waits_again(new_store: NewStore) -> None:
     store = new_store()
     lead = await led(store)
-    await store.apply(lead, [admit("r", attempt=1), claim("r")])
-    assert await store.apply(lead, [admit("r", attempt=2, payload=b"two")]) == [{"r"}]
-    assert await held(store, lead) == {"r": (2, b"two", None, None)}
-    assert await store.apply(lead, [admit("r", attempt=1)]) == [frozenset()]
-    assert await held(store, lead) == {"r": (2, b"two", None, None)}
+    await store.apply(lead, [admit("r"), dispatch("r")])
+    assert await store.apply(lead, [admit("r", ticket=b"again")]) == [{"r"}]
+    assert await held(store, lead) == {"r": (b"again", None, None)}
+    assert await store.apply(lead, [dispatch("r", worker="w2")]) == [{"r"}]
 
 
 async def test_one_leader_at_a_time_and_epochs_grow(new_store: NewStore) -> None:
@@ -105,12 +104,12 @@ async def test_an_expired_leader_is_replaced_and_fenced(new_store: NewStore) -> 
     await store.apply(old, [admit("r1")])
     await asyncio.sleep(0.1)
     new = await led(other, "b")
-    for writes in ([admit("r2")], [claim("r1")], [remove("r1")], [SetEdges(edges=(4,))]):
+    for writes in ([admit("r2")], [dispatch("r1")], [remove("r1")], [SetEdges(edges=(4,))]):
         with pytest.raises(StaleEpochError):
             await store.apply(old, writes)
     with pytest.raises(StaleEpochError):
         await store.load(old)
-    assert await held(other, new) == {"r1": (1, b"p", None, None)}
+    assert await held(other, new) == {"r1": (b"t", None, None)}
     # What is not held any more can't be given up.
     await store.resign(old)
     assert await store.lead("a", 30.0) is None
@@ -123,23 +122,23 @@ async def test_an_expired_leader_that_nobody_replaced_goes_on(new_store: NewStor
     assert await led(store, "a") == old
 
 
-async def test_two_claimers_never_get_the_same_record(new_store: NewStore) -> None:
+async def test_two_dispatches_never_get_the_same_ticket(new_store: NewStore) -> None:
     store, other = new_store(), new_store()
     lead = await led(store)
     names = [f"r{i}" for i in range(200)]
     await store.apply(lead, [admit(name) for name in names])
     got = await asyncio.gather(
         *(
-            (store if i % 2 else other).apply(lead, [claim(*names[i : i + 40], worker=f"w{i % 2}", batch=f"b{i}")])
+            (store if i % 2 else other).apply(lead, [dispatch(*names[i : i + 40], worker=f"w{i % 2}", batch=f"b{i}")])
             for i in range(0, 170, 10)
         )
     )
-    claimed = [name for effects in got for name in effects[0]]
-    assert len(claimed) == len(set(claimed)) == 200
-    assert all(worker is not None for _, _, worker, _ in (await held(store, lead)).values())
+    dispatched = [name for effects in got for name in effects[0]]
+    assert len(dispatched) == len(set(dispatched)) == 200
+    assert all(worker is not None for _, worker, _ in (await held(store, lead)).values())
 
 
-async def test_many_records_survive_a_page_wise_load(new_store: NewStore) -> None:
+async def test_many_tickets_survive_a_page_wise_load(new_store: NewStore) -> None:
     store = new_store()
     lead = await led(store)
     await store.apply(lead, [admit(f"r{i}", length=i) for i in range(5_000)])

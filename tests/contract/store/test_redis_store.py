@@ -9,7 +9,7 @@ import pytest
 from bucketserve.core.errors import SettingsError, StaleEpochError, UnavailableError
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.redis import RedisStore, connect, guard
-from tests.contract.store.test_queue_store import admit, claim, held, led
+from tests.contract.store.test_queue_store import admit, dispatch, held, led, remove
 
 pytestmark = pytest.mark.redis
 
@@ -19,7 +19,7 @@ async def test_all_keys_of_a_model_share_a_cluster_slot(valkey: EmbeddedServer) 
     await client.flushdb()
     store = RedisStore(client, "org/mo{d}el")
     lead = await led(store)
-    await store.apply(lead, [admit("r1"), admit("r2"), claim("r1")])
+    await store.apply(lead, [admit("r1"), admit("r2"), dispatch("r1")])
     keys = await client.keys("*")
     assert len(keys) == 5
     tags = {key.decode().split("{", 1)[1].split("}", 1)[0] for key in keys}
@@ -33,8 +33,8 @@ async def test_scripts_are_loaded_again_after_the_server_forgot_them(valkey: Emb
     lead = await led(store)
     await store.apply(lead, [admit("r1")])
     await client.script_flush()
-    await store.apply(lead, [admit("r2"), claim("r1")])
-    assert await held(store, lead) == {"r1": (1, b"p", "w", "b"), "r2": (1, b"p", None, None)}
+    await store.apply(lead, [admit("r2"), dispatch("r1")])
+    assert await held(store, lead) == {"r1": (b"t", "w", "b"), "r2": (b"t", None, None)}
     await client.aclose()
 
 
@@ -78,6 +78,28 @@ def test_a_bad_sentinel_url_is_refused_without_its_password() -> None:
         with pytest.raises(SettingsError, match="sentinel://host:port") as caught:
             connect(url)
         assert "hunter2" not in str(caught.value)
+
+
+async def test_a_full_server_refuses_admission_alone(valkey: EmbeddedServer) -> None:
+    client = connect(valkey.url)
+    await client.flushdb()
+    store = RedisStore(client, "full")
+    lead = await led(store)
+    await store.apply(lead, [admit("r1"), admit("r2")])
+    used = (await client.info("memory"))["used_memory"]
+    await client.config_set("maxmemory-policy", "noeviction")
+    await client.config_set("maxmemory", used // 2)
+    try:
+        writes = [admit("r3"), dispatch("r1", "r3"), admit("r4"), remove("r2"), dispatch("r4")]
+        effects = await store.apply(lead, writes)
+        assert effects == [frozenset(), {"r1"}, frozenset(), {"r2"}, frozenset()]
+        # Its leader goes on leading.
+        assert await led(store) == lead
+    finally:
+        await client.config_set("maxmemory", 0)
+    assert await held(store, lead) == {"r1": (b"t", "w", "b")}
+    assert await store.apply(lead, [admit("r3")]) == [{"r3"}]
+    await client.aclose()
 
 
 async def test_apply_is_one_round_trip(valkey: EmbeddedServer) -> None:

@@ -43,29 +43,28 @@ async def loop_over_valkey() -> AsyncIterator[SchedulingLoop]:
             scheduler_id="s",
             gateways=gateways,
             telemetry=LoopTelemetry(outlets.log, outlets.metrics, outlets.tracing),
-            clock=time.time,
+            clock=time.monotonic,
             new_core=lambda context_tokens: new_core(settings, context_tokens),
         )
         yield SchedulingLoop("m", CONTEXT, (await stores(server.url, stack))("m"), deps)
 
 
-def record(number: int) -> scheduler_pb2.QueueRecord:
-    return scheduler_pb2.QueueRecord(
-        request_id=f"r{number}",
-        attempt=1,
+def a_run(number: int) -> scheduler_pb2.SubmitRun:
+    ticket = scheduler_pb2.Ticket(
+        run_id=f"r{number}.1",
         model="m",
-        token_ids=[7] * (1 + number % 50),
+        prompt_tokens=1 + number % 50,
         max_new_tokens=5,
         tenant="a",
-        arrival_unix_us=time.time_ns() // 1000,
         gateway_id="g",
         context_tokens=CONTEXT,
     )
+    return scheduler_pb2.SubmitRun(ticket=ticket, spec=b"opaque")
 
 
 async def submit_for_ever(loop: SchedulingLoop) -> None:
     for number in itertools.count():
-        await loop.submit(record(number))
+        await loop.submit(a_run(number))
         await asyncio.sleep(0.001)
 
 
@@ -77,7 +76,7 @@ async def play_worker(loop: SchedulingLoop, peer: WorkerPeer) -> list[scheduler_
         if message.WhichOneof("message") == "batch":
             done = scheduler_pb2.BatchPrefilled(
                 batch_id=message.batch.batch.batch_id,
-                request_ids=[record.request_id for record in message.batch.records],
+                run_ids=[run.run_id for run in message.batch.runs],
                 duration_us=1000,
             )
             await loop.hear(peer, scheduler_pb2.WorkRequest(prefilled=done))
@@ -86,7 +85,7 @@ async def play_worker(loop: SchedulingLoop, peer: WorkerPeer) -> list[scheduler_
 
 
 def ids(messages: list[scheduler_pb2.WorkResponse]) -> set[str]:
-    return {record.request_id for message in messages for record in message.batch.records}
+    return {run.run_id for message in messages for run in message.batch.runs}
 
 
 @pytest.mark.parametrize("delay_s", [0.02, 0.05, 0.0503, 0.0511, 0.0517, 0.1])
@@ -96,6 +95,8 @@ async def test_what_a_scheduler_claimed_is_sent_before_it_goes(delay_s: float) -
         peer = await loop.connect(scheduler_pb2.WorkerHello(worker_id="w", context_tokens=CONTEXT, report=report()))
         worker = asyncio.create_task(play_worker(loop, peer))
         submitting = asyncio.create_task(submit_for_ever(loop))
+        while not loop.num_batches:
+            await asyncio.sleep(0.001)
         await asyncio.sleep(delay_s)
         loop.leave()
         await asyncio.wait_for(running, 5)
@@ -107,7 +108,7 @@ async def test_what_a_scheduler_claimed_is_sent_before_it_goes(delay_s: float) -
         next_one = await store.lead("other", 5.0)
         assert next_one is not None, "the loop has not resigned"
         snapshot = await store.load(next_one)
-        claimed = {str(entry.request_id) for entry in snapshot.records if entry.worker_id is not None}
+        claimed = {str(entry.request_id) for entry in snapshot.tickets if entry.worker_id is not None}
         assert claimed
         assert claimed == ids(sent)
 

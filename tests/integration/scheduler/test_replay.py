@@ -39,23 +39,22 @@ class RecordingCore(SchedulerCore):
         return decision
 
 
-def record(number: int, rng: random.Random) -> scheduler_pb2.QueueRecord:
-    now_us = time.time_ns() // 1000
+def a_run(number: int, rng: random.Random) -> scheduler_pb2.SubmitRun:
     prompt = rng.choice([rng.randint(3, 60), rng.randint(400, 1400)])
-    return scheduler_pb2.QueueRecord(
-        request_id=f"r{number}",
-        attempt=1,
+    ticket = scheduler_pb2.Ticket(
+        run_id=f"r{number}.1",
         model="m",
-        token_ids=[7] * prompt,
+        prompt_tokens=prompt,
         max_new_tokens=rng.randint(1, 200),
         request_class=rng.choice([common_pb2.REQUEST_CLASS_INTERACTIVE, common_pb2.REQUEST_CLASS_BATCH]),
         tenant=rng.choice(["a", "b"]),
         slo=common_pb2.Slo(ttft_ms=rng.randint(20, 3000)),
-        arrival_unix_us=now_us,
-        deadline_unix_us=now_us + 400_000 if number % 11 == 0 else None,
         gateway_id="g",
         context_tokens=CONTEXT,
     )
+    spec = scheduler_pb2.RunSpec(token_ids=[7] * prompt, max_new_tokens=ticket.max_new_tokens)
+    remaining_us = 400_000 if number % 11 == 0 else None
+    return scheduler_pb2.SubmitRun(ticket=ticket, spec=spec.SerializeToString(), remaining_us=remaining_us)
 
 
 async def play_worker(loop: SchedulingLoop, name: str) -> None:
@@ -77,18 +76,19 @@ async def play_worker(loop: SchedulingLoop, name: str) -> None:
             continue
         assignment = message.batch
         last = assignment.assignment
-        for item in assignment.records:
-            sizes[item.request_id] = len(item.token_ids) + item.max_new_tokens
-            used += sizes[item.request_id]
-        ids = [item.request_id for item in assignment.records]
+        for run in assignment.runs:
+            spec = scheduler_pb2.RunSpec.FromString(run.spec)
+            sizes[run.run_id] = len(spec.token_ids) + spec.max_new_tokens
+            used += sizes[run.run_id]
+        ids = [run.run_id for run in assignment.runs]
         await tell(report=report())
         await asyncio.sleep(0.003)
-        done = scheduler_pb2.BatchPrefilled(batch_id=assignment.batch.batch_id, request_ids=ids, duration_us=3000)
+        done = scheduler_pb2.BatchPrefilled(batch_id=assignment.batch.batch_id, run_ids=ids, duration_us=3000)
         await tell(prefilled=done)
         await asyncio.sleep(0.005)
-        for request_id in ids:
-            used -= sizes.pop(request_id)
-            finished = scheduler_pb2.RecordFinished(request_id=request_id, attempt=1, output_tokens=3)
+        for run_id in ids:
+            used -= sizes.pop(run_id)
+            finished = scheduler_pb2.RunFinished(run_id=run_id, output_tokens=3, reason=common_pb2.FINISH_REASON_LENGTH)
             await tell(finished=finished)
         await tell(report=report())
 
@@ -112,7 +112,7 @@ async def test_a_log_of_the_service_replays_in_the_simulator_s_policy() -> None:
             scheduler_id="s",
             gateways=gateways,
             telemetry=LoopTelemetry(outlets.log, outlets.metrics, outlets.tracing),
-            clock=lambda: time.time() + 1e-6 * next(ticks),
+            clock=lambda: time.monotonic() + 1e-6 * next(ticks),
             new_core=new_core,
         )
         loop = SchedulingLoop("m", CONTEXT, (await stores(server.url, stack))("m"), deps)
@@ -120,9 +120,9 @@ async def test_a_log_of_the_service_replays_in_the_simulator_s_policy() -> None:
         workers = [asyncio.create_task(play_worker(loop, name)) for name in ("w0", "w1")]
         rng = random.Random(5)
         for number in range(300):
-            await loop.submit(record(number, rng))
+            await loop.submit(a_run(number, rng))
             if number % 10 == 9:
-                await loop.cancel(f"r{rng.randrange(number)}")
+                await loop.cancel(f"r{rng.randrange(number)}.1")
             if number % 5 == 0:
                 await asyncio.sleep(0.004)
         for _ in range(400):

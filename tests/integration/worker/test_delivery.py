@@ -30,7 +30,7 @@ class RestlessGateway(delivery_pb2_grpc.DeliveryServiceServicer):
         await anext(aiter(request_iterator))
         async for message in request_iterator:
             for delivery in message.deliveries:
-                tokens = self.tokens.setdefault(delivery.request_id, [])
+                tokens = self.tokens.setdefault(delivery.run_id, [])
                 assert delivery.first_index <= len(tokens), "a gap"
                 tokens += delivery.token_ids[len(tokens) - delivery.first_index :]
             received += 1
@@ -56,9 +56,7 @@ async def test_every_token_arrives_once_though_streams_keep_ending(how: str) -> 
     )
     for index in range(300):
         for name in ("a", "b", "c"):
-            pool.send(
-                address, delivery_pb2.TokenDelivery(request_id=name, attempt=1, first_index=index, token_ids=[index])
-            )
+            pool.send(address, delivery_pb2.TokenDelivery(run_id=name, first_index=index, token_ids=[index]))
         await asyncio.sleep(0.002)
     await pool.flush(20.0)
     assert gateway.tokens == {name: list(range(300)) for name in ("a", "b", "c")}
@@ -69,7 +67,7 @@ async def test_every_token_arrives_once_though_streams_keep_ending(how: str) -> 
 
 
 def output(name: str, index: int) -> delivery_pb2.TokenDelivery:
-    return delivery_pb2.TokenDelivery(request_id=name, attempt=1, first_index=index, token_ids=[index])
+    return delivery_pb2.TokenDelivery(run_id=name, first_index=index, token_ids=[index])
 
 
 async def test_a_stream_that_breaks_now_and_then_is_not_an_absence_that_goes_on() -> None:

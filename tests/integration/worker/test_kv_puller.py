@@ -8,7 +8,7 @@ import time
 from bucketserve.core.types import RequestId
 from bucketserve.engine.fake import FakeEngine, FakeSettings
 from bucketserve.engine.kv_staging import KvStaging
-from bucketserve.rpc.convert import sequence_from_record
+from bucketserve.rpc.convert import sequence_from_spec
 from bucketserve.v1 import common_pb2, scheduler_pb2
 from bucketserve_worker.delivery import DeliveryPool
 from bucketserve_worker.engine_thread import EngineThread, EngineTurn
@@ -19,9 +19,7 @@ from bucketserve_worker.running import RunningTable
 from tests.chaos.oracle import expected_tokens
 
 PROMPT = [7, 8, 9]
-RECORD = scheduler_pb2.QueueRecord(
-    request_id="r", attempt=1, token_ids=PROMPT, max_new_tokens=6, delivery_address="127.0.0.1:1"
-)
+SPEC = scheduler_pb2.RunSpec(token_ids=PROMPT, max_new_tokens=6, delivery_address="127.0.0.1:1")
 
 
 async def test_a_worker_that_changed_sides_goes_on_with_what_it_holds_itself() -> None:
@@ -30,7 +28,7 @@ async def test_a_worker_that_changed_sides_goes_on_with_what_it_holds_itself() -
     pool = DeliveryPool("w", flush_s=0.0, give_up_s=60.0, on_stop=lambda keys: None, on_lost=lambda address, ids: None)
     running = RunningTable(pool, time.monotonic)
     holder = KvHolder(30.0, time.monotonic)
-    moved: list[scheduler_pb2.KvMoved] = []
+    pulled: list[scheduler_pb2.KvPulled] = []
 
     def on_turn(turn: EngineTurn) -> None:
         turns.append(turn)
@@ -51,23 +49,24 @@ async def test_a_worker_that_changed_sides_goes_on_with_what_it_holds_itself() -
         KvSources("w", holder, staging, started.info.kv_layout),
         engine,
         running,
-        on_moved=moved.append,
+        on_pulled=pulled.append,
         on_transfer=lambda *_: None,
-        on_resumed=lambda *_: None,
+        on_began=lambda *_: None,
     )
-    assignment = scheduler_pb2.BatchAssignment(assignment=1, batch=common_pb2.BatchInfo(batch_id="b"), records=[RECORD])
-    (key,) = running.add(assignment)
-    engine.add(1, [sequence_from_record(RECORD, key, "b", hands_over=True)], 0)
+    run = scheduler_pb2.AssignedRun(run_id="r.1", spec=SPEC.SerializeToString())
+    assignment = scheduler_pb2.BatchAssignment(assignment=1, batch=common_pb2.BatchInfo(batch_id="b"), runs=[run])
+    ((key, _),) = running.add(assignment)
+    engine.add(1, [sequence_from_spec(SPEC, key, "b", hands_over=True)], 0, specs={key: run.spec})
     while not len(holder):
         await asyncio.sleep(0.01)
     held = holder.get(RequestId(key))
     assert held is not None
     kv = held.describe(started.info.kv_layout, staging.path)
-    puller.pull(scheduler_pb2.PullKv(record=RECORD, source_worker_id="w", kv=kv, batch=assignment.batch))
+    puller.pull(scheduler_pb2.PullKv(run_id="r.1", source_worker_id="w", kv=kv, batch=assignment.batch))
     while len(running):
         await asyncio.sleep(0.01)
     assert tokens == expected_tokens(PROMPT, 6, 0.0, 0)
-    assert [(each.request_id, each.is_ok) for each in moved] == [("r", True)]
+    assert [(each.run_id, each.is_ok) for each in pulled] == [("r.1", True)]
     # Nothing is left of its first life here.
     assert (len(holder), len(running), len(puller), staging.num_blocks) == (0, 0, 0, 0)
     await puller.close()

@@ -21,15 +21,15 @@ from bucketserve_worker.running import Running
 KV_BYTES = 3 * PIECE_BYTES + 12_345
 TRAILER = worker_pb2.KvTrailer(token_ids=[5])
 DATA = random.Random(1).randbytes(KV_BYTES) + TRAILER.SerializeToString()
-RECORD = scheduler_pb2.QueueRecord(request_id="r", attempt=1)
-KEY = RequestId("r#1")
+SPEC = scheduler_pb2.RunSpec(max_new_tokens=3)
+KEY = RequestId("r.1#1")
 
 
 def held_in(staging: KvStaging) -> Held:
     block = staging.take(len(DATA))
     block.data[:] = DATA
     handed_over = HandedOver(KEY, 7, KV_BYTES, block, checksum(block.data))
-    return Held(KEY, Running(RECORD, common_pb2.BatchInfo(), 1.0, 1.5), handed_over)
+    return Held(KEY, Running("r.1", SPEC, common_pb2.BatchInfo(), 1.0, 1.5), handed_over)
 
 
 class Source(worker_pb2_grpc.WorkerServiceServicer):
@@ -60,7 +60,7 @@ async def fetching(source: Source) -> AsyncIterator[tuple[KvSources, str, KvStag
 
 
 def pull(kv: scheduler_pb2.HeldKv, address: str = "", source: str = "other") -> scheduler_pb2.PullKv:
-    return scheduler_pb2.PullKv(record=RECORD, source_worker_id=source, source_address=address, kv=kv)
+    return scheduler_pb2.PullKv(run_id="r.1", source_worker_id=source, source_address=address, kv=kv)
 
 
 async def test_shared_memory_and_stream_bring_the_same_bytes() -> None:

@@ -55,14 +55,14 @@ async def test_what_ends_between_hello_and_welcome_is_told() -> None:
     running = asyncio.create_task(link.run())
     try:
         await asyncio.wait_for(scheduler.said_hello.wait(), 10)
-        link.finished(scheduler_pb2.RecordFinished(request_id="r", attempt=1))
+        link.finished(scheduler_pb2.RunFinished(run_id="r.1"))
         link.drain()
         scheduler.may_welcome.set()
         await asyncio.wait_for(connected.wait(), 10)
-        link.moved(scheduler_pb2.KvMoved(request_id="s"))
+        link.pulled(scheduler_pb2.KvPulled(run_id="s.1"))
         while len(scheduler.heard) < 4:
             await asyncio.sleep(0.01)
-        assert scheduler.heard == ["hello", "finished", "draining", "kv_moved"]
+        assert scheduler.heard == ["hello", "finished", "draining", "kv_pulled"]
     finally:
         running.cancel()
         await server.stop(0)

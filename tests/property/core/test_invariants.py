@@ -30,7 +30,7 @@ from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule, QueueO
 from bucketserve.core.types import Batch, BatchId, Request, RequestClass, RequestId, WorkerId
 from tests.builders import a_request, joined, reported
 
-CONTEXT = 2048
+CONTEXT = 4096
 
 
 class World:
@@ -114,11 +114,11 @@ class World:
         held = self.held[worker_id]
         if not held:
             return []
-        request_id, request = next(iter(held.items()))
+        request_id = next(iter(held))
         del held[request_id]
         batch_id = self.batch_of[request_id]
         computed = BatchPrefilled(worker_id=worker_id, batch_id=batch_id, request_ids=(request_id,), duration_s=0.1)
-        done = RequestFinished(request_id=request_id, attempt=request.attempt, worker_id=worker_id, output_tokens=1)
+        done = RequestFinished(request_id=request_id, worker_id=worker_id, output_tokens=1)
         return [computed, done, self.report(worker_id)]
 
 

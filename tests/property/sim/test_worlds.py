@@ -9,7 +9,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bucketserve.core.messages import DispatchBatch, MoveKv
+from bucketserve.core.messages import DispatchBatch, PullKv
 from bucketserve.sim.cluster import build_workers, parse_cluster
 from bucketserve.sim.driver import Simulation
 from bucketserve.sim.latency import CostMode, load_device
@@ -65,7 +65,7 @@ def test_every_request_ends_once_and_no_rule_is_broken(
     batched = [request_id for c in commands if isinstance(c, DispatchBatch) for request_id in c.batch.request_ids]
     assert sorted(batched) == sorted(ledger.records)
     if "decode" in layout:
-        moved = [command.request_id for command in commands if isinstance(command, MoveKv)]
+        moved = [command.request_id for command in commands if isinstance(command, PullKv)]
         assert len(moved) == len(set(moved)) == sum(request.output_tokens > 1 for request in workload.requests)
     for record in ledger.records.values():
         assert record.ttft_s is not None and record.end_s is not None

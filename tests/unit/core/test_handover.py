@@ -11,14 +11,15 @@ from bucketserve.core.messages import (
     Drop,
     DropReason,
     ForgetRequest,
-    KvMoved,
-    MoveKv,
+    KvPulled,
+    PlaceRequest,
+    PullKv,
     RefuseReason,
     RefuseRequest,
     ReleaseKv,
     RequestCancelled,
     RequestFinished,
-    RequestMoved,
+    RequestResumed,
     RequestSubmitted,
     WorkerLost,
 )
@@ -48,8 +49,8 @@ def prefilled(batch: Batch) -> BatchPrefilled:
     return BatchPrefilled(worker_id=P, batch_id=batch.batch_id, request_ids=ids, duration_s=0.1, held=ids)
 
 
-def moved(name: str, is_ok: bool = True) -> KvMoved:
-    return KvMoved(request_id=RequestId(name), attempt=1, source_id=P, target_id=D, is_ok=is_ok)
+def moved(name: str, is_ok: bool = True) -> KvPulled:
+    return KvPulled(request_id=RequestId(name), source_id=P, target_id=D, is_ok=is_ok)
 
 
 def test_prompts_are_computed_on_one_worker_and_go_on_at_the_other() -> None:
@@ -57,15 +58,15 @@ def test_prompts_are_computed_on_one_worker_and_go_on_at_the_other() -> None:
     (batch,) = start(core, "a", "b", "c", "d")
     # The prefill worker reserves prompts only: 400 of 450 safe tokens, though the outputs are three times as long.
     assert (batch.worker_id, len(batch.request_ids)) == (P, 4)
-    moves = [c for c in core.step([prefilled(batch)], 0.2).commands if isinstance(c, MoveKv)]
+    moves = [c for c in core.step([prefilled(batch)], 0.2).commands if isinstance(c, PullKv)]
     # The decode worker has 900 safe tokens: two requests of 400. The rest stays where it is.
     assert [(m.request_id, m.source_id, m.target_id) for m in moves] == [("a", P, D), ("b", P, D)]
-    assert not [c for c in core.step([reported("d", free=1000)], 0.3).commands if isinstance(c, MoveKv)]
+    assert not [c for c in core.step([reported("d", free=1000)], 0.3).commands if isinstance(c, PullKv)]
     core.step([moved("a"), moved("b"), reported("d", free=200, num_running=2)], 0.4)
-    done = RequestFinished(request_id=RequestId("a"), attempt=1, worker_id=D, output_tokens=300)
+    done = RequestFinished(request_id=RequestId("a"), worker_id=D, output_tokens=300)
     later = core.step([done, reported("d", free=600, num_running=1)], 0.5)
     assert ForgetRequest(RequestId("a")) in later.commands
-    assert [c.request_id for c in later.commands if isinstance(c, MoveKv)] == ["c"]
+    assert [c.request_id for c in later.commands if isinstance(c, PullKv)] == ["c"]
 
 
 def test_a_failed_transfer_ends_the_attempt_on_both_sides() -> None:
@@ -73,10 +74,10 @@ def test_a_failed_transfer_ends_the_attempt_on_both_sides() -> None:
     (batch,) = start(core, "a")
     core.step([prefilled(batch)], 0.2)
     decision = core.step([moved("a", is_ok=False)], 0.3)
-    assert decision.drops == (Drop(RequestId("a"), 1, DropReason.WORKER_FAILED),)
+    assert decision.drops == (Drop(RequestId("a"), DropReason.WORKER_FAILED),)
     # Room is free again: the next attempt goes through.
-    again = core.step([RequestSubmitted(a_request("a", 100, 800, 0.4, attempt=2))], 0.4)
-    assert [c.batch.request_ids for c in again.commands if isinstance(c, DispatchBatch)] == [("a",)]
+    again = core.step([RequestResumed(a_request("a.2", 100, 800, 0.4, is_resumed=True))], 0.4)
+    assert [c.batch.request_ids for c in again.commands if isinstance(c, DispatchBatch)] == [("a.2",)]
 
 
 def test_losing_either_side_while_kv_moves_drops_the_request_and_stops_the_other() -> None:
@@ -85,7 +86,7 @@ def test_losing_either_side_while_kv_moves_drops_the_request_and_stops_the_other
         (batch,) = start(core, "a")
         core.step([prefilled(batch)], 0.2)
         decision = core.step([WorkerLost(lost)], 0.3)
-        assert decision.drops == (Drop(RequestId("a"), 1, DropReason.WORKER_LOST),)
+        assert decision.drops == (Drop(RequestId("a"), DropReason.WORKER_LOST),)
         assert CancelAtWorker(other, RequestId("a")) in decision.commands
         assert CancelAtWorker(lost, RequestId("a")) not in decision.commands
 
@@ -109,13 +110,13 @@ def test_the_store_hears_where_a_request_decodes_now() -> None:
     (batch,) = start(core, "a")
     core.step([prefilled(batch)], 0.2)
     # And its old worker that nobody needs the KV there any more.
-    told = (RequestMoved(RequestId("a"), D), ReleaseKv(P, RequestId("a")))
+    told = (PlaceRequest(RequestId("a"), D), ReleaseKv(P, RequestId("a")))
     assert core.step([moved("a")], 0.3).commands == told
 
 
 def a_new_leader(worker_id: WorkerId) -> SchedulerCore:
     core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
-    core.restore(waiting=[], running={a_request("a", 100, 300, 0.0): worker_id}, edges=())
+    core.restore(parked=[], running={a_request("a", 100, 300, 0.0): worker_id}, edges=())
     return core
 
 
@@ -123,8 +124,8 @@ def test_a_new_leader_hands_over_what_a_worker_says_it_holds() -> None:
     core = a_new_leader(P)
     holder = replace(joined("p", running=(at("a", is_held=True),)), role=WorkerRole.PREFILL)
     decision = core.step([holder, replace(joined("d"), role=WorkerRole.DECODE)], 0.1)
-    assert [c for c in decision.commands if isinstance(c, MoveKv)] == [
-        MoveKv(request_id=RequestId("a"), source_id=P, target_id=D)
+    assert [c for c in decision.commands if isinstance(c, PullKv)] == [
+        PullKv(request_id=RequestId("a"), source_id=P, target_id=D)
     ]
     assert not decision.drops
 
@@ -132,25 +133,47 @@ def test_a_new_leader_hands_over_what_a_worker_says_it_holds() -> None:
 def test_a_request_that_moved_while_nobody_led_is_believed_to_be_where_it_says() -> None:
     core = a_new_leader(P)
     decode = replace(joined("d", running=(at("a"),)), role=WorkerRole.DECODE)
-    assert core.step([decode], 0.1).commands == (RequestMoved(RequestId("a"), D),)
+    assert core.step([decode], 0.1).commands == (PlaceRequest(RequestId("a"), D),)
     # The worker that held it comes later and knows nothing of it any more: that is as it should be.
     assert not core.step([replace(joined("p"), role=WorkerRole.PREFILL)], 0.2).drops
-    done = RequestFinished(request_id=RequestId("a"), attempt=1, worker_id=D, output_tokens=300)
+    done = RequestFinished(request_id=RequestId("a"), worker_id=D, output_tokens=300)
     assert ForgetRequest(RequestId("a")) in core.step([done], 0.3).commands
 
 
 def test_a_run_of_an_older_attempt_is_stopped_not_believed() -> None:
     core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
-    core.restore(waiting=[], running={a_request("a", 100, 300, 0.0, attempt=2): P}, edges=())
-    decode = replace(joined("d", running=(at("a", 1),)), role=WorkerRole.DECODE)
-    assert core.step([decode], 0.1).commands == (CancelAtWorker(D, RequestId("a")),)
+    core.restore(parked=[], running={a_request("a.2", 100, 300, 0.0): P}, edges=())
+    decode = replace(joined("d", running=(at("a.1"),)), role=WorkerRole.DECODE)
+    assert core.step([decode], 0.1).commands == (CancelAtWorker(D, RequestId("a.1")),)
+
+
+def test_one_that_only_a_decoder_that_left_could_hold_does_not_stop_those_behind_it() -> None:
+    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
+    small, large = joined("small", free=500), joined("d", free=2000)
+    core.step([replace(joined("p", free=3000), role=WorkerRole.PREFILL)], 0.0)
+    core.step([replace(worker, role=WorkerRole.DECODE) for worker in (small, large)], 0.0)
+    (batch,) = start(core, "large", prompt=200, output=1000)
+    (others,) = start(core, "a", "b", now_s=0.2)
+    core.step([WorkerLost(D)], 0.3)
+    pulls = [c for c in core.step([prefilled(batch), prefilled(others)], 0.4).commands if isinstance(c, PullKv)]
+    assert [(pull.request_id, pull.target_id) for pull in pulls] == [("a", "small")]
+    # It goes on when there is one again, or ends after a while: its KV is not held for ever.
+    again = core.step([replace(joined("d2", free=2000), role=WorkerRole.DECODE)], 10.0)
+    assert {c.request_id for c in again.commands if isinstance(c, PullKv)} == {"large", "b"}
+    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
+    core.step([replace(joined("p", free=3000), role=WorkerRole.PREFILL)], 0.0)
+    core.step([replace(large, role=WorkerRole.DECODE)], 0.0)
+    (batch,) = start(core, "large", prompt=200, output=1000)
+    core.step([WorkerLost(D), replace(small, role=WorkerRole.DECODE), prefilled(batch)], 1.0)
+    assert not core.step([], 30.0).drops
+    assert core.step([], 32.0).drops == (Drop(RequestId("large"), DropReason.TOO_LARGE),)
 
 
 def test_a_run_that_the_store_forgot_goes_on_where_it_is() -> None:
     core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
     core.step([RequestSubmitted(a_request("a", 100, 300, 0.0))], 0.0)
     decision = core.step([joined("w", running=(at("a"),))], 0.1)
-    assert decision.commands == (RequestMoved(RequestId("a"), WorkerId("w")),)
+    assert decision.commands == (PlaceRequest(RequestId("a"), WorkerId("w")),)
     assert core.status().num_waiting == 0
 
 
@@ -161,7 +184,7 @@ def test_a_request_waits_while_the_other_half_is_away_and_is_refused_only_if_no_
     held = core.step([prefilled(batch)], 0.3)
     assert not held.drops
     back = core.step([replace(joined("d"), role=WorkerRole.DECODE)], 0.4)
-    assert [c.request_id for c in back.commands if isinstance(c, MoveKv)] == ["a"]
+    assert [c.request_id for c in back.commands if isinstance(c, PullKv)] == ["a"]
     too_large = core.step([RequestSubmitted(a_request("b", 600, 10, 0.5))], 0.5)
     assert [c.reason for c in too_large.commands if isinstance(c, RefuseRequest)] == [RefuseReason.TOO_LARGE]
 
@@ -171,9 +194,9 @@ def test_a_transfer_whose_end_was_lost_with_the_stream_has_ended_all_the_same() 
     (batch,) = start(core, "a")
     core.step([prefilled(batch)], 0.2)
     back = core.step([replace(joined("d", running=(at("a"),)), role=WorkerRole.DECODE)], 0.3)
-    assert RequestMoved(RequestId("a"), D) in back.commands
+    assert PlaceRequest(RequestId("a"), D) in back.commands
     assert ReleaseKv(P, RequestId("a")) in back.commands
-    done = RequestFinished(request_id=RequestId("a"), attempt=1, worker_id=D, output_tokens=300)
+    done = RequestFinished(request_id=RequestId("a"), worker_id=D, output_tokens=300)
     assert ForgetRequest(RequestId("a")) in core.step([done], 0.4).commands
     assert core.status().num_running == 0
 
@@ -189,11 +212,11 @@ def test_what_a_prefill_worker_holds_goes_on_there_when_it_is_to_do_both() -> No
     core = world()
     core.step([reported("d", free=0)], 0.05)
     (batch,) = start(core, "a", prompt=100, output=300)
-    assert not [c for c in core.step([prefilled(batch)], 0.2).commands if isinstance(c, MoveKv)]
+    assert not [c for c in core.step([prefilled(batch)], 0.2).commands if isinstance(c, PullKv)]
     # Its prompt is there already: 300 tokens more are enough.
-    assert MoveKv(request_id=RequestId("a"), source_id=P, target_id=P) in rejoined_for_both(core, free=350)
+    assert PullKv(request_id=RequestId("a"), source_id=P, target_id=P) in rejoined_for_both(core, free=350)
     core.step([replace(moved("a"), target_id=P)], 0.4)
-    done = RequestFinished(request_id=RequestId("a"), attempt=1, worker_id=P, output_tokens=300)
+    done = RequestFinished(request_id=RequestId("a"), worker_id=P, output_tokens=300)
     assert ForgetRequest(RequestId("a")) in core.step([done], 0.5).commands
     assert core.status().num_running == 0
 
@@ -202,5 +225,5 @@ def test_a_decode_worker_comes_before_those_that_do_both() -> None:
     core = world()
     (batch,) = start(core, "a")
     both = replace(joined("b", free=9000), role=WorkerRole.BOTH)
-    (move,) = [c for c in core.step([both, prefilled(batch)], 0.2).commands if isinstance(c, MoveKv)]
+    (move,) = [c for c in core.step([both, prefilled(batch)], 0.2).commands if isinstance(c, PullKv)]
     assert move.target_id == D

@@ -10,8 +10,8 @@ import pytest
 from bucketserve.core.messages import (
     BatchPrefilled,
     DispatchBatch,
-    KvMoved,
-    MoveKv,
+    KvPulled,
+    PullKv,
     RequestFinished,
     RequestSubmitted,
     SwitchRole,
@@ -64,14 +64,12 @@ class World:
         )
         first_s, place = self.now_s + 0.02, batch.worker_id
         report = reported(place, free=8000, total=8000, last_assignment=batch.assignment)
-        for move in [c for c in self.step([done, report], first_s) if isinstance(c, MoveKv)]:
+        for move in [c for c in self.step([done, report], first_s) if isinstance(c, PullKv)]:
             place = move.target_id
-            moved = KvMoved(
-                request_id=move.request_id, attempt=1, source_id=move.source_id, target_id=place, is_ok=True
-            )
+            moved = KvPulled(request_id=move.request_id, source_id=move.source_id, target_id=place, is_ok=True)
             self.step([moved, reported(place, free=8000, total=8000)], first_s)
         # Ends are in the future of the next arrival; the core only sees their times.
-        ended = RequestFinished(request_id=batch.request_ids[0], attempt=1, worker_id=place, output_tokens=10)
+        ended = RequestFinished(request_id=batch.request_ids[0], worker_id=place, output_tokens=10)
         self.step([ended], first_s + 9 * tpot_s)
 
     def step(self, events: list[object], now_s: float) -> list[object]:

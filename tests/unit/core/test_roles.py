@@ -7,8 +7,8 @@ from dataclasses import replace
 from bucketserve.core.messages import (
     BatchPrefilled,
     DispatchBatch,
-    KvMoved,
-    MoveKv,
+    KvPulled,
+    PullKv,
     RequestSubmitted,
     SwitchRole,
 )
@@ -82,12 +82,11 @@ def test_a_prefill_worker_joins_a_decode_side_that_has_no_room() -> None:
                 worker_id=batch.worker_id, batch_id=batch.batch_id, request_ids=ids, duration_s=0.1, held=ids
             )
             report = reported(batch.worker_id, free=2000, total=2000, last_assignment=batch.assignment)
-            moved = [c for c in core.step([held, report], 1.05 + i / 10).commands if isinstance(c, MoveKv)]
+            moved = [c for c in core.step([held, report], 1.05 + i / 10).commands if isinstance(c, PullKv)]
             for move in moved:
                 moves += 1
-                done = KvMoved(
+                done = KvPulled(
                     request_id=move.request_id,
-                    attempt=1,
                     source_id=move.source_id,
                     target_id=WorkerId("d0"),
                     is_ok=True,

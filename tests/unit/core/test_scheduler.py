@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bucketserve.core.messages import (
+    AdmitFailed,
     AdmitRequest,
     BatchPrefilled,
     CancelAtWorker,
     ChangeEdges,
     Decision,
     DispatchBatch,
+    DispatchFailed,
     Drop,
     DropReason,
     ForgetRequest,
@@ -16,13 +20,14 @@ from bucketserve.core.messages import (
     RefuseRequest,
     RequestCancelled,
     RequestFinished,
+    RequestResumed,
     RequestSubmitted,
     WorkerDraining,
     WorkerLost,
 )
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
-from bucketserve.core.types import Batch, LimitedBy, RequestClass, RequestId, StepSample, WorkerId
+from bucketserve.core.types import Batch, FinishReason, LimitedBy, RequestClass, RequestId, StepSample, WorkerId
 from tests.builders import a_request, at, joined, reported
 
 W = WorkerId("w")
@@ -34,6 +39,10 @@ def core(**settings) -> SchedulerCore:
 
 def submitted(*names: str, **more) -> list[RequestSubmitted]:
     return [RequestSubmitted(a_request(name, **more)) for name in names]
+
+
+def resumed(*names: str, **more) -> list[RequestResumed]:
+    return [RequestResumed(a_request(name, is_resumed="." in name, **more)) for name in names]
 
 
 def batches(decision: Decision) -> list[Batch]:
@@ -48,8 +57,8 @@ def prefilled(batch: Batch) -> BatchPrefilled:
     return BatchPrefilled(worker_id=W, batch_id=batch.batch_id, request_ids=batch.request_ids, duration_s=0.1)
 
 
-def finished(name: str, attempt: int = 1, worker: str = "w") -> RequestFinished:
-    return RequestFinished(request_id=RequestId(name), attempt=attempt, worker_id=WorkerId(worker), output_tokens=5)
+def finished(name: str, worker: str = "w", reason: FinishReason = FinishReason.LENGTH) -> RequestFinished:
+    return RequestFinished(request_id=RequestId(name), worker_id=WorkerId(worker), output_tokens=5, reason=reason)
 
 
 def test_requests_wait_without_a_worker_and_go_when_one_joins() -> None:
@@ -154,7 +163,7 @@ def test_cancelling_in_the_queue_and_at_a_worker() -> None:
     under_test = core()
     under_test.step(submitted("a"), 0.0)
     decision = under_test.step([RequestCancelled(RequestId("a")), RequestCancelled(RequestId("unknown"))], 0.1)
-    assert decision.drops == (Drop(RequestId("a"), 1, DropReason.CANCELLED),)
+    assert decision.drops == (Drop(RequestId("a"), DropReason.CANCELLED),)
     under_test.step([joined(), *submitted("b")], 0.2)
     decision = under_test.step([RequestCancelled(RequestId("b"))], 0.3)
     assert decision.commands == (CancelAtWorker(W, RequestId("b")),)
@@ -168,10 +177,10 @@ def test_a_lost_worker_s_requests_are_dropped_for_resubmission() -> None:
     decision = under_test.step([WorkerLost(W)], 1.0)
     assert {drop.request_id for drop in decision.drops} == {"a", "b"}
     assert {drop.reason for drop in decision.drops} == {DropReason.WORKER_LOST}
-    again = under_test.step([*submitted("a", attempt=2), joined("w2")], 1.1)
-    assert batches(again)[0].request_ids == ("a",)
+    again = under_test.step([*resumed("a.2"), joined("w2")], 1.1)
+    assert batches(again)[0].request_ids == ("a.2",)
     # What the lost worker still says of the first attempt is ignored.
-    assert under_test.step([finished("a", attempt=1)], 1.2).commands == ()
+    assert under_test.step([finished("a")], 1.2).commands == ()
 
 
 def test_a_worker_that_comes_back_keeps_what_it_still_has() -> None:
@@ -183,24 +192,112 @@ def test_a_worker_that_comes_back_keeps_what_it_still_has() -> None:
     assert under_test.step([finished("a")], 1.1).commands == (ForgetRequest(RequestId("a")),)
 
 
-def test_a_newer_attempt_takes_over_and_an_older_one_is_refused() -> None:
+def test_a_request_said_again_changes_nothing() -> None:
     under_test = core()
-    under_test.step([joined(), *submitted("a", attempt=2)], 0.0)
-    assert refusals(under_test.step(submitted("a", attempt=2), 0.1)) == [RefuseReason.DUPLICATE]
-    assert refusals(under_test.step(submitted("a", attempt=1), 0.1)) == [RefuseReason.DUPLICATE]
-    decision = under_test.step(submitted("a", attempt=3), 0.2)
-    kinds = [type(command) for command in decision.commands]
-    assert kinds == [CancelAtWorker, AdmitRequest, DispatchBatch]
+    under_test.step(submitted("waits"), 0.0)
+    assert under_test.step([*submitted("waits"), *resumed("waits")], 0.1).commands == ()
+    under_test.step([joined()], 0.2)
+    assert under_test.step([*submitted("waits"), *resumed("waits")], 0.3).commands == ()
+
+
+def test_a_resumption_is_never_refused_and_goes_first() -> None:
+    under_test = core(max_queued_requests=2, max_outstanding_batches=1)
+    under_test.step([joined(free=30, total=1000), *submitted("runs")], 0.0)
+    under_test.step(submitted("a", "b", ttft_slo_s=0.5, arrival_s=1.0), 1.0)
+    wanted = {"ttft_slo_s": 0.1, "reject_if_unattainable": True, "arrival_s": 0.5}
+    decision = under_test.step([*submitted("c"), *resumed("lost.2", **wanted)], 40.0)
+    assert refusals(decision) == [RefuseReason.QUEUE_REQUESTS]
+    # Late as it is, and with others before it in the queue.
+    assert batches(under_test.step([joined("w2", free=25, total=1000)], 41.0))[0].request_ids == ("lost.2",)
+
+
+def test_a_resumed_request_avoids_the_worker_that_lost_it_while_there_is_another() -> None:
+    under_test = core()
+    avoid = frozenset({WorkerId("cut")})
+    under_test.step([joined("cut", free=4000), joined("other", free=2000)], 0.0)
+    (batch,) = batches(under_test.step(resumed("a.2", avoid=avoid), 0.1))
+    assert batch.worker_id == "other"
+    under_test.step([WorkerLost(WorkerId("other"))], 0.2)
+    (batch,) = batches(under_test.step(resumed("a.3", avoid=avoid), 0.3))
+    assert batch.worker_id == "cut"
+
+
+def test_what_a_worker_failed_is_dropped_for_resumption() -> None:
+    under_test = core()
+    under_test.step([joined(), *submitted("a")], 0.0)
+    decision = under_test.step([finished("a", reason=FinishReason.ERROR)], 0.1)
+    assert decision.drops == (Drop(RequestId("a"), DropReason.WORKER_FAILED),)
+    # The next attempt may come in the same turn as the end of the one before, in any order.
+    events = [*resumed("a.2"), finished("a")]
+    assert batches(under_test.step(events, 0.2))[0].request_ids == ("a.2",)
+
+
+def test_what_the_store_did_not_have_is_stored_and_sent_again() -> None:
+    under_test = core()
+    under_test.step([joined(free=100), *submitted("a", "b")], 0.0)
+    failed = DispatchFailed(worker_id=W, request_ids=(RequestId("b"),))
+    decision = under_test.step([failed], 0.1)
+    assert [c.request.request_id for c in decision.commands if isinstance(c, AdmitRequest)] == ["b"]
+    assert [again.request_ids for again in batches(decision)] == [("b",)]
+    for name in ("a", "b"):
+        assert under_test.step([finished(name)], 0.2).commands == (ForgetRequest(RequestId(name)),)
+    # All of the worker's memory is free again.
+    under_test.step([reported(free=100, total=100, last_assignment=2)], 0.3)
+    assert batches(under_test.step(submitted("c", max_new_tokens=90), 0.4))[0].reserved_kv_tokens == 100
+
+
+def test_what_the_store_could_not_take_is_refused() -> None:
+    under_test = core()
+    under_test.step(submitted("a"), 0.0)
+    decision = under_test.step([AdmitFailed((RequestId("a"),))], 0.1)
+    assert refusals(decision) == [RefuseReason.STORE_FULL]
+    assert under_test.status().num_waiting == 0
+
+
+def test_a_parked_request_waits_for_its_gateway() -> None:
+    under_test = core()
+    under_test.restore(parked=[a_request("p"), a_request("q")], running={}, edges=())
+    assert not batches(under_test.step([joined()], 0.0))
+    assert batches(under_test.step(resumed("p"), 0.1))[0].request_ids == ("p",)
+    assert under_test.step([RequestCancelled(RequestId("q"))], 0.2).drops == (
+        Drop(RequestId("q"), DropReason.CANCELLED),
+    )
+
+
+def test_the_context_grows_with_the_workers() -> None:
+    under_test = core(edges=EdgeRule.ADAPTIVE)
+    assert refusals(under_test.step(submitted("a", prompt_tokens=9000), 0.0)) == [RefuseReason.TOO_LARGE]
+    large = replace(joined("large", free=100_000), context_tokens=32_768)
+    (batch,) = batches(under_test.step([large, *submitted("b", prompt_tokens=30_000)], 0.1))
+    assert batch.bucket.high == 32_769
+    assert under_test.status().buckets[-1].bucket.high == 32_769
+
+
+def test_an_event_that_cannot_be_taken_ends_its_own_request_alone(monkeypatch) -> None:
+    under_test = core()
+    under_test.step([joined(), *submitted("a")], 0.0)
+    arrived = under_test._edges.arrived
+
+    def fail(length: int, now_s: float) -> None:
+        if length == 13:
+            raise IndexError("no such cell")
+        arrived(length, now_s)
+
+    monkeypatch.setattr(under_test._edges, "arrived", fail)
+    decision = under_test.step([*submitted("bad", prompt_tokens=13), *submitted("b")], 0.1)
+    assert decision.drops == (Drop(RequestId("bad"), DropReason.INTERNAL),)
+    assert [str(fault.error) for fault in decision.faults] == ["no such cell"]
+    assert batches(decision)[0].request_ids == ("b",)
 
 
 def test_deadlines_end_requests_wherever_they_are() -> None:
     under_test = core()
     decision = under_test.step(submitted("waits", deadline_s=5.0), 0.0)
     assert decision.wake_s == 5.0
-    assert under_test.step([], 5.0).drops == (Drop(RequestId("waits"), 1, DropReason.DEADLINE),)
+    assert under_test.step([], 5.0).drops == (Drop(RequestId("waits"), DropReason.DEADLINE),)
     under_test.step([joined(), *submitted("runs", deadline_s=9.0)], 6.0)
     decision = under_test.step([], 9.5)
-    assert decision.drops == (Drop(RequestId("runs"), 1, DropReason.DEADLINE),)
+    assert decision.drops == (Drop(RequestId("runs"), DropReason.DEADLINE),)
     assert decision.commands == (CancelAtWorker(W, RequestId("runs")),)
 
 
@@ -248,7 +345,7 @@ def test_what_no_worker_could_ever_hold_is_dropped_once_it_is_late() -> None:
     under_test = core()
     under_test.step(submitted("large", prompt_tokens=500), 0.0)
     assert under_test.step([joined(free=100)], 1.0).drops == ()
-    assert under_test.step([], 3.0).drops == (Drop(RequestId("large"), 1, DropReason.TOO_LARGE),)
+    assert under_test.step([], 3.0).drops == (Drop(RequestId("large"), DropReason.TOO_LARGE),)
 
 
 def test_a_late_large_request_is_not_starved_by_small_ones() -> None:
@@ -296,8 +393,8 @@ def test_adaptive_edges_follow_the_arrivals() -> None:
 def test_a_restored_core_goes_on() -> None:
     under_test = core()
     running = a_request("runs")
-    under_test.restore(waiting=[a_request("waits")], running={running: W}, edges=())
-    decision = under_test.step([joined(running=(at("runs"),), free=980, total=1000)], 0.0)
+    under_test.restore(parked=[a_request("waits")], running={running: W}, edges=())
+    decision = under_test.step([joined(running=(at("runs"),), free=980, total=1000), *resumed("waits")], 0.0)
     assert decision.drops == ()
     assert [batch.request_ids for batch in batches(decision)] == [("waits",)]
     assert under_test.step([finished("runs")], 1.0).commands == (ForgetRequest(RequestId("runs")),)

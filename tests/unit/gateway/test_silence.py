@@ -1,4 +1,4 @@
-"""A request that runs and of which nothing is heard any more is submitted again, as it is."""
+"""A request of which nothing is heard any more is submitted again, as it is."""
 
 from __future__ import annotations
 
@@ -18,11 +18,19 @@ async def test_silent_requests_are_asked_for_again() -> None:
 
     def opened(name: str, *, runs: bool) -> OpenRequest:
         valid = validate(inference_pb2.GenerateRequest(request_id=name, prompt="the"), served, max_prompt_bytes=1000)
-        record = scheduler_pb2.QueueRecord(request_id=name, attempt=1, max_new_tokens=8)
-        request = OpenRequest(valid, [5, 6], 8, record, max_attempts=3, max_pending_tokens=100, submit=link.submit)
+        request = OpenRequest(
+            valid,
+            [5, 6],
+            8,
+            scheduler_pb2.Ticket(model="demo"),
+            scheduler_pb2.RunSpec(),
+            max_attempts=3,
+            max_pending_tokens=100,
+            resume=lambda opened, former: None,
+        )
         requests.add(request)
         if runs:
-            request.on_dispatched(scheduler_pb2.RecordDispatched(request_id=name, attempt=1))
+            request.on_dispatched(scheduler_pb2.RunDispatched(run_id=request.run_id))
         return request
 
     silent, talks, waits, over = (
@@ -40,20 +48,20 @@ async def test_silent_requests_are_asked_for_again() -> None:
     talks.heard_s = late_s - 1
     over.deliver(
         delivery_pb2.TokenDelivery(
-            request_id="over",
-            attempt=1,
+            run_id=over.run_id,
             token_ids=[7],
             finished=delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_LENGTH),
         )
     )
-    assert link.ask_again(late_s) == 1
+    # One that waits in the queue as well: the word of its dispatch may have been lost.
+    assert link.ask_again(late_s) == 2
     # Not in every round, and again if it stays silent.
     assert link.ask_again(late_s + 1) == 0
-    assert link.ask_again(late_s + SILENCE_S + 1) == 2
+    assert link.ask_again(late_s + SILENCE_S + 1) == 3
     asyncio.get_running_loop().call_soon(outbox.close)
-    sent = [(m.record.request_id, m.record.attempt) async for m in outbox.messages()]
-    assert sent[:1] == [("silent", 1)]
+    sent = [m.run.ticket.run_id async for m in outbox.messages()]
+    assert sent[:2] == [silent.run_id, waits.run_id]
     assert not waits.is_over
     # What the scheduler answers changes nothing for one that it knows.
-    silent.on_dispatched(scheduler_pb2.RecordDispatched(request_id="silent", attempt=1))
+    silent.on_dispatched(scheduler_pb2.RunDispatched(run_id=silent.run_id))
     assert silent.attempt == 1

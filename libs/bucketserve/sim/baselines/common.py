@@ -13,7 +13,7 @@ from bucketserve.core.messages import (
     DispatchBatch,
     Event,
     ForgetRequest,
-    KvMoved,
+    KvPulled,
     RequestFinished,
     RequestSubmitted,
     WorkerJoined,
@@ -92,8 +92,8 @@ class Baseline:
                     del self.requests[event.request_id]
                     self.on_finished(event)
                     self.commands.append(ForgetRequest(event.request_id))
-                case KvMoved():
-                    self.on_moved(event)
+                case KvPulled():
+                    self.on_pulled(event)
         self.schedule(now_s)
         return Decision(tuple(self.commands), (), self.wake_s)
 
@@ -106,7 +106,7 @@ class Baseline:
     def on_finished(self, event: RequestFinished) -> None:
         """Takes note of a request's end."""
 
-    def on_moved(self, event: KvMoved) -> None:
+    def on_pulled(self, event: KvPulled) -> None:
         """Takes note of a completed transfer."""
 
     def schedule(self, now_s: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from bucketserve.core.messages import BatchPrefilled, KvMoved, MoveKv, RequestFinished
+from bucketserve.core.messages import BatchPrefilled, KvPulled, PullKv, RequestFinished
 from bucketserve.core.types import Request, RequestId, WorkerId, WorkerRole
 from bucketserve.sim.baselines.common import Baseline, KnownWorker
 
@@ -36,7 +36,7 @@ class Disaggregated(Baseline):
         """One with a single output token never reaches decode."""
         self.unpulled.pop(event.request_id, None)
 
-    def on_moved(self, event: KvMoved) -> None:
+    def on_pulled(self, event: KvPulled) -> None:
         """The prefill worker's memory is free again."""
         self.unpulled.pop(event.request_id, None)
 
@@ -55,7 +55,7 @@ class Disaggregated(Baseline):
             best = max(able, key=lambda target: (target.free_tokens, target.worker_id))
             best.unaccounted_tokens += request.prompt_tokens + 1
             self._prefilled.popleft()
-            self.commands.append(MoveKv(request_id=request_id, source_id=source_id, target_id=best.worker_id))
+            self.commands.append(PullKv(request_id=request_id, source_id=source_id, target_id=best.worker_id))
 
     def _has_room(self, target: KnownWorker, request: Request) -> bool:
         reserve = int(self._watermark * target.headroom.kv_total_tokens) if target.headroom.num_running else 0

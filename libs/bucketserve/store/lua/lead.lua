@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Takes or renews the leadership.
 -- KEYS: leader, epoch.  ARGV: owner, time to live in milliseconds.
 -- Returns the fencing epoch, or -1 while someone else leads.  O(1).

@@ -1,5 +1,6 @@
--- Forgets records, waiting or claimed.
--- KEYS: epoch, record, waiting, claim.  ARGV: epoch, ids...
+#!lua flags=allow-oom
+-- Forgets tickets, waiting or at a worker. Works in a full server.
+-- KEYS: epoch, ticket, waiting, place.  ARGV: epoch, ids...
 -- Returns the ids that were there; error STALE.  O(k log n).
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return redis.error_reply('STALE epoch') end
 local removed = {}

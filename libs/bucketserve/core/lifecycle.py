@@ -1,0 +1,207 @@
+"""The life of a request in the core: its states, the legal steps between them, and the workers' books that go with it.
+
+```
+ (admitted) ─▶ WAITING ──dispatch──▶ PREFILL ──▶ DECODE ─▶ ENDED        any state may go to ENDED
+                ▲   ▲                  │  │         ▲
+  PARKED ───────┘   └──not dispatched──┘  └▶ HELD ─▶ PULLING
+```
+
+Every id names one attempt (core/types.py, RequestId), so that what arrives late names something that is not here.
+Whatever changes a state changes the books of the workers concerned with it, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from bucketserve.core.demand import Demand
+from bucketserve.core.errors import IllegalStepError
+from bucketserve.core.fleet import Fleet
+from bucketserve.core.lanes import Lane
+from bucketserve.core.types import Batch, Request, RequestId, WorkerId
+
+__all__ = ["NEXT_STATES", "Life", "Lifecycle", "State"]
+
+
+class State(enum.Enum):
+    """Where a request is."""
+
+    PARKED = "parked"
+    """Admitted by an earlier leader; its prompt has to be said again by its gateway before it can be dispatched."""
+    WAITING = "waiting"
+    """In a bucket."""
+    PREFILL = "prefill"
+    """At a worker, its prompt not computed as far as is known."""
+    HELD = "held"
+    """Its prompt is computed and its KV waits for a decode worker."""
+    PULLING = "pulling"
+    """A decode worker pulls its KV."""
+    DECODE = "decode"
+    """At a worker, its prompt computed."""
+    ENDED = "ended"
+    """Nothing follows."""
+
+
+NEXT_STATES: Mapping[State, frozenset[State]] = {
+    State.PARKED: frozenset({State.WAITING, State.PREFILL, State.ENDED}),
+    State.WAITING: frozenset({State.PREFILL, State.ENDED}),
+    State.PREFILL: frozenset({State.WAITING, State.HELD, State.DECODE, State.ENDED}),
+    State.HELD: frozenset({State.PULLING, State.ENDED}),
+    State.PULLING: frozenset({State.DECODE, State.ENDED}),
+    # A worker that comes back may hold what was believed to decode there: its role had changed before it was cut off.
+    State.DECODE: frozenset({State.HELD, State.ENDED}),
+    State.ENDED: frozenset(),
+}
+AT_WORKER = frozenset({State.PREFILL, State.HELD, State.PULLING, State.DECODE})
+
+
+@dataclass(slots=True, eq=False)
+class Life:
+    """One request that has not ended."""
+
+    request: Request
+    state: State
+    worker_id: WorkerId | None = None
+    """The worker that it is at; None while it waits."""
+    target_id: WorkerId | None = None
+    """While PULLING: the decode worker."""
+    lane: Lane = Lane.IN_TIME
+    """The one that it was dispatched from."""
+    prefilled_s: float | None = None
+
+    @property
+    def is_at_worker(self) -> bool:
+        """Whether a worker has it."""
+        return self.state in AT_WORKER
+
+    @property
+    def workers(self) -> tuple[WorkerId, ...]:
+        """The workers that have something of it."""
+        return tuple(worker_id for worker_id in (self.worker_id, self.target_id) if worker_id is not None)
+
+    def go(self, state: State) -> None:
+        """Makes a legal step.
+
+        Raises:
+            IllegalStepError: it is none.
+        """
+        if state not in NEXT_STATES[self.state]:
+            raise IllegalStepError(f"{self.request.request_id}: from {self.state.value} to {state.value}")
+        self.state = state
+
+
+class Lifecycle:
+    """All requests that have not ended, by id."""
+
+    def __init__(self, fleet: Fleet, demand: Demand) -> None:
+        """Keeps the books of both."""
+        self._fleet = fleet
+        self._demand = demand
+        self._lives: dict[RequestId, Life] = {}
+        self.num_at_workers = 0
+
+    def __iter__(self) -> Iterator[Life]:
+        """Yields what has not ended."""
+        return iter(self._lives.values())
+
+    def get(self, request_id: RequestId) -> Life | None:
+        """Returns a request that has not ended."""
+        return self._lives.get(request_id)
+
+    def in_state(self, request_id: RequestId, *states: State) -> Life | None:
+        """Returns a request that is in one of the states."""
+        life = self._lives.get(request_id)
+        return life if life is not None and life.state in states else None
+
+    def at(self, worker_id: WorkerId) -> list[Life]:
+        """Returns what a worker has something of."""
+        return [life for life in self._lives.values() if worker_id in (life.worker_id, life.target_id)]
+
+    def park(self, request: Request) -> Life:
+        """Takes a request that cannot be dispatched yet."""
+        life = self._lives[request.request_id] = Life(request, State.PARKED)
+        return life
+
+    def wait(self, request: Request) -> None:
+        """Takes a request into the queue: a new one, or one that was parked or taken back from its worker."""
+        life = self._lives.get(request.request_id)
+        if life is None:
+            self._lives[request.request_id] = Life(request, State.WAITING)
+        elif life.state is not State.WAITING:
+            life.go(State.WAITING)
+            life.request = request
+
+    def dispatch(self, batch: Batch, lane: Lane, now_s: float) -> None:
+        """Gives a batch's requests to its worker, which has it in its books already (WorkerState.assign)."""
+        for request_id in batch.request_ids:
+            self.place(self._lives[request_id], batch.worker_id, now_s, lane)
+
+    def place(self, life: Life, worker_id: WorkerId, now_s: float, lane: Lane = Lane.IN_TIME) -> None:
+        """Gives a request to a worker, or believes one that says it has it."""
+        life.go(State.PREFILL)
+        life.worker_id, life.lane = worker_id, lane
+        self.num_at_workers += 1
+        self._demand.took(lane, life.request.reserved_tokens, now_s)
+
+    def take_back(self, life: Life, now_s: float) -> None:
+        """Takes a request back that was not sent to its worker after all: it waits again, but is in no bucket yet."""
+        if life.worker_id is not None and (worker := self._fleet.get(life.worker_id)):
+            worker.take_back(life.request)
+            self._fleet.changed(worker)
+        self._leave_workers(life, now_s)
+        life.go(State.WAITING)
+        life.worker_id = None
+
+    def prefilled(self, life: Life, now_s: float) -> None:
+        """Its prompt is computed where it is."""
+        if life.state is State.PREFILL:
+            life.go(State.DECODE)
+        life.prefilled_s = now_s
+
+    def hold(self, life: Life) -> None:
+        """Its KV waits for a decode worker."""
+        life.go(State.HELD)
+
+    def pull(self, life: Life, target_id: WorkerId) -> None:
+        """A decode worker, which expects it in its books already, pulls its KV."""
+        life.go(State.PULLING)
+        life.target_id = target_id
+
+    def pulled(self, life: Life) -> WorkerId | None:
+        """It decodes at its target from now on; returns the worker that still holds its KV, if that is another."""
+        source_id, target_id = life.worker_id, life.target_id
+        life.go(State.DECODE)
+        life.worker_id, life.target_id = target_id, None
+        if target_id is not None and (target := self._fleet.get(target_id)):
+            target.incoming.pop(life.request.request_id, None)
+            self._fleet.changed(target)
+        source = self._fleet.get(source_id) if source_id is not None and source_id != target_id else None
+        if source is None:
+            return None
+        source.release(life.request.request_id)
+        self._fleet.changed(source)
+        return source_id
+
+    def move(self, life: Life, worker_id: WorkerId) -> None:
+        """Believes a worker that it has a request whose own worker is not here to say otherwise."""
+        life.worker_id, life.target_id = worker_id, None
+        if life.state is State.PULLING:
+            life.go(State.DECODE)
+
+    def end(self, life: Life, now_s: float) -> None:
+        """Ends it; its workers' books are freed of it."""
+        was_at_worker = life.is_at_worker
+        life.go(State.ENDED)
+        del self._lives[life.request.request_id]
+        if was_at_worker:
+            self._leave_workers(life, now_s)
+            for worker_id in life.workers:
+                if worker := self._fleet.get(worker_id):
+                    worker.release(life.request.request_id)
+                    self._fleet.changed(worker)
+
+    def _leave_workers(self, life: Life, now_s: float) -> None:
+        self.num_at_workers -= 1
+        self._demand.took(life.lane, -life.request.reserved_tokens, now_s)
