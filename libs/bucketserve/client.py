@@ -8,13 +8,15 @@ async with BucketServeClient("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 
 import grpc
 
 from bucketserve.rpc.channel import open_channel
-from bucketserve.rpc.status import error_from_call
+from bucketserve.rpc.status import error_from_call, errors_named, is_answered
 from bucketserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 __all__ = ["BucketServeClient", "Chunk", "Event", "Finished", "Started"]
@@ -25,26 +27,23 @@ Finished = inference_pb2.GenerateFinished
 Event = Started | Chunk | Finished
 
 _SERVICE = "bucketserve.v1.InferenceService"
-# Only what never reached a server is retried, and only before the first message.
-_RETRIES = {
-    "name": [{"service": _SERVICE}],
-    "retryPolicy": {
-        # Some three seconds: as long as it takes to find a gateway again whose restart was not noticed yet.
-        "maxAttempts": 5,
-        "initialBackoff": "0.2s",
-        "maxBackoff": "2s",
-        "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"],
-    },
-}
+UNARY_TIMEOUT_S = 30.0
+RECONNECT_S = 3.0
+"""As long as it takes to find a gateway again whose restart was not noticed yet."""
+_FIRST_PAUSE_S = 0.2
 
 
 class BucketServeClient:
-    """One channel to a gateway, or to several behind one name (dns:///name:port, round robin)."""
+    """One channel to a gateway, or to several behind one name (dns:///name:port, round robin).
+
+    A request is sent again only if nothing was heard of it and no server gave the error: the connection failed, so that
+    it never arrived or its run was cancelled with the connection. What a server answers is never repeated, be it
+    UNAVAILABLE or RESOURCE_EXHAUSTED: what to do with the error's retry_delay_s is the caller's decision.
+    """
 
     def __init__(self, address: str, *, options: Sequence[tuple[str, int | str]] = ()) -> None:
         """Connects when first used; options are further channel arguments."""
-        self._channel = open_channel(address, watched_service=_SERVICE, method_configs=[_RETRIES], options=options)
+        self._channel = open_channel(address, watched_service=_SERVICE, options=options)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> BucketServeClient:
@@ -71,7 +70,7 @@ class BucketServeClient:
         request_id: str = "",
         max_tokens: int | None = None,
         sampling: common_pb2.SamplingParams | None = None,
-        stop_strings: Sequence[str] = (),
+        stop_strings: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
         num_logprobs: int | None = None,
@@ -86,9 +85,12 @@ class BucketServeClient:
         chat is a sequence of (role, content). Leaving the iteration early cancels the request.
 
         Raises:
+            ValueError: more than one kind of prompt is given, or a value does not fit its field.
             BucketServeError: the one that the server's status names.
             grpc.aio.AioRpcError: any other failure.
         """
+        if sum(given is not None for given in (prompt, token_ids, chat)) > 1:
+            raise ValueError("give one of prompt, token_ids and chat")
         request = inference_pb2.GenerateRequest(
             request_id=request_id,
             model=model,
@@ -98,7 +100,7 @@ class BucketServeClient:
             sampling=sampling,
             stopping=common_pb2.StoppingParams(
                 max_tokens=max_tokens,
-                stop_strings=stop_strings,
+                stop_strings=[stop_strings] if isinstance(stop_strings, str) else stop_strings,
                 stop_token_ids=stop_token_ids,
                 ignore_eos=ignore_eos,
             ),
@@ -118,14 +120,25 @@ class BucketServeClient:
         metadata: Sequence[tuple[str, str]] = (),
     ) -> AsyncIterator[Event]:
         """Like generate, for a request message."""
-        call = self.stub.Generate(request, timeout=timeout_s, metadata=tuple(metadata))
-        try:
-            async for response in call:
-                yield getattr(response, response.WhichOneof("event"))
-        except grpc.aio.AioRpcError as error:
-            raise error_from_call(error) or error from None
-        finally:
-            call.cancel()
+        started_s, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        while True:
+            passed_s = time.monotonic() - started_s
+            remaining_s = None if timeout_s is None else timeout_s - passed_s
+            call = self.stub.Generate(request, timeout=remaining_s, metadata=tuple(metadata))
+            is_heard = False
+            try:
+                async for response in call:
+                    is_heard = True
+                    yield getattr(response, response.WhichOneof("event"))
+                return
+            except grpc.aio.AioRpcError as error:
+                is_lost = error.code() is grpc.StatusCode.UNAVAILABLE and not is_answered(error)
+                if is_heard or not is_lost or passed_s + pause_s > min(RECONNECT_S, timeout_s or RECONNECT_S):
+                    raise error_from_call(error) or error from None
+            finally:
+                call.cancel()
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
 
     async def generate_text(self, prompt: str, **options: object) -> str:
         """Returns the whole text; options as for generate."""
@@ -138,18 +151,14 @@ class BucketServeClient:
         Raises:
             BucketServeError: the one that the server's status names.
         """
-        try:
-            response = await self.stub.Tokenize(inference_pb2.TokenizeRequest(model=model, prompt=prompt))
-        except grpc.aio.AioRpcError as error:
-            raise error_from_call(error) or error from None
+        request = inference_pb2.TokenizeRequest(model=model, prompt=prompt)
+        response = await errors_named(self.stub.Tokenize(request, timeout=UNARY_TIMEOUT_S))
         return list(response.token_ids)
 
     async def list_models(self) -> list[inference_pb2.Model]:
         """Returns the served models, in name order."""
-        try:
-            response = await self.stub.ListModels(inference_pb2.ListModelsRequest())
-        except grpc.aio.AioRpcError as error:
-            raise error_from_call(error) or error from None
+        request = inference_pb2.ListModelsRequest()
+        response = await errors_named(self.stub.ListModels(request, timeout=UNARY_TIMEOUT_S))
         return list(response.models)
 
 

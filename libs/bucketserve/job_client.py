@@ -8,20 +8,24 @@ async with JobClient("127.0.0.1:50051") as jobs:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Iterable
+import json
+import math
+from collections.abc import AsyncIterator, Iterable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
 
+from bucketserve.client import UNARY_TIMEOUT_S
 from bucketserve.rpc.channel import open_channel
-from bucketserve.rpc.status import error_from_call
+from bucketserve.rpc.status import error_from_call, errors_named
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2, job_pb2_grpc
 
-__all__ = ["JobClient", "Result", "request_from_json"]
+__all__ = ["JobClient", "Result", "request_from_json", "request_from_line"]
 
 Result = job_pb2.FetchJobResultsResponse
-T = TypeVar("T")
+V = TypeVar("V")
+MAX_SHOWN = 60
 
 
 class JobClient:
@@ -58,17 +62,21 @@ class JobClient:
             for request in requests:
                 yield job_pb2.SubmitJobRequest(request=request)
 
-        response: job_pb2.SubmitJobResponse = await _ours(self.stub.SubmitJob(messages()))
+        response: job_pb2.SubmitJobResponse = await errors_named(self.stub.SubmitJob(messages()))
         return response.job
 
     async def get(self, job_id: str) -> job_pb2.Job:
         """Returns state and progress."""
-        response: job_pb2.GetJobResponse = await _ours(self.stub.GetJob(job_pb2.GetJobRequest(job_id=job_id)))
+        response: job_pb2.GetJobResponse = await errors_named(
+            self.stub.GetJob(job_pb2.GetJobRequest(job_id=job_id), timeout=UNARY_TIMEOUT_S)
+        )
         return response.job
 
     async def cancel(self, job_id: str) -> job_pb2.Job:
         """Ends a job."""
-        response: job_pb2.CancelJobResponse = await _ours(self.stub.CancelJob(job_pb2.CancelJobRequest(job_id=job_id)))
+        response: job_pb2.CancelJobResponse = await errors_named(
+            self.stub.CancelJob(job_pb2.CancelJobRequest(job_id=job_id), timeout=UNARY_TIMEOUT_S)
+        )
         return response.job
 
     async def results(self, job_id: str, *, first_index: int = 0, follow: bool = False) -> AsyncIterator[Result]:
@@ -85,41 +93,123 @@ class JobClient:
             call.cancel()
 
 
-def request_from_json(row: dict[str, Any]) -> inference_pb2.GenerateRequest:
-    """Returns a request from a line of JSONL.
-
-    Keys: one of prompt, messages ([{role, content}]) or token_ids; custom_id, model, max_tokens, stop (strings),
-    ignore_eos, temperature, top_p, top_k, min_p, repetition_penalty, seed.
+def request_from_line(line: bytes | str) -> inference_pb2.GenerateRequest:
+    """Returns a request from a line of JSONL, as request_from_json does.
 
     Raises:
-        ValueError: a key is unknown or a value has the wrong type.
+        ValueError: it is not UTF-8, not JSON, not an object, or names a key twice; or as request_from_json says.
     """
-    row = dict(row)
-    request = inference_pb2.GenerateRequest()
     try:
-        request.request_id, request.model = row.pop("custom_id", ""), row.pop("model", "")
-        if "prompt" in row:
-            request.prompt = row.pop("prompt")
-        if "token_ids" in row:
-            request.token_ids.ids.extend(row.pop("token_ids"))
-        for turn in row.pop("messages", ()):
-            request.chat.messages.append(inference_pb2.ChatMessage(role=turn["role"], content=turn["content"]))
-        if "max_tokens" in row:
-            request.stopping.max_tokens = row.pop("max_tokens")
-        request.stopping.stop_strings.extend(row.pop("stop", ()))
-        request.stopping.ignore_eos = row.pop("ignore_eos", False)
-        for name in common_pb2.SamplingParams.DESCRIPTOR.fields_by_name:
-            if name in row:
-                setattr(request.sampling, name, row.pop(name))
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"wrong value: {error}") from error
-    if row:
-        raise ValueError(f"unknown keys: {', '.join(sorted(row))}")
+        text = line.decode() if isinstance(line, bytes) else line
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    try:
+        row = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{_shown(row)} is not an object")
+    return request_from_json(row)
+
+
+def request_from_json(row: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
+    """Returns a request from the object of a line of JSONL.
+
+    Keys: one of prompt, messages ([{role, content}]) or token_ids; custom_id, model, max_tokens, stop (one string or
+    several), ignore_eos, temperature, top_p, top_k, min_p, repetition_penalty, seed.
+
+    Raises:
+        ValueError: a key is unknown, a value has the wrong type or range, or there is not exactly one prompt.
+    """
+    if unknown := row.keys() - _KEYS:
+        raise ValueError(f"unknown keys: {', '.join(sorted(map(str, unknown)))}")
+    prompts = [key for key in _PROMPTS if key in row]
+    if len(prompts) != 1:
+        raise ValueError(f"give one of {', '.join(_PROMPTS)}, not {' and '.join(prompts) or 'none'}")
+    request = inference_pb2.GenerateRequest()
+    for key, value in row.items():
+        try:
+            _set(request, key, value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{key}: {error}") from error
     return request
 
 
-async def _ours(call: Awaitable[T]) -> T:
+_PROMPTS = ("prompt", "messages", "token_ids")
+_SAMPLING = {field.name: field for field in common_pb2.SamplingParams.DESCRIPTOR.fields}
+_KEYS = {*_PROMPTS, "custom_id", "model", "max_tokens", "stop", "ignore_eos", *_SAMPLING}
+
+
+def _set(request: inference_pb2.GenerateRequest, key: str, value: Any) -> None:
+    match key:
+        case "prompt" | "model":
+            setattr(request, key, _typed(value, str))
+        case "custom_id":
+            request.request_id = _typed(value, str)
+        case "token_ids":
+            request.token_ids.ids.extend(_typed(item, int) for item in _typed(value, list))
+        case "messages":
+            for turn in _typed(value, list):
+                if _typed(turn, dict).keys() != {"role", "content"}:
+                    raise ValueError(f"{_shown(turn)} is not {{role, content}}")
+                request.chat.messages.add(role=_typed(turn["role"], str), content=_typed(turn["content"], str))
+            # Without a message the kind of prompt would be lost.
+            request.chat.SetInParent()
+        case "stop":
+            stops = [value] if isinstance(value, str) else _typed(value, list)
+            request.stopping.stop_strings.extend(_typed(stop, str) for stop in stops)
+        case "max_tokens":
+            request.stopping.max_tokens = _typed(value, int)
+        case "ignore_eos":
+            request.stopping.ignore_eos = _typed(value, bool)
+        case _:
+            is_float = _SAMPLING[key].cpp_type == _SAMPLING[key].CPPTYPE_FLOAT
+            is_number = is_float and type(value) is int
+            setattr(request.sampling, key, value if is_number else _typed(value, float if is_float else int))
+
+
+_TYPES = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def _typed(value: Any, kind: type[V]) -> V:
+    # Exactly: in Python true is an integer.
+    if type(value) is not kind:
+        raise TypeError(f"{_shown(value)} is not {_TYPES[kind]}")
+    return value
+
+
+def _shown(value: object) -> str:
+    """Returns the beginning of a value as JSON."""
     try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise error_from_call(error) or error from None
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return "a deeply nested value"
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return row
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:MAX_SHOWN]} is too large")
+    return value

@@ -7,28 +7,35 @@ the requests of a JSON file, on the lengths of a trace, or on lengths drawn like
 from __future__ import annotations
 
 import asyncio
+import csv
 import json
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import grpc
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bucketserve.client import BucketServeClient, Chunk, Finished
 from bucketserve.core.errors import BucketServeError, UnknownModelError
+from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.report import Percentiles
 from bucketserve.sim.workload import Arrivals, make_workload, read_trace
 from bucketserve.v1 import common_pb2
+from bucketserve_cli.terminal import UINT32, InputError, replaced_file
 
 __all__ = ["BenchOptions", "run_bench"]
 
 FIRST_ID = 100
 """Drawn prompts use ids from here on: below are often special ones."""
+DEFAULT_NUMBER = 100
+SHORT_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,18 +103,28 @@ async def run_bench(options: BenchOptions, console: Console, progress_console: C
     """Sends everything, shows the table, writes the JSON file if one is wanted.
 
     Raises:
-        BucketServeError: the input can't be used, or no model is served.
-        grpc.aio.AioRpcError: the gateway can't be reached.
+        InputError: the options or the input file can't be used.
+        BucketServeError: the model is not served, or the gateway can't be reached.
     """
+    if options.requests and options.trace:
+        raise InputError("give one of --requests and --trace")
+    with replaced_file(options.json_path) if options.json_path else nullcontext() as file:
+        report, felt = await _measure(options, progress_console)
+        console.print(_table(report, options))
+        if file is not None:
+            content = {"report": asdict(report), "requests": [asdict(one) for one in felt]}
+            file.write(json.dumps(content, indent=1) + "\n")
+    return report
+
+
+async def _measure(options: BenchOptions, progress_console: Console) -> tuple[BenchReport, list[Felt]]:
     async with BucketServeClient(options.address) as client:
         models = await client.list_models()
-        model = next((m for m in models if m.name == options.model or not options.model), None)
+        names = [options.model] if options.model else [model.name for model in models][:2]
+        model = next((model for model in models if [model.name] == names), None)
         if model is None:
-            raise UnknownModelError(options.model, [m.name for m in models])
-        try:
-            plan = _plan(options, model.context_tokens, model.vocab_size)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BucketServeError(f"{options.requests or options.trace}: {error!r}") from error
+            raise UnknownModelError(options.model, [model.name for model in models])
+        plan = _plan(options, model.context_tokens, model.vocab_size)
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -115,46 +132,69 @@ async def run_bench(options: BenchOptions, console: Console, progress_console: C
             TimeElapsedColumn(),
             console=progress_console,
             transient=True,
+            disable=not progress_console.is_terminal,
         ) as progress:
             task = progress.add_task("requests", total=len(plan))
             start_s = time.perf_counter()
             felt = await _send_all(client, plan, options, lambda: progress.advance(task))
             duration_s = time.perf_counter() - start_s
-    report = _report(felt, duration_s, options)
-    console.print(_table(report, options))
-    if options.json_path is not None:
-        content = {"report": asdict(report), "requests": [asdict(one) for one in felt]}
-        options.json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return report
+    return _report(felt, duration_s, options), felt
 
 
 def _plan(options: BenchOptions, context_tokens: int, vocab_size: int) -> list[Planned]:
     rng = random.Random(options.seed)
     if options.requests is not None:
-        rows = json.loads(options.requests.read_text(encoding="utf-8"))["requests"][: options.number]
-        times = _arrival_times(len(rows), options.rate_rps, rng)
-        return [
-            Planned(tuple(row["prompt_ids"]), int(row["output_len"]), at_s, str(row.get("kind", "")))
-            for row, at_s in zip(rows, times, strict=True)
-        ]
-    drawn = make_workload(
-        read_trace(options.trace) if options.trace else options.workload,
-        num_requests=options.number or 100,
-        # A closed loop has no arrivals: any rate gives the same lengths.
-        rate_rps=options.rate_rps if options.arrivals is Arrivals.RECORDED else options.rate_rps or 1.0,
-        context_tokens=context_tokens,
-        seed=options.seed,
-        arrivals=options.arrivals,
-    )
+        return _read_requests(options.requests, options, rng)
+    try:
+        rows = read_trace(options.trace) if options.trace else None
+        drawn = make_workload(
+            rows or options.workload,
+            num_requests=options.number or (len(rows) if rows else DEFAULT_NUMBER),
+            # A closed loop has no arrivals: any rate gives the same lengths.
+            rate_rps=options.rate_rps if options.arrivals is Arrivals.RECORDED else options.rate_rps or 1.0,
+            context_tokens=context_tokens,
+            seed=options.seed,
+            arrivals=options.arrivals,
+        )
+    except (SimulationError, ValueError, EOFError, csv.Error) as error:
+        raise InputError(str(error)) from None
     return [
         Planned(
             tuple(rng.randrange(min(FIRST_ID, vocab_size - 1), vocab_size) for _ in range(request.prompt_tokens)),
             request.output_tokens,
             request.arrival_s,
-            "short" if request.prompt_tokens < 256 else "long",
+            "short" if request.prompt_tokens < SHORT_TOKENS else "long",
         )
         for request in drawn.requests
     ]
+
+
+def _read_requests(file: Path, options: BenchOptions, rng: random.Random) -> list[Planned]:
+    """Returns the requests of a JSON file, {"requests": [{"prompt_ids": [...], "output_len": n, "kind": "..."}]}.
+
+    Raises:
+        InputError: it is not such a file; says which request is wrong.
+    """
+    if options.arrivals is Arrivals.RECORDED:
+        raise InputError("--arrivals recorded needs a --trace: the requests of a file have no times")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not JSON: {error}") from None
+    rows = content.get("requests") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f'{file}: no list "requests" with at least one request')
+    rows = rows[: options.number]
+    planned = []
+    for i, (row, at_s) in enumerate(zip(rows, _arrival_times(len(rows), options.rate_rps, rng), strict=True)):
+        prompt_ids, output_len = (row.get("prompt_ids"), row.get("output_len")) if isinstance(row, dict) else (None, 0)
+        is_prompt = isinstance(prompt_ids, list) and all(
+            type(each) is int and 0 <= each <= UINT32 for each in prompt_ids
+        )
+        if not prompt_ids or not is_prompt or type(output_len) is not int or not 1 <= output_len <= UINT32:
+            raise InputError(f"{file}: requests[{i}] has no prompt_ids (token ids) and output_len (at least 1)")
+        planned.append(Planned(tuple(prompt_ids), output_len, at_s, str(row.get("kind", ""))))
+    return planned
 
 
 def _arrival_times(number: int, rate_rps: float | None, rng: random.Random) -> list[float]:
@@ -193,7 +233,9 @@ async def _send(client: BucketServeClient, planned: Planned, options: BenchOptio
             token_ids=planned.prompt_ids,
             max_tokens=planned.output_tokens,
             ignore_eos=True,
-            slo=common_pb2.Slo(ttft_ms=round(options.ttft_s * 1e3), tpot_ms=max(round(options.tpot_s * 1e3), 1)),
+            slo=common_pb2.Slo(
+                ttft_ms=max(round(options.ttft_s * 1e3), 1), tpot_ms=max(round(options.tpot_s * 1e3), 1)
+            ),
             timeout_s=options.timeout_s,
         ):
             if isinstance(event, Chunk):
@@ -261,5 +303,5 @@ def _table(report: BenchReport, options: BenchOptions) -> Table:
         *(("failed with", f"{name}: {number}") for name, number in report.errors.items()),
     ]
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(escape(name), escape(value))
     return table

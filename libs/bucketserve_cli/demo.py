@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bucketserve.client import BucketServeClient, Chunk, Finished
+from bucketserve.sim.report import Percentiles
 from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_cli.stack import LocalStack, StackSpec
 
@@ -86,12 +87,14 @@ def _requests() -> list[_Shown]:
 
 
 async def _send_all(address: str, requests: list[_Shown], console: Console) -> None:
-    async with BucketServeClient(address) as client, asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(_send(client, request)) for request in requests]
+    async with BucketServeClient(address) as client:
+        running = [asyncio.create_task(_send(client, request)) for request in requests]
         with Live(_live_view(requests), console=console, refresh_per_second=12, transient=True) as live:
             while not all(task.done() for task in running):
                 await asyncio.sleep(0.08)
                 live.update(_live_view(requests))
+        # The first error, if there is one.
+        await asyncio.gather(*running)
     if not console.is_terminal:
         for request in requests:
             console.print(_line(request))
@@ -172,10 +175,12 @@ def _summary(requests: list[_Shown], total_s: float) -> str:
     done = [request for request in requests if request.finished is not None]
     output = sum(r.finished.usage.output_tokens for r in done if r.finished)
     prompt = sum(r.finished.usage.prompt_tokens for r in done if r.finished)
-    short = sorted(r.ttft_ms or 0.0 for r in done if r.kind == "short")
-    long = sorted(r.ttft_ms or 0.0 for r in done if r.kind == "long")
+    short, long = (
+        Percentiles.of([r.ttft_ms for r in done if r.kind == kind and r.ttft_ms is not None]).p50
+        for kind in ("short", "long")
+    )
     return (
         f"\n{len(done)} of {len(requests)} requests, {prompt} prompt and {output} output tokens in {total_s:.2f} s: "
-        f"{output / total_s:.0f} output tokens/s; median TTFT short {short[len(short) // 2]:.0f} ms, "
-        f"long {long[len(long) // 2]:.0f} ms"
+        f"{output / total_s:.0f} output tokens/s; median TTFT short {short:.0f} ms, "
+        f"long {long:.0f} ms"
     )

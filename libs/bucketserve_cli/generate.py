@@ -60,13 +60,21 @@ async def stream_generation(client: BucketServeClient, prompt: str, options: Gen
         slo=common_pb2.Slo(ttft_ms=options.ttft_ms),
         timeout_s=options.timeout_s,
     )
-    async for event in events:
-        if isinstance(event, Chunk):
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
-        elif isinstance(event, Finished):
+    is_mid_line = False
+    try:
+        async for event in events:
+            if isinstance(event, Chunk):
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+                is_mid_line = True
+            elif isinstance(event, Finished):
+                sys.stdout.write("\n")
+                is_mid_line = False
+                errors.print(_figures(event), style="dim", markup=False, soft_wrap=True)
+    finally:
+        # What follows, an error or a shell's prompt, begins on a line of its own.
+        if is_mid_line:
             sys.stdout.write("\n")
-            errors.print(_figures(event), style="dim", highlight=False)
 
 
 def _figures(finished: Finished) -> str:

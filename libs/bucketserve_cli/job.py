@@ -5,33 +5,33 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Coroutine
+import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import grpc
 import typer
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bucketserve.core.errors import BucketServeError
-from bucketserve.job_client import JobClient, Result, request_from_json
+from bucketserve.core.errors import UnavailableError
+from bucketserve.job_client import JobClient, Result, request_from_line
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2
+from bucketserve_cli.terminal import InputError, an_address, console, errors, replaced_file
 
 __all__ = ["job_app"]
 
-job_app = typer.Typer(
-    no_args_is_help=True, help="Batch jobs: submit thousands of requests at once, fetch results later."
-)
-console, errors = Console(), Console(stderr=True)
+job_app = typer.Typer(help="Batch jobs: submit thousands of requests at once, fetch results later.")
 
-Address = Annotated[str, typer.Option(help="host:port of a gateway")]
+Address = Annotated[str, typer.Option(help="host:port of a gateway", callback=an_address)]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 POLL_S = 0.5
+PATIENCE_S = 60.0
+"""For so long a watched job may be out of reach, as when gateways are restarted."""
+MAX_TTL_S = 30 * 86_400
 ENDED = (job_pb2.JOB_STATE_COMPLETED, job_pb2.JOB_STATE_CANCELLED)
-
-T = TypeVar("T")
+BOM = b"\xef\xbb\xbf"
 
 
 @job_app.command()
@@ -39,8 +39,10 @@ def submit(
     file: Annotated[Path, typer.Argument(help="JSONL: prompt, messages or token_ids; custom_id, max_tokens, ...")],
     key: Annotated[str, typer.Option(help="idempotency key: submitting again returns the same job")] = "",
     tenant: Annotated[str, typer.Option(help="who asks")] = "",
-    ttl_s: Annotated[int, typer.Option(min=0, help="seconds to keep the job after its last progress; 0: a day")] = 0,
-    wait: Annotated[bool, typer.Option(help="show progress until the job ends")] = False,
+    ttl_s: Annotated[
+        int, typer.Option(min=0, max=MAX_TTL_S, help="seconds to keep the job after its last progress; 0: a day")
+    ] = 0,
+    wait: Annotated[bool, typer.Option(help="show progress until the job ends; status 1 if a request failed")] = False,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Submit a file of requests as one job; prints its id."""
@@ -50,7 +52,7 @@ def submit(
         async with JobClient(address) as jobs:
             return await jobs.submit(requests, idempotency_key=key, tenant=tenant, ttl_s=ttl_s)
 
-    job = _run(run())
+    job = asyncio.run(run())
     print(job.job_id, flush=True)
     if wait:
         _watch(job.job_id, address)
@@ -59,7 +61,7 @@ def submit(
 @job_app.command()
 def status(
     job_id: Annotated[str, typer.Argument(help="as printed by submit")],
-    watch: Annotated[bool, typer.Option(help="show progress until the job ends")] = False,
+    watch: Annotated[bool, typer.Option(help="show progress until the job ends; status 1 if a request failed")] = False,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Show a job's state and progress."""
@@ -71,7 +73,7 @@ def status(
         async with JobClient(address) as jobs:
             return await jobs.get(job_id)
 
-    _show(_run(run()))
+    _show(asyncio.run(run()))
 
 
 @job_app.command()
@@ -84,17 +86,19 @@ def results(
     """Fetch results as JSONL, in order of the requests."""
 
     async def run() -> int:
-        number = 0
-        with output.open("w") if output else sys.stdout as file:
+        num_results = 0
+        with replaced_file(output) if output else nullcontext(sys.stdout) as file:
             async with JobClient(address) as jobs:
                 async for result in jobs.results(job_id, follow=follow):
                     file.write(json.dumps(_to_json(result), ensure_ascii=False) + "\n")
-                    number += 1
-        return number
+                    num_results += 1
+                    if follow:
+                        file.flush()
+        return num_results
 
-    number = _run(run())
+    num_results = asyncio.run(run())
     if output:
-        console.print(f"{number:,} results in {output}")
+        errors.print(f"{num_results:,} results in {escape(str(output))}", soft_wrap=True)
 
 
 @job_app.command()
@@ -107,48 +111,70 @@ def cancel(
         async with JobClient(address) as jobs:
             return await jobs.cancel(job_id)
 
-    _show(_run(run()))
+    _show(asyncio.run(run()))
 
 
 def _read(file: Path) -> list[inference_pb2.GenerateRequest]:
-    requests = []
+    """Returns the requests of a JSONL file: UTF-8, with or without a BOM, a request on each line that is not blank."""
     try:
-        lines = file.read_text().splitlines()
+        content = file.read_bytes()
     except OSError as error:
-        errors.print(f"[red]error:[/] {error}")
-        raise typer.Exit(2) from None
-    for number, line in enumerate(lines, 1):
+        raise InputError(f"{file}: {error.strerror}") from None
+    requests = []
+    # At line feeds alone: strings of JSON may contain what Unicode counts as line ends too.
+    for number, line in enumerate(content.removeprefix(BOM).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            requests.append(request_from_json(json.loads(line)))
-        except (ValueError, AttributeError) as error:
-            errors.print(f"[red]error:[/] {file}:{number}: {error}", highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
+            requests.append(request_from_line(line))
+        except ValueError as error:
+            raise InputError(f"{file}:{number}: {error}") from None
+    if not requests:
+        raise InputError(f"{file}: no requests")
     return requests
 
 
 def _watch(job_id: str, address: str) -> None:
     async def run() -> job_pb2.Job:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=errors) as progress:
-            bar = progress.add_task(job_id, total=None)
+        with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
+            bar = progress.add_task(escape(job_id), total=None)
             async with JobClient(address) as jobs:
+                job = await jobs.get(job_id)
                 while True:
-                    job = await jobs.get(job_id)
                     failed = f"  [red]{job.num_failed} failed[/]" if job.num_failed else ""
                     progress.update(
-                        bar, total=job.num_requests or None, completed=job.num_done, description=f"{job_id}{failed}"
+                        bar,
+                        total=job.num_requests or None,
+                        completed=job.num_done,
+                        description=f"{escape(job_id)}{failed}",
                     )
                     if job.state in ENDED:
                         return job
                     await asyncio.sleep(POLL_S)
+                    job = await _get_patiently(jobs, job_id)
 
-    _show(_run(run()))
+    job = asyncio.run(run())
+    _show(job)
+    if job.num_failed or job.state != job_pb2.JOB_STATE_COMPLETED:
+        raise typer.Exit(1)
+
+
+async def _get_patiently(jobs: JobClient, job_id: str) -> job_pb2.Job:
+    give_up_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return await jobs.get(job_id)
+        except UnavailableError as error:
+            if time.monotonic() > give_up_s:
+                raise
+            await asyncio.sleep(max(error.retry_delay_s, POLL_S))
 
 
 def _show(job: job_pb2.Job) -> None:
-    table = Table("job", "state", "requests", "done", "failed")
+    table = Table("job", "state", "requests", "done", "failed", box=None)
+    # An id that is cut can't be used.
+    table.columns[0].overflow = "fold"
     state = job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_").lower()
     table.add_row(job.job_id, state, f"{job.num_requests:,}", f"{job.num_done:,}", f"{job.num_failed:,}")
     console.print(table)
@@ -166,13 +192,3 @@ def _to_json(result: Result) -> dict[str, Any]:
         "finish_reason": common_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower(),
         "usage": {"prompt_tokens": finished.usage.prompt_tokens, "output_tokens": finished.usage.output_tokens},
     }
-
-
-def _run(call: Coroutine[Any, Any, T]) -> T:
-    try:
-        return asyncio.run(call)
-    except BucketServeError as error:
-        errors.print(f"[red]error:[/] {error.reason}: {error}", highlight=False)
-    except grpc.aio.AioRpcError as error:
-        errors.print(f"[red]error:[/] {error.code().name}: {error.details()}", highlight=False)
-    raise typer.Exit(1)

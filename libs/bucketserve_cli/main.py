@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import csv
 import signal
 import sys
 import threading
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import grpc
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from bucketserve.client import BucketServeClient
-from bucketserve.config import Section, TelemetrySettings, load_settings
-from bucketserve.core.errors import BucketServeError, SettingsError
+from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import CostMode
 from bucketserve.sim.policies import POLICIES
 from bucketserve.sim.workload import WORKLOADS, Arrivals
@@ -25,24 +22,31 @@ from bucketserve_cli import demo as demo_command
 from bucketserve_cli.bench import BenchOptions, run_bench
 from bucketserve_cli.generate import GenerateOptions, stream_generation
 from bucketserve_cli.job import job_app
+from bucketserve_cli.services import config_app, gateway, scheduler, worker
 from bucketserve_cli.sim import SimOptions, option_slo, parse_settings, run_simulation
 from bucketserve_cli.stack import LocalStack, StackError, StackSpec
 from bucketserve_cli.status import show_status
+from bucketserve_cli.terminal import UINT32, Commands, InputError, an_address, console, errors, in_range, print_error
 
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="BucketServe: LLM serving over gRPC with adaptive length buckets.", no_args_is_help=True, add_completion=False
+    cls=Commands,
+    help="BucketServe: LLM serving over gRPC with adaptive length buckets.",
+    add_completion=False,
+    # An error that nobody expected is a defect, whose traceback should be as Python writes it.
+    pretty_exceptions_enable=False,
 )
-config_app = typer.Typer(help="Settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(job_app, name="job")
-
-console = Console()
-errors = Console(stderr=True)
+for service in (gateway, scheduler, worker):
+    app.command()(service)
 
 ModelOption = Annotated[str, typer.Option("--model", help="directory or hub id of a Hugging Face causal LM")]
-AddressOption = Annotated[str, typer.Option(help="host:port of the gateway")]
+AddressOption = Annotated[str, typer.Option(help="host:port of the gateway", callback=an_address)]
+SECONDS = in_range(0, 1e6, low_open=True)
+RATE = in_range(0, 1e6, low_open=True)
+SEED_MAX = 2**63 - 1
 
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "models" / "demo" / "model"
 
@@ -55,23 +59,27 @@ def default_model() -> str:
     return ""
 
 
-def _model_or_exit(model: str, engine: str) -> str:
+def _model(model: str, engine: str) -> str:
     model = model or default_model()
     if not model and engine != "fake":
-        errors.print("[red]error:[/] no model: give --model DIR_OR_ID (the demo model is in the source repository)")
-        raise typer.Exit(2)
+        raise InputError("no model: give --model DIR_OR_ID (the demo model is in the source repository)")
     return model
 
 
-def _roles_or_exit(roles: str) -> tuple[str, ...]:
+def _roles(roles: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in roles.split(",") if name.strip())
     if unknown := [name for name in names if name not in ("both", "prefill", "decode")]:
-        errors.print(f"[red]error:[/] --roles {unknown[0]!r}: a role is both, prefill or decode")
-        raise typer.Exit(2)
+        raise InputError(f"--roles {unknown[0]!r}: a role is both, prefill or decode")
     if names and "both" not in names and not {"prefill", "decode"} <= set(names):
-        errors.print("[red]error:[/] --roles: prefill workers need a decode worker, and the other way round")
-        raise typer.Exit(2)
+        raise InputError("--roles: prefill workers need a decode worker, and the other way round")
     return names
+
+
+class EngineKind(StrEnum):
+    """What runs the model."""
+
+    TRANSFORMERS = "transformers"
+    FAKE = "fake"
 
 
 @app.command()
@@ -82,7 +90,7 @@ def up(
     roles: Annotated[
         str, typer.Option(help="role of each worker: both, prefill or decode, separated by commas; replaces --workers")
     ] = "",
-    engine: Annotated[str, typer.Option(help="transformers or fake")] = "transformers",
+    engine: Annotated[EngineKind, typer.Option(help="what runs the model")] = EngineKind.TRANSFORMERS,
     port: Annotated[
         int, typer.Option(min=0, max=65534, help="port of the API, the next is the scheduler's; 0: any")
     ] = 50051,
@@ -92,11 +100,11 @@ def up(
 ) -> None:
     """Start the whole stack on this machine and keep it running until Ctrl-C, which drains it."""
     spec = StackSpec(
-        model=_model_or_exit(model, engine),
+        model=_model(model, engine),
         model_name=model_name,
         num_workers=workers,
-        roles=_roles_or_exit(roles),
-        engine=engine,
+        roles=_roles(roles),
+        engine=engine.value,
         port=port,
         redis_url=redis_url,
         log_dir=log_dir,
@@ -119,11 +127,11 @@ def up(
             while not stop.wait(0.5):
                 for name, service in stack.services.items():
                     if service.exit_status is not None:
-                        errors.print(f"[red]{name} ended with status {service.exit_status}[/]\n{service.log_tail()}")
+                        print_error(f"{name} ended with status {service.exit_status}\n{service.log_tail()}")
                         raise typer.Exit(1)
             console.print("draining ...")
     except StackError as error:
-        errors.print(f"[red]error:[/] {error}", highlight=False)
+        print_error(str(error))
         raise typer.Exit(1) from None
     console.print("stopped")
 
@@ -135,9 +143,9 @@ def demo(
 ) -> None:
     """Start the stack, send short and long prompts at once, show the text streaming, then a table."""
     try:
-        demo_command.run_demo(_model_or_exit(model, "transformers"), workers, console)
-    except (StackError, BucketServeError) as error:
-        errors.print(f"[red]error:[/] {error}", highlight=False)
+        demo_command.run_demo(_model(model, "transformers"), workers, console)
+    except StackError as error:
+        print_error(str(error))
         raise typer.Exit(1) from None
 
 
@@ -147,19 +155,19 @@ def generate(
     address: AddressOption = "127.0.0.1:50051",
     model: Annotated[str, typer.Option("--model", help="served model; may be left out if there is one")] = "",
     chat: Annotated[bool, typer.Option(help="send the prompt as a user's turn")] = False,
-    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0)] = 0,
-    min_p: Annotated[float, typer.Option()] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, max=UINT32, help="most tokens to generate")] = None,
+    temperature: Annotated[float, typer.Option(parser=in_range(0, 100), help="0 is greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(parser=in_range(0, 1, low_open=True), help="1 keeps all tokens")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, max=UINT32, help="0 keeps all tokens")] = 0,
+    min_p: Annotated[float, typer.Option(parser=in_range(0, 1), help="0 keeps all tokens")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(parser=in_range(0, 100, low_open=True), help="1: none")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="the same one gives the same text")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="text that ends the output; may be repeated")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="go on past the model's end token")] = False,
     batch: Annotated[bool, typer.Option(help="class batch rather than interactive")] = False,
-    tenant: Annotated[str, typer.Option()] = "",
-    ttft_ms: Annotated[int | None, typer.Option(min=1, help="SLO: time to first token")] = None,
-    timeout: Annotated[float, typer.Option(help="deadline in seconds")] = 300.0,
+    tenant: Annotated[str, typer.Option(help="who asks")] = "",
+    ttft_ms: Annotated[int | None, typer.Option(min=1, max=UINT32, help="SLO: time to first token")] = None,
+    timeout: Annotated[float, typer.Option(parser=SECONDS, help="deadline in seconds")] = 300.0,
 ) -> None:
     """Continue a prompt; the text streams to standard output, the figures to standard error."""
     options = GenerateOptions(
@@ -179,22 +187,33 @@ def generate(
         ttft_ms=ttft_ms,
         timeout_s=timeout,
     )
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
 
     async def main() -> None:
         async with BucketServeClient(address) as client:
             await stream_generation(client, text, options, errors)
 
-    _run(main())
+    asyncio.run(main())
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"standard input is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}"
+        ) from None
 
 
 @app.command()
 def status(
-    address: Annotated[str, typer.Option(help="host:port of the scheduler")] = "127.0.0.1:50052",
-    watch: Annotated[float, typer.Option(min=0.0, help="repeat every so many seconds")] = 0.0,
+    address: Annotated[
+        list[str] | None, typer.Option(help="host:port of a scheduler; repeated: whichever of them leads")
+    ] = None,
+    watch: Annotated[float, typer.Option(parser=in_range(0, 86_400), help="repeat every so many seconds")] = 0.0,
 ) -> None:
-    """Show workers, headroom, buckets and queues."""
-    _run(show_status(address, watch, console))
+    """Show workers, headroom, buckets and queues, as the scheduler that leads sees them."""
+    asyncio.run(show_status([an_address(each) for each in address or ["127.0.0.1:50052"]], watch, console))
 
 
 @app.command()
@@ -206,14 +225,18 @@ def bench(
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="CSV (.gz) of arrival_s, prompt_tokens, output_tokens")] = None,
     workload: Annotated[str, typer.Option(help="lengths, without a file: " + ", ".join(WORKLOADS))] = "mixed",
-    number: Annotated[int | None, typer.Option(min=1, help="how many; default: all of a file, else 100")] = None,
-    rate: Annotated[float | None, typer.Option(help="open loop: requests per second; default: closed loop")] = None,
+    number: Annotated[
+        int | None, typer.Option(min=1, max=10_000_000, help="how many; default: all of a file, else 100")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(parser=RATE, help="open loop: requests per second; default: closed loop")
+    ] = None,
     arrivals: Annotated[Arrivals, typer.Option(help="how they arrive in an open loop")] = Arrivals.POISSON,
-    concurrency: Annotated[int, typer.Option(min=1, help="closed loop: requests at once")] = 64,
-    ttft: Annotated[float, typer.Option(help="SLO: time to first token, seconds")] = 2.0,
-    tpot: Annotated[float, typer.Option(help="SLO: seconds per further token")] = 0.2,
-    seed: Annotated[int, typer.Option(help="of all draws")] = 0,
-    timeout: Annotated[float, typer.Option(help="deadline of each request, seconds")] = 600.0,
+    concurrency: Annotated[int, typer.Option(min=1, max=100_000, help="closed loop: requests at once")] = 64,
+    ttft: Annotated[float, typer.Option(parser=SECONDS, help="SLO: time to first token, seconds")] = 2.0,
+    tpot: Annotated[float, typer.Option(parser=SECONDS, help="SLO: seconds per further token")] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, max=SEED_MAX, help="of all draws")] = 0,
+    timeout: Annotated[float, typer.Option(parser=SECONDS, help="deadline of each request, seconds")] = 600.0,
     json_path: Annotated[Path | None, typer.Option("--json", help="write figures and every request here")] = None,
 ) -> None:
     """Send load to a gateway and show TTFT, TPOT, tokens/s and goodput."""
@@ -234,52 +257,8 @@ def bench(
         json_path=json_path,
     )
 
-    async def main() -> None:
-        report = await run_bench(options, console, errors)
-        if report.failed:
-            raise typer.Exit(1)
-
-    _run(main())
-
-
-def _service(module: str, assignments: list[str], config: Path | None) -> None:
-    section = module.removeprefix("bucketserve_")
-    environ = dict(os.environ)
-    if config is not None:
-        environ["BUCKETSERVE_CONFIG"] = str(config)
-    for assignment in assignments:
-        name, separator, value = assignment.partition("=")
-        if not separator:
-            errors.print(f"[red]error:[/] --set {assignment}: write --set NAME=VALUE")
-            raise typer.Exit(2)
-        group, dot, field = name.rpartition(".")
-        environ[f"BUCKETSERVE_{(group if dot else section).upper()}_{field.upper()}"] = value
-    # The service replaces this process: signals, standard streams and exit status are its own.
-    os.execve(sys.executable, [sys.executable, "-m", module], environ)
-
-
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="a setting, NAME=VALUE or telemetry.NAME=VALUE; may be repeated")
-]
-ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings")]
-
-
-@app.command()
-def gateway(settings: SetOption = None, config: ConfigOption = None) -> None:
-    """Run one gateway in the foreground."""
-    _service("bucketserve_gateway", settings or [], config)
-
-
-@app.command()
-def scheduler(settings: SetOption = None, config: ConfigOption = None) -> None:
-    """Run one scheduler in the foreground."""
-    _service("bucketserve_scheduler", settings or [], config)
-
-
-@app.command()
-def worker(settings: SetOption = None, config: ConfigOption = None) -> None:
-    """Run one worker in the foreground."""
-    _service("bucketserve_worker", settings or [], config)
+    if asyncio.run(run_bench(options, console, errors)).failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -293,24 +272,37 @@ def sim(
     cluster: Annotated[
         str, typer.Option(help="such as 4xboth or 1xprefill+3xdecode; default: the policy's best split of --workers")
     ] = "",
-    workers: Annotated[int, typer.Option(min=1, help="workers, without --cluster")] = 4,
+    workers: Annotated[int, typer.Option(min=1, max=10_000, help="workers, without --cluster")] = 4,
     device: Annotated[str, typer.Option(help="packaged device model, or a JSON file")] = "a100-40gb-13b",
-    rate: Annotated[float | None, typer.Option(help="arrivals per second; default: as recorded, or 1 a worker")] = None,
-    find_capacity: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="search the highest rate with this SLO attainment")
+    rate: Annotated[
+        float | None, typer.Option(parser=RATE, help="arrivals per second; default: as recorded, or 1 a worker")
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="requests per run, at least")] = 2000,
-    span: Annotated[float, typer.Option(min=0.0, help="seconds over which they arrive, at least")] = 60.0,
+    find_capacity: Annotated[
+        float | None,
+        typer.Option(parser=in_range(0, 1, low_open=True), help="search the highest rate with this SLO attainment"),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, max=10_000_000, help="requests per run, at least")] = 2000,
+    span: Annotated[
+        float, typer.Option(parser=in_range(0, 1e6), help="seconds over which they arrive, at least")
+    ] = 60.0,
     arrivals: Annotated[Arrivals, typer.Option(help="how requests arrive")] = Arrivals.POISSON,
-    burstiness: Annotated[float, typer.Option(help="coefficient of variation of gamma gaps")] = 2.0,
-    context: Annotated[int, typer.Option(min=0, help="context in tokens; 0: the device model's")] = 0,
-    ttft: Annotated[float, typer.Option(help="SLO: fixed part of TTFT, seconds")] = 0.25,
-    ttft_factor: Annotated[float, typer.Option(help="SLO: multiple of the unloaded prefill")] = 3.0,
-    tpot: Annotated[float, typer.Option(help="SLO: seconds per further token")] = 0.1,
-    output_slack: Annotated[float, typer.Option(min=1.0, help="max_tokens as a multiple of the true output")] = 1.0,
+    burstiness: Annotated[
+        float, typer.Option(parser=in_range(0, 100, low_open=True), help="coefficient of variation of gamma gaps")
+    ] = 2.0,
+    context: Annotated[int, typer.Option(min=0, max=10**7, help="context in tokens; 0: the device model's")] = 0,
+    ttft: Annotated[float, typer.Option(parser=in_range(0, 1e6), help="SLO: fixed part of TTFT, seconds")] = 0.25,
+    ttft_factor: Annotated[
+        float, typer.Option(parser=in_range(0, 1e6), help="SLO: multiple of the unloaded prefill")
+    ] = 3.0,
+    tpot: Annotated[float, typer.Option(parser=SECONDS, help="SLO: seconds per further token")] = 0.1,
+    output_slack: Annotated[
+        float, typer.Option(parser=in_range(1, 1e6), help="max_tokens as a multiple of the true output")
+    ] = 1.0,
     reject_early: Annotated[bool, typer.Option(help="requests ask to be refused if their TTFT can't be met")] = False,
-    seed: Annotated[int, typer.Option(help="of all draws")] = 0,
-    turn_ms: Annotated[float, typer.Option(min=0.0, help="least time between two decisions; 0: every event")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED_MAX, help="of all draws")] = 0,
+    turn_ms: Annotated[
+        float, typer.Option(parser=in_range(0, 1e6), help="least time between two decisions; 0: every event")
+    ] = 0.0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="a setting of the core, NAME=VALUE; may be repeated")
     ] = None,
@@ -342,48 +334,8 @@ def sim(
             json_path=json_path,
         )
         run_simulation(options, console, errors)
-    except (BucketServeError, ValueError, OSError) as error:
-        errors.print(f"[red]error:[/] {error}", highlight=False)
-        raise typer.Exit(2) from None
-
-
-@config_app.command("show")
-def config_show(config: ConfigOption = None) -> None:
-    """Show every setting in force and where it comes from."""
-    from bucketserve_gateway.settings import GatewaySettings
-    from bucketserve_scheduler.settings import SchedulerSettings
-    from bucketserve_worker.settings import WorkerSettings
-
-    sections: dict[str, type[Section]] = {
-        "gateway": GatewaySettings,
-        "scheduler": SchedulerSettings,
-        "worker": WorkerSettings,
-        "telemetry": TelemetrySettings,
-    }
-    try:
-        loaded = load_settings(sections, environ=os.environ, file=config)
-    except SettingsError as error:
-        errors.print(f"[red]error:[/] {error}", highlight=False)
-        raise typer.Exit(2) from None
-    table = Table("section", "setting", "value", "from", "meaning", box=None)
-    for section, field, value, source in loaded.describe():
-        meaning = sections[section].model_fields[field].description or ""
-        table.add_row(section, field, value, source, meaning, style="" if source == "default" else "bold")
-    console.print(table)
-
-
-def _run(main: object) -> None:
-    """Runs a client command; what goes wrong becomes one line and an exit status."""
-    try:
-        asyncio.run(main)  # type: ignore[arg-type]
-    except BucketServeError as error:
-        errors.print(f"[red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from None
-    except grpc.aio.AioRpcError as error:
-        errors.print(f"[red]error:[/] {error.code().name}: {error.details()}", highlight=False)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    except (SimulationError, ValueError, EOFError, csv.Error) as error:
+        raise InputError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -19,6 +21,7 @@ from bucketserve.sim.policies import find_policy, with_settings
 from bucketserve.sim.report import Report
 from bucketserve.sim.slo import Slo
 from bucketserve.sim.workload import Arrivals, Lengths, read_trace
+from bucketserve_cli.terminal import replaced_file
 
 __all__ = ["SimOptions", "run_simulation"]
 
@@ -54,6 +57,15 @@ def run_simulation(options: SimOptions, console: Console, progress_console: Cons
     Raises:
         BucketServeError: an option makes no sense; says which.
     """
+    with replaced_file(options.json_path) if options.json_path else nullcontext() as file:
+        report = _simulate(options, progress_console)
+        console.print(report_table(report))
+        if file is not None:
+            file.write(json.dumps(report.as_dict(), indent=2) + "\n")
+    return report
+
+
+def _simulate(options: SimOptions, progress_console: Console) -> Report:
     source: str | Sequence[Lengths] = read_trace(options.trace) if options.trace else options.workload
     policy = find_policy(options.policy)
     if options.settings:
@@ -79,15 +91,10 @@ def run_simulation(options: SimOptions, console: Console, progress_console: Cons
         )
         layouts = [parse_cluster(options.cluster)] if options.cluster else list(policy.layouts(options.workers, 1))
         if options.find_capacity is not None:
-            report = find_capacity(
+            return find_capacity(
                 experiment, layouts, options.find_capacity, start_rps=options.rate_rps or float(options.workers)
             )
-        else:
-            report = best_layout(experiment, layouts, options.rate_rps)
-    console.print(report_table(report))
-    if options.json_path is not None:
-        options.json_path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-    return report
+        return best_layout(experiment, layouts, options.rate_rps)
 
 
 def report_table(report: Report) -> Table:
@@ -119,7 +126,7 @@ def report_table(report: Report) -> Table:
     if report.capacity_rps is not None:
         rows.insert(0, ("capacity", f"{report.capacity_rps:.2f} requests/s"))
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
@@ -134,6 +141,7 @@ class _RunProgress:
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("", total=total, run=1)
         self._run, self._last = 1, 0

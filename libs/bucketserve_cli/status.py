@@ -1,14 +1,18 @@
-"""`bucketserve status`: what the scheduler sees, as tables."""
+"""`bucketserve status`: what the scheduler that leads sees, as tables."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
+import grpc
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bucketserve.core.errors import UnavailableError
 from bucketserve.rpc.channel import open_channel
 from bucketserve.v1 import common_pb2, scheduler_pb2, scheduler_pb2_grpc
 
@@ -17,22 +21,30 @@ __all__ = ["show_status", "status_view"]
 TIMEOUT_S = 5.0
 
 
-async def show_status(address: str, watch_s: float, console: Console) -> None:
-    """Prints the scheduler's state once, or again every watch_s seconds.
+async def show_status(addresses: Sequence[str], watch_s: float, console: Console) -> None:
+    """Prints the leading scheduler's state once, or again every watch_s seconds.
 
     Raises:
-        grpc.aio.AioRpcError: the scheduler does not answer.
+        UnavailableError: no scheduler at these addresses answers, or one does and is a standby.
     """
-    async with open_channel(address) as channel:
-        stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
-        first = await _ask(stub)
+    async with AsyncExitStack() as stack:
+        stubs = {
+            address: scheduler_pb2_grpc.SchedulerServiceStub(await stack.enter_async_context(open_channel(address)))
+            for address in addresses
+        }
+        view = status_view(await _ask_leader(stubs))
         if not watch_s:
-            console.print(status_view(first))
+            console.print(view)
             return
-        with Live(status_view(first), console=console) as live:
+        with Live(view, console=console) as live:
             while True:
                 await asyncio.sleep(watch_s)
-                live.update(status_view(await _ask(stub)))
+                try:
+                    view = status_view(await _ask_leader(stubs))
+                    live.update(view)
+                except UnavailableError as error:
+                    # As while another scheduler takes over: the last that was seen stays beside it.
+                    live.update(Group(view, Text(f"\n{error}", style="red")))
 
 
 def status_view(status: scheduler_pb2.GetStatusResponse) -> RenderableType:
@@ -40,8 +52,6 @@ def status_view(status: scheduler_pb2.GetStatusResponse) -> RenderableType:
     parts: list[RenderableType] = [
         Text(f"scheduler {status.scheduler.scheduler_id}, epoch {status.scheduler.epoch}", style="bold")
     ]
-    if not status.models:
-        parts.append(Text("no worker has joined and no request has come yet"))
     for model in status.models:
         parts += [
             Text(
@@ -56,31 +66,63 @@ def status_view(status: scheduler_pb2.GetStatusResponse) -> RenderableType:
 
 def _workers(model: scheduler_pb2.ModelStatus) -> Table:
     table = Table("worker", "role", "engine", "KV free", "KV total", "running", "waiting", "report age", box=None)
+    table.columns[0].overflow = "fold"
     for worker in model.workers:
         report = worker.report
         name = f"{worker.worker_id} (draining)" if worker.is_draining else worker.worker_id
         table.add_row(
-            name,
+            Text(name),
             common_pb2.WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower(),
-            worker.engine,
+            Text(worker.engine),
             f"{report.kv_free_tokens:,} tokens",
             f"{report.kv_total_tokens:,} tokens",
             str(report.num_running),
             str(report.num_waiting),
             f"{worker.report_age_ms} ms",
         )
+    if not model.workers:
+        table.add_row("none")
     return table
 
 
 def _buckets(model: scheduler_pb2.ModelStatus) -> Table:
     table = Table("bucket", "waiting", "prompt tokens", box=None)
     for bucket in model.buckets:
-        table.add_row(
-            f"[{bucket.low_tokens}, {bucket.high_tokens})", str(bucket.num_waiting), f"{bucket.waiting_tokens:,}"
-        )
+        edges = Text(f"[{bucket.low_tokens}, {bucket.high_tokens})")
+        table.add_row(edges, str(bucket.num_waiting), f"{bucket.waiting_tokens:,}")
     return table
 
 
-async def _ask(stub: scheduler_pb2_grpc.SchedulerServiceStub) -> scheduler_pb2.GetStatusResponse:
-    answer: scheduler_pb2.GetStatusResponse = await stub.GetStatus(scheduler_pb2.GetStatusRequest(), timeout=TIMEOUT_S)
+async def _ask_leader(
+    stubs: dict[str, scheduler_pb2_grpc.SchedulerServiceStub],
+) -> scheduler_pb2.GetStatusResponse:
+    """Returns the answer of the scheduler that leads a model.
+
+    Raises:
+        UnavailableError: none does; says of each what it is.
+    """
+    answers = await asyncio.gather(*(_ask(address, stub) for address, stub in stubs.items()))
+    leading = [answer for answer in answers if not isinstance(answer, str) and answer.scheduler.epoch]
+    if leading:
+        return max(leading, key=lambda answer: answer.scheduler.epoch)
+    told = [
+        answer
+        if isinstance(answer, str)
+        else f"scheduler {answer.scheduler.scheduler_id} at {address} leads no model: it is a standby, or nobody has "
+        "joined yet"
+        for address, answer in zip(stubs, answers, strict=True)
+    ]
+    raise UnavailableError("; ".join(told), reason="NO_LEADER")
+
+
+async def _ask(address: str, stub: scheduler_pb2_grpc.SchedulerServiceStub) -> scheduler_pb2.GetStatusResponse | str:
+    """Returns the answer, or why there is none."""
+    try:
+        answer: scheduler_pb2.GetStatusResponse = await stub.GetStatus(
+            scheduler_pb2.GetStatusRequest(), timeout=TIMEOUT_S
+        )
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return f"scheduler at {address} did not answer within {TIMEOUT_S:g} s"
+        return f"scheduler at {address}: {error.code().name}: {error.details()}"
     return answer

@@ -66,7 +66,7 @@ class InvalidRequestError(BucketServeError):
 
     def __init__(self, violations: Sequence[FieldViolation]) -> None:
         """Keeps the violations; at least one."""
-        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        super().__init__("; ".join(f"{v.field}: {v.description}" if v.field else v.description for v in violations))
         self.violations = tuple(violations)
 
 
@@ -87,9 +87,9 @@ class UnknownModelError(NotFoundError):
 
     reason = "UNKNOWN_MODEL"
 
-    def __init__(self, model: str, served: Sequence[str]) -> None:
-        """Names the model asked for and those that could have been."""
-        super().__init__("model", model, f"unknown model {model!r}; served: {', '.join(served) or 'none'}")
+    def __init__(self, model: str, served: Sequence[str], message: str = "") -> None:
+        """Names the model asked for and those that could have been, unless the message does."""
+        super().__init__("model", model, message or f"unknown model {model!r}; served: {', '.join(served) or 'none'}")
         self.model = model
 
 

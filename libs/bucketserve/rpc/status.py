@@ -14,7 +14,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -35,9 +36,11 @@ from bucketserve.core.errors import (
     UnknownModelError,
 )
 
-__all__ = ["DOMAIN", "error_from_call", "status_of"]
+__all__ = ["DOMAIN", "error_from_call", "errors_named", "is_answered", "status_of"]
 
 DOMAIN = "bucketserve"
+
+T = TypeVar("T")
 
 _CODES: dict[type[BucketServeError], int] = {
     InvalidRequestError: code_pb2.INVALID_ARGUMENT,
@@ -91,7 +94,7 @@ def error_from_call(error: grpc.aio.AioRpcError) -> BucketServeError | None:
     build: dict[grpc.StatusCode, Callable[[], BucketServeError]] = {
         grpc.StatusCode.INVALID_ARGUMENT: lambda: InvalidRequestError(violations or [FieldViolation("", message)]),
         grpc.StatusCode.NOT_FOUND: lambda: (
-            UnknownModelError(missing[1], ()) if missing[0] == "model" else NotFoundError(*missing, message)
+            UnknownModelError(missing[1], (), message) if missing[0] == "model" else NotFoundError(*missing, message)
         ),
         grpc.StatusCode.ALREADY_EXISTS: lambda: DuplicateRequestError(message),
         grpc.StatusCode.RESOURCE_EXHAUSTED: lambda: OverloadedError(
@@ -104,6 +107,24 @@ def error_from_call(error: grpc.aio.AioRpcError) -> BucketServeError | None:
         grpc.StatusCode.CANCELLED: lambda: RequestCancelledError(message),
     }
     return build[error.code()]() if error.code() in build else None
+
+
+async def errors_named(call: Awaitable[T]) -> T:
+    """Returns what a call returns.
+
+    Raises:
+        BucketServeError: the one that the server's status names.
+        grpc.aio.AioRpcError: any other failure.
+    """
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise error_from_call(error) or error from None
+
+
+def is_answered(error: grpc.aio.AioRpcError) -> bool:
+    """Returns whether a server of the project gave this status; otherwise gRPC did, for want of a connection."""
+    return _read_status(error) is not None
 
 
 def _read_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:

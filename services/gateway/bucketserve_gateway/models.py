@@ -10,6 +10,7 @@ from typing import Any
 
 from bucketserve.core.errors import ModelLoadError, UnknownModelError
 from bucketserve.v1 import inference_pb2
+from bucketserve_gateway.detokenizer import TokenBytes
 
 __all__ = ["ModelCard", "ModelCatalog", "ServedModel", "load_models"]
 
@@ -41,10 +42,11 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A card and its tokenizer (a transformers tokenizer; its encode and decode may run in any thread)."""
+    """A card, its tokenizer (a transformers tokenizer; may be used in any thread) and what its tokens are as text."""
 
     card: ModelCard
     tokenizer: Any
+    token_bytes: TokenBytes
 
 
 class ModelCatalog:
@@ -100,8 +102,19 @@ def load_models(
             generation = GenerationConfig.from_pretrained(source)
         except OSError:
             generation = None
-        models[name] = ServedModel(_card(name, source, config, generation, tokenizer, default_max_tokens), tokenizer)
+        card = _card(name, source, config, generation, tokenizer, default_max_tokens)
+        models[name] = ServedModel(card, tokenizer, _token_bytes(name, source, tokenizer))
     return ModelCatalog(models)
+
+
+def _token_bytes(name: str, source: str, tokenizer: Any) -> TokenBytes:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelLoadError(f"model {name}: {source!r} has no tokenizer.json; convert its tokenizer to the fast form")
+    try:
+        return TokenBytes(backend)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"model {name}: {source!r}: {error}") from error
 
 
 def _card(name: str, source: str, config: Any, generation: Any, tokenizer: Any, default_max_tokens: int) -> ModelCard:
@@ -112,14 +125,15 @@ def _card(name: str, source: str, config: Any, generation: Any, tokenizer: Any, 
     eos = getattr(generation, "eos_token_id", None)
     if eos is None:
         eos = getattr(text_config, "eos_token_id", None)
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+    eos_ids = set() if eos is None else set(eos) if isinstance(eos, list | tuple) else {int(eos)}
+    # A chat model often ends its turn with the tokenizer's, which its configuration may not name.
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id < text_config.vocab_size:
+        eos_ids.add(tokenizer.eos_token_id)
     return ModelCard(
         name=name,
         context_tokens=int(context),
         vocab_size=int(text_config.vocab_size),
-        eos_token_ids=eos_ids,
+        eos_token_ids=tuple(sorted(eos_ids)),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
         default_max_tokens=default_max_tokens,
     )

@@ -79,11 +79,7 @@ class OpenRequest:
         self._spec = spec
         self._attempt_start = 0
         """How many tokens earlier attempts had generated."""
-        tokenizer = valid.model.tokenizer
-        self._detokenizer = Detokenizer(
-            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
-            self.prompt_ids,
-        )
+        self._detokenizer = Detokenizer(valid.model.token_bytes, prompt_ids)
         self._stops = StopMatcher(valid.stop_strings)
         self._pending = inference_pb2.GenerateChunk()
         self._changed = asyncio.Event()
@@ -265,7 +261,15 @@ class OpenRequest:
         if piece.matched_stop:
             self._finish(common_pb2.FINISH_REASON_STOP, end, matched_stop=piece.matched_stop)
         else:
-            self._finish(end.reason, end)
+            self._finish(end.reason, end, matched_stop=self._special_stop(end))
+
+    def _special_stop(self, end: delivery_pb2.DeliveryFinished) -> str:
+        """Returns the stop string that is the special token at which the worker stopped, if it is one."""
+        if not end.HasField("matched_stop_token_id"):
+            return ""
+        special_ids = self.valid.model.token_bytes.special_ids
+        stops = (stop for stop in self.valid.stop_strings if special_ids.get(stop) == end.matched_stop_token_id)
+        return next(stops, "")
 
     def _finish(
         self,

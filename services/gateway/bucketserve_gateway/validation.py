@@ -54,12 +54,13 @@ def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, m
     """
     model = catalog.get(request.model)
     card = model.card
+    special_ids = model.token_bytes.special_ids
     bad: Violations = []
     if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
         bad.append(FieldViolation("request_id", "1 to 128 printable ASCII characters without spaces"))
     _check_input(request, card, max_prompt_bytes, bad)
     sampling = _sampling(request.sampling, bad)
-    _check_stopping(request.stopping, card, bad)
+    _check_stopping(request.stopping, model, bad)
     num_logprobs = request.response.num_logprobs if request.response.HasField("num_logprobs") else None
     if num_logprobs is not None and num_logprobs > MAX_LOGPROBS:
         bad.append(FieldViolation("response.num_logprobs", f"at most {MAX_LOGPROBS}"))
@@ -74,6 +75,8 @@ def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, m
         raise InvalidRequestError(bad)
     stopping = request.stopping
     eos = () if stopping.ignore_eos else card.eos_token_ids
+    # Special tokens are not part of the text: as stop strings they match by id.
+    special = [special_ids[stop] for stop in stopping.stop_strings if stop in special_ids]
     kind = request.WhichOneof("input")
     return ValidRequest(
         request_id=request.request_id or uuid.uuid4().hex,
@@ -84,7 +87,7 @@ def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, m
         sampling=sampling,
         max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
         stop_strings=tuple(stopping.stop_strings),
-        stop_token_ids=tuple(sorted({*eos, *stopping.stop_token_ids})),
+        stop_token_ids=tuple(sorted({*eos, *special, *stopping.stop_token_ids})),
         num_logprobs=num_logprobs,
         request_class=request.request_class or common_pb2.REQUEST_CLASS_INTERACTIVE,
         tenant=request.tenant or "default",
@@ -179,7 +182,8 @@ def _sampling(params: common_pb2.SamplingParams, bad: Violations) -> common_pb2.
     )
 
 
-def _check_stopping(stopping: common_pb2.StoppingParams, card: ModelCard, bad: Violations) -> None:
+def _check_stopping(stopping: common_pb2.StoppingParams, model: ServedModel, bad: Violations) -> None:
+    card, special = model.card, model.token_bytes.special_ids
     if stopping.HasField("max_tokens") and stopping.max_tokens == 0:
         bad.append(FieldViolation("stopping.max_tokens", "must be positive"))
     if len(stopping.stop_strings) > MAX_STOP_STRINGS:
@@ -189,6 +193,12 @@ def _check_stopping(stopping: common_pb2.StoppingParams, card: ModelCard, bad: V
         for i, stop in enumerate(stopping.stop_strings)
         if not 1 <= len(stop) <= MAX_STOP_CHARACTERS
     ]
+    for i, stop in enumerate(stopping.stop_strings[:MAX_STOP_STRINGS]):
+        within = stop[:MAX_STOP_CHARACTERS]
+        inside = next((content for content in special if content.strip() and content in within), None)
+        if stop not in special and inside is not None:
+            description = f"special token {inside!r} is not part of the text: make it a stop string of its own"
+            bad.append(FieldViolation(f"stopping.stop_strings[{i}]", description))
     if len(stopping.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         bad.append(FieldViolation("stopping.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS}"))
     bad += [

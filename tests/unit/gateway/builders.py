@@ -5,6 +5,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from bucketserve_gateway.detokenizer import TokenBytes
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
 
 CORPUS = [
@@ -43,6 +44,57 @@ def byte_fallback_bpe() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
 
 
+def byte_fallback_without_strip() -> PreTrainedTokenizerFast:
+    """Like Gemma's: spaces are kept, and bytes below 0x80 are tokens too."""
+    tokenizer = byte_fallback_bpe()
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    """Like BERT's, which joins words by spaces and cleans up what is before punctuation."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]", "[SEP]"], show_progress=False)
+    tokenizer.train_from_iterator([*CORPUS, "do n't stop , it 's here ."], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]", unk_token="[UNK]")
+
+
+def metaspace_unigram() -> PreTrainedTokenizerFast:
+    """Like T5's: pieces of whole characters, a meta symbol for spaces."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def suffix_bpe() -> PreTrainedTokenizerFast:
+    """Like the first GPT's: a token that ends a word says so, and the space comes with the next one."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.BPEDecoder()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<end>"], end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
+
+
+def without_decoder() -> PreTrainedTokenizerFast:
+    """Whole words, joined by spaces."""
+    words = ["<unk>", "<end>", *sorted({word for line in CORPUS for word in line.split()})]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
+
+
 def catalog(name: str = "demo", context_tokens: int = 100) -> ModelCatalog:
     tokenizer = byte_level_bpe()
     card = ModelCard(
@@ -53,4 +105,4 @@ def catalog(name: str = "demo", context_tokens: int = 100) -> ModelCatalog:
         has_chat_template=False,
         default_max_tokens=32,
     )
-    return ModelCatalog({name: ServedModel(card, tokenizer)})
+    return ModelCatalog({name: ServedModel(card, tokenizer, TokenBytes(tokenizer.backend_tokenizer))})

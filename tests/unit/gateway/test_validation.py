@@ -56,6 +56,7 @@ BAD = {
     "empty stop string": (stopping(stop_strings=["a", ""]), "stopping.stop_strings[1]"),
     "long stop string": (stopping(stop_strings=["a" * 257]), "stopping.stop_strings[0]"),
     "many stop strings": (stopping(stop_strings=["a"] * 17), "stopping.stop_strings"),
+    "special token within a stop string": (stopping(stop_strings=["a", "<|end|>\n"]), "stopping.stop_strings[1]"),
     "stop id outside": (stopping(stop_token_ids=[CARD.vocab_size]), "stopping.stop_token_ids[0]"),
     "many logprobs": (a_request(response=inference_pb2.ResponseOptions(num_logprobs=21)), "response.num_logprobs"),
     "unknown class": (a_request(request_class=9), "request_class"),
@@ -109,6 +110,13 @@ def test_defaults_are_filled_in() -> None:
     assert given.HasField("seed")
     ignoring = validate(stopping(ignore_eos=True, stop_token_ids=[7]), CATALOG, max_prompt_bytes=1000)
     assert ignoring.stop_token_ids == (7,)
+
+
+def test_a_stop_string_that_is_a_special_token_matches_by_id() -> None:
+    # By special tokens alone: the same characters of ordinary tokens are text like any other.
+    valid = validate(stopping(ignore_eos=True, stop_strings=["<|end|>", "end"]), CATALOG, max_prompt_bytes=1000)
+    assert valid.stop_token_ids == (CATALOG.get("demo").token_bytes.special_ids["<|end|>"],)
+    assert valid.stop_strings == ("<|end|>", "end")
 
 
 def test_length_against_the_context() -> None:

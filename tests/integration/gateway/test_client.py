@@ -1,0 +1,157 @@
+"""The Python clients against a real server: what is repeated, what is not, and that errors say what the server said."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from bucketserve.client import BucketServeClient, Chunk
+from bucketserve.core.errors import (
+    BucketServeError,
+    DeadlineError,
+    DuplicateRequestError,
+    FieldViolation,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+    UnknownModelError,
+)
+from bucketserve.rpc.server import RpcServer
+from bucketserve.store.embedded import free_port
+from bucketserve.v1 import inference_pb2, inference_pb2_grpc
+from bucketserve_cli.terminal import describe
+from tests.chaos.proxy import Relay
+from tests.e2e.observe import eventually
+
+SERVICE = "bucketserve.v1.InferenceService"
+
+
+class Gateway(inference_pb2_grpc.InferenceServiceServicer):
+    """Keeps the requests that arrive; sends num_chunks and then waits, fails, or ends."""
+
+    def __init__(self, num_chunks: int = 1, error: BucketServeError | None = None, *, waits: bool = False) -> None:
+        self.requests: list[inference_pb2.GenerateRequest] = []
+        self.num_chunks, self.error, self.waits = num_chunks, error, waits
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        self.requests.append(request)
+        for _ in range(self.num_chunks):
+            yield inference_pb2.GenerateResponse(chunk=inference_pb2.GenerateChunk(text="a"))
+        if self.waits:
+            await asyncio.Event().wait()
+        if self.error is not None:
+            raise self.error
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.ListModelsResponse:
+        if self.error is not None:
+            raise self.error
+        return inference_pb2.ListModelsResponse()
+
+
+@asynccontextmanager
+async def serving(gateway: Gateway, port: int = 0) -> AsyncIterator[str]:
+    server = RpcServer(
+        f"127.0.0.1:{port}", services=[SERVICE], on_unexpected=lambda method, error: None, enable_reflection=False
+    )
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(gateway, server.grpc_server)
+    await server.start()
+    await server.set_serving(True)
+    try:
+        yield f"127.0.0.1:{server.port}"
+    finally:
+        await server.stop(0)
+
+
+async def text(client: BucketServeClient, **more: object) -> str:
+    return "".join([event.text async for event in client.generate(prompt="x", **more) if isinstance(event, Chunk)])
+
+
+ERRORS: list[tuple[BucketServeError, str]] = [
+    (
+        UnavailableError("no scheduler answers", reason="NO_SCHEDULER", retry_delay_s=1.5),
+        "NO_SCHEDULER: no scheduler answers (try again in 1.5 s)",
+    ),
+    (
+        OverloadedError("the queue is full", reason="QUEUE_TOKENS", retry_delay_s=0.25),
+        "QUEUE_TOKENS: the queue is full (try again in 0.25 s)",
+    ),
+    (UnknownModelError("big", ["base", "chat"]), "UNKNOWN_MODEL: unknown model 'big'; served: base, chat"),
+    (NotFoundError("job", "j"), "NOT_FOUND: no job 'j'"),
+    (DuplicateRequestError("request id 'r' is in use"), "DUPLICATE_REQUEST: request id 'r' is in use"),
+    (DeadlineError("too late"), "DEADLINE: too late"),
+    (
+        InvalidRequestError([FieldViolation("tenant", "too long"), FieldViolation("prompt", "empty")]),
+        "INVALID_REQUEST: tenant: too long; prompt: empty",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "said"), ERRORS, ids=[error.reason for error, _ in ERRORS])
+async def test_what_a_server_answers_is_told_as_it_is_and_not_repeated(error: BucketServeError, said: str) -> None:
+    gateway = Gateway(num_chunks=0, error=error)
+    async with serving(gateway) as address, BucketServeClient(address) as client:
+        for call in (text(client), client.list_models()):
+            with pytest.raises(type(error)) as caught:
+                await call
+            assert describe(caught.value) == said
+            assert (str(caught.value), caught.value.reason) == (str(error), error.reason)
+    assert len(gateway.requests) == 1
+
+
+async def test_a_request_waits_for_a_gateway_that_is_just_coming_up() -> None:
+    gateway, port = Gateway(), free_port()
+    async with BucketServeClient(f"127.0.0.1:{port}") as client:
+        answer = asyncio.create_task(text(client))
+        await asyncio.sleep(0.3)
+        async with serving(gateway, port):
+            assert await answer == "a"
+    assert len(gateway.requests) == 1
+
+
+@pytest.mark.parametrize(("num_chunks", "num_sent"), [(0, 2), (1, 1)])
+async def test_a_request_is_sent_again_only_if_nothing_was_heard_of_it(num_chunks: int, num_sent: int) -> None:
+    gateway = Gateway(num_chunks, waits=True)
+    async with serving(gateway) as address:
+        relay = Relay(address)
+        await relay.start()
+        async with BucketServeClient(relay.address) as client:
+            answer = asyncio.create_task(text(client))
+            await eventually(lambda: gateway.requests)
+            # The chunk, if there is one, is on its way.
+            await asyncio.sleep(0.2)
+            gateway.waits, gateway.num_chunks = False, 1
+            relay.cut()
+            if num_chunks:
+                with pytest.raises(UnavailableError):
+                    await answer
+            else:
+                assert await answer == "a"
+        await relay.close()
+    assert len(gateway.requests) == num_sent
+
+
+async def test_a_string_of_stop_strings_is_one_and_two_prompts_are_refused() -> None:
+    gateway = Gateway()
+    async with serving(gateway) as address, BucketServeClient(address) as client:
+        await text(client, stop_strings="thee")
+        await text(client, stop_strings=["thee", "thou"])
+        for more in ({"token_ids": [1]}, {"chat": [("user", "x")]}):
+            with pytest.raises(ValueError, match="give one of"):
+                await text(client, **more)
+    assert [list(request.stopping.stop_strings) for request in gateway.requests] == [["thee"], ["thee", "thou"]]
+
+
+async def test_a_deadline_holds_for_all_attempts_together() -> None:
+    async with BucketServeClient(f"127.0.0.1:{free_port()}") as client:
+        with pytest.raises(UnavailableError) as caught:
+            await text(client, timeout_s=0.3)
+        assert "refused" in str(caught.value)

@@ -1,0 +1,39 @@
+"""What the gateway reads of a model's directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bucketserve.core.errors import ModelLoadError
+from bucketserve_gateway.models import load_models
+from tests.unit.gateway.builders import byte_level_bpe
+
+
+@pytest.mark.parametrize(
+    ("config_eos", "generation_eos", "expected"),
+    [(7, None, (0, 7)), (7, [9, 8], (0, 8, 9)), (None, None, (0,)), (0, 0, (0,))],
+)
+def test_the_tokenizers_own_end_token_ends_generation_too(
+    tmp_path: Path, config_eos: int | None, generation_eos: list[int] | int | None, expected: tuple[int, ...]
+) -> None:
+    byte_level_bpe().save_pretrained(tmp_path)
+    config = {"model_type": "gpt2", "vocab_size": 400, "n_positions": 64, "eos_token_id": config_eos}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation_eos is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
+    assert load_models({"m": str(tmp_path)}, 16).get("m").card.eos_token_ids == expected
+
+
+def test_a_tokenizer_that_can_not_be_streamed_is_refused(tmp_path: Path) -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.save_pretrained(tmp_path)
+    description = json.loads((tmp_path / "tokenizer.json").read_text())
+    strip = {"type": "Strip", "content": " ", "start": 0, "stop": 1}
+    description["decoder"] = {"type": "Sequence", "decoders": [description["decoder"], strip]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 400, "n_positions": 64}))
+    with pytest.raises(ModelLoadError, match=r"model m: .*token by token: ByteLevel, Strip at the end"):
+        load_models({"m": str(tmp_path)}, 16)

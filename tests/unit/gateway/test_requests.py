@@ -1,0 +1,88 @@
+"""Deliveries to text, stop strings and reasons, in the one request that takes them."""
+
+from __future__ import annotations
+
+import pytest
+
+from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2, scheduler_pb2
+from bucketserve_gateway.requests import OpenRequest
+from bucketserve_gateway.validation import validate
+from tests.unit.gateway.builders import catalog
+
+CATALOG = catalog()
+TOKENIZER = CATALOG.get("demo").tokenizer
+
+
+def encode(text: str) -> list[int]:
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def opened(stops: list[str], prompt_ids: list[int]) -> OpenRequest:
+    request = inference_pb2.GenerateRequest(prompt="the", stopping=common_pb2.StoppingParams(stop_strings=stops))
+    valid = validate(request, CATALOG, max_prompt_bytes=1000)
+    record = scheduler_pb2.QueueRecord(request_id=valid.request_id, attempt=1, max_new_tokens=90)
+
+    def again(request: OpenRequest) -> None:
+        assert request.attempt == 2
+
+    return OpenRequest(valid, prompt_ids, 90, record, max_attempts=3, max_pending_tokens=1000, submit=again)
+
+
+def delivery(
+    request: OpenRequest, index: int, token_ids: list[int], finished: delivery_pb2.DeliveryFinished | None = None
+) -> delivery_pb2.TokenDelivery:
+    return delivery_pb2.TokenDelivery(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        first_index=index,
+        token_ids=token_ids,
+        finished=finished,
+    )
+
+
+async def text_of(request: OpenRequest) -> str:
+    return "".join([chunk.text async for chunk in request.chunks()])
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 17, 100])
+@pytest.mark.parametrize(
+    ("stop", "sent"), [("😀!", "the quick 😀 "), ("the", ""), ("fox", None), ("k 😀 😀", "the quic")]
+)
+async def test_a_stop_string_ends_the_output_whatever_the_deliveries(size: int, stop: str, sent: str | None) -> None:
+    text = "the quick 😀 😀! and 😀"
+    request, token_ids = opened([stop], encode("a ")), encode(text)
+    for start in range(0, len(token_ids), size):
+        if not request.deliver(delivery(request, start, token_ids[start : start + size])):
+            break
+    else:
+        end = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_LENGTH)
+        request.deliver(delivery(request, len(token_ids), [], end))
+    assert await text_of(request) == (text if sent is None else sent)
+    assert request.finished is not None
+    assert request.finished.matched_stop == ("" if sent is None else stop)
+    # The output ends with the token that completes the stop string.
+    if sent is not None:
+        assert stop in TOKENIZER.decode(request.tokens)
+        assert stop not in TOKENIZER.decode(request.tokens[:-1])
+
+
+async def test_a_character_over_two_attempts_is_whole() -> None:
+    token_ids = encode("x😀y")
+    for cut in range(1, len(token_ids)):
+        request = opened([], encode("a "))
+        request.deliver(delivery(request, 0, token_ids[:cut]))
+        request.restart("its worker was lost")
+        end = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_LENGTH)
+        request.deliver(delivery(request, 0, token_ids[cut:], end))
+        assert await text_of(request) == "x😀y"
+
+
+async def test_a_special_token_as_stop_string_is_named_at_the_end() -> None:
+    special_id = CATALOG.get("demo").token_bytes.special_ids["<|end|>"]
+    for stops, matched in ((["fox", "<|end|>"], "<|end|>"), (["fox"], "")):
+        request = opened(stops, encode("a "))
+        end = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_STOP, matched_stop_token_id=special_id)
+        request.deliver(delivery(request, 0, encode("the"), end))
+        assert await text_of(request) == "the"
+        assert request.finished is not None
+        assert (request.finished.matched_stop, request.finished.matched_stop_token_id) == (matched, special_id)
