@@ -18,7 +18,7 @@ from bucketserve.core.errors import EngineError, ModelLoadError
 from bucketserve.engine.attention import NAME, AttentionCall, Probe, Segment, StepPlan, running_step
 from bucketserve.engine.kv_memory import KvLayout, KvMemory, bytes_per_token
 from bucketserve.engine.linear import place_linears
-from bucketserve.engine.native.build import KernelBuildError
+from bucketserve.engine.native.compiler import KernelBuildError
 from bucketserve.engine.native.kernels import Kernels, load_kernels
 from bucketserve.engine.native.layers import fuse_layers
 from bucketserve.engine.native.products import KernelProducts, Products, choose_products
@@ -56,7 +56,7 @@ class LoadSettings:
     """none, or int8: weights of linear layers rounded to 8 bits (CPU)."""
     prefix_cache: bool = True
     kernels: str = "auto"
-    """auto, or torch: nothing but torch's own operations."""
+    """auto; torch: nothing but torch's own operations; or an instruction set, which must be there (native.library)."""
 
 
 def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lambda text: None) -> PackedEngine:
@@ -149,8 +149,10 @@ def _kernels(settings: LoadSettings, on_progress: Callable[[str], None]) -> Kern
     if settings.kernels == "torch":
         return None
     try:
-        return load_kernels(on_progress)
+        return load_kernels(settings.kernels, on_progress)
     except KernelBuildError as error:
+        if settings.kernels != "auto":
+            raise ModelLoadError(f"no CPU kernels for {settings.kernels}: {error}; or set kernels to auto") from error
         on_progress(f"serving without CPU kernels: {error}")
         return None
 

@@ -35,8 +35,10 @@ class WorkerSettings(Section):
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: weights of linear layers rounded to 8 bits, on CPU; faster, at a small loss"
     )
-    kernels: Literal["auto", "torch"] = Field(
-        "auto", description="auto: kernels compiled for this CPU where g++ is there; torch: torch's operations only"
+    kernels: Literal["auto", "avx512", "avx2", "baseline", "torch"] = Field(
+        "auto",
+        description="CPU kernels: auto, the best that this processor has and that are ready or can be compiled; an "
+        "instruction set, which must be there; torch, torch's operations only",
     )
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: as torch chooses")
     kv_budget_bytes: int = Field(0, ge=0, description="memory for KV; 0: measured at start")

@@ -40,6 +40,9 @@ COMMON = {
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**COMMON),
+    # Halves of heads that are no whole number of any vectors, and heads that none of our kernels take.
+    "llama-80": LlamaConfig(**COMMON, head_dim=80),
+    "llama-20": LlamaConfig(**COMMON, head_dim=20),
     "qwen2": Qwen2Config(**COMMON),
     "qwen3": Qwen3Config(**COMMON, head_dim=16),
     "gpt2": GPT2Config(
@@ -77,9 +80,14 @@ def engine(name: str, **settings: object) -> PackedEngine:
     )
 
 
-@torch.inference_mode()
 def generate(name: str, prompt: list[int], num_tokens: int) -> list[int]:
     """Greedy tokens of model.generate, the end token ignored."""
+    return list(_generated(name, tuple(prompt), num_tokens))
+
+
+@cache
+@torch.inference_mode()
+def _generated(name: str, prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
     output = reference(name).generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -88,4 +96,4 @@ def generate(name: str, prompt: list[int], num_tokens: int) -> list[int]:
         eos_token_id=None,
         pad_token_id=0,
     )
-    return output[0, len(prompt) :].tolist()
+    return tuple(output[0, len(prompt) :].tolist())

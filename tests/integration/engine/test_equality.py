@@ -11,6 +11,7 @@ from bucketserve.core.types import FinishReason, RequestId
 from bucketserve.engine.packed import PackedEngine
 from bucketserve.ports import Sampling, SequenceSpec, StepOutput
 from tests.integration.engine.models import CONFIGS, VOCAB, engine, generate, reference
+from tests.kernel_paths import PATHS
 
 pytestmark = pytest.mark.engine
 LENGTHS = (1, 2, 7, 31, 32, 33, 64, 150, 333, 700)
@@ -44,10 +45,11 @@ def drain(under_test: PackedEngine, outputs: dict[str, list[int]], steps: int = 
     return history
 
 
+@pytest.mark.parametrize("kernels", PATHS)
 @pytest.mark.parametrize("chunk", [0, 48], ids=["whole", "chunked"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_mixed_batch_joining_at_different_times(name: str, chunk: int) -> None:
-    under_test = engine(name)
+def test_mixed_batch_joining_at_different_times(name: str, chunk: int, kernels: str) -> None:
+    under_test = engine(name, kernels=kernels)
     wanted = {f"r{length}": generate(name, prompt(length), 6 + length % 9) for length in LENGTHS}
     outputs: dict[str, list[int]] = {}
     order = list(LENGTHS)

@@ -7,13 +7,16 @@ import random
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from bucketserve.core.types import RequestId
 from bucketserve.engine.kv_space import BLOCK_TOKENS
+from bucketserve.engine.native.instruction_sets import supported
 from bucketserve.engine.packed import PackedEngine
 from bucketserve.ports import Sampling, SequenceSpec
 from tests.integration.engine.models import engine, generate
 from tests.integration.engine.test_equality import one_thread, prompt, spec  # noqa: F401
+from tests.kernel_paths import PATHS
 
 pytestmark = pytest.mark.engine
 
@@ -28,8 +31,22 @@ PROMPTS = [
     SHARED[: 2 * BLOCK_TOKENS],
     prompt(200),
 ]
-COMBINATIONS = list(itertools.product(["auto", "torch"], *[[False, True]] * 5))
-NAMES = ("kernels", "apart", "chunked", "preempted", "warm", "reversed")
+COMBINATIONS = list(itertools.product([False, True], repeat=5))
+NAMES = ("apart", "chunked", "preempted", "warm", "reversed")
+
+
+def cases() -> list[ParameterSet]:
+    """Every combination of llama with the best kernels and with none; a quarter of them for everything else."""
+    rng = random.Random(4)
+    chosen = []
+    for name in ("llama", "llama-80", "llama-20", "qwen3", "gemma2"):
+        for path in PATHS:
+            is_whole = name == "llama" and path.values[0] in (supported()[0], "torch")
+            for flags in COMBINATIONS if is_whole else rng.sample(COMBINATIONS, len(COMBINATIONS) // 4):
+                words = [word for word, is_set in zip(NAMES, flags, strict=True) if is_set]
+                label = "-".join((name, str(path.values[0]), *words))
+                chosen.append(pytest.param(name, (path.values[0], *flags), id=label, marks=path.marks))
+    return chosen
 
 
 class Run:
@@ -119,15 +136,8 @@ def play(name: str, combination: tuple[object, ...], sampling: Sampling) -> tupl
     return {RequestId(f"r{i}"): run.outputs[RequestId(f"r{i}")] for i, _ in numbered}, run.num_reused
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
-@pytest.mark.parametrize(
-    "combination",
-    COMBINATIONS,
-    ids=["-".join(n if v is True else f"{n}:{v}" for n, v in zip(NAMES, c, strict=True) if v) for c in COMBINATIONS],
-)
+@pytest.mark.parametrize(("name", "combination"), cases())
 def test_greedy_tokens_are_those_of_generate(name: str, combination: tuple[object, ...]) -> None:
-    if name != "llama" and random.Random(f"{name}{combination}").random() > 0.25:
-        pytest.skip("a quarter of the combinations for each further architecture")
     outputs, num_reused = play(name, combination, Sampling())
     wanted = {RequestId(f"r{i}"): generate(name, token_ids, 5 + i) for i, token_ids in enumerate(PROMPTS)}
     assert outputs == wanted
@@ -136,12 +146,12 @@ def test_greedy_tokens_are_those_of_generate(name: str, combination: tuple[objec
         assert num_reused > 0
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("kernels", PATHS)
 def test_sampled_tokens_are_the_same_wherever_they_are_computed(kernels: str) -> None:
     sampling = Sampling(temperature=0.8, top_p=0.95, seed=5)
     alone, _ = play("llama", ("torch", False, False, False, False, False), sampling)
-    for combination in random.Random(1).sample([c for c in COMBINATIONS if c[0] == kernels], 8):
-        outputs, _ = play("llama", combination, sampling)
+    for combination in random.Random(1).sample(COMBINATIONS, 4):
+        outputs, _ = play("llama", (kernels, *combination), sampling)
         assert outputs == alone, combination
 
 

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 from benchmarks.perplexity import HELD_OUT, perplexity
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.engine.attention import NAME
-from bucketserve.engine.linear import PlacedLinear
 from bucketserve.engine.loader import LoadSettings, build_engine, load_engine
-from bucketserve.engine.native import build
+from bucketserve.engine.native import library
 from bucketserve.engine.native.layers import FusedLayer
 from bucketserve.engine.packed import PackedEngine
 from tests.integration.engine.models import CONFIGS, engine
 from tests.integration.engine.test_equality import drain, prompt, spec
+from tests.kernel_paths import PATHS
 
 pytestmark = pytest.mark.engine
 DEMO = "models/demo/model"
@@ -27,10 +27,19 @@ def count(under_test: PackedEngine, kind: type) -> int:
     return sum(isinstance(module, kind) for module in under_test.model.modules())
 
 
-@pytest.mark.parametrize(("name", "number"), [("llama", 3), ("qwen2", 3), ("qwen3", 3), ("gpt2", 0), ("gemma2", 0)])
-def test_layers_of_the_llama_kind_are_fused_and_others_are_not(name: str, number: int) -> None:
-    assert count(engine(name), FusedLayer) == number
-    assert count(engine(name, kernels="torch"), FusedLayer) == 0
+FUSED = {"llama": 3, "llama-80": 3, "llama-20": 0, "qwen2": 3, "qwen3": 3, "gpt2": 0, "gemma2": 0, "gemma3": 0}
+
+
+@pytest.mark.parametrize("kernels", PATHS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_of_the_llama_kind_are_fused_and_others_are_not(name: str, kernels: str) -> None:
+    assert count(engine(name, kernels=kernels), FusedLayer) == (FUSED[name] if kernels != "torch" else 0)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "supported", lambda: ("baseline",))
+    with pytest.raises(ModelLoadError, match="this processor has no avx512, only baseline"):
+        engine("llama", kernels="avx512")
 
 
 def test_a_layer_that_computes_otherwise_is_left_as_it_is() -> None:
@@ -49,30 +58,6 @@ def test_a_layer_that_computes_otherwise_is_left_as_it_is() -> None:
     ids = torch.tensor([prompt(50)])
     wanted = plain.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert outputs["r"] == wanted[0, 50:].tolist()
-
-
-def test_without_a_compiler_torch_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    told: list[str] = []
-    under_test = load_engine(LoadSettings(model=DEMO, kv_budget_tokens=1000), told.append)
-    assert count(under_test, FusedLayer) == count(under_test, PlacedLinear) == 0
-    assert any("g++" in line or "no-such-compiler" in line for line in told)
-    with pytest.raises(ModelLoadError, match="g\\+\\+"):
-        load_engine(LoadSettings(model=DEMO, kv_budget_tokens=1000, quantization="int8"))
-
-
-def test_kernels_are_compiled_once_and_never_into_a_folder_of_somebody_else(
-    monkeypatch: pytest.MonkeyPatch, tmp_path
-) -> None:
-    monkeypatch.setenv("BUCKETSERVE_CACHE", str(tmp_path))
-    told: list[str] = []
-    build.load_library(told.append)
-    build.load_library(told.append)
-    assert len(told) == 1
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".so"]
-    monkeypatch.setattr(build.os, "getuid", lambda: 12345)
-    with pytest.raises(build.KernelBuildError, match="BUCKETSERVE_CACHE"):
-        build.load_library(told.append)
 
 
 def test_bfloat16_and_8_bit_weights_cost_less_than_one_percent_of_perplexity() -> None:

@@ -15,7 +15,7 @@ struct Attention {
     long ldo;
     const int64_t* segments;  // [n, 4]: first token, tokens, where its KV starts, context with the new tokens
     long num_segments;
-    int heads, kv_heads, dim;
+    int heads, kv_heads, dim;  // dim: a multiple of VL
     float scale;
     long window;  // tokens to look back to, 0 for all
     float softcap;  // 0 for none
@@ -82,20 +82,12 @@ inline void scores_tile(const float* q, const float* panel, int dim, float* out,
         store(out + r * ldo + VL, acc[r][1]);
     }
 }
-template <int R>
-inline void mix_tile(const float* p, long ldp, const float* values, int dim, long count, float* out) {
-    for (int d = 0; d < dim; d += NR) {
-        vf acc[R][2];
-        for (int r = 0; r < R; ++r) {
-            acc[r][0] = load(out + r * dim + d);
-            acc[r][1] = load(out + r * dim + d + VL);
-        }
-        tile<R>(p, ldp, values + d, dim, count, acc);
-        for (int r = 0; r < R; ++r) {
-            store(out + r * dim + d, acc[r][0]);
-            store(out + r * dim + d + VL, acc[r][1]);
-        }
-    }
+// out [R, dim] += P [R, count] x values [count, dim]
+template <int R, class S>
+inline void mix(const float* p, long ldp, const S* values, int dim, long count, float* out) {
+    int d = 0;
+    for (; d + NR <= dim; d += NR) tile_onto<R, 2>(p, ldp, values + d, dim, count, out + d, dim);
+    if (d < dim) tile_onto<R, 1>(p, ldp, values + d, dim, count, out + d, dim);
 }
 // Softmax so far of one row: takes a block of scores, leaves their weights in it; returns what to scale the past by.
 inline float soften(float* scores, long count, float& highest, float& total) {
@@ -185,7 +177,7 @@ void attend(const Attention& at, const int64_t* segment, int kv_head, long token
             for_rows<MR>(rows - r, [&](auto number) {
                 // Beyond the last of these rows' positions all weights are zero.
                 long seen = std::min<long>(count, position + (r + number - 1) / group + 1 - first);
-                if (seen > 0) mix_tile<number>(scores + r * KEYS, KEYS, mixed, dim, seen, out + r * dim);
+                if (seen > 0) mix<number>(scores + r * KEYS, KEYS, mixed, dim, seen, out + r * dim);
             });
     }
     for (long r = 0; r < rows; ++r) {
@@ -229,18 +221,7 @@ void attend_one(const Attention& at, const int64_t* segment, int kv_head) {
             if (past != 1.0f)
                 for (int d = 0; d < dim; d += VL) store(out + g * dim + d, load(out + g * dim + d) * past);
         }
-        for (int d = 0; d < dim; d += 2 * VL) {
-            vf acc[G][2];
-            for (int g = 0; g < G; ++g) {
-                acc[g][0] = load(out + g * dim + d);
-                acc[g][1] = load(out + g * dim + d + VL);
-            }
-            tile<G>(scores, KEYS, values + first * dim + d, dim, count, acc);
-            for (int g = 0; g < G; ++g) {
-                store(out + g * dim + d, acc[g][0]);
-                store(out + g * dim + d + VL, acc[g][1]);
-            }
-        }
+        mix<G>(scores, KEYS, values + first * dim, dim, count, out);
     }
     for (int g = 0; g < G; ++g) {
         T* to = static_cast<T*>(at.out) + segment[0] * at.ldo + (kv_head * G + g) * dim;

@@ -32,17 +32,23 @@ struct Rotation {
     long arena;
     const int64_t* slots;  // [rows]
     long rows;
-    int heads, kv_heads, dim;
+    int heads, kv_heads, dim;  // dim: a multiple of VL
 };
 
 template <class T, class S>
 inline void rotate(S* to, T* from, const T* cos, const T* sin, const float* norm, float eps, int dim) {
     if (norm) scale_by(from, from, norm, inverse_rms(from, dim, eps), dim);
-    int half = dim / 2;
-    for (int d = 0; d < half; d += VL) {
+    int half = dim / 2, d = 0;
+    for (; d + VL <= half; d += VL) {
         vf low = load(from + d), high = load(from + half + d);
         store(to + d, low * load(cos + d) - high * load(sin + d));
         store(to + half + d, high * load(cos + half + d) + low * load(sin + half + d));
+    }
+    // Halves that are no whole number of vectors, such as those of 80.
+    for (; d < half; ++d) {
+        float low = get(from + d), high = get(from + half + d);
+        put(to + d, low * get(cos + d) - high * get(sin + d));
+        put(to + half + d, high * get(cos + half + d) + low * get(sin + half + d));
     }
 }
 

@@ -1,121 +1,44 @@
-"""Compiles kernels.cpp and its headers for this processor, once, and loads them.
-
-Compiled where it runs, so that it uses the instructions that this processor has. A machine without a C++ compiler
-serves with torch's own operations instead, more slowly. `python -m bucketserve.engine.native.build` compiles ahead.
-"""
+"""Compiles the kernels ahead of the first start: python -m bucketserve.engine.native.build --help."""
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
+import argparse
 import sys
-import tempfile
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
-import torch
+from bucketserve.engine.native.compiler import KernelBuildError
+from bucketserve.engine.native.instruction_sets import ALL
+from bucketserve.engine.native.library import build_into, load_library
 
-from bucketserve.core.errors import EngineError
-
-__all__ = ["KernelBuildError", "load_library"]
-
-SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
-COMPILERS = ("g++", "c++")
+__all__ = ["main"]
 
 
-class KernelBuildError(EngineError):
-    """The kernels can't be compiled here; says what is missing."""
-
-
-def load_library(on_progress: Callable[[str], None] = lambda text: None) -> ctypes.CDLL:
-    """Returns the compiled kernels; compiles them if this processor's are not in the cache yet (about ten seconds).
-
-    The cache is $BUCKETSERVE_CACHE, else the user's cache folder, else one of the user's among temporary files.
-
-    Raises:
-        KernelBuildError: no compiler, or it failed.
-    """
-    compiler = _compiler()
-    name = f"kernels-{_fingerprint(compiler)}.so"
-    folder = _cache_folder()
-    target = folder / name
-    with (folder / "lock").open("w") as lock:
-        # Workers that start together compile once.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            on_progress("compiling CPU kernels, once for this machine")
-            _compile(compiler, target)
-    return ctypes.CDLL(str(target))
-
-
-def _compiler() -> str:
-    named = os.environ.get("CXX")
-    for candidate in (named,) if named else COMPILERS:
-        if path := shutil.which(candidate):
-            return path
-    raise KernelBuildError(f"no C++ compiler ({named or ', '.join(COMPILERS)}); install g++ for faster CPU workers")
-
-
-@cache
-def _fingerprint(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    sources = [path.read_bytes() for path in sorted((SOURCE, *SOURCE.parent.glob("*.h")))]
-    parts = [*sources, " ".join(FLAGS).encode(), version, _processor().encode(), torch.__version__.encode()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _processor() -> str:
-    """Returns what -march=native depends on."""
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bucketserve.engine.native.build",
+        description="Compiles the CPU kernels ahead of the first start. Without --into: for this processor, into the "
+        "cache of this user; where that fails it says why and ends with status 0, since workers then use torch's "
+        "operations. With --into, a failure is status 1.",
+    )
+    parser.add_argument("--into", type=Path, metavar="DIR", help="folder to fill; workers look in $BUCKETSERVE_CACHE")
+    parser.add_argument(
+        "--for", dest="names", nargs="+", choices=ALL, default=list(ALL), help="with --into; default: all of them"
+    )
+    given = parser.parse_args(arguments)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    wanted = ("vendor_id", "cpu family", "model\t", "flags", "CPU part", "Features")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def _cache_folder() -> Path:
-    named = os.environ.get("BUCKETSERVE_CACHE")
-    candidates = [Path(named)] if named else []
-    if not named:
-        candidates.append(Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "bucketserve")
-        candidates.append(Path(tempfile.gettempdir()) / f"bucketserve-{os.getuid()}")
-    for folder in candidates:
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
-            continue
-        # Code is loaded from here: it must be nobody else's.
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
-            return folder
-    raise KernelBuildError(f"can't write to {' or '.join(map(str, candidates))}; set BUCKETSERVE_CACHE to a folder")
-
-
-def _compile(compiler: str, target: Path) -> None:
-    # The OpenMP runtime must be torch's: two of them would compete for the cores.
-    runtimes = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    openmp = [str(runtimes[0])] if runtimes else ["-fopenmp"]
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        output, unlinked = Path(scratch) / target.name, Path(scratch) / "kernels.o"
-        for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(unlinked)],
-            [compiler, "-shared", str(unlinked), *openmp, "-o", str(output)],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise KernelBuildError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-        output.rename(target)
+        if given.into is None:
+            load_library(on_progress=print)
+        else:
+            for name in given.names:
+                print(build_into(given.into, ALL[name]))
+    except KernelBuildError as error:
+        if given.into is not None:
+            print(f"can't compile the CPU kernels: {error}", file=sys.stderr)
+            return 1
+        print(f"CPU workers will run without their kernels: {error}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        load_library(print)
-    except KernelBuildError as error:
-        print(f"CPU workers will run without their kernels: {error}", file=sys.stderr)
+    sys.exit(main())

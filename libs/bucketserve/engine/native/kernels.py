@@ -9,7 +9,7 @@ from enum import IntEnum
 
 import torch
 
-from bucketserve.engine.native.build import load_library
+from bucketserve.engine.native.library import load_library
 
 __all__ = ["Epilogue", "Kernels", "PackedWeights", "load_kernels"]
 
@@ -116,7 +116,7 @@ class Kernels:
 
     def suits_heads(self, head_dim: int, dtype: torch.dtype) -> bool:
         """Whether attention can work on heads of that size and type."""
-        return dtype in _DTYPES and head_dim % self.panel_columns == 0
+        return dtype in _DTYPES and head_dim % self.vector == 0
 
     def pack(
         self, weights: Sequence[torch.Tensor], bias: torch.Tensor | None = None, *, is_pair: bool = False, is_int8: bool
@@ -296,10 +296,10 @@ class Kernels:
         )
 
 
-def load_kernels(on_progress: Callable[[str], None] = lambda text: None) -> Kernels:
-    """Returns this machine's kernels, compiled if need be.
+def load_kernels(instruction_set: str = "auto", on_progress: Callable[[str], None] = lambda text: None) -> Kernels:
+    """Returns this machine's kernels, compiled if need be; see load_library.
 
     Raises:
-        KernelBuildError: they can't be compiled here.
+        KernelBuildError: there are none.
     """
-    return Kernels(load_library(on_progress))
+    return Kernels(load_library(instruction_set, on_progress))

@@ -117,8 +117,7 @@ class FusedLayer(nn.Module):
             and mlp["up_proj"].bias is None
             and len({attention[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
             and mlp["gate_proj"].in_features % kernels.vector == 0
-            # Heads are turned in halves of whole vectors.
-            and call.layout.head_dim % (2 * kernels.vector) == 0
+            and kernels.suits_heads(call.layout.head_dim, attention["o_proj"].weight.dtype)
         )
         if not is_alike:
             raise _DifferentError

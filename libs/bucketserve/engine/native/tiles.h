@@ -114,18 +114,29 @@ inline void for_rows(long rows, F&& f) {
     }
 }
 
-// acc[r][0..1] += A[r, 0..depth) x B[0..depth, 0..NR), B of float or bf16
-template <int R, class W>
-inline void tile(const float* a, long lda, const W* b, long ldb, long depth, vf (&acc)[R][2]) {
+// acc[r][0..C) += A[r, 0..depth) x B[0..depth, 0..C vectors), B of float or bf16; C is 2, or 1 for what is left
+template <int R, int C, class W>
+inline void tile(const float* a, long lda, const W* b, long ldb, long depth, vf (&acc)[R][C]) {
     for (long k = 0; k < depth; ++k, b += ldb) {
-        vf b0 = load(b), b1 = load(b + VL);
+        vf b0 = load(b), b1 = C == 2 ? load(b + VL) : b0;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             float value = a[r * lda + k];
             acc[r][0] += b0 * value;
-            acc[r][1] += b1 * value;
+            if (C == 2) acc[r][C - 1] += b1 * value;
         }
     }
+}
+
+// The same onto C vectors of R rows of floats, `ldo` apart.
+template <int R, int C, class W>
+inline void tile_onto(const float* a, long lda, const W* b, long ldb, long depth, float* out, long ldo) {
+    vf acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = load(out + r * ldo + c * VL);
+    tile<R>(a, lda, b, ldb, depth, acc);
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) store(out + r * ldo + c * VL, acc[r][c]);
 }
 
 // 8-bit weights: pairs of rows of B lie side by side, [depth / 2][NR][2]; A holds pairs of 16-bit integers.

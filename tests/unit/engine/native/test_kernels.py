@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bucketserve.engine.native.kernels import Epilogue, Kernels, load_kernels
+from tests.kernel_paths import INSTRUCTION_SETS
 
 pytestmark = pytest.mark.engine
 FLOAT, HALF = torch.float32, torch.bfloat16
 
 
-@pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    return load_kernels()
+@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return load_kernels(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -119,23 +122,31 @@ def plain_attention(
     return (torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1) @ values).transpose(0, 1)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (16, 1)])
-@pytest.mark.parametrize("dim", [32, 64, 128])
-@pytest.mark.parametrize("window", [None, 1, 20, 70])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize(("q_type", "kv_type"), [(FLOAT, FLOAT), (FLOAT, HALF), (HALF, HALF)])
+ATTENTION = list(
+    itertools.product(
+        [(4, 4), (6, 2), (16, 1)],
+        [16, 32, 64, 80, 96, 128],
+        [None, 1, 20, 70],
+        [None, 5.0],
+        [(FLOAT, FLOAT), (FLOAT, HALF), (HALF, HALF)],
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("group", "dim", "window", "softcap", "types"),
+    random.Random(2).sample(ATTENTION, 60),
+)
 def test_attention(
     kernels: Kernels,
-    heads: int,
-    kv_heads: int,
+    group: tuple[int, int],
     dim: int,
     window: int | None,
     softcap: float | None,
-    q_type: torch.dtype,
-    kv_type: torch.dtype,
+    types: tuple[torch.dtype, torch.dtype],
 ) -> None:
-    if dim % kernels.panel_columns:
-        pytest.skip("heads narrower than a panel are left to torch")
+    (heads, kv_heads), (q_type, kv_type) = group, types
+    assert kernels.suits_heads(dim, q_type)
     # Whole prompts, chunks of longer ones, and single tokens, of lengths around the sizes of blocks.
     shapes = [(1, 1), (1, 64), (1, 65), (1, 300), (70, 70), (3, 130), (129, 200), (64, 64)]
     arena = torch.randn(2, kv_heads, 1200, dim).to(kv_type)
@@ -157,8 +168,11 @@ def test_attention(
 
 @pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize(("x_type", "kv_type"), [(FLOAT, FLOAT), (FLOAT, HALF), (HALF, HALF)])
-def test_rotate_and_store(kernels: Kernels, has_norms: bool, x_type: torch.dtype, kv_type: torch.dtype) -> None:
-    heads, kv_heads, dim, rows = 4, 2, 64, 9
+@pytest.mark.parametrize("dim", [16, 64, 80, 96])
+def test_rotate_and_store(
+    kernels: Kernels, dim: int, has_norms: bool, x_type: torch.dtype, kv_type: torch.dtype
+) -> None:
+    heads, kv_heads, rows = 4, 2, 9
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim).to(x_type)
     angles = torch.rand(rows, dim // 2).repeat(1, 2) * 6
     cos, sin = angles.cos().to(x_type), angles.sin().to(x_type)

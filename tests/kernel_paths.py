@@ -1,0 +1,14 @@
+"""The ways in which a CPU can compute, for parametrised tests; what this processor lacks is skipped and named."""
+
+from __future__ import annotations
+
+import pytest
+
+from bucketserve.engine.native.instruction_sets import ALL, supported
+
+INSTRUCTION_SETS = [
+    pytest.param(name, marks=() if name in supported() else pytest.mark.skip(reason=f"this processor has no {name}"))
+    for name in ALL
+]
+PATHS = [*INSTRUCTION_SETS, pytest.param("torch")]
+"""Values of LoadSettings.kernels."""
