@@ -19,6 +19,10 @@ from bucketserve_gateway.requests import OpenRequest
 __all__ = ["GatewayTelemetry"]
 
 
+MAX_MODEL_CHARACTERS = 128
+"""Of a model's name in a span: it is what the client sent."""
+
+
 class GatewayTelemetry:
     """Observes; changes nothing but the trace context of new records."""
 
@@ -35,7 +39,7 @@ class GatewayTelemetry:
         if span.is_recording():
             operation = "chat" if request.WhichOneof("input") == "chat" else "text_completion"
             span.set_attribute("gen_ai.operation.name", operation)
-            span.set_attribute("gen_ai.request.model", request.model)
+            span.set_attribute("gen_ai.request.model", request.model[:MAX_MODEL_CHARACTERS])
         return span
 
     @contextlib.contextmanager
@@ -119,6 +123,15 @@ class GatewayTelemetry:
             request_class=request_class,
             outcome=error.reason.lower(),
         )
+
+    def admitted(self, num_calls: int, num_bytes: int) -> None:
+        """When a call was let in or has left, or what requests hold has changed."""
+        self._metrics.set("bucketserve_gateway_open_calls", num_calls)
+        self._metrics.set("bucketserve_gateway_held_bytes", num_bytes)
+
+    def refused_at_the_door(self, reason: str) -> None:
+        """When a call was refused for what the gateway itself has open."""
+        self._metrics.count("bucketserve_gateway_refused_total", reason=reason.lower())
 
     def scheduler_state(self, is_connected: bool, detail: str) -> None:
         """When the scheduler's stream comes or goes."""
