@@ -20,6 +20,9 @@ from tests.otlp import OtlpReceiver
 
 pytestmark = pytest.mark.e2e
 
+# Channels of one process share a connection unless told otherwise.
+ALONE = [("grpc.use_local_subchannel_pool", 1)]
+
 
 async def test_a_client_that_does_not_read_is_bounded_then_cut_and_harms_nobody(new_stack: NewStack) -> None:
     stack = new_stack(environ={"BUCKETSERVE_GATEWAY_OUTPUT_QUEUE_TOKENS": "200"})
@@ -53,19 +56,16 @@ async def test_a_client_that_does_not_read_is_bounded_then_cut_and_harms_nobody(
 async def test_streams_of_a_connection_and_metadata_of_a_call_are_limited(new_stack: NewStack) -> None:
     stack = new_stack(
         environ={
-            # Four requests, and the client's watch of the gateway's health.
-            "BUCKETSERVE_GATEWAY_MAX_STREAMS_PER_CONNECTION": "5",
+            "BUCKETSERVE_GATEWAY_MAX_STREAMS_PER_CONNECTION": "4",
             "BUCKETSERVE_GATEWAY_MAX_METADATA_BYTES": "4096",
             "BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "20000",
         }
     )
-    # Channels of one process share a connection unless told otherwise.
-    alone = [("grpc.use_local_subchannel_pool", 1)]
     started: list[Started] = []
     may_leave = asyncio.Event()
 
     async def stay(client: BucketServeClient) -> None:
-        """Keeps a stream open for up to 40 s, or until those that wait may have their turn."""
+        """Keeps a stream open for up to 40 s, or until it may leave."""
         async with contextlib.aclosing(client.generate(token_ids=[5], max_tokens=2000, ignore_eos=True)) as events:
             async for event in events:
                 if isinstance(event, Started):
@@ -74,20 +74,28 @@ async def test_streams_of_a_connection_and_metadata_of_a_call_are_limited(new_st
                     return
 
     async with (
-        BucketServeClient(stack.gateway_address, options=alone) as greedy,
-        BucketServeClient(stack.gateway_address, options=alone) as other,
+        BucketServeClient(stack.gateway_address, options=ALONE) as greedy,
+        BucketServeClient(stack.gateway_address, options=ALONE) as other,
     ):
         with pytest.raises((grpc.aio.AioRpcError, OverloadedError)) as caught:
             await run(other, 5, 5, metadata=[("x-large", "x" * 20_000)])
         assert "metadata" in str(caught.value).lower()
         calls = [asyncio.create_task(stay(greedy)) for _ in range(12)]
-        await eventually(lambda: len(started) == 4)
+        await eventually(lambda: len(started) == 4 and sum(call.done() for call in calls) == 8)
+        refused = [call.exception() for call in calls if call.done()]
+        # Told why and when to come again, and counted; nobody else is concerned.
+        assert {(type(error), error.reason, error.retry_delay_s) for error in refused} == {
+            (OverloadedError, "MAX_CALLS_PER_CONNECTION", 1.0)
+        }
+        labels = {"reason": "max_calls_per_connection"}
+        assert metric(stack, "gateway", "bucketserve_gateway_refused_total", **labels) == 8
         assert len((await run(other, 5, 5))[0]) == 5
-        assert metric(stack, "gateway", "bucketserve_gateway_open_requests") == len(started) == 4
-        # Those that had to wait get their turn.
+        assert metric(stack, "gateway", "bucketserve_gateway_open_calls") == len(started) == 4
         may_leave.set()
-        await asyncio.gather(*calls)
-        assert len(started) == 12
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert len((await run(greedy, 5, 5))[0]) == 5
+    await eventually(lambda: metric(stack, "gateway", "bucketserve_gateway_open_calls") == 0)
+    assert metric(stack, "gateway", "bucketserve_gateway_held_bytes") == 0
 
 
 async def test_prompts_outputs_and_secrets_are_in_no_log_and_no_span(new_stack: NewStack) -> None:

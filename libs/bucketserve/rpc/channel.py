@@ -12,6 +12,9 @@ __all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "SERVER_OPTIONS", "open_chann
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """A batch assignment carries the prompts of its requests; the public limit is the gateway's max_prompt_bytes."""
 
+MAX_PENDING_CALLS = 16_384
+"""Calls that a server has not yet looked at, some 10 KiB each."""
+
 _KEEPALIVE = [
     # Half-open connections (a peer that was stopped or cut off) are noticed within 30 s, also while a stream is idle.
     ("grpc.keepalive_time_ms", 20_000),
@@ -37,6 +40,12 @@ SERVER_OPTIONS: Sequence[tuple[str, int | str]] = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Who connects and says nothing, or has no call for a while, gives its place to others.
+    ("grpc.server_handshake_timeout_ms", 5_000),
+    ("grpc.max_connection_idle_ms", 30_000),
+    # Beyond these the core ends calls with a bare CANCELLED: a burst waits its turn to be answered by us.
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     # A second process must not silently share the port.
     ("grpc.so_reuseport", 0),
 ]

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from bucketserve.core.errors import BucketServeError, FieldViolation, InvalidRequestError
 from bucketserve.rpc.status import status_of
 
-__all__ = ["ErrorInterceptor", "first_message"]
+__all__ = ["ErrorInterceptor", "check_readable", "first_message"]
 
 R = TypeVar("R")
 
@@ -60,7 +60,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                     if handler.request_streaming:
                         request = _readable(request)
                     else:
-                        _check(request)
+                        check_readable(request)
                     answers = inner(request, context)
                     if inspect.isasyncgen(answers):
                         # Closed at once when the call is cancelled, rather than whenever it is collected.
@@ -85,7 +85,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 if handler.request_streaming:
                     request = _readable(request)
                 else:
-                    _check(request)
+                    check_readable(request)
                 answer = behavior(request, context)
                 return await answer if inspect.isawaitable(answer) else answer
             except BaseException as error:
@@ -120,10 +120,15 @@ async def first_message(requests: AsyncIterator[R]) -> R:
 
 async def _readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
-        _check(request)
+        check_readable(request)
         yield request
 
 
-def _check(request: Any) -> None:
+def check_readable(request: Any) -> None:
+    """Checks what a deserialiser that ErrorInterceptor has wrapped returned.
+
+    Raises:
+        InvalidRequestError: the bytes were not the message that the method takes.
+    """
     if request is _Unreadable:
         raise InvalidRequestError([FieldViolation("", "not a readable message; are all strings valid UTF-8?")])

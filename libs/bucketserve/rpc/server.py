@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Callable, Sequence
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from bucketserve.core.errors import SettingsError
 from bucketserve.rpc.channel import SERVER_OPTIONS
+from bucketserve.rpc.health import HealthServicer
 from bucketserve.rpc.interceptors import ErrorInterceptor
 
 __all__ = ["RpcServer"]
 
 FOREVER_S = 86_400.0
 """A grace that stop() cuts short."""
-
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+MAX_CONNECTIONS = 4096
+OTHER_DESCRIPTORS = 128
+"""Kept for everything that is not a connection of a server: the process's own connections, files, its metrics."""
 
 
 class RpcServer:
@@ -36,6 +37,8 @@ class RpcServer:
         services: Sequence[str],
         on_unexpected: Callable[[str, BaseException], None],
         enable_reflection: bool = True,
+        max_connections: int = MAX_CONNECTIONS,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         options: Sequence[tuple[str, int | str]] = (),
     ) -> None:
         """Binds nothing yet.
@@ -45,13 +48,17 @@ class RpcServer:
             services: full names such as bucketserve.v1.InferenceService, for health and reflection.
             on_unexpected: called with method and error when a handler fails with an error that is not ours.
             enable_reflection: answer reflection.
+            max_connections: further ones are closed at once; less where the process may not open so many files.
+            interceptors: see calls before the handlers; what they raise becomes a status.
             options: further channel arguments.
         """
         self._listen = listen
-        self._services = [*services, ""]
-        self._health = health_aio.HealthServicer()
+        self._health = HealthServicer([*services, ""])
+        most = min(max_connections, _connections_by_descriptors())
         self.grpc_server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(on_unexpected)], options=[*SERVER_OPTIONS, *options]
+            interceptors=[ErrorInterceptor(on_unexpected), *interceptors],
+            # Of an option that is given twice the core takes the first.
+            options=[*{**dict(SERVER_OPTIONS), "grpc.max_allowed_incoming_connections": most, **dict(options)}.items()],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
         if enable_reflection:
@@ -70,14 +77,12 @@ class RpcServer:
             self.port = self.grpc_server.add_insecure_port(self._listen)
         except RuntimeError as error:
             raise SettingsError([f"can't listen on {self._listen}: {error}; is the port in use?"]) from error
-        await self.set_serving(False)
         await self.grpc_server.start()
         return self.port
 
     async def set_serving(self, is_serving: bool) -> None:
         """Answers health checks and watchers with SERVING or NOT_SERVING, for every service."""
-        for service in self._services:
-            await self._health.set(service, _SERVING if is_serving else _NOT_SERVING)
+        self._health.set_serving(is_serving)
 
     async def leave(self, lame_duck_s: float) -> None:
         """Parts with clients; returns when new calls are refused, while running ones go on until stop().
@@ -87,14 +92,25 @@ class RpcServer:
         would end with CANCELLED, which a client can't tell from a call that ran: that is how gRPC's core answers
         what arrives after its shutdown has begun.
         """
-        await self._health.enter_graceful_shutdown()
+        self._health.leave()
         await asyncio.sleep(lame_duck_s)
         self._leaving = asyncio.create_task(self.grpc_server.stop(FOREVER_S), name="leaving")
         await asyncio.sleep(0)
 
     async def stop(self, grace_s: float) -> None:
         """Refuses new calls, lets running ones finish for at most grace_s seconds, then cuts them."""
-        await self._health.enter_graceful_shutdown()
+        self._health.leave()
         await self.grpc_server.stop(grace_s)
         if self._leaving is not None:
             await self._leaving
+
+
+def _connections_by_descriptors() -> int:
+    """Raises the limit of open files to what is allowed; returns how many connections a server may have by it.
+
+    Half of it, a reserve aside, since a process has two servers at most: neither can take what the other, or the
+    process itself, needs.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else max((hard - OTHER_DESCRIPTORS) // 2, 16)

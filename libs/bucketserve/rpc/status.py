@@ -39,6 +39,10 @@ from bucketserve.core.errors import (
 __all__ = ["DOMAIN", "error_from_call", "errors_named", "is_answered", "status_of"]
 
 DOMAIN = "bucketserve"
+MAX_CHARACTERS = 256
+"""Of a text in a status, which may repeat what a client sent."""
+MAX_DETAIL_BYTES = 4096
+"""Violations beyond this are left out: peers refuse trailers of more than 8 KiB or so."""
 
 T = TypeVar("T")
 
@@ -56,17 +60,20 @@ _CODES: dict[type[BucketServeError], int] = {
 def status_of(error: BucketServeError) -> grpc.Status:
     """Returns the status to abort a call with."""
     code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), code_pb2.INTERNAL)
-    message = str(error) if code != code_pb2.INTERNAL else "internal error"
+    message = _short(str(error)) if code != code_pb2.INTERNAL else "internal error"
     status = status_pb2.Status(code=code, message=message)
     status.details.append(_packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)))
     if isinstance(error, InvalidRequestError):
-        violations = [
-            error_details_pb2.BadRequest.FieldViolation(field=violation.field, description=violation.description)
-            for violation in error.violations
-        ]
-        status.details.append(_packed(error_details_pb2.BadRequest(field_violations=violations)))
+        bad = error_details_pb2.BadRequest()
+        for violation in error.violations:
+            bad.field_violations.add(field=_short(violation.field), description=_short(violation.description))
+            if bad.ByteSize() > MAX_DETAIL_BYTES:
+                break
+        status.details.append(_packed(bad))
     if isinstance(error, NotFoundError):
-        resource = error_details_pb2.ResourceInfo(resource_type=error.resource_type, resource_name=error.resource_name)
+        resource = error_details_pb2.ResourceInfo(
+            resource_type=error.resource_type, resource_name=_short(error.resource_name)
+        )
         status.details.append(_packed(resource))
     if isinstance(error, OverloadedError | UnavailableError):
         delay = duration_pb2.Duration()
@@ -132,6 +139,10 @@ def _read_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             return status_pb2.Status.FromString(value)
     return None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 3] + "..."
 
 
 def _packed(message: Message) -> any_pb2.Any:

@@ -77,6 +77,29 @@ METRICS: dict[str, Metric] = {
             labels=("model", "request_class", "outcome"),
         ),
         Metric(
+            name="bucketserve_gateway_open_calls",
+            kind=Kind.GAUGE,
+            service=G,
+            unit="calls",
+            help="Calls of clients that are open, health checks aside.",
+        ),
+        Metric(
+            name="bucketserve_gateway_held_bytes",
+            kind=Kind.GAUGE,
+            service=G,
+            unit="bytes",
+            help="Estimate of what the prompts of open requests hold.",
+        ),
+        Metric(
+            name="bucketserve_gateway_refused_total",
+            kind=Kind.COUNTER,
+            service=G,
+            unit="calls",
+            help="Calls refused for what the gateway itself has open: max_calls, max_calls_per_connection, "
+            "max_held_bytes, tokenizer_busy or slow_request.",
+            labels=("reason",),
+        ),
+        Metric(
             name="bucketserve_gateway_open_requests",
             kind=Kind.GAUGE,
             service=G,

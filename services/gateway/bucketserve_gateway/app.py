@@ -14,16 +14,19 @@ from bucketserve.store.redis import connect
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc, inference_pb2, inference_pb2_grpc, job_pb2, job_pb2_grpc
+from bucketserve_gateway.admission import Admission, AdmissionInterceptor
 from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.job_runner import JobRunner
 from bucketserve_gateway.jobs import JobServicer
 from bucketserve_gateway.models import load_models
+from bucketserve_gateway.reads import Reads
 from bucketserve_gateway.requests import OpenRequests
 from bucketserve_gateway.scheduler_link import SchedulerLink
 from bucketserve_gateway.servicer import GatewayParts, InferenceServicer
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
-from bucketserve_gateway.tokenization import TokenizerPool
+from bucketserve_gateway.tokenizer_pool import TokenizerPool
+from bucketserve_gateway.validation import largest_message
 
 __all__ = ["serve"]
 
@@ -59,7 +62,14 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
             settings.default_max_tokens,
             lambda text: outlets.log.info("model.loading", progress=text),
         )
-        tokenizers = TokenizerPool(settings.tokenizer_threads)
+        admission = Admission(
+            max_calls=settings.max_open_calls,
+            max_calls_per_connection=settings.max_streams_per_connection,
+            max_bytes=settings.max_held_bytes,
+            on_change=observer.admitted,
+            on_refused=observer.refused_at_the_door,
+        )
+        tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_prompt_bytes, admission.refusal)
         stack.callback(tokenizers.close)
         requests = OpenRequests()
         delivery = DeliveryServicer(requests)
@@ -70,6 +80,7 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
                 gateway_id=gateway_id,
                 delivery_address=settings.delivery_address or settings.delivery_listen,
                 catalog=catalog,
+                admission=admission,
                 tokenizers=tokenizers,
                 requests=requests,
                 scheduler=scheduler,
@@ -77,21 +88,7 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
                 telemetry=observer,
             )
         )
-        public = RpcServer(
-            settings.listen,
-            services=[
-                inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
-                job_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
-            ],
-            on_unexpected=observer.unexpected,
-            enable_reflection=settings.enable_reflection,
-            options=[
-                ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
-                ("grpc.max_metadata_size", settings.max_metadata_bytes),
-                # Beyond the soft limit calls would be refused at random.
-                ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes + 1024),
-            ],
-        )
+        public = _public_server(settings, observer, admission, largest_message(catalog, settings.max_prompt_bytes))
         internal = RpcServer(
             settings.delivery_listen,
             services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name],
@@ -134,3 +131,26 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
                 watch.cancel()
                 delivery.close()
                 await internal.stop(FLUSH_S)
+
+
+def _public_server(
+    settings: GatewaySettings, observer: GatewayTelemetry, admission: Admission, max_message_bytes: int
+) -> RpcServer:
+    """Returns the clients' server, without its services' handlers."""
+    return RpcServer(
+        settings.listen,
+        services=[
+            inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+            job_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+        ],
+        on_unexpected=observer.unexpected,
+        enable_reflection=settings.enable_reflection,
+        max_connections=settings.max_connections,
+        interceptors=[AdmissionInterceptor(admission, Reads.of(max_message_bytes, admission.refusal))],
+        options=[
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_metadata_size", settings.max_metadata_bytes),
+            # Beyond the soft limit calls would be refused at random.
+            ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes + 1024),
+        ],
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from bucketserve.core.errors import ModelLoadError, UnknownModelError
 from bucketserve.v1 import inference_pb2
 from bucketserve_gateway.detokenizer import TokenBytes
+from bucketserve_gateway.text_bound import bytes_per_token
 
 __all__ = ["ModelCard", "ModelCatalog", "ServedModel", "load_models"]
 
@@ -47,6 +49,13 @@ class ServedModel:
     card: ModelCard
     tokenizer: Any
     token_bytes: TokenBytes
+    bytes_per_token: float | None = None
+    """Most bytes of text that a token stands for; None where a token may stand for any number."""
+
+    @property
+    def max_text_bytes(self) -> float:
+        """Bytes of the longest text that can leave room for a token of output: longer ones are no use tokenising."""
+        return math.inf if self.bytes_per_token is None else self.bytes_per_token * (self.card.context_tokens - 1)
 
 
 class ModelCatalog:
@@ -67,6 +76,10 @@ class ModelCatalog:
         if name not in self._models:
             raise UnknownModelError(name, list(self._models))
         return self._models[name]
+
+    def models(self) -> list[ServedModel]:
+        """Returns all models, in name order."""
+        return list(self._models.values())
 
     def cards(self) -> list[ModelCard]:
         """Returns all cards, in name order."""
@@ -103,7 +116,7 @@ def load_models(
         except OSError:
             generation = None
         card = _card(name, source, config, generation, tokenizer, default_max_tokens)
-        models[name] = ServedModel(card, tokenizer, _token_bytes(name, source, tokenizer))
+        models[name] = ServedModel(card, tokenizer, _token_bytes(name, source, tokenizer), bytes_per_token(tokenizer))
     return ModelCatalog(models)
 
 

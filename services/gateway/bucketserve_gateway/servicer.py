@@ -13,17 +13,22 @@ from opentelemetry.trace import Span
 
 from bucketserve.core.errors import BucketServeError, FieldViolation, InvalidRequestError
 from bucketserve.v1 import inference_pb2, inference_pb2_grpc, scheduler_pb2
+from bucketserve_gateway.admission import Admission, Room
 from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
 from bucketserve_gateway.scheduler_link import SchedulerLink
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
-from bucketserve_gateway.tokenization import TokenizerPool
+from bucketserve_gateway.tokenizer_pool import TokenizerPool
 from bucketserve_gateway.validation import ValidRequest, check_length, validate
 
 __all__ = ["GatewayParts", "InferenceServicer"]
 
+TEXT_COPIES = 4
+"""Of a request's bytes while it is open: the message, its strings."""
+BYTES_PER_TOKEN = 48
+"""Of a prompt token: a Python integer, its places in a tuple and in the scheduler's record."""
 RETRY_S, MOST_RETRY_S = 0.2, 5.0
 """Before the third attempt of a request, and twice as long before each further one, up to the second."""
 
@@ -41,6 +46,7 @@ class GatewayParts:
     gateway_id: str
     delivery_address: str
     catalog: ModelCatalog
+    admission: Admission
     tokenizers: TokenizerPool
     requests: OpenRequests
     scheduler: SchedulerLink
@@ -79,7 +85,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         with ExitStack() as end:
             span = parts.telemetry.begin(request, metadata)
             end.callback(span.end)
-            opened = await self._open(request, remaining_s, span)
+            room = end.enter_context(parts.admission.room())
+            opened = await self._open(request, remaining_s, span, room)
             end.callback(self._close, opened, span)
             parts.scheduler.submit(opened)
             await opened.accepted(parts.settings.scheduler_wait_s)
@@ -93,15 +100,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: TokenizeContext
     ) -> inference_pb2.TokenizeResponse:
-        """The ids that Generate would see."""
+        """The ids that Generate would see; a text that can't fit the context is refused as there."""
         generate = inference_pb2.GenerateRequest(model=request.model)
         match request.WhichOneof("input"):
             case "prompt":
                 generate.prompt = request.prompt
             case "chat":
                 generate.chat.CopyFrom(request.chat)
-        valid = validate(generate, self._parts.catalog, max_prompt_bytes=self._parts.settings.max_prompt_bytes)
-        return inference_pb2.TokenizeResponse(token_ids=await self._tokenize(valid))
+        with self._parts.admission.room() as room:
+            room.resize(request.ByteSize() * TEXT_COPIES)
+            valid = validate(generate, self._parts.catalog, max_prompt_bytes=self._parts.settings.max_prompt_bytes)
+            return inference_pb2.TokenizeResponse(token_ids=await self._tokenize(valid))
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: ListContext
@@ -117,18 +126,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise InvalidRequestError([FieldViolation("name", "must not be empty")])
         return inference_pb2.GetModelResponse(model=self._parts.catalog.get(request.name).card.to_pb())
 
-    async def _open(self, request: inference_pb2.GenerateRequest, remaining_s: float | None, span: Span) -> OpenRequest:
-        """Returns the request, validated, tokenised and in the table.
+    async def _open(
+        self, request: inference_pb2.GenerateRequest, remaining_s: float | None, span: Span, room: Room
+    ) -> OpenRequest:
+        """Returns the request, validated, tokenised, counted in `room` and in the table.
 
         Raises:
             BucketServeError: it can't be served; nothing of it reached the scheduler.
         """
         parts, settings = self._parts, self._parts.settings
-        arrival_s = time.monotonic()
+        arrival_s, num_bytes = time.monotonic(), request.ByteSize()
         try:
+            room.resize(num_bytes * TEXT_COPIES)
             valid = validate(request, parts.catalog, max_prompt_bytes=settings.max_prompt_bytes)
             with parts.telemetry.tokenizing(span):
                 prompt_ids = await self._tokenize(valid)
+            room.resize(num_bytes * TEXT_COPIES + len(prompt_ids) * BYTES_PER_TOKEN)
             max_tokens = check_length(prompt_ids, valid.max_tokens, valid.model.card, _input_field(valid))
         except BucketServeError as error:
             parts.telemetry.refused("", "", error)
@@ -143,7 +156,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ticket,
             spec,
             max_attempts=settings.max_attempts,
-            max_pending_tokens=settings.output_queue_tokens,
+            # Each alternative that is reported is as large as a token.
+            max_pending_tokens=settings.output_queue_tokens // (1 + (valid.num_logprobs or 0)),
             resume=self._resume,
         )
         opened.arrival_s = arrival_s

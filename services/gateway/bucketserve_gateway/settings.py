@@ -35,18 +35,24 @@ class GatewaySettings(Section):
         default_factory=dict, description="served models: name=directory or hub id (for the tokenizer), comma-separated"
     )
     max_prompt_bytes: int = Field(4 * 1024 * 1024, ge=1, description="longest prompt in bytes, before tokenising")
-    max_streams_per_connection: int = Field(
-        1_000,
-        ge=2,
-        le=100_000,
-        description="streams at once on a connection, its health watch among them; further ones wait at the client",
+    max_open_calls: int = Field(
+        4_096, ge=1, le=100_000, description="calls open at once, all together; further ones are refused"
     )
+    max_streams_per_connection: int = Field(
+        1_000, ge=1, le=100_000, description="calls open at once on a connection; further ones are refused"
+    )
+    max_held_bytes: int = Field(
+        256 * 1024 * 1024, ge=1024, description="most bytes of prompts that open requests hold, as text and as tokens"
+    )
+    max_connections: int = Field(4_096, ge=1, le=1_000_000, description="clients' connections; further ones are closed")
     max_metadata_bytes: int = Field(16_384, ge=1024, le=1 << 20, description="most metadata of a call")
     default_max_tokens: int = Field(256, ge=1, description="max_tokens of a request that names none")
     max_attempts: int = Field(3, ge=1, le=20, description="starts of a request, with the first, when workers fail")
     output_queue_tokens: int = Field(16_384, ge=16, description="tokens kept for a client that does not read")
     scheduler_wait_s: float = Field(10.0, gt=0, description="how long a new request waits for an absent scheduler")
-    tokenizer_threads: int = Field(2, ge=1, le=64, description="threads that tokenise")
+    tokenizer_threads: int = Field(
+        2, ge=1, le=64, description="threads that tokenise; long prompts have one of their own"
+    )
     lame_duck_s: float = Field(
         1.0,
         ge=0,

@@ -123,6 +123,15 @@ class GatewayTelemetry:
             outcome=error.reason.lower(),
         )
 
+    def admitted(self, num_calls: int, num_bytes: int) -> None:
+        """When a call was let in or has left, or what requests hold has changed."""
+        self._metrics.set("bucketserve_gateway_open_calls", num_calls)
+        self._metrics.set("bucketserve_gateway_held_bytes", num_bytes)
+
+    def refused_at_the_door(self, reason: str) -> None:
+        """When a call was refused for what the gateway itself has open."""
+        self._metrics.count("bucketserve_gateway_refused_total", reason=reason.lower())
+
     def scheduler_state(self, is_connected: bool, detail: str) -> None:
         """When the scheduler's stream comes or goes."""
         if is_connected:

@@ -1,50 +1,37 @@
-"""Text to token ids, off the event loop."""
+"""Text to token ids, in whatever thread it is called; which one is up to tokenizer_pool.py."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from bucketserve.core.errors import FieldViolation, InvalidRequestError
 from bucketserve_gateway.models import ServedModel
 
-__all__ = ["TokenizerPool"]
+__all__ = ["count", "encode", "render_chat"]
+
+MAX_TEMPLATE_ERROR_CHARACTERS = 200
+"""The rest of what a template says may be the client's own text."""
 
 
-class TokenizerPool:
-    """A bounded pool of threads; the tokenizers release the interpreter while they work."""
-
-    def __init__(self, num_threads: int) -> None:
-        """Starts threads when first needed."""
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
-
-    async def encode(self, model: ServedModel, text: str) -> list[int]:
-        """Returns the ids of a text, with the special tokens that the model's tokenizer adds by itself."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, _encode, model, text)
-
-    async def encode_chat(self, model: ServedModel, turns: Sequence[tuple[str, str]]) -> list[int]:
-        """Returns the ids of a conversation of (role, content), ready for the assistant's turn.
-
-        Raises:
-            InvalidRequestError: the model's chat template refuses the conversation.
-        """
-        return await asyncio.get_running_loop().run_in_executor(self._pool, _encode_chat, model, turns)
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+def encode(model: ServedModel, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Returns the ids of a text, by default with the special tokens that the tokenizer adds by itself."""
+    return list(model.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
-def _encode(model: ServedModel, text: str) -> list[int]:
-    return list(model.tokenizer(text)["input_ids"])
+def count(model: ServedModel, text: str) -> int:
+    """Returns the number of tokens of a text, without special ones that the tokenizer would add."""
+    return len(model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _encode_chat(model: ServedModel, turns: Sequence[tuple[str, str]]) -> list[int]:
+def render_chat(model: ServedModel, turns: Sequence[tuple[str, str]]) -> str:
+    """Returns a conversation of (role, content) as text, ready for the assistant's turn.
+
+    Raises:
+        InvalidRequestError: the model's chat template refuses it.
+    """
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        rendered = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return str(model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # a template is a program of the model's author: it may raise anything
-        raise InvalidRequestError([FieldViolation("chat", f"the model's chat template refuses it: {error}")]) from error
-    # The template writes the special tokens itself.
-    return list(model.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        why = str(error)[:MAX_TEMPLATE_ERROR_CHARACTERS]
+        raise InvalidRequestError([FieldViolation("chat", f"the model's chat template refuses it: {why}")]) from error

@@ -13,7 +13,7 @@ from bucketserve.core.errors import FieldViolation, InvalidRequestError
 from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
 
-__all__ = ["ValidRequest", "check_length", "validate"]
+__all__ = ["ValidRequest", "check_length", "largest_message", "validate"]
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
@@ -21,9 +21,17 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
 MAX_TENANT_CHARACTERS = 64
 MAX_CHAT_MESSAGES = 4096
+MAX_ROLE_CHARACTERS = 64
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 Violations = list[FieldViolation]
+
+MIN_MESSAGE_BYTES = 1 << 20
+"""A request somewhat too long for a small model still gets an answer that says what is wrong with it."""
+BYTES_PER_ID = 5
+"""Of a token id in a message, at most."""
+BYTES_OF_REST = 256 * 1024
+"""Of a message without its prompt: roles and frames of chat messages, stop strings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +66,7 @@ def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, m
     bad: Violations = []
     if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
         bad.append(FieldViolation("request_id", "1 to 128 printable ASCII characters without spaces"))
-    _check_input(request, card, max_prompt_bytes, bad)
+    _check_input(request, model, max_prompt_bytes, bad)
     sampling = _sampling(request.sampling, bad)
     _check_stopping(request.stopping, model, bad)
     num_logprobs = request.response.num_logprobs if request.response.HasField("num_logprobs") else None
@@ -95,6 +103,16 @@ def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, m
     )
 
 
+def largest_message(catalog: ModelCatalog, max_prompt_bytes: int) -> int:
+    """Returns the bytes of the largest request that a served model could take."""
+    most = MIN_MESSAGE_BYTES
+    for model in catalog.models():
+        # A conversation may be longer than its prompt.
+        text = max_prompt_bytes if model.card.has_chat_template else min(max_prompt_bytes, model.max_text_bytes)
+        most = max(most, int(text) + BYTES_OF_REST, model.card.context_tokens * BYTES_PER_ID + BYTES_OF_REST)
+    return most
+
+
 def check_length(prompt_ids: Sequence[int], max_tokens: int | None, card: ModelCard, field: str) -> int:
     """Returns the max_tokens in force.
 
@@ -124,41 +142,60 @@ def check_length(prompt_ids: Sequence[int], max_tokens: int | None, card: ModelC
     return max_tokens
 
 
-def _check_input(request: inference_pb2.GenerateRequest, card: ModelCard, max_bytes: int, bad: Violations) -> None:
-    kind = request.WhichOneof("input")
-    if kind is None:
-        bad.append(FieldViolation("input", "give one of prompt, chat and token_ids"))
-    elif kind == "prompt":
-        _check_text("prompt", request.prompt, max_bytes, bad)
-    elif kind == "chat":
-        messages = request.chat.messages
-        if not card.has_chat_template:
-            bad.append(FieldViolation("chat", f"model {card.name} has no chat template; send a prompt"))
-        if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
-            bad.append(FieldViolation("chat.messages", f"1 to {MAX_CHAT_MESSAGES} messages"))
-        elif sum(len(turn.content.encode()) for turn in messages) > max_bytes:
-            bad.append(FieldViolation("chat.messages", f"at most {max_bytes} bytes together"))
-        bad += [
-            FieldViolation(f"chat.messages[{i}].role", "must not be empty")
-            for i, turn in enumerate(messages)
-            if not turn.role
-        ]
-    else:
-        ids = request.token_ids.ids
-        if not ids:
-            bad.append(FieldViolation("token_ids.ids", "must not be empty"))
-        unknown = next((i for i, token_id in enumerate(ids) if token_id >= card.vocab_size), None)
-        if unknown is not None:
-            description = f"{ids[unknown]} is not in the vocabulary of {card.vocab_size}"
-            bad.append(FieldViolation(f"token_ids.ids[{unknown}]", description))
+def _check_input(request: inference_pb2.GenerateRequest, model: ServedModel, max_bytes: int, bad: Violations) -> None:
+    """Looks at sizes before contents: what is too large is refused without a look at its elements."""
+    card = model.card
+    match request.WhichOneof("input"):
+        case None:
+            bad.append(FieldViolation("input", "give one of prompt, chat and token_ids"))
+        case "prompt":
+            _check_text("prompt", request.prompt, model, max_bytes, bad)
+        case "chat":
+            _check_chat(request.chat.messages, card, max_bytes, bad)
+        case _:
+            _check_ids(request.token_ids.ids, card, bad)
 
 
-def _check_text(field: str, text: str, max_bytes: int, bad: Violations) -> None:
+def _check_text(field: str, text: str, model: ServedModel, max_bytes: int, bad: Violations) -> None:
     if not text:
         bad.append(FieldViolation(field, "must not be empty"))
+        return
     # Characters first: encoding ten megabytes to refuse them would be work for nothing.
-    elif len(text) > max_bytes or len(text.encode()) > max_bytes:
+    num_bytes = len(text) if len(text) > max_bytes else len(text.encode())
+    if num_bytes > max_bytes:
         bad.append(FieldViolation(field, f"at most {max_bytes} bytes"))
+    elif num_bytes > model.max_text_bytes:
+        context = model.card.context_tokens
+        bad.append(FieldViolation(field, f"{num_bytes} bytes are more than the context of {context} tokens can hold"))
+
+
+def _check_chat(
+    messages: Sequence[inference_pb2.ChatMessage], card: ModelCard, max_bytes: int, bad: Violations
+) -> None:
+    if not card.has_chat_template:
+        bad.append(FieldViolation("chat", f"model {card.name} has no chat template; send a prompt"))
+    if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
+        bad.append(FieldViolation("chat.messages", f"1 to {MAX_CHAT_MESSAGES} messages"))
+        return
+    # Not by what the context can hold: a template may drop or trim what it is given.
+    if sum(len(turn.content.encode()) for turn in messages) > max_bytes:
+        bad.append(FieldViolation("chat.messages", f"at most {max_bytes} bytes together"))
+    bad += [
+        FieldViolation(f"chat.messages[{i}].role", f"1 to {MAX_ROLE_CHARACTERS} characters")
+        for i, turn in enumerate(messages)
+        if not 1 <= len(turn.role) <= MAX_ROLE_CHARACTERS
+    ]
+
+
+def _check_ids(ids: Sequence[int], card: ModelCard, bad: Violations) -> None:
+    if not ids:
+        bad.append(FieldViolation("token_ids.ids", "must not be empty"))
+    elif len(ids) >= card.context_tokens:
+        bad.append(FieldViolation("token_ids.ids", f"{len(ids)} tokens fill the context of {card.context_tokens}"))
+    elif max(ids) >= card.vocab_size:
+        index = next(i for i, token_id in enumerate(ids) if token_id >= card.vocab_size)
+        description = f"{ids[index]} is not in the vocabulary of {card.vocab_size}"
+        bad.append(FieldViolation(f"token_ids.ids[{index}]", description))
 
 
 def _sampling(params: common_pb2.SamplingParams, bad: Violations) -> common_pb2.SamplingParams:
@@ -188,21 +225,19 @@ def _check_stopping(stopping: common_pb2.StoppingParams, model: ServedModel, bad
         bad.append(FieldViolation("stopping.max_tokens", "must be positive"))
     if len(stopping.stop_strings) > MAX_STOP_STRINGS:
         bad.append(FieldViolation("stopping.stop_strings", f"at most {MAX_STOP_STRINGS}"))
-    bad += [
-        FieldViolation(f"stopping.stop_strings[{i}]", f"1 to {MAX_STOP_CHARACTERS} characters")
-        for i, stop in enumerate(stopping.stop_strings)
-        if not 1 <= len(stop) <= MAX_STOP_CHARACTERS
-    ]
-    for i, stop in enumerate(stopping.stop_strings[:MAX_STOP_STRINGS]):
-        within = stop[:MAX_STOP_CHARACTERS]
-        inside = next((content for content in special if content.strip() and content in within), None)
-        if stop not in special and inside is not None:
-            description = f"special token {inside!r} is not part of the text: make it a stop string of its own"
-            bad.append(FieldViolation(f"stopping.stop_strings[{i}]", description))
+    else:
+        for i, stop in enumerate(stopping.stop_strings):
+            field = f"stopping.stop_strings[{i}]"
+            if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
+                bad.append(FieldViolation(field, f"1 to {MAX_STOP_CHARACTERS} characters"))
+            elif stop not in special and (inside := next((t for t in special if t.strip() and t in stop), None)):
+                description = f"special token {inside!r} is not part of the text: make it a stop string of its own"
+                bad.append(FieldViolation(field, description))
     if len(stopping.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         bad.append(FieldViolation("stopping.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS}"))
-    bad += [
-        FieldViolation(f"stopping.stop_token_ids[{i}]", f"{token_id} is not in the vocabulary of {card.vocab_size}")
-        for i, token_id in enumerate(stopping.stop_token_ids)
-        if token_id >= card.vocab_size
-    ]
+    else:
+        bad += [
+            FieldViolation(f"stopping.stop_token_ids[{i}]", f"{token_id} is not in the vocabulary of {card.vocab_size}")
+            for i, token_id in enumerate(stopping.stop_token_ids)
+            if token_id >= card.vocab_size
+        ]

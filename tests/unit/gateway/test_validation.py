@@ -6,6 +6,8 @@ import pytest
 
 from bucketserve.core.errors import InvalidRequestError, UnknownModelError
 from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway.models import ModelCatalog, ServedModel
+from bucketserve_gateway.text_bound import bytes_per_token
 from bucketserve_gateway.validation import check_length, validate
 from tests.unit.gateway.builders import catalog
 
@@ -43,6 +45,7 @@ BAD = {
         "chat",
     ),
     "empty chat": (a_request(chat=inference_pb2.Chat()), "chat.messages"),
+    "more ids than the context": (ids(*[1] * CARD.context_tokens), "token_ids.ids"),
     "negative temperature": (sampling(temperature=-0.1), "sampling.temperature"),
     "NaN temperature": (sampling(temperature=math.nan), "sampling.temperature"),
     "infinite temperature": (sampling(temperature=math.inf), "sampling.temperature"),
@@ -92,6 +95,42 @@ def test_all_violations_are_reported_at_once() -> None:
         "sampling.top_p",
         "stopping.max_tokens",
     }
+
+
+def chat_of(turns: list[tuple[str, str]]) -> inference_pb2.GenerateRequest:
+    return a_request(
+        chat=inference_pb2.Chat(
+            messages=[inference_pb2.ChatMessage(role=role, content=content) for role, content in turns]
+        )
+    )
+
+
+HUGE = {
+    # Each says one thing about it, however large it is.
+    "ids outside the vocabulary": (ids(*[10**6] * 99), "token_ids.ids[0]"),
+    "a million stop strings": (stopping(stop_strings=[""] * 1_000_000), "stopping.stop_strings"),
+    "a million stop ids": (stopping(stop_token_ids=[10**6] * 1_000_000), "stopping.stop_token_ids"),
+    "a million messages": (chat_of([("", "")] * 1_000_000), "chat.messages"),
+    "a role of a megabyte": (chat_of([("r" * 1_000_000, "hi")]), "chat.messages[0].role"),
+}
+
+
+@pytest.mark.parametrize(("request_", "field"), HUGE.values(), ids=HUGE)
+def test_what_is_too_much_is_refused_as_a_whole(request_: inference_pb2.GenerateRequest, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        validate(request_, CATALOG, max_prompt_bytes=1000)
+    assert [v.field for v in caught.value.violations if v.field != "chat"] == [field]
+
+
+def test_a_text_is_bounded_by_what_the_context_can_hold() -> None:
+    model = CATALOG.get("demo")
+    served = ModelCatalog({"demo": ServedModel(model.card, model.tokenizer, bytes_per_token(model.tokenizer))})
+    longest = max(map(len, model.tokenizer.get_vocab()))
+    # As long as a prompt that leaves room for a token of output can be, and one byte more.
+    text = "x" * longest * (CARD.context_tokens - 1)
+    assert validate(a_request(prompt=text), served, max_prompt_bytes=10**6).prompt == text
+    with pytest.raises(InvalidRequestError, match="context of 100 tokens"):
+        validate(a_request(prompt=text + "x"), served, max_prompt_bytes=10**6)
 
 
 def test_unknown_model() -> None:
