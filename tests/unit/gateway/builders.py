@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from bucketserve.v1 import scheduler_pb2
 from bucketserve_gateway.detokenizer import TokenBytes
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
+from bucketserve_gateway.requests import OpenRequest
+from bucketserve_gateway.validation import ValidRequest
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",
@@ -93,6 +98,24 @@ def without_decoder() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
+
+
+def an_open_request(
+    valid: ValidRequest,
+    prompt_ids: list[int],
+    max_tokens: int,
+    resume: Callable[[OpenRequest, str], None] = lambda opened, former: None,
+) -> OpenRequest:
+    return OpenRequest(
+        valid,
+        prompt_ids,
+        max_tokens,
+        scheduler_pb2.Ticket(model=valid.model.card.name),
+        scheduler_pb2.RunSpec(),
+        max_attempts=3,
+        max_pending_tokens=1000,
+        resume=resume,
+    )
 
 
 def catalog(name: str = "demo", context_tokens: int = 100) -> ModelCatalog:

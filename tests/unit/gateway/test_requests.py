@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2, scheduler_pb2
+from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2
 from bucketserve_gateway.requests import OpenRequest
 from bucketserve_gateway.validation import validate
-from tests.unit.gateway.builders import catalog
+from tests.unit.gateway.builders import an_open_request, catalog
 
 CATALOG = catalog()
 TOKENIZER = CATALOG.get("demo").tokenizer
@@ -20,20 +20,18 @@ def encode(text: str) -> list[int]:
 def opened(stops: list[str], prompt_ids: list[int]) -> OpenRequest:
     request = inference_pb2.GenerateRequest(prompt="the", stopping=common_pb2.StoppingParams(stop_strings=stops))
     valid = validate(request, CATALOG, max_prompt_bytes=1000)
-    record = scheduler_pb2.QueueRecord(request_id=valid.request_id, attempt=1, max_new_tokens=90)
 
-    def again(request: OpenRequest) -> None:
+    def again(request: OpenRequest, former: str) -> None:
         assert request.attempt == 2
 
-    return OpenRequest(valid, prompt_ids, 90, record, max_attempts=3, max_pending_tokens=1000, submit=again)
+    return an_open_request(valid, prompt_ids, 90, again)
 
 
 def delivery(
     request: OpenRequest, index: int, token_ids: list[int], finished: delivery_pb2.DeliveryFinished | None = None
 ) -> delivery_pb2.TokenDelivery:
     return delivery_pb2.TokenDelivery(
-        request_id=request.request_id,
-        attempt=request.attempt,
+        run_id=request.run_id,
         first_index=index,
         token_ids=token_ids,
         finished=finished,

@@ -9,7 +9,7 @@ from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2, scheduler_pb
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
 from bucketserve_gateway.scheduler_link import SILENCE_S, SchedulerLink
 from bucketserve_gateway.validation import validate
-from tests.unit.gateway.builders import catalog
+from tests.unit.gateway.builders import an_open_request, catalog
 
 
 async def test_silent_requests_are_asked_for_again() -> None:
@@ -18,16 +18,7 @@ async def test_silent_requests_are_asked_for_again() -> None:
 
     def opened(name: str, *, runs: bool) -> OpenRequest:
         valid = validate(inference_pb2.GenerateRequest(request_id=name, prompt="the"), served, max_prompt_bytes=1000)
-        request = OpenRequest(
-            valid,
-            [5, 6],
-            8,
-            scheduler_pb2.Ticket(model="demo"),
-            scheduler_pb2.RunSpec(),
-            max_attempts=3,
-            max_pending_tokens=100,
-            resume=lambda opened, former: None,
-        )
+        request = an_open_request(valid, [5, 6], 8)
         requests.add(request)
         if runs:
             request.on_dispatched(scheduler_pb2.RunDispatched(run_id=request.run_id))

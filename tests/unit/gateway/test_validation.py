@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from bucketserve.core.errors import InvalidRequestError, UnknownModelError
 from bucketserve.v1 import common_pb2, inference_pb2
-from bucketserve_gateway.models import ModelCatalog, ServedModel
+from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.text_bound import bytes_per_token
 from bucketserve_gateway.validation import check_length, validate
 from tests.unit.gateway.builders import catalog
@@ -124,7 +125,7 @@ def test_what_is_too_much_is_refused_as_a_whole(request_: inference_pb2.Generate
 
 def test_a_text_is_bounded_by_what_the_context_can_hold() -> None:
     model = CATALOG.get("demo")
-    served = ModelCatalog({"demo": ServedModel(model.card, model.tokenizer, bytes_per_token(model.tokenizer))})
+    served = ModelCatalog({"demo": replace(model, bytes_per_token=bytes_per_token(model.tokenizer))})
     longest = max(map(len, model.tokenizer.get_vocab()))
     # As long as a prompt that leaves room for a token of output can be, and one byte more.
     text = "x" * longest * (CARD.context_tokens - 1)
