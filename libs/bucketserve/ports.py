@@ -144,6 +144,13 @@ class QueueStore(Protocol):
             UnavailableError: the store can't be reached or can't write; repeat the call.
         """
 
+    async def risk(self) -> str:
+        """Returns what in the server's settings may lose what is stored; empty if nothing is known to.
+
+        Raises:
+            UnavailableError: the store can't be reached.
+        """
+
     async def close(self) -> None:
         """Gives up connections."""
 

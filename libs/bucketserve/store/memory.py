@@ -78,6 +78,10 @@ class MemoryStore:
         self._check(leadership)
         return [frozenset(self._apply(write)) for write in writes]
 
+    async def risk(self) -> str:
+        """See QueueStore."""
+        return ""
+
     async def close(self) -> None:
         """See QueueStore."""
 

@@ -121,6 +121,12 @@ class RedisStore:
             await guard(self._load_scripts())
             return await guard(self._apply(leadership, writes))
 
+    async def risk(self) -> str:
+        """See QueueStore."""
+        info: dict[str, Any] = await guard(self._client.info("memory"))
+        policy = str(info.get("maxmemory_policy", "noeviction"))
+        return "" if policy == "noeviction" else f"maxmemory-policy is {policy}: set noeviction, or tickets are evicted"
+
     async def close(self) -> None:
         """See QueueStore. The client belongs to whoever made it."""
 

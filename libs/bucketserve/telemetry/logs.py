@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from datetime import UTC, datetime
 from typing import Literal
 
-__all__ = ["EventLog", "open_log"]
+__all__ = ["EventLog", "Repeated", "open_log"]
 
 Field = str | int | float | bool | None
 
@@ -39,6 +40,31 @@ class EventLog:
     def _write(self, level: int, event: str, fields: dict[str, Field], error: BaseException | None = None) -> None:
         if self._logger.isEnabledFor(level):
             self._logger.log(level, event, extra={"fields": fields}, exc_info=error)
+
+
+class Repeated:
+    """Whether to say something again that is tried again and again: at once when it changes, else ever more rarely."""
+
+    FIRST_S, MOST_S = 1.0, 60.0
+
+    def __init__(self) -> None:
+        """Nothing has been said."""
+        self._text: str | None = None
+        self._next_s = self._pause_s = 0.0
+
+    def is_due(self, text: str) -> bool:
+        """Whether to say it now; it counts as said then."""
+        now_s = time.monotonic()
+        if text == self._text and now_s < self._next_s:
+            return False
+        self._pause_s = self.FIRST_S if text != self._text else min(2 * self._pause_s, self.MOST_S)
+        self._text, self._next_s = text, now_s + self._pause_s
+        return True
+
+    def is_over(self) -> bool:
+        """Whether there was something to say until now; forgets it."""
+        was_said, self._text = self._text is not None, None
+        return was_said
 
 
 def open_log(

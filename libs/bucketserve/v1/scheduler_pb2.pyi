@@ -149,8 +149,10 @@ class SubmitResponse(_message.Message):
     def __init__(self, hello: _Optional[_Union[SchedulerHello, _Mapping]] = ..., accepted: _Optional[_Union[RunAccepted, _Mapping]] = ..., refused: _Optional[_Union[RunRefused, _Mapping]] = ..., dispatched: _Optional[_Union[RunDispatched, _Mapping]] = ..., dropped: _Optional[_Union[RunDropped, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("problem",)
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    problem: str
+    def __init__(self, problem: _Optional[str] = ...) -> None: ...
 
 class SchedulerHello(_message.Message):
     __slots__ = ("scheduler_id", "epoch")

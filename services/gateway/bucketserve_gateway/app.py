@@ -31,6 +31,7 @@ from bucketserve_gateway.validation import largest_message
 __all__ = ["serve"]
 
 FLUSH_S = 2.0
+HEALTH_S = 0.1
 
 
 async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
@@ -105,15 +106,16 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
         async with asyncio.TaskGroup() as tasks:
             link = tasks.create_task(scheduler.run(), name="scheduler-link")
             watch = tasks.create_task(scheduler.watch(), name="silent-requests")
+            health = tasks.create_task(_show_health(public, scheduler, settings.scheduler_wait_s), name="health")
             runner = JobRunner(store, inference.generate, gateway_id, settings, observer) if store else None
             jobs = tasks.create_task(runner.run(), name="job-runner") if runner else None
             try:
                 await internal.start()
                 await public.start()
                 await internal.set_serving(True)
-                await public.set_serving(True)
                 observer.log.info("gateway.ready", listen=settings.listen, models=",".join(settings.models))
                 await stop.wait()
+                health.cancel()
                 await public.leave(settings.lame_duck_s)
                 is_leaving.set()
                 if jobs is not None:
@@ -127,10 +129,17 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
                 await public.stop(FLUSH_S)
                 if jobs is not None:
                     jobs.cancel()
-                link.cancel()
-                watch.cancel()
+                for task in (link, watch, health):
+                    task.cancel()
                 delivery.close()
                 await internal.stop(FLUSH_S)
+
+
+async def _show_health(public: RpcServer, scheduler: SchedulerLink, grace_s: float) -> None:
+    """Keeps health true: SERVING if a request would be served, or would only wait for a scheduler that takes over."""
+    while True:
+        await public.set_serving(scheduler.is_present(grace_s))
+        await asyncio.sleep(HEALTH_S)
 
 
 def _public_server(

@@ -108,17 +108,18 @@ class OpenRequest:
 
     # --- for the servicer ---------------------------------------------------------------------------------------
 
-    async def accepted(self, timeout_s: float) -> None:
+    async def accepted(self, timeout_s: float, problem: Callable[[], str]) -> None:
         """Returns when the scheduler has queued it.
 
         Raises:
-            BucketServeError: it was refused, or nobody answered within timeout_s seconds.
+            BucketServeError: it was refused, or was not queued within timeout_s seconds; problem() says why.
         """
         try:
             async with asyncio.timeout(timeout_s):
                 await self._accepted.wait()
         except TimeoutError:
-            raise UnavailableError("no scheduler answers", reason="NO_SCHEDULER", retry_delay_s=1.0) from None
+            message = problem() or f"not queued within {timeout_s:g} s"
+            raise UnavailableError(message, reason="NO_SCHEDULER", retry_delay_s=1.0) from None
         if self.error is not None:
             raise self.error
 

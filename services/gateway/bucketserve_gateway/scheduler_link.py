@@ -6,8 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable
 
-import grpc
-
 from bucketserve.core.errors import (
     BucketServeError,
     DeadlineError,
@@ -18,7 +16,7 @@ from bucketserve.core.errors import (
     RequestCancelledError,
     UnavailableError,
 )
-from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.leader import LeaderSearch
 from bucketserve.rpc.listening import messages_while_alive
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
@@ -27,7 +25,6 @@ from bucketserve_gateway.requests import OpenRequest, OpenRequests
 __all__ = ["SchedulerLink"]
 
 OUTBOX_LIMIT = 65_536
-RECONNECT_S = 0.2
 SILENCE_S = 20.0
 """A request of which nothing was heard for so long is submitted again."""
 
@@ -49,16 +46,25 @@ class SchedulerLink:
         on_state: Callable[[bool, str], None],
     ) -> None:
         """on_state(connected, detail) on every change; addresses are tried in turn."""
-        self._addresses = addresses
         self._gateway_id = gateway_id
         self._requests = requests
-        self._on_state = on_state
+        self._search = LeaderSearch(addresses, on_state)
+        self._problem = ""
         self._outbox: Outbox[Submit] | None = None
 
     @property
     def is_connected(self) -> bool:
         """Whether a scheduler has welcomed us."""
         return self._outbox is not None
+
+    def is_present(self, grace_s: float) -> bool:
+        """Whether a scheduler is there, or was not long ago."""
+        return self._search.is_present(grace_s)
+
+    @property
+    def problem(self) -> str:
+        """Why a request is not queued at once; empty if it is not known."""
+        return self._problem if self.is_connected else f"no scheduler answers; {self._search.detail}"
 
     def submit(self, opened: OpenRequest) -> None:
         """Sends a request's present attempt, now or as soon as there is a stream."""
@@ -92,20 +98,7 @@ class SchedulerLink:
 
     async def run(self) -> None:
         """Stays connected; ends only by cancellation."""
-        turn = 0
-        while True:
-            address = self._addresses[turn % len(self._addresses)]
-            try:
-                async with open_channel(address) as channel:
-                    await self._converse(scheduler_pb2_grpc.SchedulerServiceStub(channel), address)
-                detail = "stream ended"
-            except grpc.aio.AioRpcError as error:
-                detail = f"{error.code().name}: {error.details()}"
-            except UnavailableError as error:
-                detail = str(error)
-            self._on_state(False, f"{address}: {detail}")
-            turn += 1
-            await asyncio.sleep(RECONNECT_S)
+        await self._search.run(self._converse)
 
     async def _converse(self, stub: scheduler_pb2_grpc.SchedulerServiceStub, address: str) -> None:
         outbox: Outbox[Submit] = Outbox(OUTBOX_LIMIT)
@@ -113,9 +106,12 @@ class SchedulerLink:
         call = stub.Submit(outbox.messages())
         try:
             async for response in messages_while_alive(call):
-                if response.WhichOneof("message") == "hello":
-                    self._outbox = outbox
-                    self._on_state(True, f"{address}: {response.hello.scheduler_id}")
+                kind = response.WhichOneof("message")
+                if kind == "heartbeat":
+                    self._problem = response.heartbeat.problem
+                elif kind == "hello":
+                    self._search.welcomed(response.hello, address)
+                    self._outbox, self._problem = outbox, ""
                     for opened in self._requests:
                         if not opened.is_over:
                             self.submit(opened)
@@ -128,7 +124,7 @@ class SchedulerLink:
 
     def _take(self, response: scheduler_pb2.SubmitResponse) -> None:
         kind = response.WhichOneof("message")
-        if kind is None or kind == "heartbeat":
+        if kind is None:
             return
         message = getattr(response, kind)
         opened = self._requests.get(message.run_id)

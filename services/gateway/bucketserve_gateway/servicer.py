@@ -89,7 +89,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             opened = await self._open(request, remaining_s, span, room)
             end.callback(self._close, opened, span)
             parts.scheduler.submit(opened)
-            await opened.accepted(parts.settings.scheduler_wait_s)
+            await opened.accepted(parts.settings.scheduler_wait_s, lambda: parts.scheduler.problem)
             yield inference_pb2.GenerateResponse(started=_started(opened))
             async for chunk in opened.chunks():
                 yield inference_pb2.GenerateResponse(chunk=chunk)

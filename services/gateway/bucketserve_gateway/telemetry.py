@@ -10,7 +10,7 @@ from opentelemetry.trace import Span
 
 from bucketserve.core.errors import BucketServeError
 from bucketserve.rpc.convert import finish_reason_from_pb, request_class_from_pb
-from bucketserve.telemetry.logs import EventLog
+from bucketserve.telemetry.logs import EventLog, Repeated
 from bucketserve.telemetry.metrics import ProcessMetrics
 from bucketserve.telemetry.tracing import Tracing
 from bucketserve.v1 import inference_pb2
@@ -27,6 +27,7 @@ class GatewayTelemetry:
         self.log = log
         self._metrics = metrics
         self._tracing = tracing
+        self._scheduler_away = Repeated()
 
     def begin(self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str]) -> Span:
         """Starts a request's root span, under the caller's if it sent its context."""
@@ -135,8 +136,9 @@ class GatewayTelemetry:
     def scheduler_state(self, is_connected: bool, detail: str) -> None:
         """When the scheduler's stream comes or goes."""
         if is_connected:
+            self._scheduler_away.is_over()
             self.log.info("scheduler.connected", detail=detail)
-        else:
+        elif self._scheduler_away.is_due(detail):
             self.log.warning("scheduler.disconnected", detail=detail)
 
     def job_store_unavailable(self, detail: str) -> None:

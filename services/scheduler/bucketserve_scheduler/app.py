@@ -26,6 +26,8 @@ from bucketserve_scheduler.telemetry import LoopTelemetry
 __all__ = ["serve"]
 
 
+HEALTH_S = 0.1
+STORE_CHECK_S = 5.0
 LEAVE_S = 1.0
 """For loops to finish their turn on SIGTERM, which takes longer only while the store is away."""
 
@@ -123,18 +125,25 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
         async with asyncio.TaskGroup() as tasks:
             loops = _Loops(tasks, deps, new_store, lambda: seat.is_held and not stop.is_set())
 
+            def hear_of_store(problem: str) -> None:
+                if problem:
+                    deps.telemetry.store_unavailable(SEAT, problem)
+                else:
+                    deps.telemetry.store_answers()
+
             def lose(why: str) -> None:
                 outlets.log.warning("seat.lost", detail=why)
                 loops.stop()
                 gateways.cut_all()
 
+            store = new_store(SEAT)
             seat = Seat(
-                new_store(SEAT),
+                store,
                 scheduler_id,
                 settings.leader_lease_s,
                 on_taken=lambda epoch: outlets.log.info("seat.taken", epoch=epoch),
                 on_lost=lose,
-                on_store_away=lambda detail: deps.telemetry.store_unavailable(SEAT, detail),
+                on_store=hear_of_store,
             )
             sitting = tasks.create_task(seat.run(), name="seat")
             servicer = SchedulerServicer(
@@ -144,15 +153,19 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
                 loop_of=loops.of,
                 loops=loops.all,
                 is_leading=lambda: seat.is_held and not stop.is_set(),
+                problem=lambda: seat.problem,
                 epoch=lambda: seat.epoch,
                 clock=time.monotonic,
             )
             scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(servicer, server.grpc_server)
             try:
                 await server.start()
-                await server.set_serving(True)
+                health = tasks.create_task(_show_health(server, seat), name="health")
+                checks = tasks.create_task(_check_store(store, deps.telemetry), name="store-check")
                 outlets.log.info("scheduler.ready", listen=settings.listen, policy=settings.policy)
                 await stop.wait()
+                health.cancel()
+                checks.cancel()
                 await server.set_serving(False)
                 await loops.leave()
                 gateways.part_with_all()
@@ -161,3 +174,21 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
                 loops.stop()
                 gateways.cut_all()
                 await server.stop(grace_s=1.0)
+
+
+async def _show_health(server: RpcServer, seat: Seat) -> None:
+    """Keeps health true: SERVING if this scheduler leads, or another could."""
+    while True:
+        await server.set_serving(not seat.problem)
+        await asyncio.sleep(HEALTH_S)
+
+
+async def _check_store(store: QueueStore, telemetry: LoopTelemetry) -> None:
+    """Says once what the store's settings put at risk."""
+    while True:
+        try:
+            if risk := await store.risk():
+                telemetry.store_evicts(risk)
+            return
+        except UnavailableError:
+            await asyncio.sleep(STORE_CHECK_S)

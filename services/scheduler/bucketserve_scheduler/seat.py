@@ -32,15 +32,17 @@ class Seat:
         *,
         on_taken: Callable[[int], None],
         on_lost: Callable[[str], None],
-        on_store_away: Callable[[str], None],
+        on_store: Callable[[str], None],
     ) -> None:
-        """on_taken(epoch) and on_lost(why) are called from the event loop, in turn."""
+        """on_taken(epoch) and on_lost(why) are called in turn, on_store(problem or nothing) with every look."""
         self._store = store
         self._scheduler_id = scheduler_id
         self._lease_s = lease_s
         self._on_taken = on_taken
         self._on_lost = on_lost
-        self._on_store_away = on_store_away
+        self._on_store = on_store
+        self.problem = "the store was not reached yet"
+        """Why nobody can schedule; empty if the store answers."""
         self._held: Leadership | None = None
         self._renewed_s = 0.0
         """When the last successful renewal was asked for."""
@@ -75,12 +77,15 @@ class Seat:
             async with asyncio.timeout(self._lease_s / 2):
                 leadership = await self._store.lead(self._scheduler_id, self._lease_s)
         except (UnavailableError, TimeoutError) as error:
-            self._on_store_away(str(error) or "the store does not answer")
+            self.problem = str(error) or f"the store has not answered within {self._lease_s / 2:g} s"
+            self._on_store(self.problem)
             if self._held is not None and self._has_lapsed():
                 # Whoever still reaches the store has taken it, or will.
                 self._held = None
                 self._on_lost("it could not be renewed within its lease")
             return
+        self.problem = ""
+        self._on_store("")
         if leadership is not None:
             self._renewed_s = asked_s
         if self._held is not None and (leadership is None or leadership.epoch != self._held.epoch):

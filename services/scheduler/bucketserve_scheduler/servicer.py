@@ -25,7 +25,6 @@ GATEWAY_OUTBOX_LIMIT = 65_536
 HEARTBEAT_S = 0.5
 MOST_CONTEXT_TOKENS = 1 << 28
 """Lengths are sorted into cells up to there: what is far beyond every model is a mistake."""
-HEARTBEAT = scheduler_pb2.Heartbeat()
 
 M = TypeVar("M")
 
@@ -48,11 +47,13 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         loop_of: Callable[[str, int], SchedulingLoop],
         loops: Callable[[], list[SchedulingLoop]],
         is_leading: Callable[[], bool],
+        problem: Callable[[], str],
         epoch: Callable[[], int],
         clock: Callable[[], float],
     ) -> None:
         """loop_of(model, context_tokens) returns the model's loop and starts it if there is none yet."""
         self._is_leading = is_leading
+        self._problem = problem
         self._epoch = epoch
         self._settings = settings
         self._scheduler_id = scheduler_id
@@ -71,7 +72,9 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         peer = GatewayPeer(first.hello.gateway_id, Outbox(GATEWAY_OUTBOX_LIMIT))
         self._gateways.connect(peer)
         reader = asyncio.create_task(self._read_gateway(request_iterator, peer))
-        beat = asyncio.create_task(_beat(peer.outbox, scheduler_pb2.SubmitResponse(heartbeat=HEARTBEAT)))
+        beat = asyncio.create_task(
+            _beat(peer.outbox, lambda: scheduler_pb2.SubmitResponse(heartbeat=self._heartbeat()))
+        )
         try:
             yield scheduler_pb2.SubmitResponse(hello=self._hello())
             async for message in peer.outbox.messages():
@@ -93,7 +96,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         loop = self._loop_of(first.hello.model, first.hello.context_tokens)
         peer = await loop.connect(first.hello)
         reader = asyncio.create_task(self._read_worker(request_iterator, loop, peer))
-        beat = asyncio.create_task(_beat(peer.outbox, scheduler_pb2.WorkResponse(heartbeat=HEARTBEAT)))
+        beat = asyncio.create_task(_beat(peer.outbox, lambda: scheduler_pb2.WorkResponse(heartbeat=self._heartbeat())))
         try:
             yield scheduler_pb2.WorkResponse(
                 welcome=scheduler_pb2.WorkerWelcome(
@@ -151,7 +154,12 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     async def _refuse_on_standby(self, context: SubmitContext | WorkContext) -> None:
         """Sends a peer on to the scheduler that leads; it tries the next address."""
         if not self._is_leading():
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "standby: another scheduler leads")
+            problem = self._problem()
+            detail = f"no scheduler leads: {problem}" if problem else "standby: another scheduler leads"
+            await context.abort(grpc.StatusCode.UNAVAILABLE, detail)
+
+    def _heartbeat(self) -> scheduler_pb2.Heartbeat:
+        return scheduler_pb2.Heartbeat(problem=self._problem())
 
     def _hello(self) -> scheduler_pb2.SchedulerHello:
         return scheduler_pb2.SchedulerHello(scheduler_id=self._scheduler_id, epoch=self._epoch())
@@ -202,11 +210,11 @@ def _check(message: str, *, context_tokens: int = 1, **required: object) -> None
         raise InvalidRequestError(bad)
 
 
-async def _beat(outbox: Outbox[M], heartbeat: M) -> None:
+async def _beat(outbox: Outbox[M], heartbeat: Callable[[], M]) -> None:
     """Says that we are alive, until the stream ends."""
     while not outbox.is_closed:
         await asyncio.sleep(HEARTBEAT_S)
-        outbox.send(heartbeat)
+        outbox.send(heartbeat())
 
 
 async def _end(task: asyncio.Task[None]) -> None:

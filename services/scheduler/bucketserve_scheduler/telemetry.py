@@ -10,7 +10,7 @@ from bucketserve.core.messages import DropReason, Fault, RefuseReason
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.types import Batch, WorkerRole
 from bucketserve.rpc.convert import request_class_from_pb
-from bucketserve.telemetry.logs import EventLog
+from bucketserve.telemetry.logs import EventLog, Repeated
 from bucketserve.telemetry.metrics import ProcessMetrics
 from bucketserve.telemetry.tracing import Tracing
 from bucketserve.v1 import scheduler_pb2
@@ -30,7 +30,7 @@ class LoopTelemetry:
         self._metrics = metrics
         self._tracing = tracing
         self._gauges_s: dict[str, float] = {}
-        self._is_store_away = False
+        self._store_away = Repeated()
 
     @contextlib.contextmanager
     def step(self, model: str, core: SchedulerCore) -> Iterator[None]:
@@ -61,15 +61,21 @@ class LoopTelemetry:
         start_s = time.perf_counter()
         yield
         self._metrics.observe("bucketserve_scheduler_store_seconds", time.perf_counter() - start_s)
-        if self._is_store_away:
-            self._is_store_away = False
+        self.store_answers()
+
+    def store_answers(self) -> None:
+        """When the store has done what it was asked to."""
+        if self._store_away.is_over():
             self._log.info("store.back")
 
     def store_unavailable(self, model: str, detail: str) -> None:
-        """When the store can't be reached; logged once per outage."""
-        if not self._is_store_away:
-            self._is_store_away = True
+        """When the store can't be reached or can't write; every try says so here."""
+        if self._store_away.is_due(detail):
             self._log.warning("store.unavailable", model=model, detail=detail)
+
+    def store_evicts(self, detail: str) -> None:
+        """When the store's settings allow it to lose what it was given."""
+        self._log.warning("store.may_lose_keys", detail=detail)
 
     def leading(self, model: str, epoch: int) -> None:
         """When this scheduler takes the lead."""

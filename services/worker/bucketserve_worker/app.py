@@ -23,6 +23,11 @@ from bucketserve_worker.worker import Worker
 
 __all__ = ["serve"]
 
+ABSENCE_S = 10.0
+"""A worker without a scheduler for longer is not ready."""
+HEALTH_S = 0.1
+HANG_CHECK_S = 0.5
+
 
 async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
     """Runs the worker until `stop` is set and its requests are finished, or drain_s have passed.
@@ -62,7 +67,7 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
             await server.start()
             link = asyncio.create_task(worker.link.run(), name="scheduler-link")
             sweeper = asyncio.create_task(worker.sweep(), name="kv-sweeper")
-            await server.set_serving(True)
+            health = asyncio.create_task(_show_health(server, worker), name="health")
             log.info(
                 "worker.ready",
                 listen=settings.listen,
@@ -73,7 +78,8 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
                 kv_total_tokens=started.headroom.kv_total_tokens,
             )
             try:
-                await _until_stopped(stop, engine, link)
+                await _until_stopped(stop, engine, link, settings.hang_s)
+                health.cancel()
                 await server.set_serving(False)
                 worker.link.drain()
                 is_drained = await worker.drained(settings.drain_s)
@@ -83,25 +89,34 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
                 await worker.drained(1.0)
                 raise
             finally:
-                link.cancel()
-                sweeper.cancel()
-                await asyncio.wait([link, sweeper])
+                for task in (link, sweeper, health):
+                    task.cancel()
+                await asyncio.wait([link, sweeper, health])
                 await worker.close()
         finally:
             await engine.stop()
             await server.stop(grace_s=1.0)
 
 
-async def _until_stopped(stop: asyncio.Event, engine: EngineThread, link: asyncio.Task[None]) -> None:
+async def _show_health(server: RpcServer, worker: Worker) -> None:
+    """Keeps health true: SERVING if work may come, or would with a scheduler that takes over."""
+    while True:
+        await server.set_serving(worker.link.is_present(ABSENCE_S))
+        await asyncio.sleep(HEALTH_S)
+
+
+async def _until_stopped(stop: asyncio.Event, engine: EngineThread, link: asyncio.Task[None], hang_s: float) -> None:
     """Returns when stop is set.
 
     Raises:
-        EngineError: the engine ended by itself.
+        EngineError: the engine ended by itself, or hangs.
     """
     stopped = asyncio.create_task(stop.wait())
     try:
         watched: set[asyncio.Future[object]] = {stopped, engine.ended, link}  # type: ignore[arg-type]
-        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        while not (await asyncio.wait(watched, timeout=HANG_CHECK_S, return_when=asyncio.FIRST_COMPLETED))[0]:
+            if took_s := engine.hangs_for_s(hang_s):
+                raise EngineError(f"the engine has not completed a step for {took_s:.0f} s")
         if link.done():
             link.result()
         if engine.ended.done() and not stop.is_set():

@@ -24,6 +24,9 @@ MAX_PENDING_TOKENS = 1_000_000
 MAX_UNACKNOWLEDGED = 10_000
 RECONNECT_S = 0.2
 IDLE_CLOSE_S = 60.0
+LOOK_S = 0.25
+STALL_S = 2.5
+"""A gateway acknowledges at once: one that has not for so long can't be reached, whatever its connection says."""
 
 
 class DeliveryPool:
@@ -84,6 +87,10 @@ class _TooMuchError(Exception):
     """More output waits than a gateway that reads would let gather."""
 
 
+class _StalledError(Exception):
+    """What was sent is not acknowledged."""
+
+
 class _GatewayStream:
     """One gateway's pending output and its Deliver call."""
 
@@ -113,6 +120,8 @@ class _GatewayStream:
         self._has_pending = asyncio.Event()
         self._is_urgent = asyncio.Event()
         self._is_lost = False
+        self._heard_s = 0.0
+        """When the gateway acknowledged last, or had nothing to."""
         self._away_since_s: float | None = None
 
     def put(self, delivery: delivery_pb2.TokenDelivery) -> None:
@@ -146,6 +155,8 @@ class _GatewayStream:
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                     # The latter if the gateway ended the call in peace, as it does when it drains, while we wrote.
                     self._away_since_s = self._away_since_s or self._clock()
+                except (_StalledError, TimeoutError):
+                    self._away_since_s = self._away_since_s or self._clock() - STALL_S
                 except _TooMuchError:
                     self._give_up(self._clock())
                     return
@@ -173,11 +184,13 @@ class _GatewayStream:
         """One call, until it breaks (AioRpcError, or True) or is idle for long (False)."""
         call = stub.Deliver()
         # Nothing is taken from the pending output before the gateway is known to be there.
-        await call.wait_for_connection()
-        await call.write(delivery_pb2.DeliverRequest(worker_id=self._worker_id))
-        self._num_acknowledged = 0
-        for message in list(self._unacknowledged):
-            await call.write(message)
+        async with asyncio.timeout(STALL_S):
+            await call.wait_for_connection()
+            await call.write(delivery_pb2.DeliverRequest(worker_id=self._worker_id))
+            self._num_acknowledged = 0
+            for message in list(self._unacknowledged):
+                await call.write(message)
+        self._heard_s = self._clock()
         reader = asyncio.create_task(self._read(call))
         try:
             while not reader.done():
@@ -197,21 +210,28 @@ class _GatewayStream:
 
     async def _wait(self, reader: asyncio.Task[None]) -> bool:
         """Waits until there is something to send and, unless it is urgent, until its time to share is over."""
-        if not self._has_pending.is_set():
+        idle_s = self._clock() + IDLE_CLOSE_S
+        while not self._has_pending.is_set():
             waiter = asyncio.create_task(self._has_pending.wait())
             try:
-                done, _ = await asyncio.wait(
-                    {waiter, reader}, timeout=IDLE_CLOSE_S, return_when=asyncio.FIRST_COMPLETED
-                )
+                done, _ = await asyncio.wait({waiter, reader}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 waiter.cancel()
-            if not done:
+            if done:
+                break
+            self._check_stall()
+            if self._clock() > idle_s and not self._unacknowledged:
                 return False
+        self._check_stall()
         if self._flush_s and not self._is_urgent.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._flush_s):
                     await self._is_urgent.wait()
         return True
+
+    def _check_stall(self) -> None:
+        if self._unacknowledged and self._clock() - self._heard_s > STALL_S:
+            raise _StalledError
 
     async def _write(self, call: grpc.aio.StreamStreamCall[delivery_pb2.DeliverRequest, object]) -> None:
         deliveries = list(self._pending.values())
@@ -222,13 +242,16 @@ class _GatewayStream:
         self._is_urgent.clear()
         if deliveries:
             message = delivery_pb2.DeliverRequest(deliveries=deliveries)
+            if not self._unacknowledged:
+                self._heard_s = self._clock()
             self._unacknowledged.append(message)
-            await call.write(message)
+            async with asyncio.timeout(STALL_S):
+                await call.write(message)
 
     async def _read(self, call: AsyncIterator[delivery_pb2.DeliverResponse]) -> None:
         async for response in call:
             # It is there: what breaks later is another absence.
-            self._away_since_s = None
+            self._away_since_s, self._heard_s = None, self._clock()
             while self._num_acknowledged < response.num_received and self._unacknowledged:
                 self._unacknowledged.popleft()
                 self._num_acknowledged += 1

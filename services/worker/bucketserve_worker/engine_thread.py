@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from bucketserve.v1 import worker_pb2
 
 __all__ = ["EngineStarted", "EngineThread", "EngineTurn", "HandedOver", "Resumed"]
 
+STOP_S = 10.0
+SLOWER_THAN_EVER, SLOWER_AT_FIRST = 10, 4
 MAX_TURNS_AHEAD = 64
 """Turns that the event loop may be behind before the engine waits for it."""
 
@@ -105,6 +108,9 @@ class EngineThread:
         """Sequences to hand over once they are prefilled: their tokens, and the serialised RunSpec. Of the thread."""
         self._is_stopping = False
         self._ahead = threading.Semaphore(MAX_TURNS_AHEAD)
+        self._turn_began_s: float | None = None
+        """When the turn in hand began; None between turns."""
+        self._longest_turn_s = 0.0
         self._last_assignment = 0
         self.started: asyncio.Future[EngineStarted] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -140,6 +146,20 @@ class EngineThread:
             self._orders.append(_Import(spec, tuple(generated), block, kv_bytes))
             self._wake.notify()
 
+    def hangs_for_s(self, limit_s: float) -> float:
+        """Returns for how long the turn in hand has taken, if that is more than it may; else 0.
+
+        Args:
+            limit_s: what any turn may take; one that is known to be slower may take ten times its longest, and the
+                first ones, which may have to warm up, four times this.
+        """
+        began_s = self._turn_began_s
+        if began_s is None:
+            return 0.0
+        took_s = time.monotonic() - began_s
+        slack = SLOWER_AT_FIRST if not self._longest_turn_s else 1
+        return took_s if took_s > max(limit_s * slack, SLOWER_THAN_EVER * self._longest_turn_s) else 0.0
+
     def reset_assignments(self) -> None:
         """Starts counting again, for a new scheduler stream."""
         with self._wake:
@@ -151,7 +171,8 @@ class EngineThread:
             self._is_stopping = True
             self._wake.notify()
         if self._thread.is_alive():
-            await asyncio.wait([self.ended])
+            # One that hangs ends with the process.
+            await asyncio.wait([self.ended], timeout=STOP_S)
 
     def _main(self) -> None:
         error: BaseException | None = None
@@ -171,6 +192,7 @@ class EngineThread:
     def _run(self, engine: Engine) -> None:
         """The hot loop: take what came in, step, hand out what came of it."""
         while (orders := self._take(engine)) is not None:
+            began_s = self._turn_began_s = time.monotonic()
             failures, cancelled, resumed = self._obey(engine, orders)
             output = engine.step()
             if failures:
@@ -179,6 +201,9 @@ class EngineThread:
             turn = EngineTurn(
                 output, tuple(cancelled), engine.headroom(), self._last_assignment, handed_over, tuple(resumed)
             )
+            self._turn_began_s = None
+            if output.sample is not None:
+                self._longest_turn_s = max(self._longest_turn_s, time.monotonic() - began_s)
             self._ahead.acquire()
             self._loop.call_soon_threadsafe(self._deliver, turn)
 

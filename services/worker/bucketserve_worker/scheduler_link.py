@@ -6,12 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-import grpc
-
-from bucketserve.core.errors import UnavailableError
 from bucketserve.core.types import WorkerRole
-from bucketserve.rpc.channel import open_channel
 from bucketserve.rpc.convert import role_from_pb
+from bucketserve.rpc.leader import LeaderSearch
 from bucketserve.rpc.listening import messages_while_alive
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
@@ -19,7 +16,6 @@ from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 __all__ = ["SchedulerLink"]
 
 OUTBOX_LIMIT = 65_536
-RECONNECT_S = 0.3
 
 Work = scheduler_pb2.WorkRequest
 
@@ -45,7 +41,7 @@ class SchedulerLink:
         on_state: Callable[[bool, str], None],
     ) -> None:
         """on_state(connected, detail) on every change, on_heard() on every message; addresses are tried in turn."""
-        self._addresses = addresses
+        self._search = LeaderSearch(addresses, on_state)
         self._hello = hello
         self._new_report = report
         self._on_batch = on_batch
@@ -53,7 +49,6 @@ class SchedulerLink:
         self._on_pull = on_pull
         self._on_role = on_role
         self._on_heard = on_heard
-        self._on_state = on_state
         self._outbox: Outbox[Work] | None = None
         self._report_soon = asyncio.Event()
         self.can_bring_work = False
@@ -85,22 +80,13 @@ class SchedulerLink:
         self.is_draining = True
         self._send(Work(draining=scheduler_pb2.WorkerDraining()))
 
+    def is_present(self, grace_s: float) -> bool:
+        """Whether a scheduler is there, or was not long ago."""
+        return self._search.is_present(grace_s)
+
     async def run(self) -> None:
         """Stays connected; ends only by cancellation."""
-        attempt = 0
-        while True:
-            address = self._addresses[attempt % len(self._addresses)]
-            try:
-                async with open_channel(address) as channel:
-                    await self._converse(scheduler_pb2_grpc.SchedulerServiceStub(channel), address)
-                detail = "stream ended"
-            except grpc.aio.AioRpcError as error:
-                detail = f"{error.code().name}: {error.details()}"
-            except UnavailableError as error:
-                detail = str(error)
-            self._on_state(False, f"{address}: {detail}")
-            attempt += 1
-            await asyncio.sleep(RECONNECT_S)
+        await self._search.run(self._converse)
 
     async def _converse(self, stub: scheduler_pb2_grpc.SchedulerServiceStub, address: str) -> None:
         outbox: Outbox[Work] = Outbox(OUTBOX_LIMIT)
@@ -115,7 +101,7 @@ class SchedulerLink:
                 self._on_heard()
                 match response.WhichOneof("message"):
                     case "welcome":
-                        self._on_state(True, f"{address}: {response.welcome.scheduler.scheduler_id}")
+                        self._search.welcomed(response.welcome.scheduler, address)
                         interval_s = response.welcome.report_interval_ms / 1e3
                         reporter = asyncio.create_task(self._report_for_ever(interval_s))
                     case "batch":

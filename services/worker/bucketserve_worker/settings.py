@@ -55,6 +55,14 @@ class WorkerSettings(Section):
     fake_prefill_us_per_token: float = Field(50.0, ge=0, description="fake engine: prefill time per token")
     fake_decode_us_per_step: float = Field(5_000.0, ge=0, description="fake engine: time of a decode step")
     flush_ms: float = Field(20.0, ge=0, le=1000, description="tokens wait at most this to share a message")
-    gateway_timeout_s: float = Field(10.0, gt=0, description="output for an unreachable gateway is given up after this")
+    gateway_timeout_s: float = Field(
+        2.5, gt=0, description="output for an unreachable gateway is given up after this; its requests go on elsewhere"
+    )
+    hang_s: float = Field(
+        30.0,
+        gt=0,
+        description="an engine that completes no step for this long, nor for ten times its longest one, hangs: its "
+        "requests go on elsewhere and the process ends",
+    )
     drain_s: float = Field(25.0, ge=0, le=600, description="most time to finish on SIGTERM, seconds")
     enable_reflection: bool = Field(True, description="answer gRPC reflection")

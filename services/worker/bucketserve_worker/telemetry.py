@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from bucketserve.core.types import FinishReason, Headroom, WorkerRole
 from bucketserve.ports import StepOutput
-from bucketserve.telemetry.logs import EventLog
+from bucketserve.telemetry.logs import EventLog, Repeated
 from bucketserve.telemetry.metrics import ProcessMetrics
 from bucketserve.telemetry.tracing import Tracing
 from bucketserve.v1 import scheduler_pb2
@@ -26,6 +26,7 @@ class WorkerTelemetry:
         self._log = log
         self._metrics = metrics
         self._tracing = tracing
+        self._scheduler_away = Repeated()
         self._worker_id = worker_id
         self._model = model
         self._num_out_of_memory = 0
@@ -98,8 +99,9 @@ class WorkerTelemetry:
     def scheduler_state(self, is_connected: bool, detail: str) -> None:
         """When the scheduler's stream comes or goes."""
         if is_connected:
+            self._scheduler_away.is_over()
             self._log.info("scheduler.connected", detail=detail)
-        else:
+        elif self._scheduler_away.is_due(detail):
             self._log.warning("scheduler.disconnected", detail=detail)
 
     def gateway_lost(self, address: str, num_requests: int) -> None:

@@ -1,0 +1,81 @@
+"""Finding the scheduler that leads: addresses in turn, quickly at first, and never back to an older leader."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import grpc
+
+from bucketserve.core.errors import UnavailableError
+from bucketserve.rpc.channel import open_channel
+from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
+
+__all__ = ["LeaderSearch", "Talk"]
+
+RETRY_S, SLOW_RETRY_S = 0.2, 1.0
+QUICK_TRIES = 25
+"""A takeover is over by then; what is still away is asked less often."""
+OLD_EPOCH_S = 10.0
+"""How long an older leader is not listened to after a newer one was; a store that lost its data may count anew."""
+
+Talk = Callable[[scheduler_pb2_grpc.SchedulerServiceStub, str], Awaitable[None]]
+"""(stub, address): one stream, until it ends; calls welcomed() when the scheduler has answered."""
+
+
+class LeaderSearch:
+    """Keeps talking to whichever scheduler leads."""
+
+    def __init__(self, addresses: Sequence[str], on_state: Callable[[bool, str], None]) -> None:
+        """on_state(connected, detail) with every stream that begins, ends or can't be had."""
+        self._addresses = addresses
+        self._on_state = on_state
+        self._epoch = 0
+        self._heard_s = 0.0
+        self._absent_since_s: float | None = None
+        self._is_welcome = False
+        self._num_failed = 0
+        self.detail = "none was reached yet"
+        """Why there is no stream."""
+
+    def is_present(self, grace_s: float) -> bool:
+        """Whether a scheduler is heard, or was not long ago."""
+        if self._is_welcome:
+            return True
+        return self._absent_since_s is not None and time.monotonic() - self._absent_since_s < grace_s
+
+    def welcomed(self, hello: scheduler_pb2.SchedulerHello, address: str) -> None:
+        """Notes that a scheduler has answered.
+
+        Raises:
+            UnavailableError: a newer one led a moment ago: this one does not know yet that it was replaced.
+        """
+        now_s = time.monotonic()
+        if hello.epoch < self._epoch and now_s - self._heard_s < OLD_EPOCH_S:
+            raise UnavailableError(f"{hello.scheduler_id} leads no more (epoch {hello.epoch}, now {self._epoch})")
+        self._epoch, self._heard_s = hello.epoch, now_s
+        self._is_welcome, self._num_failed = True, 0
+        self._on_state(True, f"{address}: {hello.scheduler_id}")
+
+    async def run(self, talk: Talk) -> None:
+        """Stays connected; ends only by cancellation."""
+        turn = 0
+        while True:
+            address = self._addresses[turn % len(self._addresses)]
+            try:
+                async with open_channel(address) as channel:
+                    await talk(scheduler_pb2_grpc.SchedulerServiceStub(channel), address)
+                detail = "stream ended"
+            except grpc.aio.AioRpcError as error:
+                detail = f"{error.code().name}: {error.details()}"
+            except UnavailableError as error:
+                detail = str(error)
+            if self._is_welcome:
+                self._heard_s = self._absent_since_s = time.monotonic()
+                self._is_welcome = False
+            self.detail = f"{address}: {detail}"
+            self._on_state(False, self.detail)
+            turn += 1
+            self._num_failed += 1
+            await asyncio.sleep(RETRY_S if self._num_failed <= QUICK_TRIES else SLOW_RETRY_S)
