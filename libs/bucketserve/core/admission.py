@@ -61,6 +61,8 @@ class Admission:
         settings, tokens = self._settings, request.prefill_tokens
         if request.reserved_tokens > self._lanes.context_tokens or not self._fleet.could_hold(request):
             return RefuseReason.TOO_LARGE
+        if not self._fleet.speaks(request):
+            return RefuseReason.OTHER_TOKENIZER
         if len(self._lanes) >= settings.max_queued_requests:
             return RefuseReason.QUEUE_REQUESTS
         if self._lanes.num_tokens + tokens > settings.max_queued_tokens:

@@ -98,11 +98,13 @@ class BatchFormer:
         for key, bucket in heads:
             first = cells.get(RequestId(key[2]))
             assert first is not None  # a head waits
+            worker = place(first, candidates, self._settings)
+            if worker is None and _is_bound(first, candidates):
+                first, worker = self._behind_bound(lane, bucket, candidates, first)
             if room is not None and first.reserved_tokens > room and not self._is_alone_in_turn():
                 # The room grows with time alone, as what was needed in time fades from the average.
                 self._wake_at(now_s + DEFERRED_RETRY_S)
                 continue
-            worker = place(first, candidates, self._settings)
             if worker is None:
                 if self._settings.queue_order is QueueOrder.FCFS:
                     return None
@@ -111,9 +113,20 @@ class BatchFormer:
                 continue
             if self._is_held(lane, bucket, first, worker, now_s):
                 continue
-            cut, limited_by = self._cut(lane, bucket, worker, now_s, room)
+            cut, limited_by = self._cut(lane, bucket, first, worker, now_s, room)
             return Formed(self._dispatch(bucket, worker, cut, limited_by), cut.chosen, lane)
         return None
+
+    def _behind_bound(
+        self, lane: Lane, bucket: Bucket, candidates: Sequence[WorkerState], head: Request
+    ) -> tuple[Request, WorkerState | None]:
+        """Returns the first request behind those that only some workers may serve, and its worker if one can take it."""
+        with closing(self._lanes.of(lane).in_order(bucket)) as ordered:
+            for request in ordered:
+                worker = place(request, candidates, self._settings)
+                if worker is not None or not _is_bound(request, candidates):
+                    return (head if worker is None else request), worker
+        return head, None
 
     def _deferred_room(self) -> int:
         """KV tokens that deferred requests may still take: what those in time leave, at least their share."""
@@ -166,9 +179,9 @@ class BatchFormer:
         self.wake_s = at_s if self.wake_s is None else min(self.wake_s, at_s)
 
     def _cut(
-        self, lane: Lane, bucket: Bucket, worker: WorkerState, now_s: float, room: int | None
+        self, lane: Lane, bucket: Bucket, first: Request, worker: WorkerState, now_s: float, room: int | None
     ) -> tuple[_Cut, LimitedBy]:
-        """Takes requests from the bucket in order until something stops it; the first one fits by `place`."""
+        """Takes requests from the bucket in order, from `first` on, until something stops it; that one fits."""
         cut = _Cut()
         safe_tokens = worker.safe_tokens(self._settings.memory_reserve)
         if room is not None:
@@ -180,6 +193,8 @@ class BatchFormer:
         fair_tokens = self._fair_tokens(lane, bucket)
         with closing(self._lanes.of(lane).in_order(bucket)) as ordered:
             for request in ordered:
+                if request is not first and (not cut.chosen or not worker.suits(request)):
+                    continue
                 kv_tokens = cut.kv_tokens + worker.kv_tokens(request)
                 longest = max(cut.longest_kv_tokens, worker.kv_tokens(request))
                 if cut.chosen:
@@ -266,6 +281,11 @@ class BatchFormer:
         left_s = cut.tpot_s - worker.times.decode_s(worker.num_sequences(), worker.context_tokens_held())
         wanted = max(int(left_s / per_token_s), 16)
         return min(limit, wanted) if limit else wanted
+
+
+def _is_bound(request: Request, candidates: Sequence[WorkerState]) -> bool:
+    """Whether only some workers may serve a request, so that the others need not wait for it."""
+    return bool(request.fingerprint) or not any(worker.speaks(request) for worker in candidates)
 
 
 def _due_s(request: Request, now_s: float) -> float:

@@ -76,6 +76,8 @@ class Fleet:
         self.kv_total_tokens = 0
         self._largest: dict[WorkerRole, int] = {}
         self._open: set[WorkerId] = set()
+        self._num_generations = 0
+        self._tokenizers: set[str] = set()
 
     def __len__(self) -> int:
         """Number of workers."""
@@ -92,6 +94,10 @@ class Fleet:
     def join(self, worker: WorkerState) -> None:
         """Adds a worker, or puts one in its older state's place."""
         self.leave(worker.worker_id)
+        like = next((other for other in self if other.fingerprint == worker.fingerprint), None)
+        if like is None:
+            self._num_generations += 1
+        worker.generation = self._num_generations if like is None else like.generation
         self._workers[worker.worker_id] = worker
         self._count(worker)
         self.changed(worker)
@@ -101,7 +107,7 @@ class Fleet:
         worker = self._workers.pop(worker_id, None)
         if worker is not None:
             self._open.discard(worker_id)
-            self.kv_total_tokens, self._largest = 0, {}
+            self.kv_total_tokens, self._largest, self._tokenizers = 0, {}, set()
             for other in self._workers.values():
                 self._count(other)
         return worker
@@ -162,10 +168,20 @@ class Fleet:
             decode is None or request.reserved_tokens <= decode
         )
 
-    def could_decode(self, request: Request) -> bool:
-        """Whether some worker that takes over prefilled requests could hold the request if it were empty."""
-        decoders = [worker for worker in self if worker.role is WorkerRole.DECODE and not worker.is_draining]
-        others = [worker for worker in self if worker.role is WorkerRole.BOTH and not worker.is_draining]
+    def speaks(self, request: Request) -> bool:
+        """Whether some worker, if there is any, knows the tokenizer of a request."""
+        known = self._tokenizers
+        return not (known and request.tokenizer) or "" in known or request.tokenizer in known
+
+    def has_like(self, fingerprint: str) -> bool:
+        """Whether some worker has that fingerprint."""
+        return any(worker.fingerprint == fingerprint for worker in self)
+
+    def could_decode(self, request: Request, fingerprint: str) -> bool:
+        """Whether a worker that takes over what others of its fingerprint prefilled could hold the request if empty."""
+        able = [worker for worker in self if not worker.is_draining and worker.fingerprint == fingerprint]
+        decoders = [worker for worker in able if worker.role is WorkerRole.DECODE]
+        others = [worker for worker in able if worker.role is WorkerRole.BOTH]
         return any(worker.could_hold(request) for worker in decoders or others)
 
     def candidates(self) -> list[WorkerState]:
@@ -186,6 +202,7 @@ class Fleet:
         return self._decoders.first(CANDIDATES) or self._all_round.first(CANDIDATES)
 
     def _count(self, worker: WorkerState) -> None:
+        self._tokenizers.add(worker.tokenizer)
         if worker.role is not WorkerRole.PREFILL:
             self.kv_total_tokens += worker.headroom.kv_total_tokens
         size = min(worker.headroom.kv_total_tokens, worker.context_tokens)

@@ -2,7 +2,8 @@
 
 Decode pulls: a prefilled request's KV stays where it was computed until a decode worker has room for its prompt and all
 its output, so that a full decode side holds the prefill side back by itself. Requests go in the order of arrival; one
-that no decode worker could hold even if it were empty is passed over. While the KV moves, both sides count it.
+is passed over that no decode worker of its prefill worker's fingerprint could hold even if it were empty. While the KV
+moves, both sides count it.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ class Handover:
             _, request_id, source_id, tokens = self._ready[0]
             request = still_at(request_id, source_id)
             if request is not None:
-                target = self._target(request, source_id)
+                source = self._fleet.get(source_id)
+                fingerprint = source.fingerprint if source is not None else ""
+                target = self._target(request, source_id, fingerprint)
                 if target is not None:
                     target.expect(request_id, _needs(request, source_id, target))
                     self._fleet.changed(target)
                     pulls.append(PullKv(request_id=request_id, source_id=source_id, target_id=target.worker_id))
-                elif self._fleet.could_decode(request):
+                elif self._fleet.could_decode(request, fingerprint):
                     break
                 else:
                     too_large.append(self._ready[0])
@@ -67,8 +70,10 @@ class Handover:
             heapq.heappush(self._ready, entry)
         return pulls, [entry[1] for entry in too_large]
 
-    def _target(self, request: Request, source_id: WorkerId) -> WorkerState | None:
+    def _target(self, request: Request, source_id: WorkerId, fingerprint: str) -> WorkerState | None:
         for worker in self._fleet.decoders():
+            if worker.fingerprint != fingerprint:
+                continue
             if worker.free_sequences() > 0 and _needs(request, source_id, worker) <= worker.room:
                 return worker
         return None

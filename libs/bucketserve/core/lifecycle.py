@@ -3,7 +3,7 @@
 ```
  (admitted) ─▶ WAITING ──dispatch──▶ PREFILL ──▶ DECODE ─▶ ENDED        any state may go to ENDED
                 ▲   ▲                  │  │         ▲
-  PARKED ───────┘   └──not dispatched──┘  └▶ HELD ─▶ PULLING
+  PARKED ◀──────┘   └──not dispatched──┘  └▶ HELD ─▶ PULLING
 ```
 
 Every id names one attempt (core/types.py, RequestId), so that what arrives late names something that is not here.
@@ -29,7 +29,8 @@ class State(enum.Enum):
     """Where a request is."""
 
     PARKED = "parked"
-    """Admitted by an earlier leader; its prompt has to be said again by its gateway before it can be dispatched."""
+    """Admitted, and can't be dispatched: its prompt has to be said again by its gateway after a change of leader, or
+    there is no worker whose engine could go on with its output."""
     WAITING = "waiting"
     """In a bucket."""
     PREFILL = "prefill"
@@ -46,7 +47,7 @@ class State(enum.Enum):
 
 NEXT_STATES: Mapping[State, frozenset[State]] = {
     State.PARKED: frozenset({State.WAITING, State.PREFILL, State.ENDED}),
-    State.WAITING: frozenset({State.PREFILL, State.ENDED}),
+    State.WAITING: frozenset({State.PARKED, State.PREFILL, State.ENDED}),
     State.PREFILL: frozenset({State.WAITING, State.HELD, State.DECODE, State.ENDED}),
     State.HELD: frozenset({State.PULLING, State.ENDED}),
     State.PULLING: frozenset({State.DECODE, State.ENDED}),
@@ -120,8 +121,12 @@ class Lifecycle:
         return [life for life in self._lives.values() if worker_id in (life.worker_id, life.target_id)]
 
     def park(self, request: Request) -> Life:
-        """Takes a request that cannot be dispatched yet."""
-        life = self._lives[request.request_id] = Life(request, State.PARKED)
+        """Takes a request, a new one or one that waits in no bucket any more, that cannot be dispatched yet."""
+        life = self._lives.get(request.request_id)
+        if life is None:
+            life = self._lives[request.request_id] = Life(request, State.PARKED)
+        elif life.state is not State.PARKED:
+            life.go(State.PARKED)
         return life
 
     def wait(self, request: Request) -> None:

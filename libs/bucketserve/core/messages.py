@@ -60,6 +60,8 @@ class RefuseReason(enum.Enum):
     TENANT_QUOTA = "tenant_quota"
     SLO_UNATTAINABLE = "slo_unattainable"
     TOO_LARGE = "too_large"
+    OTHER_TOKENIZER = "other_tokenizer"
+    """No worker's model has the tokenizer that made the prompt."""
     STORE_FULL = "store_full"
 
 
@@ -71,6 +73,8 @@ class DropReason(enum.Enum):
     WORKER_LOST = "worker_lost"
     WORKER_FAILED = "worker_failed"
     TOO_LARGE = "too_large"
+    NO_LIKE_WORKER = "no_like_worker"
+    """Nobody is there any more whose engine could go on with what another has begun."""
     INTERNAL = "internal"
     """A step of the core failed on it."""
 
@@ -138,6 +142,10 @@ class WorkerJoined:
     headroom: Headroom
     context_tokens: int
     pays_padding: bool
+    fingerprint: str = ""
+    """Of weights, number type and engine: workers with the same generate the same."""
+    tokenizer: str = ""
+    """Fingerprint of its model's tokenizer; empty: it knows of none."""
     running: tuple[RunningRequest, ...] = ()
     """Requests that the worker still has from before."""
 

@@ -95,8 +95,9 @@ class CoreView:
 
 HEAD_S = 1e6
 """A resumed request comes before all that arrived less than this later: its client waits in the middle of a stream."""
-HELD_PATIENCE_S = 30.0
-"""How long KV is held for a decode worker large enough, when there is none."""
+PATIENCE_S = 30.0
+"""How long a request in the middle of its output waits for a worker that could go on with it, when there is none: one
+of its fingerprint, or a decode worker large enough for the KV that is held."""
 
 
 class SchedulerCore:
@@ -118,6 +119,8 @@ class SchedulerCore:
         self._admission = Admission(settings, self._lanes, self._fleet, self._tenants)
         self._waste = WasteBook()
         self._deadlines: list[tuple[float, RequestId]] = []
+        self._orphans: dict[RequestId, float] = {}
+        """Parked requests that only a worker of a fingerprint could go on with that is not here, and since when."""
         self._commands: list[Command] = []
         self._drops: list[Drop] = []
 
@@ -157,6 +160,7 @@ class SchedulerCore:
         self._commands, self._drops = [], []
         faults = [fault for event in events if (fault := self._try(event, now_s))]
         self._expire(now_s)
+        self._drop_orphans(now_s)
         if self._edges.update(self._lanes, self._fleet, now_s):
             self._commands.append(ChangeEdges(self._edges.edges))
         self._commands += self._layout.update(now_s)
@@ -222,6 +226,11 @@ class SchedulerCore:
                     self._former.worker_left(worker)
                 for life in self._lives.at(worker_id):
                     self._drop(life, DropReason.WORKER_LOST, now_s)
+                if worker is not None and not self._fleet.has_like(worker.fingerprint):
+                    for life in [life for life in self._lives if life.request.fingerprint == worker.fingerprint]:
+                        if life.state is State.WAITING:
+                            self._dequeue(life.request.request_id)
+                            self._orphan(life.request, now_s)
 
     def _submit(self, request: Request, now_s: float) -> None:
         if self._lives.get(request.request_id) is not None:
@@ -238,7 +247,7 @@ class SchedulerCore:
 
     def _admit(self, request: Request, now_s: float) -> None:
         self._edges.arrived(request.prefill_tokens, now_s)
-        self._enqueue(request)
+        self._enqueue(request, now_s)
         self._commands.append(AdmitRequest(request))
 
     def _cancel(self, request_id: RequestId, now_s: float) -> None:
@@ -264,7 +273,7 @@ class SchedulerCore:
             life = self._lives.in_state(request_id, State.PREFILL)
             if life is not None and life.worker_id == event.worker_id:
                 self._lives.take_back(life, now_s)
-                self._enqueue(life.request)
+                self._enqueue(life.request, now_s)
                 self._commands.append(AdmitRequest(life.request))
 
     def _finish(self, event: RequestFinished, now_s: float) -> None:
@@ -341,6 +350,9 @@ class SchedulerCore:
         here = {life.request.request_id for life in self._lives.at(event.worker_id)}
         worker.requests = here & still
         self._fleet.join(worker)
+        for request_id in [rid for rid in self._orphans if self._is_like(rid, worker)]:
+            if life := self._lives.get(request_id):
+                self._enqueue(life.request, now_s)
         for request_id in sorted(here - still):
             if life := self._lives.get(request_id):
                 self._drop(life, DropReason.WORKER_LOST, now_s)
@@ -372,7 +384,19 @@ class SchedulerCore:
         if context_tokens > self._lanes.context_tokens:
             self._edges.extend(context_tokens, self._lanes)
 
-    def _enqueue(self, request: Request) -> None:
+    def _orphan(self, request: Request, now_s: float) -> None:
+        self._lives.park(request)
+        self._orphans[request.request_id] = now_s
+
+    def _is_like(self, request_id: RequestId, worker: WorkerState) -> bool:
+        life = self._lives.get(request_id)
+        return life is not None and life.request.fingerprint == worker.fingerprint
+
+    def _enqueue(self, request: Request, now_s: float) -> None:
+        if request.fingerprint and not self._fleet.has_like(request.fingerprint):
+            self._orphan(request, now_s)
+            return
+        self._orphans.pop(request.request_id, None)
         prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
         lead_tokens = self._tenants.lead(request.tenant)
         key = order_key(
@@ -482,7 +506,7 @@ class SchedulerCore:
                 self._commands.append(pull)
         for request_id in too_large:
             life = self._lives.get(request_id)
-            if life is not None and now_s - (life.prefilled_s or 0.0) > HELD_PATIENCE_S:
+            if life is not None and now_s - (life.prefilled_s or 0.0) > PATIENCE_S:
                 self._drop(life, DropReason.TOO_LARGE, now_s)
 
     def _held_at(self, request_id: RequestId, source_id: WorkerId) -> Request | None:
@@ -509,8 +533,15 @@ class SchedulerCore:
         self._end(life, now_s)
         self._drops.append(Drop(request_id, reason))
 
+    def _drop_orphans(self, now_s: float) -> None:
+        for request_id, since_s in list(self._orphans.items()):
+            life = self._lives.get(request_id)
+            if life is not None and now_s - since_s > PATIENCE_S:
+                self._drop(life, DropReason.NO_LIKE_WORKER, now_s)
+
     def _end(self, life: Life, now_s: float, output_tokens: int | None = None) -> None:
         self._dequeue(life.request.request_id)
+        self._orphans.pop(life.request.request_id, None)
         self._tenants.ended(life.request, output_tokens, has_run=life.is_at_worker)
         self._lives.end(life, now_s)
 

@@ -96,6 +96,10 @@ class Request:
     """An earlier attempt was lost with its worker: its client waits in the middle of its output."""
     avoid: frozenset[WorkerId] = frozenset()
     """Workers that lost or failed earlier attempts: taken only if there is no other."""
+    fingerprint: str = ""
+    """Of the engine that generated a part of the output: only the same goes on with it. Empty: any may."""
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer that made the prompt; empty: not known."""
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     deadline_s: float | None = None

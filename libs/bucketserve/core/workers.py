@@ -33,6 +33,10 @@ class WorkerState:
     headroom: Headroom
     context_tokens: int
     pays_padding: bool
+    fingerprint: str = ""
+    tokenizer: str = ""
+    generation: int = 0
+    """Counts up with each fingerprint that is new to the fleet: new requests prefer the newest."""
     times: StepTimes = field(default_factory=StepTimes)
     num_assigned: int = 0
     """Sequence number of the last batch given to it."""
@@ -65,6 +69,8 @@ class WorkerState:
             headroom=event.headroom,
             context_tokens=event.context_tokens,
             pays_padding=event.pays_padding,
+            fingerprint=event.fingerprint,
+            tokenizer=event.tokenizer,
         )
 
     def report(self, headroom: Headroom) -> None:
@@ -114,6 +120,16 @@ class WorkerState:
         self.requests.discard(request_id)
         self.incoming.pop(request_id, None)
         self.prefilled(request_id)
+
+    def speaks(self, request: Request) -> bool:
+        """Whether its engine may serve the request at all."""
+        if request.fingerprint and request.fingerprint != self.fingerprint:
+            return False
+        return not (request.tokenizer and self.tokenizer and request.tokenizer != self.tokenizer)
+
+    def suits(self, request: Request) -> bool:
+        """Whether it may be given the request, others having the choice."""
+        return self.speaks(request) and self.worker_id not in request.avoid
 
     # --- memory -------------------------------------------------------------------------------------------------
 

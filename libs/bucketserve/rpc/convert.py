@@ -69,6 +69,7 @@ _REFUSALS = {
     RefuseReason.TENANT_QUOTA: scheduler_pb2.REFUSE_REASON_TENANT_QUOTA,
     RefuseReason.SLO_UNATTAINABLE: scheduler_pb2.REFUSE_REASON_SLO_UNATTAINABLE,
     RefuseReason.TOO_LARGE: scheduler_pb2.REFUSE_REASON_TOO_LARGE,
+    RefuseReason.OTHER_TOKENIZER: scheduler_pb2.REFUSE_REASON_OTHER_TOKENIZER,
     RefuseReason.STORE_FULL: scheduler_pb2.REFUSE_REASON_STORE_FULL,
 }
 _DROPS = {
@@ -77,6 +78,7 @@ _DROPS = {
     DropReason.WORKER_LOST: scheduler_pb2.DROP_REASON_WORKER_LOST,
     DropReason.WORKER_FAILED: scheduler_pb2.DROP_REASON_WORKER_FAILED,
     DropReason.TOO_LARGE: scheduler_pb2.DROP_REASON_TOO_LARGE,
+    DropReason.NO_LIKE_WORKER: scheduler_pb2.DROP_REASON_NO_LIKE_WORKER,
     DropReason.INTERNAL: scheduler_pb2.DROP_REASON_INTERNAL,
 }
 
@@ -139,6 +141,8 @@ def request_from_ticket(ticket: scheduler_pb2.Ticket, *, arrival_s: float, deadl
         tenant=ticket.tenant,
         is_resumed=ticket.is_resumed,
         avoid=frozenset(WorkerId(worker_id) for worker_id in ticket.avoid_worker_ids),
+        fingerprint=ticket.fingerprint,
+        tokenizer=ticket.tokenizer,
         ttft_slo_s=slo.ttft_ms / 1e3 if slo.HasField("ttft_ms") else None,
         tpot_slo_s=slo.tpot_ms / 1e3 if slo.HasField("tpot_ms") else None,
         deadline_s=deadline_s,

@@ -17,6 +17,7 @@ class RefuseReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSE_REASON_SLO_UNATTAINABLE: _ClassVar[RefuseReason]
     REFUSE_REASON_TOO_LARGE: _ClassVar[RefuseReason]
     REFUSE_REASON_STORE_FULL: _ClassVar[RefuseReason]
+    REFUSE_REASON_OTHER_TOKENIZER: _ClassVar[RefuseReason]
 
 class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -27,6 +28,7 @@ class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DROP_REASON_WORKER_FAILED: _ClassVar[DropReason]
     DROP_REASON_TOO_LARGE: _ClassVar[DropReason]
     DROP_REASON_INTERNAL: _ClassVar[DropReason]
+    DROP_REASON_NO_LIKE_WORKER: _ClassVar[DropReason]
 REFUSE_REASON_UNSPECIFIED: RefuseReason
 REFUSE_REASON_QUEUE_REQUESTS: RefuseReason
 REFUSE_REASON_QUEUE_TOKENS: RefuseReason
@@ -34,6 +36,7 @@ REFUSE_REASON_TENANT_QUOTA: RefuseReason
 REFUSE_REASON_SLO_UNATTAINABLE: RefuseReason
 REFUSE_REASON_TOO_LARGE: RefuseReason
 REFUSE_REASON_STORE_FULL: RefuseReason
+REFUSE_REASON_OTHER_TOKENIZER: RefuseReason
 DROP_REASON_UNSPECIFIED: DropReason
 DROP_REASON_DEADLINE: DropReason
 DROP_REASON_CANCELLED: DropReason
@@ -41,9 +44,10 @@ DROP_REASON_WORKER_LOST: DropReason
 DROP_REASON_WORKER_FAILED: DropReason
 DROP_REASON_TOO_LARGE: DropReason
 DROP_REASON_INTERNAL: DropReason
+DROP_REASON_NO_LIKE_WORKER: DropReason
 
 class Ticket(_message.Message):
-    __slots__ = ("run_id", "model", "prompt_tokens", "max_new_tokens", "request_class", "tenant", "slo", "gateway_id", "context_tokens", "is_resumed", "avoid_worker_ids", "traceparent", "tracestate")
+    __slots__ = ("run_id", "model", "prompt_tokens", "max_new_tokens", "request_class", "tenant", "slo", "gateway_id", "context_tokens", "is_resumed", "avoid_worker_ids", "traceparent", "tracestate", "fingerprint", "tokenizer")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +61,8 @@ class Ticket(_message.Message):
     AVOID_WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     model: str
     prompt_tokens: int
@@ -70,7 +76,9 @@ class Ticket(_message.Message):
     avoid_worker_ids: _containers.RepeatedScalarFieldContainer[str]
     traceparent: str
     tracestate: str
-    def __init__(self, run_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., tenant: _Optional[str] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., gateway_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., is_resumed: _Optional[bool] = ..., avoid_worker_ids: _Optional[_Iterable[str]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
+    fingerprint: str
+    tokenizer: str
+    def __init__(self, run_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., tenant: _Optional[str] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., gateway_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., is_resumed: _Optional[bool] = ..., avoid_worker_ids: _Optional[_Iterable[str]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ...) -> None: ...
 
 class RunSpec(_message.Message):
     __slots__ = ("token_ids", "num_resumed_tokens", "max_new_tokens", "sampling", "stop_token_ids", "num_logprobs", "delivery_address", "traceparent", "tracestate")
@@ -179,16 +187,18 @@ class RunRefused(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., reason: _Optional[_Union[RefuseReason, str]] = ..., retry_delay_ms: _Optional[int] = ...) -> None: ...
 
 class RunDispatched(_message.Message):
-    __slots__ = ("run_id", "worker_id", "waited_us", "batch")
+    __slots__ = ("run_id", "worker_id", "waited_us", "batch", "fingerprint")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     WAITED_US_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     worker_id: str
     waited_us: int
     batch: _common_pb2.BatchInfo
-    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., waited_us: _Optional[int] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ...) -> None: ...
+    fingerprint: str
+    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., waited_us: _Optional[int] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class RunDropped(_message.Message):
     __slots__ = ("run_id", "reason")
@@ -215,7 +225,7 @@ class WorkRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., prefilled: _Optional[_Union[BatchPrefilled, _Mapping]] = ..., finished: _Optional[_Union[RunFinished, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ..., kv_pulled: _Optional[_Union[KvPulled, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running", "is_draining")
+    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running", "is_draining", "fingerprint", "tokenizer")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +236,8 @@ class WorkerHello(_message.Message):
     REPORT_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     role: _common_pb2.WorkerRole
@@ -236,7 +248,9 @@ class WorkerHello(_message.Message):
     report: WorkerReport
     running: _containers.RepeatedCompositeFieldContainer[RunningRun]
     is_draining: bool
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ...) -> None: ...
+    fingerprint: str
+    tokenizer: str
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ...) -> None: ...
 
 class RunningRun(_message.Message):
     __slots__ = ("run_id", "held")

@@ -183,8 +183,11 @@ class OpenRequest:
             self.fail(UnavailableError(f"gave up after {self.attempt} attempts: {cause}", reason="ATTEMPTS_EXHAUSTED"))
             return
         former = self.run_id
-        if self.dispatched is not None and self.dispatched.worker_id not in self._ticket.avoid_worker_ids:
-            self._ticket.avoid_worker_ids.append(self.dispatched.worker_id)
+        if self.dispatched is not None:
+            if self.dispatched.worker_id not in self._ticket.avoid_worker_ids:
+                self._ticket.avoid_worker_ids.append(self.dispatched.worker_id)
+            if len(self.tokens) > self._attempt_start:
+                self._ticket.fingerprint = self.dispatched.fingerprint
         self._begin()
         self._resume(self, former)
 

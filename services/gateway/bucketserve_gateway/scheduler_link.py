@@ -151,6 +151,9 @@ def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
             opened.fail(DeadlineError("the deadline passed before the request was served"))
         case scheduler_pb2.DROP_REASON_CANCELLED:
             opened.fail(RequestCancelledError("cancelled"))
+        case scheduler_pb2.DROP_REASON_NO_LIKE_WORKER:
+            message = "no worker is left that serves the weights which the answer was begun with"
+            opened.fail(UnavailableError(message, reason="NO_LIKE_WORKER"))
         case scheduler_pb2.DROP_REASON_INTERNAL:
             opened.fail(EngineError("the scheduler failed on the request"))
         case _:
@@ -165,5 +168,7 @@ def _refusal(refused: scheduler_pb2.RunRefused) -> BucketServeError:
         case scheduler_pb2.REFUSE_REASON_TOO_LARGE:
             description = "prompt and max_tokens together need more KV memory than any worker has"
             return InvalidRequestError([FieldViolation("stopping.max_tokens", description)])
+        case scheduler_pb2.REFUSE_REASON_OTHER_TOKENIZER:
+            return UnavailableError("the workers' model has another tokenizer than this gateway", reason=name)
         case _:
             return OverloadedError(f"refused: {name}", reason=name, retry_delay_s=delay_s)

@@ -135,6 +135,8 @@ class SchedulingLoop:
                 headroom=headroom_from_pb(hello.report),
                 context_tokens=hello.context_tokens,
                 pays_padding=hello.pays_padding,
+                fingerprint=hello.fingerprint,
+                tokenizer=hello.tokenizer,
                 running=running_from_pb(hello),
             )
         )

@@ -189,6 +189,7 @@ class Announcer:
                 worker_id=batch.worker_id,
                 waited_us=max(round((now_s - entry.arrival_s) * 1e6), 0),
                 batch=info,
+                fingerprint=self._fingerprint(batch.worker_id),
             )
             self._gateways.send(entry.ticket.gateway_id, Response(dispatched=entry.dispatched))
         self._telemetry.dispatched(batch, entries, now_s)
@@ -223,9 +224,13 @@ class Announcer:
         if entry.dispatched is not None:
             # A copy: the one before may still be on its way.
             dispatched.CopyFrom(entry.dispatched)
-        dispatched.worker_id = worker_id
+        dispatched.worker_id, dispatched.fingerprint = worker_id, self._fingerprint(worker_id)
         entry.dispatched = dispatched
         self._gateways.send(entry.ticket.gateway_id, Response(dispatched=dispatched))
+
+    def _fingerprint(self, worker_id: WorkerId) -> str:
+        peer = self._workers.get(worker_id)
+        return peer.hello.fingerprint if peer is not None else ""
 
     def _to_worker(self, worker_id: WorkerId, message: scheduler_pb2.WorkResponse) -> None:
         # A worker that is gone or does not read has its WorkerLost on the way: its requests come back through that.

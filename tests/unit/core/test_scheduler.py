@@ -23,11 +23,21 @@ from bucketserve.core.messages import (
     RequestResumed,
     RequestSubmitted,
     WorkerDraining,
+    WorkerJoined,
     WorkerLost,
 )
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
-from bucketserve.core.types import Batch, FinishReason, LimitedBy, RequestClass, RequestId, StepSample, WorkerId
+from bucketserve.core.types import (
+    Batch,
+    BatchId,
+    FinishReason,
+    LimitedBy,
+    RequestClass,
+    RequestId,
+    StepSample,
+    WorkerId,
+)
 from tests.builders import a_request, at, joined, reported
 
 W = WorkerId("w")
@@ -55,6 +65,11 @@ def refusals(decision: Decision) -> list[RefuseReason]:
 
 def prefilled(batch: Batch) -> BatchPrefilled:
     return BatchPrefilled(worker_id=W, batch_id=batch.batch_id, request_ids=batch.request_ids, duration_s=0.1)
+
+
+def prefilled_at(worker: str, *names: str) -> BatchPrefilled:
+    ids = tuple(RequestId(name) for name in names)
+    return BatchPrefilled(worker_id=WorkerId(worker), batch_id=BatchId("b"), request_ids=ids, duration_s=0.1)
 
 
 def finished(name: str, worker: str = "w", reason: FinishReason = FinishReason.LENGTH) -> RequestFinished:
@@ -262,6 +277,48 @@ def test_a_parked_request_waits_for_its_gateway() -> None:
     assert under_test.step([RequestCancelled(RequestId("q"))], 0.2).drops == (
         Drop(RequestId("q"), DropReason.CANCELLED),
     )
+
+
+def of_kind(name: str, fingerprint: str, **more) -> WorkerJoined:
+    tokenizer = more.pop("tokenizer", "")
+    return replace(joined(name, **more), fingerprint=fingerprint, tokenizer=tokenizer)
+
+
+def test_only_the_same_weights_go_on_with_an_output() -> None:
+    under_test = core()
+    under_test.step([of_kind("old", "A", free=4000), of_kind("new", "B", free=4000)], 0.0)
+    assert batches(under_test.step(resumed("a.2", fingerprint="A"), 0.1))[0].worker_id == "old"
+    # New requests prefer the newer weights while they have room.
+    assert batches(under_test.step(submitted("b"), 0.2))[0].worker_id == "new"
+    under_test.step([WorkerDraining(WorkerId("new"))], 0.3)
+    assert batches(under_test.step(submitted("c"), 0.4))[0].worker_id == "old"
+
+
+def test_a_request_bound_to_busy_weights_does_not_stop_those_behind_it() -> None:
+    under_test = core(max_outstanding_batches=1)
+    under_test.step([of_kind("old", "A", free=4000), *submitted("runs")], 0.0)
+    decision = under_test.step([of_kind("new", "B", free=4000), *resumed("a.2", fingerprint="A"), *submitted("b")], 0.1)
+    assert [(batch.worker_id, batch.request_ids) for batch in batches(decision)] == [("new", ("b",))]
+    assert batches(under_test.step([prefilled_at("old", "runs")], 0.2))[0].request_ids == ("a.2",)
+
+
+def test_a_request_whose_weights_are_gone_waits_for_them_and_ends() -> None:
+    under_test = core()
+    under_test.step([of_kind("new", "B", free=4000), *resumed("a.2", "b.2", fingerprint="A"), *submitted("c")], 0.0)
+    assert under_test.status().num_waiting == 0
+    assert batches(under_test.step([of_kind("old", "A", free=15, total=4000)], 5.0)) == []
+    # Its only worker leaves again before it had room; what waits goes back to waiting for its like.
+    under_test.step([WorkerLost(WorkerId("old"))], 6.0)
+    assert {drop.request_id for drop in under_test.step([], 37.0).drops} == {"a.2", "b.2"}
+
+
+def test_a_prompt_of_another_tokenizer_is_not_served() -> None:
+    under_test = core()
+    under_test.step([of_kind("w", "A", tokenizer="T1", free=4000)], 0.0)
+    assert refusals(under_test.step(submitted("a", tokenizer="T2"), 0.1)) == [RefuseReason.OTHER_TOKENIZER]
+    # One that was admitted while its workers were here does not stop those behind it.
+    assert not batches(under_test.step(resumed("c", tokenizer="T2"), 0.1))
+    assert batches(under_test.step(submitted("b", tokenizer="T1"), 0.2))[0].request_ids == ("b",)
 
 
 def test_the_context_grows_with_the_workers() -> None:
