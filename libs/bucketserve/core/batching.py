@@ -120,7 +120,7 @@ class BatchFormer:
     def _behind_bound(
         self, lane: Lane, bucket: Bucket, candidates: Sequence[WorkerState], head: Request
     ) -> tuple[Request, WorkerState | None]:
-        """Returns the first request behind those that only some workers may serve, and its worker if one can take it."""
+        """Returns the first request behind those that only some may serve, and its worker if one can take it."""
         with closing(self._lanes.of(lane).in_order(bucket)) as ordered:
             for request in ordered:
                 worker = place(request, candidates, self._settings)
