@@ -15,7 +15,7 @@ from types import TracebackType
 
 import grpc
 
-from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.channel import UNARY_TIMEOUT_S, open_channel
 from bucketserve.rpc.status import error_from_call, errors_named, is_answered
 from bucketserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
@@ -27,7 +27,6 @@ Finished = inference_pb2.GenerateFinished
 Event = Started | Chunk | Finished
 
 _SERVICE = "bucketserve.v1.InferenceService"
-UNARY_TIMEOUT_S = 30.0
 RECONNECT_S = 3.0
 """As long as it takes to find a gateway again whose restart was not noticed yet."""
 _FIRST_PAUSE_S = 0.2

@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from bucketserve.client import UNARY_TIMEOUT_S
-from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.channel import UNARY_TIMEOUT_S, open_channel
 from bucketserve.rpc.status import error_from_call, errors_named
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2, job_pb2_grpc
 

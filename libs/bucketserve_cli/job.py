@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -13,12 +14,11 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from bucketserve.core.errors import UnavailableError
+from bucketserve.core.errors import InvalidRequestError, UnavailableError
 from bucketserve.job_client import JobClient, Result, request_from_line
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2
-from bucketserve_cli.terminal import InputError, an_address, console, errors, replaced_file
+from bucketserve_cli.terminal import InputError, an_address, console, errors, plain_table, replaced_file
 
 __all__ = ["job_app"]
 
@@ -31,6 +31,7 @@ PATIENCE_S = 60.0
 """For so long a watched job may be out of reach, as when gateways are restarted."""
 MAX_TTL_S = 30 * 86_400
 ENDED = (job_pb2.JOB_STATE_COMPLETED, job_pb2.JOB_STATE_CANCELLED)
+_ITEM = re.compile(r"items\[(\d+)\]\.")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -47,12 +48,17 @@ def submit(
 ) -> None:
     """Submit a file of requests as one job; prints its id."""
     requests = _read(file)
+    lines = list(requests)
 
     async def run() -> job_pb2.Job:
         async with JobClient(address) as jobs:
-            return await jobs.submit(requests, idempotency_key=key, tenant=tenant, ttl_s=ttl_s)
+            return await jobs.submit(requests.values(), idempotency_key=key, tenant=tenant, ttl_s=ttl_s)
 
-    job = asyncio.run(run())
+    try:
+        job = asyncio.run(run())
+    except InvalidRequestError as error:
+        # What the gateway finds wrong with the Nth request is wrong with a line.
+        raise InputError(_ITEM.sub(lambda match: f"{file}:{lines[int(match[1])]}: ", str(error))) from None
     print(job.job_id, flush=True)
     if wait:
         _watch(job.job_id, address)
@@ -114,19 +120,19 @@ def cancel(
     _show(asyncio.run(run()))
 
 
-def _read(file: Path) -> list[inference_pb2.GenerateRequest]:
-    """Returns the requests of a JSONL file: UTF-8, with or without a BOM, a request on each line that is not blank."""
+def _read(file: Path) -> dict[int, inference_pb2.GenerateRequest]:
+    """Returns the requests of a JSONL file by line number: UTF-8, with or without a BOM; blank lines are skipped."""
     try:
         content = file.read_bytes()
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from None
-    requests = []
+    requests = {}
     # At line feeds alone: strings of JSON may contain what Unicode counts as line ends too.
     for number, line in enumerate(content.removeprefix(BOM).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            requests.append(request_from_line(line))
+            requests[number] = request_from_line(line)
         except ValueError as error:
             raise InputError(f"{file}:{number}: {error}") from None
     if not requests:
@@ -172,9 +178,7 @@ async def _get_patiently(jobs: JobClient, job_id: str) -> job_pb2.Job:
 
 
 def _show(job: job_pb2.Job) -> None:
-    table = Table("job", "state", "requests", "done", "failed", box=None)
-    # An id that is cut can't be used.
-    table.columns[0].overflow = "fold"
+    table = plain_table("job", "state", "requests", "done", "failed")
     state = job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_").lower()
     table.add_row(job.job_id, state, f"{job.num_requests:,}", f"{job.num_done:,}", f"{job.num_failed:,}")
     console.print(table)

@@ -9,11 +9,10 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from bucketserve.config import Section, TelemetrySettings, load_settings
 from bucketserve.core.errors import SettingsError
-from bucketserve_cli.terminal import InputError, console
+from bucketserve_cli.terminal import InputError, console, plain_table
 
 __all__ = ["config_app", "gateway", "scheduler", "worker"]
 
@@ -72,7 +71,7 @@ def config_show(config: ConfigOption = None) -> None:
         loaded = load_settings(sections, environ=os.environ, file=config)
     except SettingsError as error:
         raise InputError("; ".join(error.problems)) from None
-    table = Table("section", "setting", "value", "from", "meaning", box=None)
+    table = plain_table("section", "setting", "value", "from", "meaning")
     for section, field, value, source in loaded.describe():
         meaning = sections[section].model_fields[field].description or ""
         table.add_row(

@@ -15,6 +15,7 @@ from rich.text import Text
 from bucketserve.core.errors import UnavailableError
 from bucketserve.rpc.channel import open_channel
 from bucketserve.v1 import common_pb2, scheduler_pb2, scheduler_pb2_grpc
+from bucketserve_cli.terminal import plain_table
 
 __all__ = ["show_status", "status_view"]
 
@@ -65,8 +66,7 @@ def status_view(status: scheduler_pb2.GetStatusResponse) -> RenderableType:
 
 
 def _workers(model: scheduler_pb2.ModelStatus) -> Table:
-    table = Table("worker", "role", "engine", "KV free", "KV total", "running", "waiting", "report age", box=None)
-    table.columns[0].overflow = "fold"
+    table = plain_table("worker", "role", "engine", "KV free", "KV total", "running", "waiting", "report age")
     for worker in model.workers:
         report = worker.report
         name = f"{worker.worker_id} (draining)" if worker.is_draining else worker.worker_id
@@ -86,7 +86,7 @@ def _workers(model: scheduler_pb2.ModelStatus) -> Table:
 
 
 def _buckets(model: scheduler_pb2.ModelStatus) -> Table:
-    table = Table("bucket", "waiting", "prompt tokens", box=None)
+    table = plain_table("bucket", "waiting", "prompt tokens")
     for bucket in model.buckets:
         edges = Text(f"[{bucket.low_tokens}, {bucket.high_tokens})")
         table.add_row(edges, str(bucket.num_waiting), f"{bucket.waiting_tokens:,}")

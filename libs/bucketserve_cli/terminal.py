@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import grpc
 import typer
 from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -33,6 +34,7 @@ __all__ = [
     "describe",
     "errors",
     "in_range",
+    "plain_table",
     "print_error",
     "replaced_file",
 ]
@@ -101,6 +103,11 @@ def print_error(message: str) -> None:
     errors.print(Text.assemble(("error: ", "red"), message), soft_wrap=True)
 
 
+def plain_table(*columns: str) -> Table:
+    """Returns a table without lines that breaks what a narrow terminal has no room for, and cuts nothing."""
+    return Table(*(Column(name, overflow="fold") for name in columns), box=None)
+
+
 def in_range(low: float, high: float, *, low_open: bool = False) -> Callable[[str | float], float]:
     """Returns a parser of options: a finite number from low (or above it) to high."""
 
@@ -138,11 +145,11 @@ def replaced_file(path: Path) -> Iterator[TextIO]:
     Raises:
         OSError: the file can't be written; says so before anything else is done.
     """
-    target = path.resolve()
-    if target.exists() and not target.is_file():
-        with target.open("w", encoding="utf-8") as file:
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8") as file:
             yield file
         return
+    target = path.resolve()
     with _named(path):
         mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
         if target.exists() and not os.access(target, os.W_OK):

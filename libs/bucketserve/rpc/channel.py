@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import grpc
 
-__all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "SERVER_OPTIONS", "open_channel"]
+__all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "SERVER_OPTIONS", "UNARY_TIMEOUT_S", "open_channel"]
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """A batch assignment carries the prompts of its requests; the public limit is the gateway's max_prompt_bytes."""
 
 MAX_PENDING_CALLS = 16_384
 """Calls that a server has not yet looked at, some 10 KiB each."""
+UNARY_TIMEOUT_S = 30.0
+"""For calls of clients that are answered at once: a server that is there and hangs is noticed."""
 
 _KEEPALIVE = [
     # Half-open connections (a peer that was stopped or cut off) are noticed within 30 s, also while a stream is idle.
