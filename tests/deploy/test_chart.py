@@ -12,7 +12,8 @@ import yaml
 from helm_python.chart import Chart, lint
 from helm_python.errors import HelmError
 
-from bucketserve.config import TelemetrySettings
+from bucketserve.addresses import Address
+from bucketserve.config import TelemetrySettings, load_settings
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_worker.settings import WorkerSettings
@@ -25,6 +26,7 @@ SECTIONS = {
     "worker": WorkerSettings,
     "telemetry": TelemetrySettings,
 }
+CACHE = "/var/cache/bucketserve"
 OLDEST, NEWEST = "1.27.0", "1.37.0"
 
 MATRIX: dict[str, dict[str, Any]] = {
@@ -41,13 +43,14 @@ MATRIX: dict[str, dict[str, Any]] = {
             "device": "cuda",
             "nodeSelector": {"gpu": "yes"},
             "tolerations": [{"key": "gpu", "operator": "Exists"}],
-            "extraEnv": {"BUCKETSERVE_WORKER_MAX_STEP_TOKENS": "512"},
+            "extraEnv": {"BUCKETSERVE_WORKER_MAX_STEP_TOKENS": "512", "BUCKETSERVE_WORKER_NUM_THREADS": "3"},
             "podAnnotations": {"note": "x"},
             "kvBudgetBytes": 30000000000,
         },
     },
     "everything off": {
-        "redis": {"enabled": False, "url": "redis://mine:6379/1"},
+        "redis": {"enabled": False, "url": "sentinel://me:pw@[fd00::1]:26379,b:26379/main/1?sentinel_password=x"},
+        "model": {"name": "a=b, c", "source": "/models/a,b=c"},
         "networkPolicy": {"enabled": False},
         "serviceAccount": {"create": False},
         "gateway": {"podDisruptionBudget": {"enabled": False}},
@@ -62,9 +65,13 @@ MATRIX: dict[str, dict[str, Any]] = {
 }
 
 
+RELEASES = ("rel", "bucketserve", "bucketserve-gateway", "my-bucketserve-2")
+"""bucketserve is the documented one: its services are called as the settings' sections are."""
+
+
 @cache
-def render(case: str) -> list[dict[str, Any]]:
-    files = Chart.load(CHART).render(MATRIX[case], name="rel", namespace="ns")
+def render(case: str, release: str = "rel") -> list[dict[str, Any]]:
+    files = Chart.load(CHART).render(MATRIX[case], name=release, namespace="ns")
     return [
         document
         for path, text in files.items()
@@ -74,12 +81,16 @@ def render(case: str) -> list[dict[str, Any]]:
     ]
 
 
-def of_kind(case: str, kind: str) -> dict[str, dict[str, Any]]:
-    return {d["metadata"]["name"]: d for d in render(case) if d["kind"] == kind}
+def of_kind(case: str, kind: str, release: str = "rel") -> dict[str, dict[str, Any]]:
+    return {d["metadata"]["name"]: d for d in render(case, release) if d["kind"] == kind}
 
 
-def workloads(case: str) -> dict[str, dict[str, Any]]:
-    return {**of_kind(case, "Deployment"), **of_kind(case, "StatefulSet")}
+def workloads(case: str, release: str = "rel") -> dict[str, dict[str, Any]]:
+    return {**of_kind(case, "Deployment", release), **of_kind(case, "StatefulSet", release)}
+
+
+def component_of(workload: dict[str, Any]) -> str:
+    return workload["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]
 
 
 def pod(workload: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def test_manifests_are_strictly_valid(case: str, version: str) -> None:
         {"scheduler": {"replicas": 0}},
         {"telemetry": {"sampleRatio": 2}},
         {"redis": {"enabled": False, "url": "http://x"}},
-        {"model": {"name": "a=b", "source": "x"}},
+        {"model": {"name": "", "source": "x"}},
         {"image": {"pullPolicy": "Sometimes"}},
     ],
     ids=str,
@@ -162,6 +173,31 @@ def test_selectors_ports_and_targets_agree(case: str) -> None:
         ports = next(ports for labels, ports in pods if selected.items() <= labels.items())
         allowed = {p["port"] for rule in policy["spec"]["ingress"] for p in rule["ports"]}
         assert allowed == {port["containerPort"] for port in ports}
+        for rule in policy["spec"]["ingress"]:
+            for source in rule.get("from", ()):
+                wanted = source.get("podSelector", {}).get("matchLabels", {})
+                assert any(wanted.items() <= labels.items() for labels, _ in pods)
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_only_the_public_api_is_open_to_everybody(case: str) -> None:
+    policies = of_kind(case, "NetworkPolicy")
+    open_ports = {
+        port["port"]
+        for policy in policies.values()
+        for rule in policy["spec"]["ingress"]
+        if not rule.get("from")
+        for port in rule["ports"]
+    }
+    assert open_ports == ({50051} if policies else set())
+    assert not policies or policies.keys() == workloads_by_component(case)
+    for service in of_kind(case, "Service").values():
+        if service["spec"].get("type", "ClusterIP") != "ClusterIP":
+            assert [port["port"] for port in service["spec"]["ports"]] == [50051]
+
+
+def workloads_by_component(case: str) -> set[str]:
+    return {f"rel-bucketserve-{component_of(workload)}" for workload in workloads(case).values()}
 
 
 @pytest.mark.parametrize("case", MATRIX)
@@ -183,21 +219,76 @@ def test_our_pods_are_safe_and_probed_where_they_listen(case: str) -> None:
         assert spec["terminationGracePeriodSeconds"] > drain_s + 5
 
 
+def service_links(case: str, release: str, address: str) -> dict[str, str]:
+    """What a kubelet would tell pods about every service of the release that has an address (the documented forms)."""
+    links = {}
+    for name, service in of_kind(case, "Service", release).items():
+        if service["spec"].get("clusterIP") == "None":
+            continue
+        known = name.upper().replace("-", "_")
+        ports = service["spec"]["ports"]
+        links[f"{known}_SERVICE_HOST"] = address
+        links[f"{known}_SERVICE_PORT"] = str(ports[0]["port"])
+        at = f"[{address}]" if ":" in address else address
+        links[f"{known}_PORT"] = f"tcp://{at}:{ports[0]['port']}"
+        for port in ports:
+            links[f"{known}_SERVICE_PORT_{port['name'].upper().replace('-', '_')}"] = str(port["port"])
+            prefix = f"{known}_PORT_{port['port']}_TCP"
+            links |= {
+                prefix: f"tcp://{at}:{port['port']}",
+                f"{prefix}_PROTO": "tcp",
+                f"{prefix}_PORT": str(port["port"]),
+                f"{prefix}_ADDR": address,
+            }
+    return links
+
+
+@pytest.mark.parametrize("pod_ip", ["10.244.1.7", "fd00:10:244::7"])
+@pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("case", MATRIX)
-def test_every_variable_is_a_setting_with_a_good_value(case: str) -> None:
-    for name, workload in workloads(case).items():
-        component = name.removeprefix("rel-bucketserve-")
+def test_every_pod_s_environment_starts_its_service(case: str, release: str, pod_ip: str) -> None:
+    links = service_links(case, release, pod_ip)
+    assert links
+    found = set()
+    for workload in workloads(case, release).values():
+        # Another's chart may switch them on again, or an older kubelet ignore it: settings bear them too.
+        assert pod(workload)["spec"]["enableServiceLinks"] is False
+        component = component_of(workload)
         if component not in SECTIONS:
             continue
-        for section in (component, "telemetry"):
-            prefix = f"BUCKETSERVE_{section.upper()}_"
-            values = {
-                key.removeprefix(prefix).lower(): value
-                for key, value in environment(workload).items()
-                if key.startswith(prefix) and value not in ("", "<field>")
-            }
-            assert values
-            SECTIONS[section](**values)
+        found.add(component)
+        names = [item["name"] for item in container(workload)["env"]]
+        assert len(names) == len(set(names))
+        environ = links | {
+            name: value.replace("<field>", "pod-1").replace("$(POD_IP)", pod_ip)
+            for name, value in environment(workload).items()
+        }
+        loaded = load_settings({name: SECTIONS[name] for name in (component, "telemetry")}, environ=environ)
+        settings = loaded.sections[component]
+        for field in ("listen", "delivery_listen", "metrics_listen"):
+            if hasattr(settings, field):
+                assert Address.parse(getattr(settings, field)).is_wildcard
+        for field in ("address", "delivery_address"):
+            if hasattr(settings, field):
+                assert Address.parse(getattr(settings, field)).host == pod_ip
+        if component == "gateway":
+            model = {"name": "demo", "source": "/models/demo"} | MATRIX[case].get("model", {})
+            assert settings.models == {model["name"]: model["source"]}
+    assert found == {"gateway", "scheduler", "worker"}
+
+
+def test_extra_variables_win_over_the_chart_s_own() -> None:
+    env = environment(workloads("everything on")["rel-bucketserve-worker"])
+    assert (env["BUCKETSERVE_WORKER_NUM_THREADS"], env["BUCKETSERVE_WORKER_MAX_STEP_TOKENS"]) == ("3", "512")
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_kernels_are_kept_where_they_can_be_executed(case: str) -> None:
+    for name, workload in workloads(case).items():
+        if "-worker" in name:
+            mounts = {mount["mountPath"]: mount["name"] for mount in container(workload)["volumeMounts"]}
+            volumes = {volume["name"]: volume for volume in pod(workload)["spec"]["volumes"]}
+            assert volumes[mounts[CACHE]] == {"name": "cache", "emptyDir": {}}
 
 
 def test_compose_and_chart_run_the_same_images_with_the_same_ports() -> None:
@@ -212,6 +303,8 @@ def test_compose_and_chart_run_the_same_images_with_the_same_ports() -> None:
         for name in set(here) & set(there):
             if name.endswith("LISTEN"):
                 assert here[name] == there[name]
+            if name.endswith("ADDRESS") and "SCHEDULER" not in name:
+                assert here[name].rpartition(":")[2] == there[name].rpartition(":")[2]
     assert container(charted["rel-bucketserve-redis"])["image"] == services["redis"]["image"]
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from bucketserve.config import TelemetrySettings
+from bucketserve.config import TelemetrySettings, load_settings
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_worker.settings import WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
+CACHE = "/var/cache/bucketserve"
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +40,9 @@ def test_variables_are_settings_and_the_service_has_time_to_drain(services: dict
     service = services[name]
     section = name.split("-", maxsplit=1)[0]
     models = {"gateway": GatewaySettings, "scheduler": SchedulerSettings, "worker": WorkerSettings}
-    built = {}
-    for group, model in ((section, models[section]), ("telemetry", TelemetrySettings)):
-        prefix = f"BUCKETSERVE_{group.upper()}_"
-        values = {
-            key.removeprefix(prefix).lower(): value
-            for key, value in service["environment"].items()
-            if key.startswith(prefix)
-        }
-        assert values
-        built[group] = model(**values)
+    # As the service reads it: an empty variable is a value, an unknown one an error.
+    loaded = load_settings({section: models[section], "telemetry": TelemetrySettings}, environ=service["environment"])
+    built = loaded.sections
     assert float(service["stop_grace_period"].removesuffix("s")) > getattr(built[section], "drain_s", 0.0)
     assert built["telemetry"].otlp_endpoint == "http://jaeger:4317"
     port = built[section].listen.rpartition(":")[2]
@@ -57,6 +51,18 @@ def test_variables_are_settings_and_the_service_has_time_to_drain(services: dict
     assert service["cap_drop"] == ["ALL"]
 
 
-def test_nothing_is_published_beyond_this_machine(services: dict) -> None:
-    for service in services.values():
-        assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", ()))
+def test_only_the_api_and_the_traces_are_published_and_only_to_this_machine(services: dict) -> None:
+    published = {
+        name: [(port["host_ip"], port["target"]) for port in service["ports"]]
+        for name, service in services.items()
+        if "ports" in service
+    }
+    assert published == {"gateway": [("127.0.0.1", 50051)], "jaeger": [("127.0.0.1", 16686)]}
+
+
+def test_workers_keep_kernels_where_they_can_be_executed(services: dict) -> None:
+    image = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
+    assert f"BUCKETSERVE_CACHE={CACHE}" in image
+    for name in ("worker-a", "worker-b"):
+        assert [(mount["type"], mount["target"]) for mount in services[name]["volumes"]] == [("volume", CACHE)]
+        assert not any(mount.startswith(CACHE) for mount in services[name]["tmpfs"])

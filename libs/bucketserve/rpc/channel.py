@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import grpc
 
+from bucketserve.addresses import channel_target
+
 __all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "SERVER_OPTIONS", "UNARY_TIMEOUT_S", "open_channel"]
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -64,14 +66,17 @@ def open_channel(
     """Returns an insecure channel with round robin, keepalive and message limits for long streams.
 
     Args:
-        address: host:port, or several as ipv4:host:port,host:port.
+        address: host:port, or a name with a scheme of gRPC's, such as dns:///host:port.
         watched_service: full name of a service whose health decides where calls go, so that a server that shuts down
             is left before it closes; empty: whoever accepts connections is called.
         method_configs: methodConfig of gRPC's service config, such as a retry policy.
         options: further channel arguments.
+
+    Raises:
+        AddressError: the address is neither.
     """
     config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": list(method_configs)}
     if watched_service:
         config["healthCheckConfig"] = {"serviceName": watched_service}
     ours = [*CHANNEL_OPTIONS, ("grpc.service_config", json.dumps(config))]
-    return grpc.aio.insecure_channel(address, options=[*ours, *options])
+    return grpc.aio.insecure_channel(channel_target(address), options=[*ours, *options])

@@ -7,6 +7,8 @@ import sys
 import grpc
 from grpc_health.v1 import health_pb2
 
+from bucketserve.addresses import AddressError, channel_target
+
 __all__ = ["check_health", "main"]
 
 
@@ -15,8 +17,9 @@ def check_health(address: str, timeout_s: float = 3.0) -> str:
 
     Raises:
         grpc.RpcError: nobody answers.
+        AddressError: that is no address.
     """
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(channel_target(address)) as channel:
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
@@ -36,6 +39,9 @@ def main(arguments: list[str]) -> int:
     except grpc.RpcError as error:
         print(f"{arguments[0]}: {error.code().name}", file=sys.stderr)
         return 1
+    except AddressError as error:
+        print(error, file=sys.stderr)
+        return 2
     print(health)
     return 0 if health == "SERVING" else 1
 

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from importlib import resources
 from typing import Any, TypeVar, cast
-from urllib.parse import unquote
 
 import redis.asyncio as aioredis
 from redis.asyncio.sentinel import Sentinel
@@ -14,10 +13,12 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from bucketserve.addresses import redact
 from bucketserve.core.errors import SettingsError, StaleEpochError, UnavailableError
 from bucketserve.core.types import BatchId, RequestId, WorkerId
 from bucketserve.ports import Admit, Dispatch, Leadership, Place, Remove, SetEdges, StoredTicket, StoreSnapshot, Write
 from bucketserve.store.keys import Keys
+from bucketserve.store.url import SentinelUrl, check_store_url
 
 __all__ = ["RedisStore", "connect", "guard"]
 
@@ -32,40 +33,42 @@ def connect(url: str) -> aioredis.Redis:
     """Returns a client; connects when first used.
 
     Args:
-        url: redis:// or rediss://[user:password@]host:port/db, unix://path, or, for the master that Sentinels name,
-            sentinel://[user:password@]host:port,host:port/service[/db].
+        url: redis:// or rediss://[user:password@]host:port/db, unix://path, or, for the master that Sentinels name, a
+            SentinelUrl.
 
     Raises:
-        SettingsError: a Sentinel URL names no Sentinel or no service.
+        SettingsError: the URL names no server; the message has no credentials in it.
     """
     options: dict[str, Any] = {
         "socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S, "health_check_interval": 15
     }  # fmt: skip
-    if url.startswith("sentinel://"):
-        return _connect_by_sentinel(url, options)
-    client: aioredis.Redis = aioredis.from_url(url, **options)
+    try:
+        check_store_url(url)
+        if url.startswith("sentinel://"):
+            return _connect_by_sentinel(SentinelUrl.parse(url), options)
+        client: aioredis.Redis = aioredis.from_url(url, **options)
+    except ValueError as error:
+        raise SettingsError([f"redis_url: {redact(str(error))}"]) from None
     return client
 
 
-def _connect_by_sentinel(url: str, options: dict[str, Any]) -> aioredis.Redis:
-    authority, _, path = url.removeprefix("sentinel://").partition("/")
-    credentials, _, hosts = authority.rpartition("@")
-    service, _, db = path.partition("/")
-    addresses = [(host, int(port)) for host, _, port in (item.rpartition(":") for item in hosts.split(",")) if host]
-    if not addresses or not service or not (db or "0").isdigit():
-        # Without the credentials: the message goes to a log.
-        shown = f"sentinel://{hosts}/{path}"
-        raise SettingsError([f"redis_url {shown!r}: write sentinel://host:port,host:port/service or .../service/db"])
-    user, _, password = credentials.partition(":")
+def _connect_by_sentinel(url: SentinelUrl, options: dict[str, Any]) -> aioredis.Redis:
     sentinel = Sentinel(
-        addresses, sentinel_kwargs={"socket_timeout": 1.0, "socket_connect_timeout": 1.0}, min_other_sentinels=0
+        url.sentinels,
+        sentinel_kwargs={
+            "socket_timeout": 1.0,
+            "socket_connect_timeout": 1.0,
+            "username": url.sentinel_username or None,
+            "password": url.sentinel_password or None,
+        },
+        min_other_sentinels=0,
     )  # type: ignore[no-untyped-call]
     client: _MasterClient = sentinel.master_for(
-        service,
+        url.service,
         redis_class=_MasterClient,
-        db=int(db or 0),
-        username=unquote(user) or None,
-        password=unquote(password) or None,
+        db=url.db,
+        username=url.username or None,
+        password=url.password or None,
         **options,
     )
     client.watchers = sentinel

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Mapping
 from types import TracebackType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
+from bucketserve.addresses import Address
 from bucketserve.telemetry.names import METRICS, Kind, Service
 
 __all__ = ["MetricsEndpoint", "ProcessMetrics"]
@@ -76,6 +78,9 @@ class MetricsEndpoint:
         Raises:
             OSError: the address can't be bound.
         """
+        if Address(host, port).is_wildcard:
+            # Of both families, as gRPC's servers do.
+            host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
         self._server, self._thread = start_http_server(port, host, registry)
         self.port: int = self._server.server_port
 

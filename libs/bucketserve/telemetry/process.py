@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from bucketserve.addresses import Address
+from bucketserve.core.errors import SettingsError
 from bucketserve.telemetry.logs import EventLog, open_log
 from bucketserve.telemetry.metrics import MetricsEndpoint, ProcessMetrics
 from bucketserve.telemetry.names import Service
@@ -30,7 +32,7 @@ def open_telemetry(
     service: Service,
     instance_id: str,
     *,
-    metrics_address: tuple[str, int] | None,
+    metrics_address: Address | None,
     otlp_endpoint: str = "",
     sample_ratio: float = 1.0,
     log_level: str = "info",
@@ -39,7 +41,7 @@ def open_telemetry(
     """Yields the outlets; on leaving exports the last spans and stops listening.
 
     Raises:
-        OSError: metrics_address can't be bound.
+        SettingsError: metrics_address can't be bound.
     """
     log = open_log(service.value, instance_id, level=log_level, style=log_format)
     metrics = ProcessMetrics(service)
@@ -48,11 +50,17 @@ def open_telemetry(
     tracing = Tracing(
         f"bucketserve-{service.value}", instance_id, otlp_endpoint=otlp_endpoint, sample_ratio=sample_ratio
     )
-    endpoint = (
-        contextlib.nullcontext() if metrics_address is None else MetricsEndpoint(metrics.registry, *metrics_address)
-    )
     try:
-        with endpoint:
+        with _endpoint(metrics, metrics_address):
             yield Telemetry(log, metrics, tracing)
     finally:
         tracing.shutdown()
+
+
+def _endpoint(metrics: ProcessMetrics, address: Address | None) -> contextlib.AbstractContextManager[object]:
+    if address is None:
+        return contextlib.nullcontext()
+    try:
+        return MetricsEndpoint(metrics.registry, *address)
+    except OSError as error:
+        raise SettingsError([f"metrics_listen: can't listen on {address}: {error.strerror or error}"]) from error

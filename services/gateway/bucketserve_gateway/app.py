@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from contextlib import ExitStack
 
-from bucketserve.config import TelemetrySettings, split_host_port
+from bucketserve.addresses import Address
+from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import SettingsError
 from bucketserve.process import default_instance_id
 from bucketserve.rpc.server import RpcServer
@@ -49,7 +50,7 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
             open_telemetry(
                 Service.GATEWAY,
                 gateway_id,
-                metrics_address=split_host_port(settings.metrics_listen) if settings.metrics_listen else None,
+                metrics_address=Address.parse(settings.metrics_listen) if settings.metrics_listen else None,
                 otlp_endpoint=telemetry.otlp_endpoint,
                 sample_ratio=telemetry.sample_ratio,
                 log_level=telemetry.log_level,

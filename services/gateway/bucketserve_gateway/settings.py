@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from bucketserve.config import Section
+from bucketserve.addresses import Address, AddressError
+from bucketserve.config import AddressList, ListenAddress, NamedPaths, OptionalListen, OptionalTarget, Section, optional
+from bucketserve.store.url import check_store_url
 
 __all__ = ["GatewaySettings"]
 
@@ -14,25 +16,30 @@ __all__ = ["GatewaySettings"]
 class GatewaySettings(Section):
     """[gateway]."""
 
-    listen: str = Field("127.0.0.1:50051", description="host:port of the public API and health checks")
-    delivery_listen: str = Field("127.0.0.1:50053", description="host:port for workers' token streams; internal")
-    delivery_address: str = Field(
-        "", description="host:port at which workers reach delivery_listen of this very process; default: the same"
+    listen: ListenAddress = Field("127.0.0.1:50051", description="host:port of the public API and health checks")
+    delivery_listen: ListenAddress = Field("127.0.0.1:50053", description="host:port for tokens from workers")
+    delivery_address: OptionalTarget = Field(
+        "",
+        validate_default=True,
+        description="host:port at which workers reach delivery_listen of this very process; default: the same",
     )
-    metrics_listen: str = Field("127.0.0.1:9101", description="host:port for Prometheus /metrics; empty: off")
+    metrics_listen: OptionalListen = Field("127.0.0.1:9101", description="host:port for /metrics; empty: off")
     gateway_id: str = Field("", description="unique per process; default: host name and process id")
-    scheduler_address: str = Field(
+    scheduler_address: AddressList = Field(
         "127.0.0.1:50052", description="host:port of the scheduler; several, separated by commas, are tried in turn"
     )
-    redis_url: str = Field("", description="Redis or Valkey for JobService; empty: no batch jobs here")
+    redis_url: Annotated[str, AfterValidator(optional(check_store_url))] = Field(
+        "", repr=False, description="Redis or Valkey for JobService; empty: no batch jobs here"
+    )
     job_concurrency: int = Field(64, ge=1, le=10_000, description="requests of batch jobs that run at once, from here")
     job_lease_s: float = Field(
         15.0, ge=1, le=600, description="a job's requests of a gateway that is gone run elsewhere after this, seconds"
     )
     max_job_requests: int = Field(100_000, ge=1, description="most requests in a job")
     max_job_bytes: int = Field(256 * 1024 * 1024, ge=1024, description="most bytes of a job's requests, all together")
-    models: dict[str, str] = Field(
-        default_factory=dict, description="served models: name=directory or hub id (for the tokenizer), comma-separated"
+    models: NamedPaths = Field(
+        default_factory=dict,
+        description="served models: name=directory or hub id (for the tokenizer), comma-separated, or a JSON object",
     )
     max_prompt_bytes: int = Field(4 * 1024 * 1024, ge=1, description="longest prompt in bytes, before tokenising")
     max_open_calls: int = Field(
@@ -62,14 +69,10 @@ class GatewaySettings(Section):
     drain_s: float = Field(25.0, ge=0, le=600, description="most time to finish on SIGTERM, seconds")
     enable_reflection: bool = Field(True, description="answer gRPC reflection")
 
-    @field_validator("models", mode="before")
+    @field_validator("delivery_address")
     @classmethod
-    def _parse_models(cls, value: Any) -> Any:
-        """Takes name=path,name=path as well as a table."""
-        if not isinstance(value, str):
-            return value
-        pairs = [item.partition("=") for item in value.split(",") if item.strip()]
-        bad = [name for name, separator, path in pairs if not (name.strip() and separator and path.strip())]
-        if bad:
-            raise ValueError(f"write name=directory, not {bad[0]!r}")
-        return {name.strip(): path.strip() for name, _, path in pairs}
+    def _can_be_reached(cls, value: str, info: ValidationInfo) -> str:
+        listen = info.data.get("delivery_listen", "")
+        if not value and listen and Address.parse(listen).is_wildcard:
+            raise AddressError(f"needed where delivery_listen is every address ({listen}); name one of this machine's")
+        return value

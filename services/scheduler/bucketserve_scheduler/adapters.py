@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
-from bucketserve.core.errors import SettingsError
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule, QueueOrder
 from bucketserve.ports import QueueStore
@@ -54,8 +53,6 @@ async def stores(url: str, stack: AsyncExitStack) -> Callable[[str], QueueStore]
     """
     if url.startswith("memory://"):
         return lambda model: MemoryStore()
-    if url.startswith(("redis://", "rediss://", "unix://", "sentinel://")):
-        client = connect(url)
-        stack.push_async_callback(client.aclose)
-        return lambda model: RedisStore(client, model)
-    raise SettingsError([f"redis_url {url!r}: begin with redis://, rediss://, unix://, sentinel:// or memory://"])
+    client = connect(url)
+    stack.push_async_callback(client.aclose)
+    return lambda model: RedisStore(client, model)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
-from bucketserve.config import TelemetrySettings, split_host_port
+from bucketserve.addresses import Address
+from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import UnavailableError
 from bucketserve.ports import QueueStore
 from bucketserve.process import default_instance_id
@@ -100,7 +101,7 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
             open_telemetry(
                 Service.SCHEDULER,
                 scheduler_id,
-                metrics_address=split_host_port(settings.metrics_listen) if settings.metrics_listen else None,
+                metrics_address=Address.parse(settings.metrics_listen) if settings.metrics_listen else None,
                 otlp_endpoint=telemetry.otlp_endpoint,
                 sample_ratio=telemetry.sample_ratio,
                 log_level=telemetry.log_level,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from bucketserve.config import Section
+from bucketserve.config import ListenAddress, OptionalListen, Section
+from bucketserve.store.url import check_store_url
 
 __all__ = ["SchedulerSettings"]
 
@@ -14,10 +15,11 @@ __all__ = ["SchedulerSettings"]
 class SchedulerSettings(Section):
     """[scheduler]."""
 
-    listen: str = Field("127.0.0.1:50052", description="host:port for gateways and workers, and health checks")
-    metrics_listen: str = Field("127.0.0.1:9102", description="host:port for Prometheus /metrics; empty: off")
-    redis_url: str = Field(
+    listen: ListenAddress = Field("127.0.0.1:50052", description="host:port for gateways, workers and health checks")
+    metrics_listen: OptionalListen = Field("127.0.0.1:9102", description="host:port for /metrics; empty: off")
+    redis_url: Annotated[str, AfterValidator(check_store_url)] = Field(
         "redis://127.0.0.1:6379/0",
+        repr=False,
         description="Redis or Valkey, or sentinel://host:port,host:port/service; memory:// keeps state in memory only",
     )
     scheduler_id: str = Field("", description="unique per process; default: host name and process id")

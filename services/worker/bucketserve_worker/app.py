@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from bucketserve.config import TelemetrySettings, split_host_port
+from bucketserve.addresses import Address
+from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import EngineError
 from bucketserve.ports import Engine
 from bucketserve.process import default_instance_id
@@ -41,7 +42,7 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
     with open_telemetry(
         Service.WORKER,
         worker_id,
-        metrics_address=split_host_port(settings.metrics_listen) if settings.metrics_listen else None,
+        metrics_address=Address.parse(settings.metrics_listen) if settings.metrics_listen else None,
         otlp_endpoint=telemetry.otlp_endpoint,
         sample_ratio=telemetry.sample_ratio,
         log_level=telemetry.log_level,

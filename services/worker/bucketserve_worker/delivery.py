@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 
+from bucketserve.addresses import AddressError
 from bucketserve.rpc.channel import open_channel
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
 
@@ -145,7 +146,13 @@ class _GatewayStream:
 
     async def run(self) -> None:
         """Keeps a call open and sends; returns when idle for long, or when all output has been given up."""
-        async with open_channel(self.address) as channel:
+        try:
+            opening = open_channel(self.address)
+        except AddressError:
+            # What the gateway calls its address is none: nobody can be reached there.
+            self._give_up(self._clock())
+            return
+        async with opening as channel:
             stub = delivery_pb2_grpc.DeliveryServiceStub(channel)
             while True:
                 try:

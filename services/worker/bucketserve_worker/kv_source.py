@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import xxhash
 
+from bucketserve.addresses import AddressError
 from bucketserve.core.errors import BucketServeError
 from bucketserve.engine.kv_staging import KvStaging, StagedKv, checksum, locality
 from bucketserve.rpc.channel import open_channel
@@ -109,7 +110,11 @@ class KvSources:
 
     async def _stub(self, address: str) -> worker_pb2_grpc.WorkerServiceStub:
         if address not in self._channels:
-            channel = await self._exit.enter_async_context(open_channel(address))
+            try:
+                opening = open_channel(address)
+            except AddressError as error:
+                raise KvTransferError(str(error)) from error
+            channel = await self._exit.enter_async_context(opening)
             self._channels[address] = worker_pb2_grpc.WorkerServiceStub(channel)
         return self._channels[address]
 

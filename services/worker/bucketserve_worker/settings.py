@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from bucketserve.config import Section
+from bucketserve.addresses import Address, AddressError
+from bucketserve.config import AddressList, ListenAddress, OptionalListen, OptionalTarget, Section
 
 __all__ = ["WorkerSettings"]
 
@@ -14,12 +15,12 @@ __all__ = ["WorkerSettings"]
 class WorkerSettings(Section):
     """[worker]."""
 
-    scheduler_address: str = Field(
+    scheduler_address: AddressList = Field(
         "127.0.0.1:50052", description="host:port of the scheduler; several, separated by commas, are tried in turn"
     )
-    listen: str = Field("127.0.0.1:50054", description="host:port for WorkerService and health checks")
-    address: str = Field("", description="host:port at which other workers reach this one; default: listen")
-    metrics_listen: str = Field("127.0.0.1:9103", description="host:port for Prometheus /metrics; empty: off")
+    listen: ListenAddress = Field("127.0.0.1:50054", description="host:port for WorkerService and health checks")
+    address: OptionalTarget = Field("", description="host:port at which other workers reach this one; default: listen")
+    metrics_listen: OptionalListen = Field("127.0.0.1:9103", description="host:port for /metrics; empty: off")
     worker_id: str = Field("", description="unique per process; default: host name and process id")
     role: Literal["both", "prefill", "decode"] = Field(
         "both", description="prefill: computes prompts and holds their KV; decode: pulls it and generates"
@@ -66,3 +67,11 @@ class WorkerSettings(Section):
     )
     drain_s: float = Field(25.0, ge=0, le=600, description="most time to finish on SIGTERM, seconds")
     enable_reflection: bool = Field(True, description="answer gRPC reflection")
+
+    @field_validator("role")
+    @classmethod
+    def _can_be_reached(cls, value: str, info: ValidationInfo) -> str:
+        listen = info.data.get("listen", "")
+        if value != "both" and not info.data.get("address", "?") and listen and Address.parse(listen).is_wildcard:
+            raise AddressError(f"{value} needs address where listen is every address ({listen})")
+        return value

@@ -34,13 +34,19 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- else }}{{ required "redis.url is needed when redis.enabled is false" .Values.redis.url }}{{ end }}
 {{- end }}
 
-{{- define "bucketserve.telemetryEnv" -}}
-{{- $endpoint := .Values.telemetry.otlpEndpoint -}}
-{{- if and (not $endpoint) .Values.jaeger.enabled }}{{ $endpoint = printf "http://%s-jaeger:4317" (include "bucketserve.fullname" .) }}{{ end -}}
-- { name: BUCKETSERVE_TELEMETRY_OTLP_ENDPOINT, value: {{ $endpoint | quote }} }
-- { name: BUCKETSERVE_TELEMETRY_SAMPLE_RATIO, value: {{ .Values.telemetry.sampleRatio | quote }} }
-- { name: BUCKETSERVE_TELEMETRY_LOG_LEVEL, value: {{ .Values.telemetry.logLevel | quote }} }
-- { name: BUCKETSERVE_TELEMETRY_LOG_FORMAT, value: json }
+{{- /* The variables of a service: .env, what all have, and over these what extraEnv sets; each name once. */ -}}
+{{- define "bucketserve.env" -}}
+{{- $telemetry := .root.Values.telemetry -}}
+{{- $endpoint := $telemetry.otlpEndpoint -}}
+{{- if and (not $endpoint) .root.Values.jaeger.enabled }}{{ $endpoint = printf "http://%s-jaeger:4317" (include "bucketserve.fullname" .root) }}{{ end -}}
+{{- $all := dict
+  "BUCKETSERVE_TELEMETRY_OTLP_ENDPOINT" $endpoint
+  "BUCKETSERVE_TELEMETRY_SAMPLE_RATIO" $telemetry.sampleRatio
+  "BUCKETSERVE_TELEMETRY_LOG_LEVEL" $telemetry.logLevel
+  "BUCKETSERVE_TELEMETRY_LOG_FORMAT" "json" -}}
+{{- range $name, $value := mergeOverwrite $all .env .values.extraEnv }}
+- { name: {{ $name }}, value: {{ $value | toString | quote }} }
+{{- end }}
 {{- end }}
 
 {{- define "bucketserve.containerSecurity" -}}
@@ -53,6 +59,8 @@ capabilities: { drop: [ALL] }
 {{- define "bucketserve.podSpec" -}}
 serviceAccountName: {{ include "bucketserve.serviceAccountName" .root }}
 automountServiceAccountToken: false
+# They would put variables into the pods whose names begin as our settings do.
+enableServiceLinks: false
 securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
 # Draining, then flushing; Kubernetes kills after it.
 terminationGracePeriodSeconds: {{ add (.values.drainSeconds | default 0) 35 }}
@@ -70,6 +78,9 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 volumes:
   - { name: tmp, emptyDir: {} }
+  {{- if eq .component "worker" }}
+  - { name: cache, emptyDir: {} }
+  {{- end }}
   {{- if and .root.Values.model.existingClaim (ne .component "scheduler") }}
   - name: models
     persistentVolumeClaim: { claimName: {{ .root.Values.model.existingClaim }}, readOnly: true }
@@ -78,14 +89,12 @@ volumes:
 
 {{- define "bucketserve.mounts" -}}
 - { name: tmp, mountPath: /tmp }
+{{- if eq .component "worker" }}
+# Kernels are compiled for the node's processor; a container that starts again finds them here.
+- { name: cache, mountPath: /var/cache/bucketserve }
+{{- end }}
 {{- if and .root.Values.model.existingClaim (ne .component "scheduler") }}
 - { name: models, mountPath: /models, readOnly: true }
-{{- end }}
-{{- end }}
-
-{{- define "bucketserve.extraEnv" -}}
-{{- range $name, $value := .extraEnv }}
-- { name: {{ $name }}, value: {{ $value | quote }} }
 {{- end }}
 {{- end }}
 
