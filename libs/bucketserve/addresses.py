@@ -86,9 +86,14 @@ def channel_target(text: str) -> str:
     """Returns gRPC's name of an address; names with a scheme of gRPC's, such as dns:///host:port, stay as they are.
 
     Raises:
-        AddressError: it is neither.
+        AddressError: it is neither, or port 0, at which nobody can be reached.
     """
-    return text if _GRPC_SCHEME.match(text) else str(Address.parse(text))
+    if _GRPC_SCHEME.match(text):
+        return text
+    address = Address.parse(text)
+    if not address.port:
+        raise AddressError(f"{text!r} is not host:port with a port from 1 to 65535")
+    return str(address)
 
 
 def check_endpoint(text: str) -> str:

@@ -14,10 +14,12 @@ import uvloop
 
 from bucketserve.config import Section, TelemetrySettings, load_settings, section_of
 from bucketserve.core.errors import ModelLoadError, SettingsError
+from bucketserve.starting import STOP_SIGNALS
 
-__all__ = ["EXIT_FAILED", "EXIT_MISCONFIGURED", "default_instance_id", "run_service", "service_main"]
+__all__ = ["EXIT_FAILED", "EXIT_MISCONFIGURED", "default_instance_id", "run_service", "service_main", "unless_stopped"]
 
 S = TypeVar("S", bound=Section)
+T = TypeVar("T")
 
 EXIT_FAILED = 1
 EXIT_MISCONFIGURED = 2
@@ -26,6 +28,22 @@ EXIT_MISCONFIGURED = 2
 def default_instance_id(kind: str) -> str:
     """Returns an id that is unique per process: kind-host-pid."""
     return f"{kind}-{socket.gethostname()}-{os.getpid()}"
+
+
+async def unless_stopped(stop: asyncio.Event, starting: Awaitable[T]) -> T:
+    """Returns what `starting` returns. If `stop` is set first, the process ends with status 0, without waiting for it.
+
+    A thread that loads a model can't be interrupted, and who hasn't served anybody has nothing to put in order.
+    """
+    stopped = asyncio.ensure_future(stop.wait())
+    loading = asyncio.ensure_future(starting)
+    await asyncio.wait([stopped, loading], return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    stopped.cancel()
+    return loading.result()
 
 
 def service_main(
@@ -45,7 +63,7 @@ def service_main(
 def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     """Runs main(stop) to its end and returns the process's exit status.
 
-    SIGTERM or SIGINT sets `stop`: main drains and returns. A second one cancels main. Settings or a model that can't be
+    A signal to stop sets `stop`: main drains and returns. A second one cancels main. Settings or a model that can't be
     used end the process with a message that says what to do, not with a traceback.
     """
     try:
@@ -75,6 +93,7 @@ async def _with_signals(main: Callable[[asyncio.Event], Awaitable[None]]) -> Non
         stop.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, on_signal)
     await task

@@ -61,7 +61,7 @@ def run_demo(model: str, num_workers: int, console: Console) -> None:
     """
     # One thread each: for a model this small further threads cost more in waiting than they bring, above all where
     # other programs want the cores too.
-    spec = StackSpec(model=model, num_workers=num_workers, environ={"BUCKETSERVE_WORKER_NUM_THREADS": "1"})
+    spec = StackSpec(model=model, num_workers=num_workers, threads_per_worker=1)
     console.print(f"[bold]starting[/] gateway, scheduler, {num_workers} worker(s), Valkey, with {Path(model).name}")
     with LocalStack(spec, lambda line: console.print(f"  {line}", highlight=False)) as stack:
         requests = _requests()

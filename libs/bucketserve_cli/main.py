@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import signal
 import sys
-import threading
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from bucketserve.client import BucketServeClient
+from bucketserve.core.errors import SettingsError
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import CostMode
 from bucketserve.sim.policies import POLICIES
@@ -26,6 +26,7 @@ from bucketserve_cli.services import config_app, gateway, scheduler, worker
 from bucketserve_cli.sim import SimOptions, option_slo, parse_settings, run_simulation
 from bucketserve_cli.stack import LocalStack, StackError, StackSpec
 from bucketserve_cli.status import show_status
+from bucketserve_cli.supervise import interrupted_by_signals, keep_running
 from bucketserve_cli.terminal import UINT32, Commands, InputError, an_address, console, errors, in_range, print_error
 
 __all__ = ["app"]
@@ -85,54 +86,61 @@ class EngineKind(StrEnum):
 @app.command()
 def up(
     model: ModelOption = "",
-    model_name: Annotated[str, typer.Option(help="name that clients use")] = "demo",
+    model_name: Annotated[str, typer.Option(help="name that clients use; default: demo")] = "",
     workers: Annotated[int, typer.Option(min=1, max=64, help="worker processes")] = 1,
     roles: Annotated[
         str, typer.Option(help="role of each worker: both, prefill or decode, separated by commas; replaces --workers")
     ] = "",
-    engine: Annotated[EngineKind, typer.Option(help="what runs the model")] = EngineKind.TRANSFORMERS,
+    engine: Annotated[
+        EngineKind | None, typer.Option(help="what runs the model; default: transformers")
+    ] = None,
     port: Annotated[
-        int, typer.Option(min=0, max=65534, help="port of the API, the next is the scheduler's; 0: any")
-    ] = 50051,
+        int | None,
+        typer.Option(min=0, max=65534, help="port of the API, the next is the scheduler's; 0: any; default: 50051"),
+    ] = None,
     redis_url: Annotated[str, typer.Option(help="Redis or Valkey to use; default: an embedded one")] = "",
     otlp_endpoint: Annotated[str, typer.Option(help="OTLP gRPC endpoint for traces, http://host:4317")] = "",
     log_dir: Annotated[Path | None, typer.Option(help="keep the services' logs here")] = None,
 ) -> None:
-    """Start the whole stack on this machine and keep it running until Ctrl-C, which drains it."""
+    """Start the whole stack on this machine and keep it running until Ctrl-C, which drains it; a second one hurries.
+
+    Settings of the environment and of the file that BUCKETSERVE_CONFIG names hold, where no option says otherwise.
+    """
     spec = StackSpec(
-        model=_model(model, engine),
+        model=model,
+        default_model=default_model(),
         model_name=model_name,
         num_workers=workers,
         roles=_roles(roles),
-        engine=engine.value,
+        engine=engine.value if engine else "",
         port=port,
         redis_url=redis_url,
         log_dir=log_dir,
         environ={"BUCKETSERVE_TELEMETRY_OTLP_ENDPOINT": otlp_endpoint} if otlp_endpoint else {},
     )
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+
+    def say(line: str) -> None:
+        console.print(f"  {line}", highlight=False, markup=False)
+
     try:
-        with LocalStack(spec, lambda line: console.print(f"  {line}", highlight=False)) as stack:
-            console.print(f"\n[bold green]ready[/]  gateway {stack.gateway_address}  model {model_name}")
+        stack = LocalStack(spec, say)
+        _model(stack.spec.model, engine or stack.settings.value("worker", "engine"))
+        with interrupted_by_signals(stack), stack:
+            console.print(f"\n[bold green]ready[/]  gateway {stack.gateway_address}  model {escape(stack.spec.model_name)}")
             console.print(f"       scheduler {stack.scheduler_address}")
             for name, address in stack.metrics_addresses.items():
                 console.print(f"       {name} metrics http://{address}/metrics", highlight=False)
             console.print(
                 f'try    bucketserve generate --address {stack.gateway_address} "And the king said"\n'
-                f"       bucketserve status --address {stack.scheduler_address}\nCtrl-C drains and stops.",
+                f"       bucketserve status --address {stack.scheduler_address}\n"
+                "Ctrl-C drains and stops; a second one cuts what still runs.",
                 highlight=False,
             )
-            while not stop.wait(0.5):
-                for name, service in stack.services.items():
-                    if service.exit_status is not None:
-                        print_error(f"{name} ended with status {service.exit_status}\n{service.log_tail()}")
-                        raise typer.Exit(1)
+            keep_running(stack, say)
             console.print("draining ...")
-    except StackError as error:
+    except (StackError, SettingsError) as error:
         print_error(str(error))
-        raise typer.Exit(1) from None
+        raise typer.Exit(2 if isinstance(error, SettingsError) else 1) from None
     console.print("stopped")
 
 

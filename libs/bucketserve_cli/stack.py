@@ -6,135 +6,57 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-import grpc
-
-from bucketserve.rpc.probe import check_health
+from bucketserve.addresses import Address
 from bucketserve.store.embedded import EmbeddedServer, free_port
+from bucketserve_cli.plan import Settings, StackError, StackSpec, hold_addresses
+from bucketserve_cli.service_process import ServiceProcess
 
-__all__ = ["LocalStack", "ServiceProcess", "StackError", "StackSpec"]
+__all__ = ["LocalStack", "StackError", "StackSpec"]
 
 STOP_S = 30.0
-KILL_S = 5.0
-
-
-class StackError(Exception):
-    """A service did not come up; says where its log is and how it ended."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StackSpec:
-    """What to start."""
-
-    model: str
-    """Directory or hub id."""
-    model_name: str = "demo"
-    num_workers: int = 1
-    roles: tuple[str, ...] = ()
-    """Role of each worker, in place of num_workers of role both."""
-    num_schedulers: int = 1
-    """One leads, the others stand by."""
-    num_gateways: int = 1
-    engine: str = "transformers"
-    port: int = 0
-    """Port of the public API, and the next one for the first scheduler; 0: any free ones."""
-    redis_url: str = ""
-    """Empty: an embedded server of our own."""
-    log_dir: Path | None = None
-    """Where logs go; None: a temporary folder."""
-    environ: Mapping[str, str] = field(default_factory=dict)
-    """Settings for all services, BUCKETSERVE_*."""
-    worker_environ: tuple[Mapping[str, str], ...] = ()
-    """Further settings for each worker, by position."""
-
-    @property
-    def worker_roles(self) -> tuple[str, ...]:
-        """Role of each worker."""
-        return self.roles or ("both",) * self.num_workers
-
-
-class ServiceProcess:
-    """One child process with its log file."""
-
-    def __init__(self, name: str, module: str, environ: Mapping[str, str], health_address: str, log_dir: Path) -> None:
-        """Starts it. It has a session of its own, so that Ctrl-C reaches us alone and we stop it in order."""
-        self.name = name
-        self.health_address = health_address
-        self.log_path = log_dir / f"{name}.log"
-        self._again = (name, module, environ, health_address, log_dir)
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", module],
-                env={**os.environ, **environ},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
-    @property
-    def exit_status(self) -> int | None:
-        """How it ended; None while it runs."""
-        return self._process.poll()
-
-    def last_event(self) -> Mapping[str, object]:
-        """Returns the last JSON line of its log, empty if there is none."""
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            lines = self.log_path.read_bytes()[-8192:].splitlines()
-            event = json.loads(lines[-1])
-            if isinstance(event, dict):
-                return event
-        return {}
-
-    def log_tail(self, num_lines: int = 15) -> str:
-        """Returns the end of its log."""
-        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
-
-    def signal(self, number: signal.Signals) -> None:
-        """Sends a signal, if it still runs."""
-        if self.exit_status is None:
-            self._process.send_signal(number)
-
-    def again(self) -> ServiceProcess:
-        """Returns a new process started the same way; its log goes on in the same file."""
-        return ServiceProcess(*self._again)
-
-    def wait(self, timeout_s: float) -> int:
-        """Waits for its end; kills it when that takes longer than timeout_s. Returns the exit status."""
-        try:
-            return self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait(KILL_S)
+HURRY_S = 2.0
+POLL_S = 0.05
 
 
 class LocalStack:
     """Starts everything on entering, stops it in order on leaving: gateway, workers, scheduler, Valkey."""
 
     def __init__(self, spec: StackSpec, on_progress: Callable[[str], None] = lambda line: None) -> None:
-        """Starts nothing yet. on_progress is called with one line for each thing that happens."""
+        """Starts nothing yet. on_progress is called with one line for each thing that happens.
+
+        Raises:
+            SettingsError: the environment or the file has a setting that is wrong.
+            StackError: one process's setting would be shared by several.
+        """
         self.spec = spec
         self.on_progress = on_progress
         self.services: dict[str, ServiceProcess] = {}
+        self.settings = Settings(spec)
+        self.store: EmbeddedServer | None = None
         self._exit = contextlib.ExitStack()
-        ports = [spec.port if spec.port and not index else free_port() for index in range(spec.num_gateways)]
-        self.gateway_addresses = [f"127.0.0.1:{port}" for port in ports]
-        ports = [spec.port + 1 if spec.port and not index else free_port() for index in range(spec.num_schedulers)]
-        self.scheduler_addresses = [f"127.0.0.1:{port}" for port in ports]
-        self.delivery_addresses = [f"127.0.0.1:{free_port()}" for _ in self.gateway_addresses]
+        self._interrupts = 0
+        self._is_interrupted = threading.Event()
+        self._hurried_s: float | None = None
+        self._listens: dict[str, Address] = {}
+        for index in range(spec.num_gateways):
+            port = spec.port if not index else 0
+            self._listens[_name("gateway", index)] = self.settings.listen("gateway", "listen", port)
+        for index in range(spec.num_schedulers):
+            port = (spec.port + 1 if spec.port else spec.port) if not index else 0
+            self._listens[_name("scheduler", index)] = self.settings.listen("scheduler", "listen", port)
+        self.gateway_addresses = self._reached("gateway")
+        self.scheduler_addresses = self._reached("scheduler")
+        self._deliveries = [self.settings.listen("gateway", "delivery_listen") for _ in self.gateway_addresses]
+        self.delivery_addresses = [
+            self.settings.given("gateway", "delivery_address") or str(listen.local()) for listen in self._deliveries
+        ]
         self.metrics_addresses: dict[str, str] = {}
         self.redis_url = ""
         """Of the store in use, once started."""
@@ -143,7 +65,7 @@ class LocalStack:
         """Returns once every service is SERVING.
 
         Raises:
-            StackError: a service ended, or took longer than ten minutes.
+            StackError: a port is in use, a service ended, it took longer than ten minutes, or interrupt() was called.
         """
         try:
             self._start()
@@ -159,14 +81,36 @@ class LocalStack:
         self.stop_services()
         self._exit.close()
 
+    def interrupt(self) -> None:
+        """Ends what is going on, sooner each time: waiting for services, then draining, then their last seconds.
+
+        May be called by a signal handler. The first call is for whoever keeps the stack to see: is_interrupted.
+        """
+        self._interrupts += 1
+        self._is_interrupted.set()
+        if self._interrupts > 1:
+            self._hurried_s = time.monotonic() if self._hurried_s is None else float("-inf")
+            for service in self.services.values():
+                # A service that drains is told a second time, and cuts what is left.
+                service.signal(signal.SIGTERM if self._hurried_s > 0 else signal.SIGKILL)
+
+    def wait_interrupted(self, timeout_s: float) -> bool:
+        """Waits for at most timeout_s; returns whether interrupt() was called."""
+        return self._is_interrupted.wait(timeout_s)
+
     def stop_services(self) -> None:
         """Stops all services in order; the store goes on, so that restart() finds it."""
         for kind_of in ("gateway", "worker", "scheduler"):
             stopping = [service for name, service in self.services.items() if name.startswith(kind_of)]
             for service in stopping:
                 service.signal(signal.SIGTERM)
+            end_s = time.monotonic() + STOP_S
+            while any(service.exit_status is None for service in stopping):
+                if time.monotonic() > min(end_s, (self._hurried_s or end_s) + HURRY_S):
+                    break
+                time.sleep(POLL_S)
             for service in stopping:
-                service.wait(STOP_S)
+                service.wait(0)
 
     @property
     def gateway_address(self) -> str:
@@ -183,6 +127,11 @@ class LocalStack:
         """Address of the first scheduler."""
         return self.scheduler_addresses[0]
 
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.spec.model_name or self.settings.given("worker", "model_name") or "demo"
+
     def worker_names(self) -> list[str]:
         """Returns the names of the workers' services."""
         return [name for name in self.services if name.startswith("worker")]
@@ -195,111 +144,122 @@ class LocalStack:
 
     def is_serving(self, name: str) -> bool:
         """Whether a service answers SERVING."""
-        return _is_serving(self.services[name].health_address)
-
-    def _start_worker(self, index: int, role: str) -> ServiceProcess:
-        name = f"worker-{index}"
-        extra = self.spec.worker_environ[index] if index < len(self.spec.worker_environ) else {}
-        listen = f"127.0.0.1:{free_port()}"
-        environ = {
-            "BUCKETSERVE_WORKER_LISTEN": listen,
-            "BUCKETSERVE_WORKER_WORKER_ID": name,
-            "BUCKETSERVE_WORKER_SCHEDULER_ADDRESS": ",".join(self.scheduler_addresses),
-            "BUCKETSERVE_WORKER_MODEL": self.spec.model,
-            "BUCKETSERVE_WORKER_MODEL_NAME": self.spec.model_name,
-            "BUCKETSERVE_WORKER_ENGINE": self.spec.engine,
-            "BUCKETSERVE_WORKER_ROLE": role,
-            # Workers on one machine share its cores; each taking all of them would make all of them slow.
-            "BUCKETSERVE_WORKER_NUM_THREADS": str(max((os.cpu_count() or 1) // len(self.spec.worker_roles), 1)),
-            **extra,
-        }
-        return self._spawn(name, "bucketserve_worker", environ, listen)
-
-    def _start(self) -> None:
-        redis_url = self.spec.redis_url
-        if not redis_url:
-            server = self._exit.enter_context(EmbeddedServer())
-            redis_url = server.url
-            self.on_progress(f"valkey    {redis_url}")
-        self.redis_url = redis_url
-        self._log_dir = self.spec.log_dir or Path(
-            self._exit.enter_context(tempfile.TemporaryDirectory(prefix="bucketserve-"))
-        )
-        self._log_dir.mkdir(parents=True, exist_ok=True)
-        for index, address in enumerate(self.scheduler_addresses):
-            self._spawn(
-                f"scheduler-{index}" if index else "scheduler",
-                "bucketserve_scheduler",
-                {"BUCKETSERVE_SCHEDULER_LISTEN": address, "BUCKETSERVE_SCHEDULER_REDIS_URL": redis_url},
-                address,
-            )
-        for index, role in enumerate(self.spec.worker_roles):
-            self._start_worker(index, role)
-        for index, (address, delivery) in enumerate(zip(self.gateway_addresses, self.delivery_addresses, strict=True)):
-            self._spawn(
-                f"gateway-{index}" if index else "gateway",
-                "bucketserve_gateway",
-                {
-                    "BUCKETSERVE_GATEWAY_LISTEN": address,
-                    "BUCKETSERVE_GATEWAY_DELIVERY_LISTEN": delivery,
-                    "BUCKETSERVE_GATEWAY_DELIVERY_ADDRESS": delivery,
-                    "BUCKETSERVE_GATEWAY_SCHEDULER_ADDRESS": ",".join(self.scheduler_addresses),
-                    "BUCKETSERVE_GATEWAY_REDIS_URL": "" if redis_url.startswith("memory") else redis_url,
-                    # Everybody is on this machine: there is no load balancer that takes its time.
-                    "BUCKETSERVE_GATEWAY_LAME_DUCK_S": "0.2",
-                    "BUCKETSERVE_GATEWAY_MODELS": f"{self.spec.model_name}={self.spec.model}",
-                },
-                address,
-            )
-        self.wait_until_serving()
-
-    def _spawn(self, name: str, module: str, environ: Mapping[str, str], health_address: str) -> ServiceProcess:
-        metrics = f"127.0.0.1:{free_port()}"
-        section = module.removeprefix("bucketserve_").upper()
-        self.metrics_addresses[name] = metrics
-        service = ServiceProcess(
-            name,
-            module,
-            {
-                "BUCKETSERVE_TELEMETRY_LOG_FORMAT": "json",
-                f"BUCKETSERVE_{section}_METRICS_LISTEN": metrics,
-                **environ,
-                **self.spec.environ,
-            },
-            health_address,
-            self._log_dir,
-        )
-        self.services[name] = service
-        return service
+        return self.services[name].is_serving()
 
     def wait_until_serving(self, timeout_s: float = 600.0) -> None:
         """Waits until every service answers SERVING, telling what it waits for.
 
         Raises:
-            StackError: one ended, or it took longer than timeout_s.
+            StackError: one ended, it took longer than timeout_s, or interrupt() was called.
         """
         deadline_s = time.monotonic() + timeout_s
         waiting = dict(self.services)
         told: dict[str, str] = {}
         while waiting:
             for name, service in list(waiting.items()):
-                if service.exit_status is not None:
-                    raise StackError(f"{name} ended with status {service.exit_status}:\n{service.log_tail()}")
-                if _is_serving(service.health_address):
+                if service.is_serving():
                     self.on_progress(f"{name:<9} {service.health_address} ready")
                     del waiting[name]
                     continue
+                if service.exit_status is not None:
+                    raise StackError(f"{name} ended with status {service.exit_status}:\n{service.log_tail()}")
                 event = str(service.last_event().get("progress", ""))
                 if event and told.get(name) != event:
                     told[name] = event
                     self.on_progress(f"{name:<9} {event}")
             if time.monotonic() > deadline_s:
                 raise StackError(f"not ready after {timeout_s:.0f} s: {', '.join(waiting)}")
-            time.sleep(0.05)
+            if self.wait_interrupted(POLL_S):
+                raise StackError(f"interrupted while {', '.join(waiting) or 'nothing'} was starting")
+
+    def _reached(self, kind: str) -> list[str]:
+        return [str(address.local()) for name, address in self._listens.items() if name.startswith(kind)]
+
+    def _start(self) -> None:
+        roles = self.spec.worker_roles
+        for index in range(len(roles)):
+            self._listens[f"worker-{index}"] = self._worker_listen(index)
+        metrics = {}
+        for name in self._listens:
+            given = self.settings.given(name.partition("-")[0], "metrics_listen")
+            if given != "":
+                metrics[name] = Address.parse(given) if given else Address("127.0.0.1", free_port())
+        self.metrics_addresses = {name: str(address.local()) for name, address in metrics.items()}
+        delivery = {f"{_name('gateway', index)} delivery": address for index, address in enumerate(self._deliveries)}
+        named = {f"{name} metrics": address for name, address in metrics.items()}
+        self._exit.enter_context(hold_addresses({**self._listens, **delivery, **named}))
+        self.redis_url = self.spec.redis_url or self.settings.given("scheduler", "redis_url") or self._start_store()
+        self._log_dir = self.spec.log_dir or Path(
+            self._exit.enter_context(tempfile.TemporaryDirectory(prefix="bucketserve-"))
+        )
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        for name in [name for name in self._listens if name.startswith("scheduler")]:
+            self._spawn(name, {"redis_url": self.spec.redis_url}, {"redis_url": self.redis_url})
+        for index, role in enumerate(roles):
+            self._start_worker(index, role)
+        for index, _ in enumerate(self.gateway_addresses):
+            self._start_gateway(index)
+        self.wait_until_serving()
+
+    def _start_store(self) -> str:
+        self.store = self._exit.enter_context(EmbeddedServer())
+        self.on_progress(f"valkey    {self.store.url}")
+        return self.store.url
+
+    def _worker_listen(self, index: int) -> Address:
+        extra = self.spec.worker_environ[index] if index < len(self.spec.worker_environ) else {}
+        given = extra.get("BUCKETSERVE_WORKER_LISTEN")
+        return Address.parse(given) if given else self.settings.listen("worker", "listen")
+
+    def _start_worker(self, index: int, role: str) -> None:
+        spec = self.spec
+        threads = spec.threads_per_worker or max((os.cpu_count() or 1) // len(spec.worker_roles), 1)
+        flags = {"model": spec.model, "model_name": spec.model_name, "engine": spec.engine, "role": role}
+        defaults = {
+            "worker_id": f"worker-{index}",
+            "scheduler_address": ",".join(self.scheduler_addresses),
+            "model_name": "demo",
+            # Workers on one machine share its cores; each taking all of them would make all of them slow.
+            "num_threads": str(threads),
+        }
+        extra = spec.worker_environ[index] if index < len(spec.worker_environ) else {}
+        self._spawn(f"worker-{index}", flags, defaults, extra)
+
+    def _start_gateway(self, index: int) -> None:
+        model = self.spec.model or self.settings.value("worker", "model")
+        models = json.dumps({self.model_name: model})
+        has_flags = self.spec.model or self.spec.model_name
+        flags = {
+            "models": models if has_flags else "",
+            "redis_url": "" if self.redis_url.startswith("memory") else self.spec.redis_url,
+        }
+        defaults = {
+            "models": models,
+            "delivery_listen": str(self._deliveries[index]),
+            "delivery_address": self.delivery_addresses[index],
+            "scheduler_address": ",".join(self.scheduler_addresses),
+            "redis_url": "" if self.redis_url.startswith("memory") else self.redis_url,
+            # Everybody is on this machine: there is no load balancer that takes its time.
+            "lame_duck_s": "0.2",
+        }
+        self._spawn(_name("gateway", index), flags, defaults)
+
+    def _spawn(
+        self, name: str, flags: Mapping[str, str], defaults: Mapping[str, str], extra: Mapping[str, str] | None = None
+    ) -> None:
+        """Starts a service; its addresses were decided before."""
+        section = name.partition("-")[0]
+        listen = self._listens[name]
+        defaults = {"metrics_listen": self.metrics_addresses.get(name, ""), **defaults}
+        environ = {
+            **self.settings.environ("telemetry", {}, {"log_format": "json"}),
+            **self.settings.environ(section, {"listen": str(listen), **flags}, defaults),
+            **(extra or {}),
+            **self.spec.environ,
+        }
+        module = f"bucketserve_{section}"
+        self.services[name] = ServiceProcess(name, module, environ, str(listen.local()), self._log_dir)
 
 
-def _is_serving(address: str) -> bool:
-    try:
-        return check_health(address, timeout_s=1.0) == "SERVING"
-    except grpc.RpcError:
-        return False
+def _name(kind: str, index: int) -> str:
+    return f"{kind}-{index}" if index else kind

@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from bucketserve.config import split_host_port
+from bucketserve.addresses import AddressError, channel_target
 from bucketserve.core.errors import BucketServeError, OverloadedError, UnavailableError
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
 UINT32 = 2**32 - 1
 WIDE = 200
 """Columns where there is no terminal: what reads the output can break lines by itself."""
-_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:")
 _WRONG_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 # typer exports this subclass alone.
 _UsageError: Any = typer.BadParameter.__base__
@@ -126,14 +125,10 @@ def in_range(low: float, high: float, *, low_open: bool = False) -> Callable[[st
 
 def an_address(address: str) -> str:
     """Returns an address that has the form host:port, or several with a scheme of gRPC's (dns:///name:port)."""
-    if not address.startswith(_SCHEMES):
-        try:
-            host, port = split_host_port(address)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        if not host or not port or any(character.isspace() for character in host):
-            raise typer.BadParameter(f"{address!r} is not host:port")
-    return address
+    try:
+        return channel_target(address)
+    except AddressError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import tempfile
 import time
 from types import TracebackType
 
+from bucketserve.children import Child
 from bucketserve.core.errors import UnavailableError
 
 __all__ = ["EmbeddedServer", "find_server", "free_port"]
@@ -55,13 +56,18 @@ class EmbeddedServer:
         self._is_durable = is_durable
         self._replica_of = replica_of
         self._port = port or free_port()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="bucketserve-valkey-")
 
     @property
     def port(self) -> int:
         """Where it listens."""
         return self._port
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and has not ended by itself."""
+        return self._process is not None and self._process.poll() is None
 
     @property
     def url(self) -> str:
@@ -97,14 +103,7 @@ class EmbeddedServer:
         command += ["--appendonly", "yes", "--appendfsync", "always"] if self._is_durable else ["--appendonly", "no"]
         if self._replica_of:
             command += ["--replicaof", "127.0.0.1", str(self._replica_of), "--repl-diskless-sync-delay", "0"]
-        # A session of its own: Ctrl-C in a terminal must not end it before its clients.
-        self._process = subprocess.Popen(
-            [*command, "--dir", self._folder.name],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._process = Child([*command, "--dir", self._folder.name], output=subprocess.DEVNULL)
         deadline_s = time.monotonic() + START_S
         while not _answers(self._port):
             if self._process.poll() is not None or time.monotonic() > deadline_s:

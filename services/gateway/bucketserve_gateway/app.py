@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from bucketserve.addresses import Address
 from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import SettingsError
-from bucketserve.process import default_instance_id
+from bucketserve.process import default_instance_id, unless_stopped
 from bucketserve.rpc.server import RpcServer
 from bucketserve.store.jobs import JobStore
 from bucketserve.store.redis import connect
@@ -58,11 +58,14 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
             )
         )
         observer = GatewayTelemetry(outlets.log, outlets.metrics, outlets.tracing)
-        catalog = await asyncio.to_thread(
-            load_models,
-            settings.models,
-            settings.default_max_tokens,
-            lambda text: outlets.log.info("model.loading", progress=text),
+        catalog = await unless_stopped(
+            stop,
+            asyncio.to_thread(
+                load_models,
+                settings.models,
+                settings.default_max_tokens,
+                lambda text: outlets.log.info("model.loading", progress=text),
+            ),
         )
         admission = Admission(
             max_calls=settings.max_open_calls,

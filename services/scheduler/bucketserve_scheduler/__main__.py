@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from bucketserve.process import service_main
-from bucketserve_scheduler.app import serve
-from bucketserve_scheduler.settings import SchedulerSettings
+from bucketserve.starting import leave_on_signal
 
 if __name__ == "__main__":
+    # The imports below take seconds.
+    leave_on_signal()
+
+    from bucketserve.process import service_main
+    from bucketserve_scheduler.app import serve
+    from bucketserve_scheduler.settings import SchedulerSettings
+
     sys.exit(service_main("scheduler", SchedulerSettings, serve))

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from bucketserve.process import service_main
-from bucketserve_worker.app import serve
-from bucketserve_worker.settings import WorkerSettings
+from bucketserve.starting import leave_on_signal
 
 if __name__ == "__main__":
+    # The imports below take seconds.
+    leave_on_signal()
+
+    from bucketserve.process import service_main
+    from bucketserve_worker.app import serve
+    from bucketserve_worker.settings import WorkerSettings
+
     sys.exit(service_main("worker", WorkerSettings, serve))

@@ -10,7 +10,7 @@ from bucketserve.addresses import Address
 from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import EngineError
 from bucketserve.ports import Engine
-from bucketserve.process import default_instance_id
+from bucketserve.process import default_instance_id, unless_stopped
 from bucketserve.rpc.server import RpcServer
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
@@ -61,7 +61,7 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
         engine = EngineThread(load, worker.on_turn)
         engine.start()
         try:
-            started = await engine.started
+            started = await unless_stopped(stop, engine.started)
             worker.attach(engine, started)
             servicer = WorkerServicer(worker, model=settings.model_name, info=started.info)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server.grpc_server)

@@ -1,0 +1,177 @@
+"""What a local stack is told to be, and what follows for the settings and addresses of its processes.
+
+Flags win over the environment and the file, these over the launcher's own choices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bucketserve.addresses import Address
+from bucketserve.config import Loaded, TelemetrySettings, load_settings
+from bucketserve.store.embedded import free_port
+from bucketserve_gateway.settings import GatewaySettings
+from bucketserve_scheduler.settings import SchedulerSettings
+from bucketserve_worker.settings import WorkerSettings
+
+__all__ = ["Settings", "StackError", "StackSpec", "hold_addresses"]
+
+PER_PROCESS = {"listen", "delivery_listen", "delivery_address", "address", "metrics_listen", "worker_id", "gateway_id",
+               "scheduler_id"}  # fmt: skip
+"""Fields of which two processes can't have the same value, unless it is empty."""
+
+
+class StackError(Exception):
+    """A service did not come up; says where its log is and how it ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackSpec:
+    """What to start."""
+
+    model: str = ""
+    """Directory or hub id; empty: as the worker's settings say."""
+    model_name: str = ""
+    """Empty: as the worker's settings say, else demo."""
+    num_workers: int = 1
+    roles: tuple[str, ...] = ()
+    """Role of each worker, in place of num_workers of role both."""
+    num_schedulers: int = 1
+    """One leads, the others stand by."""
+    num_gateways: int = 1
+    engine: str = ""
+    """Empty: as the worker's settings say."""
+    port: int | None = 0
+    """Port of the public API, and the next one for the first scheduler; 0: any free ones; None: as settings say."""
+    threads_per_worker: int = 0
+    """Where settings say nothing; 0: the machine's cores are shared out."""
+    redis_url: str = ""
+    """Empty: as the scheduler's settings say, else an embedded server of our own."""
+    log_dir: Path | None = None
+    """Where logs go; None: a temporary folder."""
+    environ: Mapping[str, str] = field(default_factory=dict)
+    """Settings for all services, BUCKETSERVE_*; they win over the environment."""
+    worker_environ: tuple[Mapping[str, str], ...] = ()
+    """Further settings for each worker, by position."""
+
+    @property
+    def worker_roles(self) -> tuple[str, ...]:
+        """Role of each worker; empty: as the worker's settings say."""
+        return self.roles or ("",) * self.num_workers
+
+
+class Settings:
+    """The settings that the processes will read, before the launcher adds its own."""
+
+    def __init__(self, spec: StackSpec) -> None:
+        """Reads environment and file.
+
+        Raises:
+            SettingsError: a setting is wrong.
+        """
+        self._counts = {
+            "gateway": spec.num_gateways,
+            "scheduler": spec.num_schedulers,
+            "worker": len(spec.worker_roles),
+        }
+        self._loaded: Loaded = load_settings(
+            {
+                "gateway": GatewaySettings,
+                "scheduler": SchedulerSettings,
+                "worker": WorkerSettings,
+                "telemetry": TelemetrySettings,
+            },
+            environ={**os.environ, **spec.environ},
+        )
+        for section, name in self._loaded.sources:
+            count = self._counts.get(section, 1)
+            if count > 1 and name in PER_PROCESS and self.given(section, name):
+                raise StackError(
+                    f"{_variable(section, name)} is set, but {count} {section}s can't share it; unset it or start one"
+                )
+
+    def given(self, section: str, name: str) -> str | None:
+        """Returns a value that was set, as it is after reading; None if nobody set it."""
+        if (section, name) not in self._loaded.sources:
+            return None
+        return str(getattr(self._loaded.sections[section], name))
+
+    def value(self, section: str, name: str) -> str:
+        """Returns the value in force, the service's own default included."""
+        return str(getattr(self._loaded.sections[section], name))
+
+    def listen(self, section: str, name: str, port: int | None = 0) -> Address:
+        """Returns where a process is to listen: as set, else on this machine at `port`, 0 for any free one."""
+        if port:
+            return Address("127.0.0.1", port)
+        given = self.value(section, name) if port is None else self.given(section, name)
+        return Address.parse(given) if given else Address("127.0.0.1", free_port())
+
+    def environ(self, section: str, flags: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
+        """Returns a process's variables beside those it inherits: flags, and defaults for what nobody set.
+
+        Empty flags were not given.
+        """
+        values = {name: value for name, value in defaults.items() if self.given(section, name) is None}
+        values |= {name: value for name, value in flags.items() if value}
+        return {_variable(section, name): value for name, value in values.items()}
+
+
+def _variable(section: str, name: str) -> str:
+    return f"BUCKETSERVE_{section}_{name}".upper()
+
+
+def hold_addresses(addresses: Mapping[str, Address]) -> contextlib.ExitStack:
+    """Checks that all addresses are free, and keeps other launchers from them until the returned stack is closed.
+
+    Raises:
+        StackError: one is in use or can't be had; names it and says what to do.
+    """
+    held = contextlib.ExitStack()
+    try:
+        for name, address in addresses.items():
+            held.enter_context(_reserved(address.port, name))
+            _try_to_bind(address, name)
+    except BaseException:
+        held.close()
+        raise
+    return held
+
+
+@contextlib.contextmanager
+def _reserved(port: int, name: str) -> Iterator[None]:
+    """Keeps a second launcher from a port on which nobody listens yet; the kernel forgets it with this process."""
+    with socket.socket(socket.AF_UNIX) as lock:
+        if sys.platform == "linux":
+            try:
+                lock.bind(f"\0bucketserve-port-{port}")
+            except OSError:
+                raise StackError(_taken(port, name, "another local stack of BucketServe")) from None
+        yield
+
+
+def _try_to_bind(address: Address, name: str) -> None:
+    try:
+        for family, _, _, _, at in socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            with socket.socket(family, socket.SOCK_STREAM) as tried:
+                # As gRPC does: connections that are ending don't count.
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                tried.bind(at)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StackError(_taken(address.port, name, "another program")) from None
+        raise StackError(f"{name} can't listen on {address}: {error.strerror}") from None
+
+
+def _taken(port: int, name: str, who: str) -> str:
+    return (
+        f"port {port} ({name}) is in use by {who}; stop that, or choose another port "
+        "(--port for gateway and scheduler, the setting for anything else)"
+    )

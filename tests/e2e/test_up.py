@@ -1,0 +1,242 @@
+"""`bucketserve up` as a user runs it: a process in a terminal's place, signals, kill -9, a second one, settings."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bucketserve.client import BucketServeClient, Chunk, Finished
+from bucketserve.store.embedded import free_port
+
+pytestmark = pytest.mark.e2e
+
+MODEL = Path(__file__).resolve().parents[2] / "models" / "demo" / "model"
+
+
+class Up:
+    """One launcher, and what it says."""
+
+    def __init__(self, folder: Path, *arguments: str, **environ: str) -> None:
+        self.port = free_port()
+        self.log = folder / f"up-{self.port}.log"
+        self.services = folder / f"services-{self.port}"
+        command = [
+            sys.executable,
+            "-m",
+            "bucketserve_cli.main",
+            "up",
+            "--engine",
+            "fake",
+            "--log-dir",
+            str(self.services),
+        ]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--model", str(MODEL), *arguments],
+                env={**os.environ, "BUCKETSERVE_GATEWAY_LISTEN": f"127.0.0.1:{self.port}", "COLUMNS": "200"}
+                | {"BUCKETSERVE_SCHEDULER_LISTEN": f"127.0.0.1:{free_port()}"}
+                | environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def children(self) -> dict[int, str]:
+        """Returns its children that run, and their command lines."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                pid = int(entry.name)
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if int(parent) == self.process.pid and state != "Z":
+                    found[pid] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return found
+
+    def child(self, name: str) -> int:
+        return next(pid for pid, command in self.children().items() if name in command)
+
+
+def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+
+
+def are_gone(pids: dict[int, str]) -> bool:
+    # By command too: a number may be used again.
+    return not any(
+        command and command == Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        for pid, command in pids.items()
+        if Path(f"/proc/{pid}/cmdline").exists()
+    )
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Up]]:
+    launched: list[Up] = []
+
+    def start(*arguments: str, **environ: str) -> Up:
+        up = Up(tmp_path, *arguments, **environ)
+        launched.append(up)
+        return up
+
+    yield start
+    for up in launched:
+        children = up.children()
+        up.process.kill()
+        up.process.wait()
+        until(lambda children=children: are_gone(children))
+
+
+def ready(up: Up) -> Up:
+    until(lambda: "Ctrl-C drains" in up.said() or up.process.poll() is not None)
+    assert up.process.poll() is None, up.said()
+    return up
+
+
+async def generate(up: Up, max_tokens: int = 4) -> Finished:
+    async with BucketServeClient(f"127.0.0.1:{up.port}") as client:
+        async for event in client.generate(prompt="hello", max_tokens=max_tokens, ignore_eos=True):
+            if isinstance(event, Finished):
+                return event
+    raise AssertionError("the stream had no end")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT])
+def test_nothing_outlives_the_launcher(launch, how: signal.Signals) -> None:
+    up = ready(launch())
+    children = up.children()
+    assert len(children) == 4
+    up.process.send_signal(how)
+    status = up.process.wait(40)
+    assert status == (0 if how in (signal.SIGHUP, signal.SIGTERM) else -how)
+    until(lambda: are_gone(children), 40)
+
+
+def test_a_launcher_that_is_told_to_stop_while_starting_stops(launch) -> None:
+    up = launch()
+    until(lambda: len(up.children()) == 4)
+    children = up.children()
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(30) == 1
+    assert "interrupted while" in up.said()
+    until(lambda: are_gone(children), 5)
+
+
+async def test_what_ends_is_started_again_and_the_rest_goes_on(launch) -> None:
+    up = ready(launch("--workers", "2"))
+    before = up.children()
+
+    def num_running(name: str) -> int:
+        return sum(name in command for command in up.children().values())
+
+    for name in ("bucketserve_worker", "bucketserve_gateway", "bucketserve_scheduler", "valkey"):
+        wanted, killed = num_running(name), up.child(name)
+        os.kill(killed, signal.SIGKILL)
+        until(lambda killed=killed: killed not in up.children())
+        until(lambda name=name, wanted=wanted: num_running(name) == wanted)
+        assert up.process.poll() is None
+    assert re.search(r"worker-\d ended with status -9; it is started again", up.said())
+    assert (await generate(up)).usage.output_tokens == 4
+    assert len(up.children()) == len(before)
+
+
+async def test_a_second_signal_cuts_what_still_runs(launch) -> None:
+    up = ready(launch(BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP="100000"))
+    children = up.children()
+    async with BucketServeClient(f"127.0.0.1:{up.port}") as client:
+        stream = client.generate(prompt="hello", max_tokens=400, ignore_eos=True)
+        async for event in stream:
+            if isinstance(event, Chunk):
+                break
+        up.process.send_signal(signal.SIGINT)
+        until(lambda: "draining" in up.said())
+        time.sleep(1.0)
+        assert up.process.poll() is None
+        up.process.send_signal(signal.SIGINT)
+        # Draining would take 25 s.
+        assert up.process.wait(12) == 0
+        await stream.aclose()
+    until(lambda: are_gone(children), 5)
+
+
+def test_a_port_in_use_is_named_before_anything_starts(launch) -> None:
+    first = ready(launch())
+    second = launch(BUCKETSERVE_GATEWAY_LISTEN=f"127.0.0.1:{first.port}")
+    assert second.process.wait(30) == 1
+    assert f"port {first.port} (gateway) is in use by another local stack" in second.said()
+    assert "ready" not in second.said()
+    assert not second.services.exists()
+    assert len(first.children()) == 4
+
+
+def test_a_port_of_another_program_is_named(launch) -> None:
+    import socket
+
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::")):
+        with socket.socket(family) as other:
+            other.bind((host, 0))
+            other.listen()
+            up = launch(BUCKETSERVE_WORKER_LISTEN=f"127.0.0.1:{other.getsockname()[1]}")
+            assert up.process.wait(30) == 1
+            assert f"port {other.getsockname()[1]} (worker-0) is in use by another program" in up.said()
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(entry.partition("=")[::2] for entry in entries if entry)
+
+
+def test_settings_of_the_user_win_over_the_launcher_s(launch, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("[worker]\nnum_threads = 7\n[gateway]\nlame_duck_s = 0.6\n")
+    metrics = f"127.0.0.1:{free_port()}"
+    up = ready(
+        launch(
+            BUCKETSERVE_CONFIG=str(file),
+            BUCKETSERVE_WORKER_METRICS_LISTEN="",
+            BUCKETSERVE_SCHEDULER_METRICS_LISTEN=metrics,
+            BUCKETSERVE_WORKER_MODEL_NAME="a=b, c",
+            BUCKETSERVE_TELEMETRY_LOG_FORMAT="text",
+        )
+    )
+    said = up.said()
+    assert f"scheduler metrics http://{metrics}" in said
+    assert "worker-0 metrics" not in said
+    # What the file says isn't overruled by a variable.
+    worker = environment_of(up.child("bucketserve_worker"))
+    assert "BUCKETSERVE_WORKER_NUM_THREADS" not in worker
+    assert worker["BUCKETSERVE_WORKER_METRICS_LISTEN"] == ""
+    gateway = environment_of(up.child("bucketserve_gateway"))
+    assert "BUCKETSERVE_GATEWAY_LAME_DUCK_S" not in gateway
+    assert gateway["BUCKETSERVE_GATEWAY_MODELS"] == f'{{"a=b, c": "{MODEL}"}}'
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"BUCKETSERVE_WORKER_NUM_THREAD": "1"}, "BUCKETSERVE_WORKER_NUM_THREAD: no such setting"),
+        ({"BUCKETSERVE_WORKER_LISTEN": "127.0.0.1:1"}, "2 workers can't share it"),
+        ({"BUCKETSERVE_SCHEDULER_REDIS_URL": "http://me:hunter2@x"}, "BUCKETSERVE_SCHEDULER_REDIS_URL: begin with"),
+    ],
+)
+def test_wrong_settings_are_said_before_anything_starts(launch, environ: dict[str, str], said: str) -> None:
+    up = launch("--workers", "2", **environ)
+    assert up.process.wait(30) in (1, 2)
+    assert said in up.said()
+    assert "hunter2" not in up.said()
+    assert not up.services.exists()
