@@ -72,22 +72,28 @@ def keep_running(stack: LocalStack, say: Callable[[str], None]) -> None:
     """Returns when the stack is interrupted; until then starts again whatever ends, and says so."""
     restarts = {name: _Restarts() for name in stack.services}
     of_store = _Restarts()
+    away: set[str] = set()
     while not stack.wait_interrupted(POLL_S):
         if stack.store is not None and not stack.store.is_running:
             _start_store_again(stack, of_store, say)
         for name, service in list(stack.services.items()):
-            state = restarts[name]
-            if service.exit_status is None:
-                continue
-            if state.due_s is None:
-                delay_s = state.ended()
-                when = f"in {delay_s:.0f} s" if delay_s else "now"
-                say(
-                    f"{name} ended with status {service.exit_status}; it is started again {when}\n{service.log_tail(5)}"
-                )
-            if state.due_s is not None and time.monotonic() >= state.due_s:
-                stack.restart(name)
-                state.started()
+            if service.exit_status is not None:
+                away.add(name)
+                _start_again(stack, name, restarts[name], say)
+            elif name in away and stack.is_serving(name):
+                away.remove(name)
+                say(f"{name} serves again")
+
+
+def _start_again(stack: LocalStack, name: str, state: _Restarts, say: Callable[[str], None]) -> None:
+    if state.due_s is None:
+        delay_s = state.ended()
+        when = f"in {delay_s:.0f} s" if delay_s else "now"
+        service = stack.services[name]
+        say(f"{name} ended with status {service.exit_status}; it is started again {when}\n{service.log_tail(5)}")
+    if state.due_s is not None and time.monotonic() >= state.due_s:
+        stack.restart(name)
+        state.started()
 
 
 def _start_store_again(stack: LocalStack, state: _Restarts, say: Callable[[str], None]) -> None:

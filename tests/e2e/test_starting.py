@@ -98,3 +98,17 @@ def first_child(pid: int) -> int:
             return int(children[0])
         time.sleep(0.002)
     raise AssertionError("no child")
+
+
+def test_a_gateway_has_no_torch_in_its_memory() -> None:
+    process = start("gateway")
+    try:
+        assert process.stdout is not None
+        while b"gateway.ready" not in process.stdout.readline():
+            assert process.poll() is None
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+        assert pages * os.sysconf("SC_PAGE_SIZE") < 200 * 2**20
+    finally:
+        process.kill()
+        process.communicate()

@@ -151,6 +151,7 @@ async def test_what_ends_is_started_again_and_the_rest_goes_on(launch) -> None:
         until(lambda name=name, wanted=wanted: num_running(name) == wanted)
         assert up.process.poll() is None
     assert re.search(r"worker-\d ended with status -9; it is started again", up.said())
+    until(lambda: up.said().count("serves again") == 3)
     assert (await generate(up)).usage.output_tokens == 4
     assert len(up.children()) == len(before)
 

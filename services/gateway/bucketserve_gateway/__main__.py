@@ -9,6 +9,8 @@ from bucketserve.starting import leave_on_signal
 if __name__ == "__main__":
     # The imports below take seconds.
     leave_on_signal()
+    # For tokenizers transformers does without torch, and imports it all the same where it is installed: 250 MiB.
+    sys.modules["torch"] = None  # type: ignore[assignment]
 
     from bucketserve.process import service_main
     from bucketserve_gateway.app import serve
