@@ -26,7 +26,6 @@ SECTIONS = {
     "worker": WorkerSettings,
     "telemetry": TelemetrySettings,
 }
-CACHE = "/var/cache/bucketserve"
 OLDEST, NEWEST = "1.27.0", "1.37.0"
 
 MATRIX: dict[str, dict[str, Any]] = {
@@ -280,15 +279,6 @@ def test_every_pod_s_environment_starts_its_service(case: str, release: str, pod
 def test_extra_variables_win_over_the_chart_s_own() -> None:
     env = environment(workloads("everything on")["rel-bucketserve-worker"])
     assert (env["BUCKETSERVE_WORKER_NUM_THREADS"], env["BUCKETSERVE_WORKER_MAX_STEP_TOKENS"]) == ("3", "512")
-
-
-@pytest.mark.parametrize("case", MATRIX)
-def test_kernels_are_kept_where_they_can_be_executed(case: str) -> None:
-    for name, workload in workloads(case).items():
-        if "-worker" in name:
-            mounts = {mount["mountPath"]: mount["name"] for mount in container(workload)["volumeMounts"]}
-            volumes = {volume["name"]: volume for volume in pod(workload)["spec"]["volumes"]}
-            assert volumes[mounts[CACHE]] == {"name": "cache", "emptyDir": {}}
 
 
 def test_compose_and_chart_run_the_same_images_with_the_same_ports() -> None:

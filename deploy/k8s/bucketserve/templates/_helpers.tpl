@@ -78,9 +78,6 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 volumes:
   - { name: tmp, emptyDir: {} }
-  {{- if eq .component "worker" }}
-  - { name: cache, emptyDir: {} }
-  {{- end }}
   {{- if and .root.Values.model.existingClaim (ne .component "scheduler") }}
   - name: models
     persistentVolumeClaim: { claimName: {{ .root.Values.model.existingClaim }}, readOnly: true }
@@ -89,10 +86,6 @@ volumes:
 
 {{- define "bucketserve.mounts" -}}
 - { name: tmp, mountPath: /tmp }
-{{- if eq .component "worker" }}
-# Kernels are compiled for the node's processor; a container that starts again finds them here.
-- { name: cache, mountPath: /var/cache/bucketserve }
-{{- end }}
 {{- if and .root.Values.model.existingClaim (ne .component "scheduler") }}
 - { name: models, mountPath: /models, readOnly: true }
 {{- end }}
