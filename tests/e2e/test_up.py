@@ -227,6 +227,30 @@ def test_settings_of_the_user_win_over_the_launcher_s(launch, tmp_path: Path) ->
     assert gateway["BUCKETSERVE_GATEWAY_MODELS"] == f'{{"a=b, c": "{MODEL}"}}'
 
 
+@pytest.mark.parametrize("host", ["[::1]", "[::]"])
+async def test_a_stack_may_live_on_ipv6_alone(launch, host: str) -> None:
+    # What listens on all addresses is reached at one of them.
+    reached = "[::1]"
+    delivery = free_port()
+    names = ("GATEWAY_LISTEN", "SCHEDULER_LISTEN", "WORKER_LISTEN", "GATEWAY_METRICS_LISTEN", "WORKER_METRICS_LISTEN")
+    environ = {f"BUCKETSERVE_{name}": f"{host}:{free_port()}" for name in names}
+    scheduler = environ["BUCKETSERVE_SCHEDULER_LISTEN"].replace(host, reached)
+    up = ready(
+        launch(
+            **environ,
+            BUCKETSERVE_GATEWAY_DELIVERY_LISTEN=f"{host}:{delivery}",
+            BUCKETSERVE_GATEWAY_DELIVERY_ADDRESS=f"{reached}:{delivery}",
+            BUCKETSERVE_GATEWAY_SCHEDULER_ADDRESS=scheduler,
+            BUCKETSERVE_WORKER_SCHEDULER_ADDRESS=scheduler,
+        )
+    )
+    async with BucketServeClient(environ["BUCKETSERVE_GATEWAY_LISTEN"].replace(host, reached)) as client:
+        events = [event async for event in client.generate(prompt="hello", max_tokens=4, ignore_eos=True)]
+    assert isinstance(events[-1], Finished)
+    for name in ("gateway", "worker-0"):
+        assert f"{name} metrics http://" in up.said()
+
+
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
