@@ -37,7 +37,8 @@ class StackSpec:
     """What to start."""
 
     model: str = ""
-    """Directory or hub id; empty: as the worker's settings say."""
+    """Directory or hub id; empty: as the worker's settings say, else default_model."""
+    default_model: str = ""
     model_name: str = ""
     """Empty: as the worker's settings say, else demo."""
     num_workers: int = 1

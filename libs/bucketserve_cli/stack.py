@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -35,10 +36,16 @@ class LocalStack:
             SettingsError: the environment or the file has a setting that is wrong.
             StackError: one process's setting would be shared by several.
         """
-        self.spec = spec
         self.on_progress = on_progress
         self.services: dict[str, ServiceProcess] = {}
         self.settings = Settings(spec)
+        self._names_model = bool(spec.model or spec.model_name)
+        self.spec = replace(
+            spec,
+            model=spec.model or self.settings.given("worker", "model") or spec.default_model,
+            model_name=spec.model_name or self.settings.given("worker", "model_name") or "demo",
+        )
+        """What was asked for, with the model and its name filled in."""
         self.store: EmbeddedServer | None = None
         self._exit = contextlib.ExitStack()
         self._interrupts = 0
@@ -127,11 +134,6 @@ class LocalStack:
         """Address of the first scheduler."""
         return self.scheduler_addresses[0]
 
-    @property
-    def model_name(self) -> str:
-        """What clients call the model."""
-        return self.spec.model_name or self.settings.given("worker", "model_name") or "demo"
-
     def worker_names(self) -> list[str]:
         """Returns the names of the workers' services."""
         return [name for name in self.services if name.startswith("worker")]
@@ -218,7 +220,6 @@ class LocalStack:
         defaults = {
             "worker_id": f"worker-{index}",
             "scheduler_address": ",".join(self.scheduler_addresses),
-            "model_name": "demo",
             # Workers on one machine share its cores; each taking all of them would make all of them slow.
             "num_threads": str(threads),
         }
@@ -226,11 +227,9 @@ class LocalStack:
         self._spawn(f"worker-{index}", flags, defaults, extra)
 
     def _start_gateway(self, index: int) -> None:
-        model = self.spec.model or self.settings.value("worker", "model")
-        models = json.dumps({self.model_name: model})
-        has_flags = self.spec.model or self.spec.model_name
+        models = json.dumps({self.spec.model_name: self.spec.model})
         flags = {
-            "models": models if has_flags else "",
+            "models": models if self._names_model else "",
             "redis_url": "" if self.redis_url.startswith("memory") else self.spec.redis_url,
         }
         defaults = {
