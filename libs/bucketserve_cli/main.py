@@ -91,9 +91,7 @@ def up(
     roles: Annotated[
         str, typer.Option(help="role of each worker: both, prefill or decode, separated by commas; replaces --workers")
     ] = "",
-    engine: Annotated[
-        EngineKind | None, typer.Option(help="what runs the model; default: transformers")
-    ] = None,
+    engine: Annotated[EngineKind | None, typer.Option(help="what runs the model; default: transformers")] = None,
     port: Annotated[
         int | None,
         typer.Option(min=0, max=65534, help="port of the API, the next is the scheduler's; 0: any; default: 50051"),
@@ -126,7 +124,9 @@ def up(
         stack = LocalStack(spec, say)
         _model(stack.spec.model, engine or stack.settings.value("worker", "engine"))
         with interrupted_by_signals(stack), stack:
-            console.print(f"\n[bold green]ready[/]  gateway {stack.gateway_address}  model {escape(stack.spec.model_name)}")
+            console.print(
+                f"\n[bold green]ready[/]  gateway {stack.gateway_address}  model {escape(stack.spec.model_name)}"
+            )
             console.print(f"       scheduler {stack.scheduler_address}")
             for name, address in stack.metrics_addresses.items():
                 console.print(f"       {name} metrics http://{address}/metrics", highlight=False)
