@@ -35,7 +35,7 @@ class StackSpec:
     """What to start."""
 
     model: str
-    """Directory or hub id."""
+    """Directory, or hf://organisation/name."""
     model_name: str = "demo"
     num_workers: int = 1
     roles: tuple[str, ...] = ()
