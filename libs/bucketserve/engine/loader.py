@@ -16,9 +16,10 @@ import torch
 
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
+from bucketserve.engine.fingerprint import model_fingerprint
 from bucketserve.engine.kv_memory import KvLayout, KvMemory, bytes_per_token
 from bucketserve.engine.linear import place_linears
-from bucketserve.engine.model_source import context_of
+from bucketserve.engine.model_source import context_of, model_directory
 from bucketserve.engine.native.compiler import KernelBuildError
 from bucketserve.engine.native.kernels import Kernels, load_kernels
 from bucketserve.engine.native.layers import fuse_layers
@@ -31,6 +32,7 @@ from bucketserve.ports import EngineInfo
 
 __all__ = ["LoadSettings", "build_engine", "load_engine"]
 
+ENGINE = "transformers"
 DECLARED_REACHES = {"sliding_window": "sliding", "attention_chunk_size": "chunked"}
 """How far a model says that its layers look back, with the word for them in its layer_types."""
 CPU_KV_SHARE = 0.25
@@ -75,16 +77,30 @@ def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lam
     device = _device(settings.device)
     on_progress(f"loading weights of {os.path.basename(settings.model.rstrip('/')) or settings.model}")
     try:
-        model = load_model(settings.model, _dtype(settings.dtype, device), on_progress)
+        directory = model_directory(settings.model, with_weights=True)
+        model = load_model(directory, _dtype(settings.dtype, device), on_progress)
+        fingerprint = model_fingerprint(
+            directory, engine=ENGINE, dtype=_name_of(next(model.parameters()).dtype), quantization=settings.quantization
+        )
     except ModelLoadError as error:
         raise ModelLoadError(f"model {settings.model!r} can't be loaded: {error}") from error
-    return build_engine(model.to(device), settings, on_progress)
+    return build_engine(model.to(device), settings, on_progress, fingerprint=fingerprint)
 
 
 def build_engine(
-    model: Any, settings: LoadSettings, on_progress: Callable[[str], None] = lambda text: None
+    model: Any,
+    settings: LoadSettings,
+    on_progress: Callable[[str], None] = lambda text: None,
+    *,
+    fingerprint: str = "",
 ) -> PackedEngine:
     """Returns an engine around a model that is on its device and uses our attention.
+
+    Args:
+        model: of transformers.
+        settings: `model` is only what it is called.
+        on_progress: is told what is being done.
+        fingerprint: of its weights and settings; empty for a model that was made here.
 
     Raises:
         ModelLoadError: the model's attention can't be served.
@@ -125,13 +141,14 @@ def build_engine(
         memory,
         calls,
         EngineInfo(
-            name="transformers",
+            name=ENGINE,
             device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=_name_of(dtype),
             context_tokens=context,
             kv_bytes_per_token=per_token,
             pays_padding=False,
             kv_layout=memory.layout,
+            fingerprint=fingerprint,
         ),
         PackedLimits(context_tokens=context, max_sequences=settings.max_sequences, max_step_tokens=max_step_tokens),
         weights_bytes=weights_bytes,
@@ -198,6 +215,10 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name == "auto":
         return "auto" if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _examine(model: Any, num_layers: int, context: int) -> tuple[Mapping[int, AttentionCall], SelfCheck]:

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.engine.attention import NAME
-from bucketserve.engine.model_source import accepted, load_config, model_directory
+from bucketserve.engine.model_source import accepted, load_config
 
 __all__ = ["load_model", "refusing_other_attention"]
 
 
 def load_model(
-    source: str, dtype: torch.dtype | str, on_progress: Callable[[str], None] = lambda text: None
+    directory: Path, dtype: torch.dtype | str, on_progress: Callable[[str], None] = lambda text: None
 ) -> torch.nn.Module:
-    """Returns the model of a source, in evaluation mode on the CPU, with our attention.
+    """Returns the model of a directory, in evaluation mode on the CPU, with our attention.
 
     Args:
-        source: a directory or hf://organisation/name.
+        directory: as model_directory returns it.
         dtype: number type of its weights; "auto" for that in its config.json.
         on_progress: is told what is ignored.
 
     Raises:
         ModelLoadError: it can't be loaded whole; says why.
     """
-    directory = model_directory(source, with_weights=True)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -32,7 +32,8 @@ class GatewaySettings(Section):
     max_job_requests: int = Field(100_000, ge=1, description="most requests in a job")
     max_job_bytes: int = Field(256 * 1024 * 1024, ge=1024, description="most bytes of a job's requests, all together")
     models: dict[str, str] = Field(
-        default_factory=dict, description="served models: name=directory or name=hf://organisation/name, comma-separated"
+        default_factory=dict,
+        description="served models: name=directory or name=hf://organisation/name, comma-separated",
     )
     max_prompt_bytes: int = Field(4 * 1024 * 1024, ge=1, description="longest prompt in bytes, before tokenising")
     max_open_calls: int = Field(
