@@ -18,7 +18,7 @@ from bucketserve.core.errors import EngineError
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, current_step, running_step
 from bucketserve.engine.kv_memory import KvMemory
 from bucketserve.engine.native.kernels import Kernels
-from bucketserve.engine.native.products import KernelProducts, Products
+from bucketserve.engine.native.products import Products, TorchProducts
 
 __all__ = ["FusedLayer", "fuse_layers"]
 
@@ -256,7 +256,7 @@ class _Trial:
         """
         before, options = self._seen.pop(id(layer))
         exact = layer if next(layer.parameters()).dtype is torch.float32 else copy.deepcopy(layer).float()
-        taken = FusedLayer(exact, call, self._kernels, KernelProducts(self._kernels), Workspace())
+        taken = FusedLayer(exact, call, self._kernels, TorchProducts(self._kernels), Workspace())
         with running_step(self._plan):
             output = exact(before.clone(), **options)
             wanted = output if isinstance(output, torch.Tensor) else output[0]
