@@ -153,8 +153,8 @@ def first_line(error: BaseException) -> str:
     return text if is_sentence else f"{type(error).__name__}: {text}"
 
 
-def stop_ids(documents: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
-    """Returns every id that generation_config.json or config.json names as eos_token_id, in that order.
+def stop_ids(documents: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
+    """Returns the ids that generation_config.json names as eos_token_id; if it names none, those of config.json.
 
     Args:
         documents: a model's JSON files by name.
@@ -162,19 +162,21 @@ def stop_ids(documents: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
     Raises:
         ModelLoadError: one is not an id.
     """
-    ids: dict[int, None] = {}
     config = documents.get("config.json", {})
     text = config.get("text_config")
-    parts = (("generation_config.json", documents.get("generation_config.json", {})), ("config.json", config))
-    for name, part in (*parts, ("config.json", text if isinstance(text, Mapping) else {})):
+    parts = {
+        "generation_config.json": documents.get("generation_config.json", {}),
+        "config.json": config if config.get("eos_token_id") is not None or not isinstance(text, Mapping) else text,
+    }
+    found = []
+    for name, part in parts.items():
         stated = part.get("eos_token_id")
-        for value in stated if isinstance(stated, list) else [] if stated is None else [stated]:
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ModelLoadError(f"eos_token_id in {name} must be a token id or a list of them, not {stated!r}")
-            # Some models write -1 for none.
-            if value >= 0:
-                ids[value] = None
-    return tuple(ids)
+        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in ids):
+            raise ModelLoadError(f"eos_token_id in {name} must be a token id or a list of them, not {stated!r}")
+        # Some models write -1 for none.
+        found.append(frozenset(value for value in ids if value >= 0))
+    return found[0] or found[1]
 
 
 def vocabulary_of(config: Any) -> int:

@@ -172,12 +172,12 @@ def _load_tokenizer(directory: Path) -> Any:
 
 
 def _stop_ids(directory: Path, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """Returns the ids that end a text: all that generation_config.json, config.json or the tokenizer name as eos.
+    """Returns the ids that end a text: those of generation_config.json, else of config.json, and the tokenizer's.
 
-    They often differ: a chat model's tokenizer names the end of a turn, its config.json the end of a document, and
-    which of them the model was trained to write is not said. None of them is ever ordinary text.
+    A chat model often ends its turn with the tokenizer's eos, which its configuration may not name. That of config.json
+    is often a forgotten default: where generation_config.json names any, it does not count, as in transformers.
     """
     documents = {name: read_json(directory / name) for name in STATES_EOS if (directory / name).exists()}
     of_tokenizer = tokenizer.eos_token_id
-    ids = {*stop_ids(documents), *([] if of_tokenizer is None else [int(of_tokenizer)])}
+    ids = stop_ids(documents) | (frozenset() if of_tokenizer is None else {int(of_tokenizer)})
     return tuple(sorted(i for i in ids if i < vocab_size))

@@ -285,15 +285,17 @@ def test_the_service_ends_with_that_sentence_and_a_status(model: Path) -> None:
 @pytest.mark.parametrize(
     ("generation", "config", "tokenizer", "wanted"),
     [
-        ([5, 6], 7, "<|endoftext|>", (5, 6, 7, 0)),
-        (5, [7, 5], "<|user|>", (5, 7, 1)),
+        ([6, 5], 7, "<|endoftext|>", (0, 5, 6)),
+        (5, [7, 5], "<|user|>", (1, 5)),
+        (..., [9, 7], "<|user|>", (1, 7, 9)),
+        (99_999, ..., "<|user|>", (1,)),
         (..., 7, ..., (7,)),
         (..., None, "<|endoftext|>", (0,)),
         (-1, ..., "<|endoftext|>", (0,)),
         (None, ..., ..., ()),
     ],
 )
-def test_whatever_a_model_names_as_end_ends_a_text(
+def test_which_tokens_end_a_text(
     model: Path, generation: object, config: object, tokenizer: object, wanted: tuple[int, ...]
 ) -> None:
     change("generation_config.json", eos_token_id=generation)(model)
