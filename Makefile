@@ -69,6 +69,9 @@ bench-peers: $(READY) ## Install the peers and write the reference model: make b
 	test -x "$(PEERS)/transformers/bin/python" || benchmarks/peers/setup.sh "$(PEERS)"
 	test -e "$(MODEL)/config.json" || $(BIN)/python benchmarks/reference_model.py "$(MODEL)"
 
+families: $(READY) ## Try every model family of transformers and write the table in docs/models.md (minutes)
+	$(BIN)/python -m scripts.model_families
+
 perplexity: $(READY) ## What bfloat16 and 8-bit weights cost, on the demo model
 	$(BIN)/python benchmarks/perplexity.py
 
@@ -123,5 +126,5 @@ images: ## Build the images (needs Docker)
 clean: ## Remove what was built
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
-.PHONY: help setup demo up test test-fast test-e2e fuzz chaos soak bench bench-peers bench-kv bench-engine perplexity check protos protos-check docs docs-check format lint types imports bench-path \
+.PHONY: help setup demo up test test-fast test-e2e fuzz chaos soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check docs docs-check format lint types imports bench-path \
 	bench-core paper compose-check k8s-render images clean

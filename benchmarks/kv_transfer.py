@@ -72,7 +72,14 @@ async def serve(num_bytes: int) -> None:
 
     server = grpc.aio.server(options=list(SERVER_OPTIONS))
     info = EngineInfo(
-        name="", device="", dtype="", context_tokens=1, kv_bytes_per_token=1, pays_padding=False, kv_layout="L"
+        fingerprint="",
+        name="",
+        device="",
+        dtype="",
+        context_tokens=1,
+        kv_bytes_per_token=1,
+        pays_padding=False,
+        kv_layout="L",
     )
     servicer = WorkerServicer(worker, model="", info=info)  # type: ignore[arg-type]
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)

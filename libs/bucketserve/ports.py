@@ -257,6 +257,8 @@ class EngineInfo:
     """Whether it computes padding tokens (padded batches) or none (packed batches)."""
     kv_layout: str
     """Number type and shape of the KV of a token; engines whose layouts agree may exchange KV."""
+    fingerprint: str
+    """Weights, configuration, number type and kind of engine: engines with the same one compute the same."""
 
 
 class Engine(Protocol):

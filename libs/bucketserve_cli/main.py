@@ -43,7 +43,7 @@ app.add_typer(job_app, name="job")
 for service in (gateway, scheduler, worker):
     app.command()(service)
 
-ModelOption = Annotated[str, typer.Option("--model", help="directory or hub id of a Hugging Face causal LM")]
+ModelOption = Annotated[str, typer.Option("--model", help="directory of a causal LM, or hf://organisation/name")]
 AddressOption = Annotated[str, typer.Option(help="host:port of the gateway", callback=an_address)]
 SECONDS = in_range(0, 1e6, low_open=True)
 RATE = in_range(0, 1e6, low_open=True)

@@ -2,16 +2,16 @@
 
 The model sees one sequence [1, tokens] in which prompt pieces and decoding sequences lie side by side. This function
 knows them apart: it stores the new keys and values and lets each token attend to its own sequence. No mask function is
-registered for it, so that transformers builds no mask (transformers/masking_utils.py, _preprocess_mask_arguments).
+registered for it, so that transformers builds no mask (transformers/masking_utils.py, _preprocess_mask_arguments): how
+far a layer looks back was read from its mask once, when the model was loaded (engine.probe).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +21,17 @@ from bucketserve.core.errors import EngineError
 from bucketserve.engine.kv_memory import KvLayout, KvMemory
 from bucketserve.engine.native.kernels import Kernels
 
-__all__ = ["NAME", "AttentionCall", "Probe", "Segment", "StepPlan", "current_step", "running_step"]
+__all__ = ["NAME", "AttentionCall", "Segment", "Step", "StepPlan", "current_step", "packed_attention", "running_step"]
 
 NAME = "bucketserve"
 
 # What models may pass on that changes nothing here, or is handled below.
 _KNOWN = {
-    "dropout", "scaling", "sliding_window", "softcap", "position_ids", "use_cache", "output_attentions",
-    "cache_position", "position_embeddings", "is_causal", "output_hidden_states", "return_dict", "logits_to_keep",
-    "num_items_in_batch",
+    "dropout", "position_ids", "use_cache", "output_attentions", "cache_position", "position_embeddings", "is_causal",
+    "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "num_items_in_batch",
 }  # fmt: skip
+SCORE_ELEMENTS = 1 << 24
+"""Scores that are computed at once where torch's fused attention can't be used: 64 MiB in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +47,6 @@ class Segment:
     """Tokens of the sequence including the new ones."""
 
 
-@dataclass
-class StepPlan:
-    """How a packed step is composed."""
-
-    memory: KvMemory
-    segments: Sequence[Segment]
-    slots: torch.Tensor
-    """[tokens] position of each new token in the arena."""
-    kernels: Kernels | None = None
-    """Those of this CPU, if there are any."""
-
-    @cached_property
-    def segment_table(self) -> torch.Tensor:
-        """The segments as int64 [n, 4], for the kernels."""
-        return torch.tensor([(s.first, s.num_tokens, s.kv_start, s.context) for s in self.segments])
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
     """What a layer asks of attention."""
@@ -70,24 +54,122 @@ class AttentionCall:
     layout: KvLayout
     scale: float
     window: int | None
+    """Tokens that a token may look back to, itself included; None for all."""
     softcap: float | None
+    """Scores are bent to (-softcap, softcap) by tanh; None for none."""
+    chunk: int | None = None
+    """Tokens look back to where their chunk of so many positions begins; None for all."""
 
 
-@dataclass(slots=True)
-class Probe:
-    """Takes notes of what the layers ask for instead of computing."""
+class Step(Protocol):
+    """What runs while the model does, and serves its calls of attention."""
 
-    calls: dict[int, AttentionCall] = field(default_factory=dict)
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        asked: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """Returns [1, tokens, heads, value head_dim]; see packed_attention."""
+
+
+@dataclass
+class StepPlan:
+    """How a packed step is composed."""
+
+    memory: KvMemory
+    calls: Mapping[int, AttentionCall]
+    """By layer."""
+    segments: Sequence[Segment]
+    slots: torch.Tensor
+    """[tokens] position of each new token in the arena."""
+    kernels: Kernels | None = None
+    """Those of this CPU, if there are any."""
+    _pieces: dict[int | None, list[Segment]] = field(default_factory=dict)
+    _tables: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def pieces(self, chunk: int | None) -> Sequence[Segment]:
+        """Returns the segments as layers see them that look back within chunks of so many positions."""
+        if chunk is None:
+            return self.segments
+        if chunk not in self._pieces:
+            self._pieces[chunk] = [piece for segment in self.segments for piece in _within_chunks(segment, chunk)]
+        return self._pieces[chunk]
+
+    def table(self, chunk: int | None) -> torch.Tensor:
+        """Returns the same as int64 [n, 4], for the kernels."""
+        if chunk not in self._tables:
+            rows = [(s.first, s.num_tokens, s.kv_start, s.context) for s in self.pieces(chunk)]
+            self._tables[chunk] = torch.tensor(rows)
+        return self._tables[chunk]
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        asked: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """See Step."""
+        if mask is not None:
+            raise EngineError("its layers make a mask of their own")
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        call, sinks = self.calls[layer], asked.get("s_aux")
+        self.memory.write(layer, self.slots, key[0], value[0])
+        keys, values = self.memory.keys[layer], self.memory.values[layer]
+        head_dim, value_dim = query.shape[3], value.shape[3]
+        output = torch.empty(1, query.shape[2], query.shape[1], value_dim, dtype=query.dtype, device=query.device)
+        is_plain = sinks is None and head_dim == value_dim
+        if self.kernels is not None and is_plain and self.kernels.suits_heads(head_dim, query.dtype):
+            self.kernels.attention(
+                query[0].transpose(0, 1),
+                keys,
+                values,
+                self.table(call.chunk),
+                output[0],
+                scale=call.scale,
+                window=call.window,
+                softcap=call.softcap,
+            )
+            return output
+        for segment in self.pieces(call.chunk):
+            end, low = segment.first + segment.num_tokens, 0
+            if call.window is not None:
+                low = max(segment.context - segment.num_tokens + 1 - call.window, 0)
+            begin, finish = segment.kv_start + low, segment.kv_start + segment.context
+            attended = _attend(
+                query[0, :, segment.first : end], keys[:, begin:finish], values[:, begin:finish], call, sinks
+            )
+            output[0, segment.first : end] = attended.transpose(0, 1)
+        return output
+
+
+def _within_chunks(segment: Segment, chunk: int) -> Sequence[Segment]:
+    """Returns a segment cut where chunks of positions begin; each piece knows of its own chunk only."""
+    pieces = []
+    position = segment.context - segment.num_tokens
+    while position < segment.context:
+        begin = position // chunk * chunk
+        end = min(begin + chunk, segment.context)
+        first = segment.first + position - (segment.context - segment.num_tokens)
+        pieces.append(Segment(first, end - position, segment.kv_start + begin, end - begin))
+        position = end
+    return pieces
 
 
 _current = threading.local()
 
 
 class running_step:
-    """Makes a plan or a probe the one that attention serves, in this thread, while the model runs."""
+    """Makes a step the one that attention serves, in this thread, while the model runs."""
 
-    def __init__(self, step: StepPlan | Probe) -> None:
-        """Takes the plan."""
+    def __init__(self, step: Step) -> None:
+        """Takes the step."""
         self._step = step
 
     def __enter__(self) -> None:
@@ -99,7 +181,7 @@ class running_step:
         _current.step = None
 
 
-def current_step() -> StepPlan | Probe | None:
+def current_step() -> Step | None:
     """Returns what is running in this thread."""
     return getattr(_current, "step", None)
 
@@ -113,19 +195,21 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Returns the attention output [1, tokens, heads, head_dim].
+    """Returns the attention output [1, tokens, heads, value head_dim].
 
     Args:
         module: the layer, which knows its layer_idx.
         query: [1, heads, tokens, head_dim].
         key: [1, kv_heads, tokens, head_dim] of the new tokens.
-        value: likewise.
-        attention_mask: None, always.
+        value: [1, kv_heads, tokens, value head_dim] likewise.
+        attention_mask: None, except while a model is probed.
         scaling: factor of the scores; default 1 / sqrt(head_dim).
         sliding_window: tokens that a token may look back to, itself included; None for all.
         softcap: scores are bent to (-softcap, softcap) by tanh; None for none.
+        s_aux: [heads] scores of a sink that takes its share of each token's attention and gives nothing; or None.
         **kwargs: whatever else the model passes.
 
     Raises:
@@ -133,88 +217,70 @@ def packed_attention(
     """
     step = current_step()
     unknown = [name for name, given in kwargs.items() if given is not None and name not in _KNOWN]
-    if step is None or unknown or attention_mask is not None:
-        raise EngineError(f"the model's attention asks for what is not supported: {', '.join(unknown) or 'a mask'}")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if isinstance(step, Probe):
-        step.calls[layer] = AttentionCall(KvLayout(key.shape[1], key.shape[3]), scale, sliding_window, softcap)
-        return query.transpose(1, 2).contiguous(), None
-    memory = step.memory
-    memory.write(layer, step.slots, key[0], value[0])
-    keys, values = memory.keys[layer], memory.values[layer]
-    if step.kernels is not None and step.kernels.suits_heads(query.shape[3], query.dtype):
-        by_token = torch.empty(1, query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype)
-        step.kernels.attention(
-            query[0].transpose(0, 1),
-            keys,
-            values,
-            step.segment_table,
-            by_token[0],
-            scale=scale,
-            window=sliding_window,
-            softcap=softcap,
-        )
-        return by_token, None
-    output = torch.empty_like(query[0])
-    for segment in step.segments:
-        end = segment.first + segment.num_tokens
-        low = 0
-        if sliding_window is not None:
-            low = max(segment.context - segment.num_tokens + 1 - sliding_window, 0)
-        begin, finish = segment.kv_start + low, segment.kv_start + segment.context
-        output[:, segment.first : end] = _attend(
-            query[0, :, segment.first : end],
-            keys[:, begin:finish],
-            values[:, begin:finish],
-            scale,
-            sliding_window,
-            softcap,
-        )
-    return output.transpose(0, 1).unsqueeze(0), None
+    if step is None or unknown:
+        raise EngineError(f"its layers give attention what is not supported here: {', '.join(unknown) or 'no step'}")
+    asked = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+    return step.attend(module, query, key, value, attention_mask, asked), None
 
 
 def _attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """Returns [heads, new, head_dim] for the last `new` positions of a sequence.
+    """Returns [heads, new, value head_dim] for the last `new` positions of a sequence.
 
     Args:
         query: [heads, new, head_dim].
         keys: [kv_heads, context, head_dim]; the new positions are its last ones.
-        values: likewise.
-        scale: factor of the scores.
-        window: tokens to look back to; None for all.
-        softcap: see packed_attention.
+        values: [kv_heads, context, value head_dim].
+        call: what the layer asks for.
+        sinks: [heads] or None; see packed_attention.
     """
     heads, new, head_dim = query.shape
     kv_heads, context, _ = keys.shape
-    if new == 1 and softcap is None:
+    is_plain = call.softcap is None and sinks is None
+    if new == 1 and is_plain:
         # One token attends to all: the heads that share a KV head become its queries, and nothing is repeated.
         grouped = query.reshape(1, kv_heads, heads // kv_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=scale).reshape(heads, 1, -1)
+        attended = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=call.scale)
+        return attended.reshape(heads, 1, -1)
     if heads != kv_heads:
         keys = keys.repeat_interleave(heads // kv_heads, dim=0)
         values = values.repeat_interleave(heads // kv_heads, dim=0)
-    if window is not None and context <= window:
-        window = None
-    if softcap is None and new == context and window is None:
-        return F.scaled_dot_product_attention(query[None], keys[None], values[None], is_causal=True, scale=scale)[0]
+    window = call.window if call.window is not None and context > call.window else None
+    if is_plain and new == context and window is None:
+        return F.scaled_dot_product_attention(query[None], keys[None], values[None], is_causal=True, scale=call.scale)[
+            0
+        ]
     positions = torch.arange(context, device=query.device)
     distance = positions[context - new :, None] - positions[None, :]
     allowed = distance >= 0
     if window is not None:
         allowed &= distance < window
-    if softcap is None:
-        return F.scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=allowed, scale=scale)[0]
-    scores = torch.tanh(query @ keys.transpose(1, 2) * scale / softcap) * softcap
+    if is_plain:
+        return F.scaled_dot_product_attention(
+            query[None], keys[None], values[None], attn_mask=allowed, scale=call.scale
+        )[0]
+    rows = max(SCORE_ELEMENTS // (heads * context), 1)
+    parts = [
+        _weights(query[:, i : i + rows] @ keys.transpose(1, 2), allowed[i : i + rows], call, sinks) @ values
+        for i in range(0, new, rows)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _weights(
+    products: torch.Tensor, allowed: torch.Tensor, call: AttentionCall, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns the weights [heads, new, context] of the values, from the products of queries and keys."""
+    scores = products * call.scale
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
     scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ values
+    if sinks is None:
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(products.dtype)
+    sink = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+    weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=torch.float32)
+    return weights[..., :-1].to(products.dtype)
 
 
 AttentionInterface.register(NAME, packed_attention)

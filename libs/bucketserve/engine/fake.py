@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from bucketserve.core.errors import EngineError
 from bucketserve.core.stepping import plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId, StepSample
+from bucketserve.engine.fingerprint import settings_fingerprint
 from bucketserve.ports import EngineInfo, Logprob, SequenceSpec, StepOutput, TokenLogprobs, TokenOutput
 
 __all__ = ["FakeEngine", "FakeSettings", "next_token"]
@@ -75,6 +76,7 @@ class FakeEngine:
             kv_bytes_per_token=KV_BYTES,
             pays_padding=False,
             kv_layout="fake",
+            fingerprint=settings_fingerprint({"engine": "fake", "vocab_size": self.settings.vocab_size}),
         )
 
     def headroom(self) -> Headroom:

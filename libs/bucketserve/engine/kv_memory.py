@@ -24,16 +24,25 @@ class KvLayout:
 
     num_heads: int
     head_dim: int
+    value_dim: int
+    """Usually head_dim; models with latent attention (MLA) have smaller values."""
+
+    @property
+    def size(self) -> int:
+        """Numbers that a token takes."""
+        return self.num_heads * (self.head_dim + self.value_dim)
 
 
 class KvMemory:
-    """Keys and values of all layers, each a tensor [kv_heads, tokens, head_dim]."""
+    """Keys and values of all layers, each a tensor [kv_heads, tokens, head_dim or value_dim]."""
 
     def __init__(self, layouts: Sequence[KvLayout], num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         """Takes the memory at once."""
         self.num_tokens = num_tokens
         self.keys = [torch.zeros(at.num_heads, num_tokens, at.head_dim, dtype=dtype, device=device) for at in layouts]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.values = [
+            torch.zeros(at.num_heads, num_tokens, at.value_dim, dtype=dtype, device=device) for at in layouts
+        ]
         self.allocator = RangeAllocator(num_tokens)
         self.num_compactions = 0
 
@@ -44,7 +53,7 @@ class KvMemory:
             layer: index of the layer.
             slots: [tokens] positions in the arena.
             keys: [kv_heads, tokens, head_dim].
-            values: likewise.
+            values: [kv_heads, tokens, value_dim].
         """
         self.keys[layer].index_copy_(1, slots, keys)
         self.values[layer].index_copy_(1, slots, values)
@@ -77,8 +86,11 @@ class KvMemory:
 
     @property
     def layout(self) -> str:
-        """Number type, then [kv_heads x head_dim] of each layer, equal ones counted."""
-        shapes = [f"{arena.shape[0]}x{arena.shape[2]}" for arena in self.keys]
+        """Number type, then [kv_heads x head_dim] of each layer, equal ones counted; value_dim too where it differs."""
+        shapes = [
+            f"{k.shape[0]}x{k.shape[2]}" + (f"/{v.shape[2]}" if v.shape[2] != k.shape[2] else "")
+            for k, v in zip(self.keys, self.values, strict=True)
+        ]
         groups = [f"{len(list(group))}*[{shape}]" for shape, group in groupby(shapes)]
         return f"{str(self.keys[0].dtype).removeprefix('torch.')} " + " ".join(groups)
 
@@ -102,5 +114,8 @@ class KvMemory:
 
 
 def bytes_per_token(layouts: Sequence[KvLayout], dtype: torch.dtype) -> int:
-    """Returns the KV bytes of one token: 2 x sum over layers of heads x head_dim x bytes (paper, formula 1)."""
-    return 2 * sum(layout.num_heads * layout.head_dim for layout in layouts) * dtype.itemsize
+    """Returns the KV bytes of one token: the sum over layers of heads x (head_dim + value_dim) x bytes.
+
+    With value_dim = head_dim that is the paper's formula 1.
+    """
+    return sum(layout.size for layout in layouts) * dtype.itemsize

@@ -14,19 +14,27 @@ from typing import Any
 
 import torch
 
-from bucketserve.core.errors import EngineError, ModelLoadError
-from bucketserve.engine.attention import NAME, AttentionCall, Probe, Segment, StepPlan, running_step
+from bucketserve.core.errors import ModelLoadError
+from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
+from bucketserve.engine.fingerprint import model_fingerprint
 from bucketserve.engine.kv_memory import KvLayout, KvMemory, bytes_per_token
 from bucketserve.engine.linear import place_linears
+from bucketserve.engine.model_source import context_of, model_directory
 from bucketserve.engine.native.compiler import KernelBuildError
 from bucketserve.engine.native.kernels import Kernels, load_kernels
 from bucketserve.engine.native.layers import fuse_layers
 from bucketserve.engine.native.products import KernelProducts, Products, choose_products
 from bucketserve.engine.packed import DeviceMemory, PackedEngine, PackedLimits
+from bucketserve.engine.pretrained import load_model
+from bucketserve.engine.probe import probe
+from bucketserve.engine.self_check import SelfCheck
 from bucketserve.ports import EngineInfo
 
 __all__ = ["LoadSettings", "build_engine", "load_engine"]
 
+ENGINE = "transformers"
+DECLARED_REACHES = {"sliding_window": "sliding", "attention_chunk_size": "chunked"}
+"""How far a model says that its layers look back, with the word for them in its layer_types."""
 CPU_KV_SHARE = 0.25
 CPU_KV_MOST_BYTES = 4 * 1024**3
 CUDA_KV_SHARE = 0.85
@@ -35,7 +43,6 @@ CPU_STEP_TOKENS = (256, STEP_TOKENS)
 CPU_STEP_S = 0.5
 """A CPU is nearly as fast with steps of 256 tokens as with 2,048, and whoever comes waits for one to end: its size is
 what takes about this long, within bounds."""
-CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,31 +72,35 @@ def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lam
     Raises:
         ModelLoadError: the model can't be loaded or served; says what to do.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     device = _device(settings.device)
     on_progress(f"loading weights of {os.path.basename(settings.model.rstrip('/')) or settings.model}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            settings.model, dtype=_dtype(settings.dtype, device), attn_implementation=NAME
+        directory = model_directory(settings.model, with_weights=True)
+        model = load_model(directory, _dtype(settings.dtype, device), on_progress)
+        fingerprint = model_fingerprint(
+            directory, engine=ENGINE, dtype=_name_of(next(model.parameters()).dtype), quantization=settings.quantization
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelLoadError(
-            f"can't load {settings.model!r}: {error}\ngive a directory with config.json and safetensors, or a hub id, "
-            "of a causal LM whose attention goes through transformers' AttentionInterface"
-        ) from error
-    return build_engine(model.to(device).eval(), settings, on_progress)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"model {settings.model!r} can't be loaded: {error}") from error
+    return build_engine(model.to(device), settings, on_progress, fingerprint=fingerprint)
 
 
 def build_engine(
-    model: Any, settings: LoadSettings, on_progress: Callable[[str], None] = lambda text: None
+    model: Any,
+    settings: LoadSettings,
+    on_progress: Callable[[str], None] = lambda text: None,
+    *,
+    fingerprint: str = "",
 ) -> PackedEngine:
     """Returns an engine around a model that is on its device and uses our attention.
+
+    Args:
+        model: of transformers.
+        settings: `model` is only what it is called.
+        on_progress: is told what is being done.
+        fingerprint: of its weights and settings; empty for a model that was made here.
 
     Raises:
         ModelLoadError: the model's attention can't be served.
@@ -97,22 +108,23 @@ def build_engine(
     weight = next(model.parameters())
     device, dtype = weight.device, weight.dtype
     text_config = model.config.get_text_config()
-    context = settings.context_tokens or next(
-        (int(value) for name in CONTEXT_NAMES if (value := getattr(text_config, name, None))), 0
-    )
-    if not context:
-        raise ModelLoadError(f"{settings.model!r} names no context length; set context_tokens")
-    on_progress("looking at its attention")
-    calls = _probe(model, text_config.num_hidden_layers, settings.model)
+    try:
+        context = context_of(text_config, settings.context_tokens)
+        on_progress("looking at its attention")
+        calls, self_check = _examine(model, text_config.num_hidden_layers, context)
+        kernels, placed_bytes = None, 0
+        if device.type == "cpu":
+            kernels = _kernels(settings, on_progress)
+            placed_bytes = _place(model, calls, context, kernels, settings, on_progress)
+        elif settings.quantization != "none":
+            raise ModelLoadError(f"quantization {settings.quantization} is for CPU workers; set quantization to none")
+        on_progress("comparing packed steps with the model by itself")
+        self_check.compare(kernels, is_int8=settings.quantization == "int8")
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{settings.model!r} ({type(model).__name__}) can't be served: {error}") from error
     layouts = [calls[layer].layout for layer in sorted(calls)]
-    kernels, placed_bytes = None, 0
-    if device.type == "cpu":
-        kernels = _kernels(settings, on_progress)
-        placed_bytes = _place(model, calls, kernels, settings, on_progress)
-    elif settings.quantization != "none":
-        raise ModelLoadError(f"quantization {settings.quantization} is for CPU workers; set quantization to none")
     weights_bytes = placed_bytes + sum(p.numel() * p.element_size() for p in model.parameters())
-    warm_up = partial(_warm_up, model, layouts, dtype=dtype, device=device, kernels=kernels)
+    warm_up = partial(_warm_up, model, calls, layouts, dtype=dtype, device=device, kernels=kernels)
     max_step_tokens, activation = settings.max_step_tokens or STEP_TOKENS, 0
     if device.type == "cpu" and not settings.max_step_tokens:
         max_step_tokens, activation = _cpu_step(warm_up, context)
@@ -127,14 +139,16 @@ def build_engine(
     return PackedEngine(
         model,
         memory,
+        calls,
         EngineInfo(
-            name="transformers",
+            name=ENGINE,
             device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=_name_of(dtype),
             context_tokens=context,
             kv_bytes_per_token=per_token,
             pays_padding=False,
             kv_layout=memory.layout,
+            fingerprint=fingerprint,
         ),
         PackedLimits(context_tokens=context, max_sequences=settings.max_sequences, max_step_tokens=max_step_tokens),
         weights_bytes=weights_bytes,
@@ -160,6 +174,7 @@ def _kernels(settings: LoadSettings, on_progress: Callable[[str], None]) -> Kern
 def _place(
     model: Any,
     calls: Mapping[int, AttentionCall],
+    context: int,
     kernels: Kernels | None,
     settings: LoadSettings,
     on_progress: Callable[[str], None],
@@ -183,7 +198,7 @@ def _place(
         products = choose_products(kernels, largest.weight.dtype, largest.out_features, largest.in_features)
     if products is None:
         return 0
-    fused = fuse_layers(model, calls, kernels, products, is_int8=is_int8) if kernels is not None else []
+    fused = fuse_layers(model, calls, context, kernels, products) if kernels is not None else []
     placed = place_linears(model, products)
     on_progress(f"{len(fused)} layers fused, {len(placed)} linear layers placed; products by {products.name}")
     return sum(layer.num_bytes for layer in fused) + sum(linear.num_bytes for linear in placed)
@@ -202,30 +217,33 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-@torch.inference_mode()
-def _probe(model: Any, num_layers: int, name: str) -> dict[int, AttentionCall]:
-    """Returns what each layer asks of attention, by running one token through the model.
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _examine(model: Any, num_layers: int, context: int) -> tuple[Mapping[int, AttentionCall], SelfCheck]:
+    """Returns what each layer asks of attention, and what the model computes by itself.
 
     Raises:
-        ModelLoadError: some layer does not call our attention, or wants something of it that is not done.
+        ModelLoadError: it can't be served, or it declares a window that none of its layers has.
     """
-    probe = Probe()
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    advice = "serve it with another engine, or choose a model with plain, sliding-window or soft-capped attention"
-    try:
-        with running_step(probe):
-            model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1)
-    except (EngineError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ModelLoadError(f"{name!r} ({type(model).__name__}) can't be served: {error}; {advice}") from error
-    if sorted(probe.calls) != list(range(num_layers)):
-        seen = f"{len(probe.calls)} of {num_layers} layers use transformers' AttentionInterface"
-        raise ModelLoadError(f"{name!r} ({type(model).__name__}): {seen}; {advice}")
-    return probe.calls
+    if not num_layers:
+        raise ModelLoadError("config.json gives it no layers")
+    probed = probe(model, num_layers, context)
+    reaches = {reach for call in probed.calls.values() for reach in (call.window, call.chunk)}
+    config = model.config.get_text_config()
+    for name, kind in DECLARED_REACHES.items():
+        declared, layer_types = getattr(config, name, None), getattr(config, "layer_types", None)
+        is_used = getattr(config, "use_sliding_window", True) and any(kind in layer for layer in layer_types or [kind])
+        if is_used and declared and declared < context and declared not in reaches:
+            raise ModelLoadError(f"config.json declares {name} {declared}, and none of its layers asks for it")
+    return probed.calls, SelfCheck(model, probed, context)
 
 
 @torch.inference_mode()
 def _warm_up(
     model: Any,
+    calls: Mapping[int, AttentionCall],
     layouts: list[KvLayout],
     num_tokens: int,
     *,
@@ -240,7 +258,7 @@ def _warm_up(
         arena.zero_()
     ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
     positions = torch.arange(num_tokens, device=device)
-    plan = StepPlan(memory, [Segment(0, num_tokens, 0, num_tokens)], positions, kernels)
+    plan = StepPlan(memory, calls, [Segment(0, num_tokens, 0, num_tokens)], positions, kernels)
     before = _peak_bytes(device, reset=True)
     with running_step(plan):
         model(input_ids=ids, position_ids=positions[None], use_cache=False, logits_to_keep=1)

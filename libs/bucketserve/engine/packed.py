@@ -6,7 +6,7 @@ add -> waiting --(KV range)--> prefilling --(prompt complete)--> decoding --(sto
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from bucketserve.core.errors import EngineError
 from bucketserve.core.stepping import plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId
-from bucketserve.engine.attention import Segment, StepPlan, running_step
+from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
 from bucketserve.engine.kv_memory import KvMemory
 from bucketserve.engine.kv_space import KvSpace
 from bucketserve.engine.native.kernels import Kernels
@@ -54,6 +54,7 @@ class PackedEngine:
         self,
         model: Any,
         memory: KvMemory,
+        calls: Mapping[int, AttentionCall],
         info: EngineInfo,
         limits: PackedLimits,
         *,
@@ -63,8 +64,12 @@ class PackedEngine:
         kernels: Kernels | None = None,
         keeps_prefixes: bool = True,
     ) -> None:
-        """Takes a warm model whose attention is bucketserve.engine.attention, and the kernels of its CPU, if any."""
+        """Takes a warm model whose attention is bucketserve.engine.attention, and the kernels of its CPU, if any.
+
+        `calls` is what its layers ask of attention, by layer.
+        """
         self._model = model
+        self._calls = calls
         self._space = KvSpace(memory, keeps_prefixes=keeps_prefixes)
         self._info = info
         self._limits = limits
@@ -95,7 +100,8 @@ class PackedEngine:
         if self.has_work():
             raise EngineError("the engine has work")
         segments = [Segment(0, num_tokens, 0, num_tokens)]
-        return StepPlan(self._space.memory, segments, torch.arange(num_tokens, device=self._device), self._kernels)
+        slots = torch.arange(num_tokens, device=self._device)
+        return StepPlan(self._space.memory, self._calls, segments, slots, self._kernels)
 
     def headroom(self) -> Headroom:
         """See ports.Engine."""
@@ -289,7 +295,7 @@ class PackedEngine:
             if entry.completes:
                 last.append(len(ids) - 1)
         device = self._device
-        plan = StepPlan(self._space.memory, segments, torch.tensor(slots, device=device), self._kernels)
+        plan = StepPlan(self._space.memory, self._calls, segments, torch.tensor(slots, device=device), self._kernels)
         with running_step(plan):
             output = self._model(
                 input_ids=torch.tensor([ids], device=device),

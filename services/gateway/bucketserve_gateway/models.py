@@ -7,16 +7,27 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bucketserve.core.errors import ModelLoadError, UnknownModelError
+from bucketserve.engine.model_source import (
+    accepted,
+    context_of,
+    load_config,
+    model_directory,
+    stop_ids,
+    vocabulary_of,
+)
+from bucketserve.engine.weight_files import read_json
 from bucketserve.v1 import inference_pb2
 from bucketserve_gateway.detokenizer import TokenBytes
 from bucketserve_gateway.text_bound import bytes_per_token
 
 __all__ = ["ModelCard", "ModelCatalog", "ServedModel", "load_models"]
 
-CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+STATES_EOS = ("generation_config.json", "config.json")
+TOKENIZER_FILES = {"tokenizer.json", "vocab.json", "vocab.txt", "tekken.json"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +100,7 @@ class ModelCatalog:
 def load_models(
     sources: Mapping[str, str], default_max_tokens: int, on_progress: Callable[[str], None] = lambda text: None
 ) -> ModelCatalog:
-    """Returns the catalogue of {name: directory or hub id}. Takes seconds; call it in a thread.
+    """Returns the catalogue of {name: directory or hf://organisation/name}. Takes seconds; call it in a thread.
 
     Raises:
         ModelLoadError: a source has no usable tokenizer or configuration.
@@ -98,55 +109,75 @@ def load_models(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     models = {}
     for name, source in sources.items():
         on_progress(f"loading tokenizer of {name}")
         try:
-            config = AutoConfig.from_pretrained(source)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelLoadError(
-                f"model {name}: no tokenizer and configuration in {source!r} ({error}); "
-                "give a directory with config.json and tokenizer files, or a hub id"
-            ) from error
-        try:
-            generation = GenerationConfig.from_pretrained(source)
-        except OSError:
-            generation = None
-        card = _card(name, source, config, generation, tokenizer, default_max_tokens)
-        models[name] = ServedModel(card, tokenizer, _token_bytes(name, source, tokenizer), bytes_per_token(tokenizer))
+            models[name] = _load_model(name, source, default_max_tokens)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"model {name!r} from {source!r} can't be loaded: {error}") from error
     return ModelCatalog(models)
 
 
-def _token_bytes(name: str, source: str, tokenizer: Any) -> TokenBytes:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ModelLoadError(f"model {name}: {source!r} has no tokenizer.json; convert its tokenizer to the fast form")
-    try:
-        return TokenBytes(backend)
-    except ModelLoadError as error:
-        raise ModelLoadError(f"model {name}: {source!r}: {error}") from error
-
-
-def _card(name: str, source: str, config: Any, generation: Any, tokenizer: Any, default_max_tokens: int) -> ModelCard:
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    context = next((value for field in CONTEXT_NAMES if (value := getattr(text_config, field, None))), None)
-    if context is None:
-        raise ModelLoadError(f"model {name}: {source!r} names no context length ({', '.join(CONTEXT_NAMES)})")
-    eos = getattr(generation, "eos_token_id", None)
-    if eos is None:
-        eos = getattr(text_config, "eos_token_id", None)
-    eos_ids = set() if eos is None else set(eos) if isinstance(eos, list | tuple) else {int(eos)}
-    # A chat model often ends its turn with the tokenizer's, which its configuration may not name.
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id < text_config.vocab_size:
-        eos_ids.add(tokenizer.eos_token_id)
-    return ModelCard(
+def _load_model(name: str, source: str, default_max_tokens: int) -> ServedModel:
+    directory = model_directory(source, with_weights=False)
+    config = load_config(directory)
+    tokenizer = _load_tokenizer(directory)
+    text_config = config.get_text_config()
+    vocab_size = vocabulary_of(text_config)
+    card = ModelCard(
         name=name,
-        context_tokens=int(context),
-        vocab_size=int(text_config.vocab_size),
-        eos_token_ids=tuple(sorted(eos_ids)),
+        context_tokens=context_of(text_config),
+        vocab_size=vocab_size,
+        eos_token_ids=_stop_ids(directory, tokenizer, vocab_size),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
         default_max_tokens=default_max_tokens,
     )
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelLoadError("it has no tokenizer.json; convert its tokenizer to the fast form")
+    return ServedModel(card, tokenizer, TokenBytes(backend), bytes_per_token(tokenizer))
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    """Returns the tokenizer of a directory.
+
+    Raises:
+        ModelLoadError: there is none, it is damaged, or its chat template does not compile.
+    """
+    from jinja2 import TemplateSyntaxError
+    from transformers import AutoTokenizer
+
+    names = {path.name for path in directory.iterdir()}
+    if not names & TOKENIZER_FILES:
+        advice = (
+            "; with transformers and sentencepiece, AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it"
+        )
+        raise ModelLoadError(
+            f"it has tokenizer.model and no tokenizer.json{advice}"
+            if "tokenizer.model" in names
+            else "it has no tokenizer: tokenizer.json is missing"
+        )
+    tokenizer = accepted("its tokenizer", lambda: AutoTokenizer.from_pretrained(directory, local_files_only=True))
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+        except Exception as error:
+            # Any other error is the template's own: it compiles, and which conversations it refuses is its affair.
+            if isinstance(error, TemplateSyntaxError):
+                problem = f"line {error.lineno}: {error.message}"
+                raise ModelLoadError(f"its chat template does not compile: {problem}") from error
+    return tokenizer
+
+
+def _stop_ids(directory: Path, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Returns the ids that end a text: those of generation_config.json, else of config.json, and the tokenizer's.
+
+    A chat model often ends its turn with the tokenizer's eos, which its configuration may not name. That of config.json
+    is often a forgotten default: where generation_config.json names any, it does not count, as in transformers.
+    """
+    documents = {name: read_json(directory / name) for name in STATES_EOS if (directory / name).exists()}
+    of_tokenizer = tokenizer.eos_token_id
+    ids = stop_ids(documents) | (frozenset() if of_tokenizer is None else {int(of_tokenizer)})
+    return tuple(sorted(i for i in ids if i < vocab_size))

@@ -39,7 +39,7 @@ class GatewaySettings(Section):
     max_job_bytes: int = Field(256 * 1024 * 1024, ge=1024, description="most bytes of a job's requests, all together")
     models: NamedPaths = Field(
         default_factory=dict,
-        description="served models: name=directory or hub id (for the tokenizer), comma-separated, or a JSON object",
+        description="served models: name=directory or name=hf://organisation/name, comma-separated, or a JSON object",
     )
     max_prompt_bytes: int = Field(4 * 1024 * 1024, ge=1, description="longest prompt in bytes, before tokenising")
     max_open_calls: int = Field(

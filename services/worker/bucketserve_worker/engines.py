@@ -32,7 +32,7 @@ def _fake(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Calla
 
 def _transformers(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Callable[[], Engine]:
     if not settings.model:
-        raise SettingsError(["[worker] model: name a directory or hub id (BUCKETSERVE_WORKER_MODEL)"])
+        raise SettingsError(["[worker] model: name a directory or hf://organisation/name (BUCKETSERVE_WORKER_MODEL)"])
 
     def load() -> Engine:
         # Only here: a worker with another engine needs no torch.

@@ -29,7 +29,7 @@ class WorkerSettings(Section):
         30.0, gt=0, description="held KV is freed when no scheduler has been heard of for this long, seconds"
     )
     engine: Literal["transformers", "fake"] = Field("transformers", description="engine adapter")
-    model: str = Field("", description="directory or hub id of a Hugging Face causal LM; unused by the fake engine")
+    model: str = Field("", description="directory of a causal LM, or hf://organisation/name; unused by the fake engine")
     model_name: str = Field("default", min_length=1, max_length=128, description="name that clients use")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights and KV")

@@ -35,5 +35,5 @@ def test_a_tokenizer_that_can_not_be_streamed_is_refused(tmp_path: Path) -> None
     description["decoder"] = {"type": "Sequence", "decoders": [description["decoder"], strip]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 400, "n_positions": 64}))
-    with pytest.raises(ModelLoadError, match=r"model m: .*token by token: ByteLevel, Strip at the end"):
+    with pytest.raises(ModelLoadError, match=r"model 'm' from .*: .*token by token: ByteLevel, Strip at the end"):
         load_models({"m": str(tmp_path)}, 16)

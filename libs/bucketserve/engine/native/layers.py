@@ -6,6 +6,7 @@ after it has been seen to compute the same as transformers' own on the same inpu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,9 @@ from torch import nn
 
 from bucketserve.core.errors import EngineError
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, current_step, running_step
-from bucketserve.engine.kv_memory import KvLayout, KvMemory
+from bucketserve.engine.kv_memory import KvMemory
 from bucketserve.engine.native.kernels import Kernels
-from bucketserve.engine.native.products import Products
+from bucketserve.engine.native.products import Products, TorchProducts
 
 __all__ = ["FusedLayer", "fuse_layers"]
 
@@ -27,10 +28,11 @@ HEAD_NORMS = {"q_norm", "k_norm"}
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj"}
 
 TRIAL = (33, 15)
-"""Tokens of the two sequences of the step by which a layer is compared with its original."""
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-INT8_TOLERANCE = 0.08
-"""Of what a layer adds to its input, relative. Another activation or norm is off by far more."""
+"""Tokens of the two sequences of the step by which a layer is compared with its original.
+
+The second ends at the last position of the context: what a layer does with positions may begin anywhere."""
+TOLERANCE = 1e-4
+"""Of what a layer adds to its input, relative, in float32. Another activation, norm or scale is off by far more."""
 
 
 class Workspace:
@@ -118,6 +120,7 @@ class FusedLayer(nn.Module):
             and len({attention[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
             and mlp["gate_proj"].in_features % kernels.vector == 0
             and kernels.suits_heads(call.layout.head_dim, attention["o_proj"].weight.dtype)
+            and call.layout.head_dim == call.layout.value_dim
         )
         if not is_alike:
             raise _DifferentError
@@ -149,7 +152,7 @@ class FusedLayer(nn.Module):
             qkv[:, : self._heads * dim].view(rows, self._heads, dim),
             keys,
             values,
-            plan.segment_table,
+            plan.table(self._call.chunk),
             attended,
             scale=self._call.scale,
             window=self._call.window,
@@ -163,16 +166,20 @@ class FusedLayer(nn.Module):
 
 @torch.inference_mode()
 def fuse_layers(
-    model: nn.Module, calls: Mapping[int, AttentionCall], kernels: Kernels, products: Products, *, is_int8: bool
+    model: nn.Module,
+    calls: Mapping[int, AttentionCall],
+    context: int,
+    kernels: Kernels,
+    products: Products,
 ) -> list[FusedLayer]:
     """Takes over the decoder layers that are of this kind and that it computes alike; returns the new ones.
 
     Args:
         model: on the CPU, with our attention.
         calls: what each layer asks of attention.
+        context: positions that the model is served with.
         kernels: for everything between products.
         products: for the products.
-        is_int8: products round weights, so that results are alike only roughly.
     """
     candidates = [
         (parent, name, child)
@@ -184,20 +191,18 @@ def fuse_layers(
     if not candidates:
         return []
     dtype = next(model.parameters()).dtype
-    trial = _Trial(model, [layer for _, _, layer in candidates], [calls[i].layout for i in sorted(calls)], dtype)
-    tolerance = INT8_TOLERANCE if is_int8 else TOLERANCE[dtype]
+    trial = _Trial(model, [layer for _, _, layer in candidates], calls, context, kernels)
     workspace = Workspace()
     fused: list[FusedLayer] = []
     for parent, name, layer in candidates:
         try:
             call = calls[int(layer.self_attn.layer_idx)]  # type: ignore[union-attr, arg-type]
-            taken = FusedLayer(layer, call, kernels, products, workspace)
+            # One at a time, so that no more than one layer is in memory more than once.
+            if trial.difference(layer, call) <= TOLERANCE:
+                fused.append(FusedLayer(layer, call, kernels, products, workspace))
+                setattr(parent, name, fused[-1])
         except _DifferentError:
             continue
-        # One at a time, so that no more than one layer is in memory twice.
-        if trial.difference(layer, taken) <= tolerance:
-            setattr(parent, name, taken)
-            fused.append(taken)
     if len(fused) == len(calls) and products.wants_float32:
         # Whatever reads the residual stream is fused: it can stay in float32 from the first layer to the last.
         for layer in fused:
@@ -207,40 +212,60 @@ def fuse_layers(
 
 
 class _Trial:
-    """One small step of the original model, kept layer by layer."""
+    """A small step of each layer, in float32 whatever the model's type is: rounding must not hide a difference."""
 
-    def __init__(self, model: nn.Module, layers: list[nn.Module], layouts: list[KvLayout], dtype: torch.dtype) -> None:
-        self._seen: dict[int, tuple[torch.Tensor, dict[str, Any], torch.Tensor]] = {}
-        segments, first = [], 0
-        for number in TRIAL:
-            segments.append(Segment(first, number, first, number))
-            first += number
-        self._plan = StepPlan(KvMemory(layouts, first, dtype, torch.device("cpu")), segments, torch.arange(first))
-        hooks = [layer.register_forward_hook(self._note, with_kwargs=True) for layer in layers]
-        copies = [layer.register_forward_pre_hook(self._copy, with_kwargs=True) for layer in layers]
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[nn.Module],
+        calls: Mapping[int, AttentionCall],
+        context: int,
+        kernels: Kernels,
+    ) -> None:
+        self._kernels = kernels
+        self._seen: dict[int, tuple[torch.Tensor, dict[str, Any]]] = {}
+        trial = [min(number, context) for number in TRIAL]
+        segments = [Segment(0, trial[0], 0, trial[0]), Segment(trial[0], trial[1], trial[0], trial[1])]
+        layouts, cpu = [calls[i].layout for i in sorted(calls)], torch.device("cpu")
+        slots = torch.arange(sum(trial))
+        self._plan = StepPlan(KvMemory(layouts, sum(trial), torch.float32, cpu), calls, segments, slots)
+        dtype = next(model.parameters()).dtype
+        plan = StepPlan(KvMemory(layouts, sum(trial), dtype, cpu), calls, segments, slots)
+        hooks = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in layers]
         generator = torch.Generator().manual_seed(0)
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        ids = torch.randint(0, vocabulary, (1, first), generator=generator)
-        positions = torch.cat([torch.arange(number) for number in TRIAL])[None]
+        ids = torch.randint(0, vocabulary, (1, sum(trial)), generator=generator)
+        positions = torch.cat([torch.arange(trial[0]), torch.arange(context - trial[1], context)])[None]
         try:
-            with running_step(self._plan):
+            with running_step(plan):
                 model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
         finally:
-            for hook in (*hooks, *copies):
+            for hook in hooks:
                 hook.remove()
 
-    def _copy(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        self._seen[id(layer)] = (hidden.clone(), {k: v for k, v in kwargs.items() if k != "hidden_states"}, hidden)
+        options = {name: _float32(given) for name, given in kwargs.items() if name != "hidden_states"}
+        self._seen[id(layer)] = (hidden.float(), options)
 
-    def _note(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before, options, _ = self._seen[id(layer)]
-        self._seen[id(layer)] = (before, options, output if isinstance(output, torch.Tensor) else output[0])
+    def difference(self, layer: nn.Module, call: AttentionCall) -> float:
+        """Returns the norm of the difference, relative to what the original adds to its input.
 
-    def difference(self, layer: nn.Module, taken: FusedLayer) -> float:
-        """Returns the norm of the difference, relative to what the original adds to its input."""
-        before, options, wanted = self._seen.pop(id(layer))
+        Raises:
+            _DifferentError: the layer has other parts.
+        """
+        before, options = self._seen.pop(id(layer))
+        exact = layer if next(layer.parameters()).dtype is torch.float32 else copy.deepcopy(layer).float()
+        taken = FusedLayer(exact, call, self._kernels, TorchProducts(self._kernels), Workspace())
         with running_step(self._plan):
+            output = exact(before.clone(), **options)
+            wanted = output if isinstance(output, torch.Tensor) else output[0]
             result = taken(before.clone(), **options)
-        added = (wanted.float() - before.float()).norm()
-        return float((result.float() - wanted.float()).norm() / added)
+        return float((result - wanted).norm() / (wanted - before).norm())
+
+
+def _float32(given: Any) -> Any:
+    """Returns what a layer is given, in float32 if it is a tensor, or some, of another floating type."""
+    if isinstance(given, tuple):
+        return tuple(_float32(part) for part in given)
+    return given.float() if isinstance(given, torch.Tensor) and given.is_floating_point() else given

@@ -1,0 +1,144 @@
+"""Fingerprints: the same for the same model however it is stored, another one for anything that computes otherwise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bucketserve.core.errors import ModelLoadError
+from bucketserve.engine import fingerprint
+from bucketserve.engine.fake import FakeEngine, FakeSettings
+from bucketserve.engine.fingerprint import model_fingerprint, tokenizer_fingerprint
+
+TENSORS = {"a.weight": 40, "b.weight": 300_000, "c.weight": 17}
+CONFIG = {"model_type": "llama", "hidden_size": 64, "transformers_version": "5.0"}
+
+
+def weights(sizes: dict[str, int], change: tuple[str, int] | None = None) -> bytes:
+    """A safetensors file in which each tensor is bytes of its own; `change` names one to turn over."""
+    header, data = {}, b""
+    for name, size in sizes.items():
+        content = bytearray((hash_of(name) + i) % 251 for i in range(size))
+        if change is not None and change[0] == name:
+            content[change[1]] ^= 1
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [len(data), len(data) + size]}
+        data += content
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def hash_of(name: str) -> int:
+    return sum(name.encode())
+
+
+def store(at: Path, files: dict[str, bytes], config: dict[str, object] = CONFIG) -> Path:
+    at.mkdir()
+    (at / "config.json").write_text(json.dumps(config))
+    for name, content in files.items():
+        (at / name).write_bytes(content)
+    return at
+
+
+def of(at: Path, **changes: str) -> str:
+    return model_fingerprint(at, **{"engine": "transformers", "dtype": "float32", "quantization": "none", **changes})
+
+
+@pytest.fixture(params=[True, False], ids=["whole", "sampled"])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if not request.param:
+        monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 1000)
+    return bool(request.param)
+
+
+def test_it_does_not_depend_on_how_the_weights_are_stored(tmp_path: Path, sizes: bool) -> None:
+    one = store(tmp_path / "one", {"model.safetensors": weights(TENSORS)})
+    index = {"a.weight": "m1.safetensors", "b.weight": "m2.safetensors", "c.weight": "m1.safetensors"}
+    several = store(
+        tmp_path / "several",
+        {
+            "model.safetensors.index.json": json.dumps({"weight_map": index}).encode(),
+            "m1.safetensors": weights({"c.weight": 17, "a.weight": 40}),
+            "m2.safetensors": weights({"b.weight": 300_000}),
+        },
+        {**CONFIG, "transformers_version": "6.0", "_name_or_path": "/elsewhere"},
+    )
+    assert of(one) == of(several)
+    assert len(of(one)) == 32
+
+
+@pytest.mark.parametrize("change", [("a.weight", 39), ("b.weight", 0), ("b.weight", 299_999), ("c.weight", 3)])
+def test_other_weights_of_the_same_shapes_have_another(tmp_path: Path, sizes: bool, change: tuple[str, int]) -> None:
+    one = store(tmp_path / "one", {"model.safetensors": weights(TENSORS)})
+    other = store(tmp_path / "other", {"model.safetensors": weights(TENSORS, change)})
+    assert of(one) != of(other)
+
+
+def test_up_to_the_limit_every_byte_counts(tmp_path: Path) -> None:
+    one = store(tmp_path / "one", {"model.safetensors": weights(TENSORS)})
+    seen = {of(one)}
+    for at in (70_000, 123_457, 200_001):
+        seen.add(of(store(tmp_path / str(at), {"model.safetensors": weights(TENSORS, ("b.weight", at))})))
+    assert len(seen) == 4
+
+
+def test_whatever_else_changes_results_changes_it(tmp_path: Path) -> None:
+    one = store(tmp_path / "one", {"model.safetensors": weights(TENSORS)})
+    wider = store(tmp_path / "wider", {"model.safetensors": weights(TENSORS)}, {**CONFIG, "hidden_size": 128})
+    renamed = {"a.weight": 40, "b.weight": 300_000, "d.weight": 17}
+    other = store(tmp_path / "other", {"model.safetensors": weights(renamed)})
+    bins = store(tmp_path / "bin", {"pytorch_model.bin": b"weights"})
+    seen = {of(at) for at in (one, wider, other, bins)}
+    seen |= {of(one, dtype="bfloat16"), of(one, quantization="int8"), of(one, engine="vllm")}
+    assert len(seen) == 7
+    assert of(one) in seen
+
+
+def test_a_damaged_file_is_said(tmp_path: Path) -> None:
+    damaged = store(tmp_path / "damaged", {"model.safetensors": weights(TENSORS)[:-1]})
+    with pytest.raises(ModelLoadError, match="truncated"):
+        of(damaged)
+
+
+DEMO = Path("models/demo/model")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda at: (at / "tokenizer.json").write_text((at / "tokenizer.json").read_text() + "\n"),
+        lambda at: (at / "chat_template.jinja").write_text("{{ messages }}"),
+        lambda at: (at / "chat_template.jinja").unlink(),
+        lambda at: (at / "special_tokens_map.json").write_text("{}"),
+    ],
+)
+def test_any_change_of_a_tokenizer_changes_its_fingerprint(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    copied = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    assert tokenizer_fingerprint(copied) == tokenizer_fingerprint(DEMO)
+    # Weights are not its affair.
+    (copied / "model.safetensors").unlink()
+    assert tokenizer_fingerprint(copied) == tokenizer_fingerprint(DEMO)
+    change(copied)
+    assert tokenizer_fingerprint(copied) != tokenizer_fingerprint(DEMO)
+
+
+def test_a_fake_engine_has_that_of_what_decides_its_tokens() -> None:
+    def fake(**settings: float) -> str:
+        return FakeEngine(FakeSettings(**settings)).info.fingerprint
+
+    assert fake() == fake(step_s=0.1, max_sequences=3, kv_total_tokens=5)
+    assert fake() != fake(vocab_size=300)
+
+
+def test_a_gateway_needs_neither_torch_nor_transformers_for_it() -> None:
+    code = (
+        "import sys; from pathlib import Path; from bucketserve.engine.fingerprint import tokenizer_fingerprint\n"
+        f"print(tokenizer_fingerprint(Path({str(DEMO)!r}))); print({{'torch', 'transformers'}} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [tokenizer_fingerprint(DEMO), "set()"]
