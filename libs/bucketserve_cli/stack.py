@@ -17,6 +17,7 @@ from types import TracebackType
 
 import grpc
 
+from bucketserve.machine import num_cpus
 from bucketserve.rpc.probe import check_health
 from bucketserve.store.embedded import EmbeddedServer, free_port
 
@@ -210,7 +211,7 @@ class LocalStack:
             "BUCKETSERVE_WORKER_ENGINE": self.spec.engine,
             "BUCKETSERVE_WORKER_ROLE": role,
             # Workers on one machine share its cores; each taking all of them would make all of them slow.
-            "BUCKETSERVE_WORKER_NUM_THREADS": str(max((os.cpu_count() or 1) // len(self.spec.worker_roles), 1)),
+            "BUCKETSERVE_WORKER_NUM_THREADS": str(max(num_cpus() // len(self.spec.worker_roles), 1)),
             **extra,
         }
         return self._spawn(name, "bucketserve_worker", environ, listen)
