@@ -236,3 +236,10 @@ def test_a_kv_budget_that_can_not_be_is_refused_in_a_sentence() -> None:
             LoadSettings(model="models/demo/model", kernels="torch", kv_budget_bytes=10**13, max_sequences=4096)
         )
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.engine
+def test_weights_that_can_not_fit_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bucketserve.engine.loader.machine_memory", lambda: Memory(GIB, MIB))
+    with pytest.raises(ModelLoadError, match=r"take [\d,]+ MiB .* 1 MiB are left"):
+        load_engine(LoadSettings(model=DEMO))

@@ -17,6 +17,9 @@ from bucketserve.engine.ranges import RangeAllocator
 
 __all__ = ["KvLayout", "KvMemory"]
 
+MOVED_TOKENS = 256
+"""Copied at once when ranges are moved together."""
+
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
@@ -34,6 +37,11 @@ class KvMemory:
         self.num_tokens = num_tokens
         self.keys = [torch.zeros(at.num_heads, num_tokens, at.head_dim, dtype=dtype, device=device) for at in layouts]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
+        # Taken now: moving ranges together is for when memory is short.
+        buffers = {
+            at: torch.empty(at.num_heads, MOVED_TOKENS, at.head_dim, dtype=dtype, device=device) for at in layouts
+        }
+        self._buffers = [buffers[at] for at in layouts]
         self.allocator = RangeAllocator(num_tokens)
         self.num_compactions = 0
 
@@ -91,14 +99,21 @@ class KvMemory:
         starts, end = [], 0
         for start, length in ranges:
             if start != end:
-                for arena in (*self.keys, *self.values):
-                    # Source and target may overlap: copy through a clone.
-                    arena[:, end : end + length] = arena[:, start : start + length].clone()
+                for arena, buffer in zip((*self.keys, *self.values), self._buffers * 2, strict=True):
+                    _move(arena, buffer, start, end, length)
             starts.append(end)
             end += length
         self.allocator.reset(end)
         self.num_compactions += 1
         return starts
+
+
+def _move(arena: torch.Tensor, buffer: torch.Tensor, start: int, target: int, length: int) -> None:
+    """Moves tokens of an arena to a lower place, which may overlap theirs, without taking memory."""
+    for offset in range(0, length, MOVED_TOKENS):
+        number = min(MOVED_TOKENS, length - offset)
+        moved = buffer[:, :number].copy_(arena[:, start + offset : start + offset + number])
+        arena[:, target + offset : target + offset + number] = moved
 
 
 def bytes_per_token(layouts: Sequence[KvLayout], dtype: torch.dtype) -> int:
