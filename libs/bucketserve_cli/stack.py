@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import tempfile
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bucketserve.addresses import Address
+from bucketserve.machine import num_cpus
 from bucketserve.store.embedded import EmbeddedServer, free_port
 from bucketserve_cli.plan import Settings, StackError, StackSpec, hold_addresses
 from bucketserve_cli.service_process import ServiceProcess
@@ -215,7 +215,7 @@ class LocalStack:
 
     def _start_worker(self, index: int, role: str) -> None:
         spec = self.spec
-        threads = spec.threads_per_worker or max((os.cpu_count() or 1) // len(spec.worker_roles), 1)
+        threads = spec.threads_per_worker or max(num_cpus() // len(spec.worker_roles), 1)
         flags = {"model": spec.model, "model_name": spec.model_name, "engine": spec.engine, "role": role}
         defaults = {
             "worker_id": f"worker-{index}",

@@ -17,6 +17,9 @@ from bucketserve.engine.ranges import RangeAllocator
 
 __all__ = ["KvLayout", "KvMemory"]
 
+MOVED_TOKENS = 256
+"""Copied at once when ranges are moved together."""
+
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
@@ -43,6 +46,11 @@ class KvMemory:
         self.values = [
             torch.zeros(at.num_heads, num_tokens, at.value_dim, dtype=dtype, device=device) for at in layouts
         ]
+        # Taken now: moving ranges together is for when memory is short.
+        self._buffers = {
+            (heads, dim): torch.empty(heads, MOVED_TOKENS, dim, dtype=dtype, device=device)
+            for heads, dim in {(arena.shape[0], arena.shape[2]) for arena in (*self.keys, *self.values)}
+        }
         self.allocator = RangeAllocator(num_tokens)
         self.num_compactions = 0
 
@@ -104,13 +112,20 @@ class KvMemory:
         for start, length in ranges:
             if start != end:
                 for arena in (*self.keys, *self.values):
-                    # Source and target may overlap: copy through a clone.
-                    arena[:, end : end + length] = arena[:, start : start + length].clone()
+                    _move(arena, self._buffers[arena.shape[0], arena.shape[2]], start, end, length)
             starts.append(end)
             end += length
         self.allocator.reset(end)
         self.num_compactions += 1
         return starts
+
+
+def _move(arena: torch.Tensor, buffer: torch.Tensor, start: int, target: int, length: int) -> None:
+    """Moves tokens of an arena to a lower place, which may overlap theirs, without taking memory."""
+    for offset in range(0, length, MOVED_TOKENS):
+        number = min(MOVED_TOKENS, length - offset)
+        moved = buffer[:, :number].copy_(arena[:, start + offset : start + offset + number])
+        arena[:, target + offset : target + offset + number] = moved
 
 
 def bytes_per_token(layouts: Sequence[KvLayout], dtype: torch.dtype) -> int:

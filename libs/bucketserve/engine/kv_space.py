@@ -2,8 +2,8 @@
 
 A sequence that ends leaves the KV of its whole blocks behind, until the memory is wanted. A new one that begins with
 the same tokens gets that KV copied into its own range: a copy costs a hundredth of computing it, or less, and ranges
-stay contiguous, so that attention reads plain views. Tokens are compared, not only their hashes: a collision must never
-serve somebody else's KV.
+stay contiguous, so that attention reads plain views. Prefixes form a tree of blocks, whose tokens are compared, not
+only their hashes: a collision must never serve somebody else's KV.
 """
 
 from __future__ import annotations
@@ -22,13 +22,23 @@ BLOCK_TOKENS = 32
 
 
 @dataclass(eq=False, slots=True)
+class _Block:
+    """A prefix of whole blocks: one block after another prefix."""
+
+    key: tuple[_Block | None, tuple[int, ...]]
+    """The prefix before it, and the tokens of its last block."""
+    ranges: dict[KvRange, None] = field(default_factory=dict)
+    """Those that begin with it."""
+
+
+@dataclass(eq=False, slots=True)
 class KvRange:
     """A contiguous range; `start` changes when ranges are moved together."""
 
     start: int
     length: int
-    _tokens: tuple[int, ...] = field(default=(), repr=False)
-    """Tokens, in whole blocks, whose KV others may copy from here."""
+    _blocks: list[_Block] = field(default_factory=list, repr=False)
+    """Prefixes whose KV others may copy from here, each one block longer than the one before."""
 
 
 class KvSpace:
@@ -41,7 +51,8 @@ class KvSpace:
         self._held: set[KvRange] = set()
         self._kept: dict[KvRange, None] = {}
         """Of sequences that have ended, the one used longest ago first."""
-        self._by_hash: dict[int, list[KvRange]] = {}
+        self._blocks: dict[tuple[_Block | None, tuple[int, ...]], _Block] = {}
+        """The tree: a block is found by the one before it and its own tokens."""
 
     @property
     def num_kept_tokens(self) -> int:
@@ -66,9 +77,10 @@ class KvSpace:
 
     def reuse(self, into: KvRange, tokens: Sequence[int]) -> int:
         """Copies the KV of the longest known prefix of `tokens` into a range; returns its length in tokens."""
-        source, number = self._longest(tokens)
-        if source is None:
+        block, number = self._longest(tokens)
+        if block is None:
             return 0
+        source = next(iter(block.ranges))
         self.memory.copy(source.start, into.start, number)
         if source in self._kept:
             self._kept[source] = self._kept.pop(source)
@@ -77,10 +89,14 @@ class KvSpace:
     def publish(self, of: KvRange, tokens: Sequence[int]) -> None:
         """Lets others copy the KV of these tokens, with which the range begins, while it is held and after."""
         self._forget(of)
-        if self._keeps_prefixes:
-            of._tokens = tuple(tokens[: len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS])
-            for key in _hashes(of._tokens):
-                self._by_hash.setdefault(key, []).append(of)
+        if not self._keeps_prefixes:
+            return
+        block = None
+        for piece in _pieces(tokens):
+            key = (block, piece)
+            block = self._blocks.get(key) or self._blocks.setdefault(key, _Block(key))
+            block.ranges[of] = None
+            of._blocks.append(block)
 
     def release(self, held: KvRange, tokens: Sequence[int] = ()) -> None:
         """Gives a range back; the KV of `tokens`, with which it begins, is kept while nobody wants the memory."""
@@ -108,27 +124,22 @@ class KvSpace:
         if overlaps or used + free != self.memory.num_tokens:
             raise EngineError(f"KV memory is inconsistent: {used} used, {free} free of {self.memory.num_tokens}")
 
-    def _longest(self, tokens: Sequence[int]) -> tuple[KvRange | None, int]:
-        found: tuple[KvRange | None, int] = (None, 0)
-        if not self._by_hash:
-            return found
-        wanted = tuple(tokens)
-        for number, key in enumerate(_hashes(wanted), 1):
-            length = number * BLOCK_TOKENS
-            sources = self._by_hash.get(key, ())
-            source = next((s for s in sources if s._tokens[:length] == wanted[:length]), None)
-            if source is None:
-                return found
-            found = source, length
-        return found
+    def _longest(self, tokens: Sequence[int]) -> tuple[_Block | None, int]:
+        """Returns the longest known prefix, and its length in tokens; each token is looked at once."""
+        block, length = None, 0
+        for piece in _pieces(tokens):
+            longer = self._blocks.get((block, piece))
+            if longer is None:
+                break
+            block, length = longer, length + BLOCK_TOKENS
+        return block, length
 
     def _forget(self, gone: KvRange) -> None:
-        for key in _hashes(gone._tokens):
-            sources = self._by_hash[key]
-            sources.remove(gone)
-            if not sources:
-                del self._by_hash[key]
-        gone._tokens = ()
+        for block in gone._blocks:
+            del block.ranges[gone]
+            if not block.ranges:
+                del self._blocks[block.key]
+        gone._blocks.clear()
 
     def _give_up(self, kept: KvRange) -> None:
         del self._kept[kept]
@@ -141,9 +152,7 @@ class KvSpace:
             held.start = start
 
 
-def _hashes(tokens: Sequence[int]) -> Iterator[int]:
-    """Yields the hash of each prefix of whole blocks, each made from the one before."""
-    key = 0
+def _pieces(tokens: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yields the tokens of each whole block."""
     for end in range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS):
-        key = hash((key, tuple(tokens[end - BLOCK_TOKENS : end])))
-        yield key
+        yield tuple(tokens[end - BLOCK_TOKENS : end])

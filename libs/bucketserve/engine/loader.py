@@ -28,6 +28,8 @@ from bucketserve.engine.packed import DeviceMemory, PackedEngine, PackedLimits
 from bucketserve.engine.pretrained import load_model
 from bucketserve.engine.probe import probe
 from bucketserve.engine.self_check import SelfCheck
+from bucketserve.machine import memory as machine_memory
+from bucketserve.machine import num_cpus
 from bucketserve.ports import EngineInfo
 
 __all__ = ["LoadSettings", "build_engine", "load_engine"]
@@ -43,6 +45,9 @@ CPU_STEP_TOKENS = (256, STEP_TOKENS)
 CPU_STEP_S = 0.5
 """A CPU is nearly as fast with steps of 256 tokens as with 2,048, and whoever comes waits for one to end: its size is
 what takes about this long, within bounds."""
+CPU_STEP_SHARE = 0.25
+"""Of the memory that is left, for the activations of the largest step."""
+MEMORY_AGE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +77,14 @@ def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lam
     Raises:
         ModelLoadError: the model can't be loaded or served; says what to do.
     """
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
+    # torch knows of the affinity and of OMP_NUM_THREADS, but of no container's share of a CPU.
+    torch.set_num_threads(settings.num_threads or min(torch.get_num_threads(), num_cpus()))
     device = _device(settings.device)
     on_progress(f"loading weights of {os.path.basename(settings.model.rstrip('/')) or settings.model}")
     try:
         directory = model_directory(settings.model, with_weights=True)
+        if device.type == "cpu":
+            _check_room(directory)
         model = load_model(directory, _dtype(settings.dtype, device), on_progress)
         fingerprint = model_fingerprint(
             directory, engine=ENGINE, dtype=_name_of(next(model.parameters()).dtype), quantization=settings.quantization
@@ -85,6 +92,21 @@ def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lam
     except ModelLoadError as error:
         raise ModelLoadError(f"model {settings.model!r} can't be loaded: {error}") from error
     return build_engine(model.to(device), settings, on_progress, fingerprint=fingerprint)
+
+
+def _check_room(directory: Path) -> None:
+    """Refuses weights that would have the process killed while they are read.
+
+    Raises:
+        ModelLoadError: their files are larger than the memory that is left.
+    """
+    needed = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    left = machine_memory().available
+    if needed > left:
+        raise ModelLoadError(
+            f"its weights take {needed / 2**20:,.0f} MiB and {left / 2**20:,.0f} MiB are left of this "
+            "process's memory; give it more, or choose a smaller model"
+        )
 
 
 def build_engine(
@@ -133,7 +155,7 @@ def build_engine(
     # Buffers that stay are taken by whichever step is the first that needs them.
     activation = max(activation, warm_up(max_step_tokens))
     per_token = bytes_per_token(layouts, dtype)
-    tokens = _budget_tokens(settings, per_token, context, device)
+    tokens = _budget_tokens(settings, per_token, context, device, activation * max_step_tokens)
     on_progress(f"taking {tokens * per_token / 2**20:,.0f} MiB for KV of {tokens:,} tokens")
     memory = KvMemory(layouts, tokens, dtype, device)
     return PackedEngine(
@@ -153,7 +175,7 @@ def build_engine(
         PackedLimits(context_tokens=context, max_sequences=settings.max_sequences, max_step_tokens=max_step_tokens),
         weights_bytes=weights_bytes,
         activation_bytes_per_token=activation,
-        device_memory=lambda: _device_memory(device),
+        device_memory=_seldom(lambda: _device_memory(device)),
         kernels=kernels,
         keeps_prefixes=settings.prefix_cache,
     )
@@ -266,7 +288,7 @@ def _warm_up(
 
 
 def _cpu_step(warm_up: Callable[[int], int], context: int) -> tuple[int, int]:
-    """Returns the tokens, a power of two, that take about CPU_STEP_S, and the activation bytes of one.
+    """Returns the tokens, a power of two, that take about CPU_STEP_S and fit, and the activation bytes of one.
 
     Both by the smallest step.
     """
@@ -277,7 +299,8 @@ def _cpu_step(warm_up: Callable[[int], int], context: int) -> tuple[int, int]:
     warm_up(trial)
     token_s = (time.perf_counter() - start_s) / trial
     tokens = smallest
-    while tokens < largest and 1.5 * tokens * token_s < CPU_STEP_S:
+    room = machine_memory().available * CPU_STEP_SHARE
+    while tokens < largest and 1.5 * tokens * token_s < CPU_STEP_S and 2 * tokens * activation < room:
         tokens *= 2
     return tokens, activation
 
@@ -296,20 +319,32 @@ def _peak_bytes(device: torch.device, reset: bool = False) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _budget_tokens(settings: LoadSettings, per_token: int, context: int, device: torch.device) -> int:
-    """Returns the KV budget in tokens: as set, or measured; never more than all sequences could use."""
-    if settings.kv_budget_tokens:
-        return settings.kv_budget_tokens
-    budget = settings.kv_budget_bytes
-    if not budget:
-        free = _device_memory(device).free
-        budget = (
-            int(free * CUDA_KV_SHARE) if device.type == "cuda" else min(int(free * CPU_KV_SHARE), CPU_KV_MOST_BYTES)
-        )
-    tokens = min(budget // per_token, settings.max_sequences * context)
-    if tokens < 1:
+def _budget_tokens(
+    settings: LoadSettings, per_token: int, context: int, device: torch.device, activation_bytes: int
+) -> int:
+    """Returns the KV budget in tokens: as set, or measured; never more than all sequences could use.
+
+    Args:
+        settings: as given.
+        per_token: KV bytes of a token.
+        context: most tokens of a sequence.
+        device: where the KV will be.
+        activation_bytes: what the largest step takes beside it.
+
+    Raises:
+        ModelLoadError: it does not fit into what is left.
+    """
+    # On CUDA what the warm-up took is still with torch's allocator.
+    free = max(_device_memory(device).free - (activation_bytes if device.type == "cpu" else 0), 0)
+    share, most = (CUDA_KV_SHARE, free) if device.type == "cuda" else (CPU_KV_SHARE, CPU_KV_MOST_BYTES)
+    budget = settings.kv_budget_bytes or min(int(free * share), most)
+    tokens = settings.kv_budget_tokens or min(budget // per_token, settings.max_sequences * context)
+    if tokens < 1 or tokens * per_token > free:
+        wanted = f"{max(tokens, 1) * per_token / 2**20:,.1f} MiB of KV"
         raise ModelLoadError(
-            f"a KV budget of {budget} bytes holds no token of {per_token} bytes; raise kv_budget_bytes"
+            f"{wanted} do not fit: {free / 2**20:,.0f} MiB are left of this process's memory beside the model and its "
+            f"largest step ({activation_bytes / 2**20:,.0f} MiB); give it more memory, or lower the KV budget or "
+            "max_step_tokens"
         )
     return int(tokens)
 
@@ -318,7 +353,20 @@ def _device_memory(device: torch.device) -> DeviceMemory:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return DeviceMemory(total, torch.cuda.memory_reserved(device), free)
-    page = os.sysconf("SC_PAGE_SIZE")
     with open("/proc/self/statm") as statm:
-        resident = int(statm.read().split()[1]) * page
-    return DeviceMemory(os.sysconf("SC_PHYS_PAGES") * page, resident, os.sysconf("SC_AVPHYS_PAGES") * page)
+        resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    now = machine_memory()
+    return DeviceMemory(now.total, resident, now.available)
+
+
+def _seldom(measure: Callable[[], DeviceMemory]) -> Callable[[], DeviceMemory]:
+    """Returns what measures again only when the last time is MEMORY_AGE_S ago: it reads some ten files."""
+    last = [measure()]
+    at_s = [time.monotonic()]
+
+    def measured() -> DeviceMemory:
+        if time.monotonic() - at_s[0] > MEMORY_AGE_S:
+            last[0], at_s[0] = measure(), time.monotonic()
+        return last[0]
+
+    return measured

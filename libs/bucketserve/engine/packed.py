@@ -19,14 +19,14 @@ from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, runni
 from bucketserve.engine.kv_memory import KvMemory
 from bucketserve.engine.kv_space import KvSpace
 from bucketserve.engine.native.kernels import Kernels
+from bucketserve.engine.pressure import MemoryPressure, is_out_of_memory
 from bucketserve.engine.sampling import sample, token_logprobs
-from bucketserve.engine.sequences import EngineSequence, Entry, halve, measure, sample_row
-from bucketserve.ports import EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenLogprobs, TokenOutput
+from bucketserve.engine.sequences import EngineSequence, Entry, Row, Success, Trouble, halve, measure, sample_row
+from bucketserve.ports import EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenOutput
 
 __all__ = ["DeviceMemory", "PackedEngine", "PackedLimits"]
 
-MIN_STEP_TOKENS = 16
-LOWERED_BUDGET = 0.9
+NOT_FINITE = "the model's output is not finite (NaN or infinity in its logits): no token can be chosen"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +78,7 @@ class PackedEngine:
         self._device_memory = device_memory
         self._kernels = kernels
         self._device = torch.device(info.device)
-        self._max_step_tokens = limits.max_step_tokens
-        self._budget_tokens = memory.num_tokens
-        self._num_out_of_memory = 0
+        self._pressure = MemoryPressure(limits.max_step_tokens, memory.num_tokens)
         self._num_prefix_asked = self._num_prefix_reused = 0
         self._waiting: dict[RequestId, EngineSequence] = {}
         self._running: dict[RequestId, EngineSequence] = {}
@@ -108,8 +106,8 @@ class PackedEngine:
         reserved = sum(s.spec.reserved_tokens for group in (self._waiting, self._running) for s in group.values())
         device = self._device_memory()
         return Headroom(
-            kv_total_tokens=self._budget_tokens,
-            kv_free_tokens=self._budget_tokens - reserved,
+            kv_total_tokens=self._pressure.budget_tokens,
+            kv_free_tokens=max(self._pressure.budget_tokens - reserved, 0),
             max_sequences=self._limits.max_sequences,
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -120,7 +118,7 @@ class PackedEngine:
             device_free_bytes=device.free,
             weights_bytes=self._weights_bytes,
             activation_bytes_per_token=self._activation_bytes_per_token,
-            num_out_of_memory=self._num_out_of_memory,
+            num_out_of_memory=self._pressure.num_out_of_memory,
             num_prefix_asked_tokens=self._num_prefix_asked,
             num_prefix_reused_tokens=self._num_prefix_reused,
         )
@@ -159,7 +157,11 @@ class PackedEngine:
         sequence = EngineSequence(spec, 0, [*spec.token_ids, *generated], num_generated=len(generated))
         if spec.reserved_tokens > self._limits.context_tokens or not self._reserve(sequence) or sequence.kv is None:
             raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
-        self._space.memory.copy_in(sequence.kv.start, num_tokens, kv)
+        try:
+            self._space.memory.copy_in(sequence.kv.start, num_tokens, kv)
+        except Exception as error:
+            self._release(sequence)
+            raise EngineError(f"the KV of {num_tokens} tokens can't be copied: {error}") from error
         sequence.num_cached = num_tokens
         self._running[spec.request_id] = sequence
 
@@ -202,10 +204,10 @@ class PackedEngine:
         start_s = time.perf_counter()
         sample_of = measure(entries)
         failures: list[SequenceFailure] = []
-        rows, logits = self._forward(entries, failures)
-        outputs, prefilled = self._choose(rows, logits)
+        rows = self._run(entries, failures)
+        prefilled = [row.sequence.spec.request_id for row in rows if self._begin_decoding(row.sequence)]
         return StepOutput(
-            tokens=tuple(outputs),
+            tokens=tuple(self._take(row) for row in rows),
             prefilled=tuple(prefilled),
             failures=tuple(failures),
             sample=sample_of(time.perf_counter() - start_s),
@@ -225,7 +227,7 @@ class PackedEngine:
         pieces = plan_prefill(
             ((sequence.spec.request_id, sequence.remaining) for sequence in ready),
             num_decoding=len(entries),
-            max_step_tokens=self._max_step_tokens,
+            max_step_tokens=self._pressure.max_step_tokens,
             max_chunk_tokens=min(chunks, default=0),
             is_shared=True,
         )
@@ -252,30 +254,62 @@ class PackedEngine:
 
     # --- running ------------------------------------------------------------------------------------------------
 
-    def _forward(
-        self, entries: Sequence[Entry], failures: list[SequenceFailure]
-    ) -> tuple[list[EngineSequence], torch.Tensor | None]:
-        """Runs entries and notes their KV; returns the sequences that get a token, and their logits in that order.
+    def _run(self, entries: Sequence[Entry], failures: list[SequenceFailure]) -> list[Row]:
+        """Computes entries and notes their KV; returns those that get a token, with it.
 
-        When the device is out of memory the entries are halved and tried again, down to a single token; what does not
-        even fit alone is given up. Nothing is lost by a failed try: it wrote at most the same KV.
+        What fails is halved and tried again, so that memory suffices, or that only the sequence which is the cause is
+        given up. Nothing is lost by a failed try: it wrote at most the same KV.
+        """
+        rows: list[Row] = []
+        ran_out = False
+        parts = [list(entries)]
+        while parts:
+            # Of one that was given up, there may be another half.
+            part = [entry for entry in parts.pop() if entry.sequence.kv is not None]
+            if not part:
+                continue
+            attempt = self._try(part)
+            if isinstance(attempt, Trouble):
+                ran_out = ran_out or attempt.is_out_of_memory
+                halves = halve(part) if attempt.is_out_of_memory or len(part) > 1 else None
+                if halves is None:
+                    self._fail(part[0].sequence, attempt.message, failures, is_retryable=attempt.is_out_of_memory)
+                else:
+                    parts += reversed(halves)
+                continue
+            for entry in part:
+                entry.sequence.num_cached += entry.num_tokens
+            rows += attempt.rows
+            for sequence in attempt.not_finite:
+                self._fail(sequence, NOT_FINITE, failures, is_retryable=False)
+        self._pressure.note(ran_out=ran_out)
+        return rows
+
+    def _try(self, entries: Sequence[Entry]) -> Success | Trouble:
+        """Returns the tokens of those entries that complete. What failed is left when this returns, with its tensors.
+
+        Raises:
+            torch.AcceleratorError: the device is not to be used any more.
         """
         try:
             logits = self._run_model(entries)
-        except torch.OutOfMemoryError as error:
-            self._note_out_of_memory()
-            halves = halve(entries)
-            if halves is None:
-                self._fail(entries[0].sequence, f"out of memory: {error}", failures)
-                return [], None
-            parts = [self._forward(half, failures) for half in halves]
-            rows = [sequence for part, _ in parts for sequence in part]
-            tensors = [tensor for _, tensor in parts if tensor is not None]
-            return rows, torch.cat(tensors) if tensors else None
-        rows = [entry.sequence for entry in entries if entry.completes]
-        for entry in entries:
-            entry.sequence.num_cached += entry.num_tokens
-        return rows, logits
+            if logits is None:
+                return Success()
+            sequences = [entry.sequence for entry in entries if entry.completes]
+            chosen = sample(logits, [sample_row(sequence) for sequence in sequences])
+            logprobs = token_logprobs(logits, chosen, [sequence.spec.num_logprobs for sequence in sequences])
+            rows = zip(sequences, chosen, logprobs, strict=True)
+            return Success(
+                [Row(sequence, token_id, own) for sequence, token_id, own in rows if token_id is not None],
+                [sequence for sequence, token_id in zip(sequences, chosen, strict=True) if token_id is None],
+            )
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            trouble = Trouble(is_out_of_memory(error), f"{type(error).__name__} while computing: {error}")
+        if trouble.is_out_of_memory and self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return trouble
 
     def _run_model(self, entries: Sequence[Entry]) -> torch.Tensor | None:
         """One forward pass; returns logits [rows, vocabulary] in float32 for the entries that complete, or None."""
@@ -306,39 +340,30 @@ class PackedEngine:
             )
         return output.logits[0].float() if last else None
 
-    def _note_out_of_memory(self) -> None:
-        self._num_out_of_memory += 1
-        self._max_step_tokens = max(self._max_step_tokens // 2, MIN_STEP_TOKENS)
-        self._budget_tokens = int(self._budget_tokens * LOWERED_BUDGET)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _fail(self, sequence: EngineSequence, message: str, failures: list[SequenceFailure]) -> None:
+    def _fail(
+        self, sequence: EngineSequence, message: str, failures: list[SequenceFailure], *, is_retryable: bool
+    ) -> None:
+        """Gives a sequence up; nothing of its KV, which may be what is wrong, is kept for others."""
+        sequence.num_cached = 0
         self.cancel([sequence.spec.request_id])
-        failures.append(SequenceFailure(request_id=sequence.spec.request_id, message=message, is_retryable=True))
+        failures.append(
+            SequenceFailure(request_id=sequence.spec.request_id, message=message, is_retryable=is_retryable)
+        )
 
     # --- choosing -----------------------------------------------------------------------------------------------
 
-    def _choose(
-        self, rows: Sequence[EngineSequence], logits: torch.Tensor | None
-    ) -> tuple[list[TokenOutput], list[RequestId]]:
-        """Samples the rows' next tokens; returns them and the sequences whose prompt is now complete."""
-        if logits is None:
-            return [], []
-        chosen = sample(logits, [sample_row(sequence) for sequence in rows])
-        logprobs = token_logprobs(logits, chosen, [sequence.spec.num_logprobs for sequence in rows])
-        prefilled = []
-        for sequence in rows:
-            request_id = sequence.spec.request_id
-            if request_id in self._waiting:
-                self._running[request_id] = self._waiting.pop(request_id)
-                prefilled.append(request_id)
-                if sequence.kv is not None:
-                    self._space.publish(sequence.kv, sequence.spec.token_ids)
-        outputs = [self._take(*row) for row in zip(rows, chosen, logprobs, strict=True)]
-        return outputs, prefilled
+    def _begin_decoding(self, sequence: EngineSequence) -> bool:
+        """Returns whether the sequence's prompt is complete as of this step; then others may copy its KV."""
+        request_id = sequence.spec.request_id
+        if request_id not in self._waiting:
+            return False
+        self._running[request_id] = self._waiting.pop(request_id)
+        if sequence.kv is not None:
+            self._space.publish(sequence.kv, sequence.spec.token_ids)
+        return True
 
-    def _take(self, sequence: EngineSequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+    def _take(self, row: Row) -> TokenOutput:
+        sequence, token_id, logprobs = row.sequence, row.token_id, row.logprobs
         spec = sequence.spec
         if token_id in spec.stop_token_ids:
             self.cancel([spec.request_id])

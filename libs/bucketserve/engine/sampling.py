@@ -1,20 +1,39 @@
 """The next token of each row, from its logits.
 
-Filters are applied in the order of transformers: repetition penalty, temperature, top_k, top_p, min_p. Randomness is a
-function of (seed, position, token id) alone, computed by SplitMix64 (Steele, Lea, Flood 2014), so that a row's choice
-does not depend on its batch, its worker or its device; the Gumbel-max trick turns it into a draw.
+Filters are applied in the order of transformers: repetition penalty, temperature, top_k, top_p, min_p; in float64, in
+which no parameter of the documented ranges overflows or vanishes. Of equal logits the lower token id comes first.
+Randomness is a function of (seed, position, token id) alone, computed by SplitMix64 (Steele, Lea, Flood 2014), so that
+a row's choice does not depend on its batch, its worker or its device; the Gumbel-max trick turns it into a draw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from bucketserve.ports import Logprob, Sampling, TokenLogprobs
 
-__all__ = ["SampleRow", "sample", "token_logprobs", "uniform_noise"]
+__all__ = ["SampleRow", "SeenTokens", "sample", "token_logprobs", "uniform_noise"]
+
+
+class SeenTokens:
+    """Which tokens of the vocabulary a growing sequence contains. Each token is looked at once."""
+
+    def __init__(self) -> None:
+        """Starts with none."""
+        self._mask: torch.Tensor | None = None
+        self._num_counted = 0
+
+    def mask(self, tokens: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """Returns what `tokens`, which begin as last time, contain: bool, shaped and placed as `like`, [vocabulary]."""
+        if self._mask is None:
+            self._mask = torch.zeros(like.shape[0], dtype=torch.bool, device=like.device)
+        new = torch.tensor(tokens[self._num_counted :], dtype=torch.long, device=like.device)
+        self._mask[new[new < like.shape[0]]] = True
+        self._num_counted = len(tokens)
+        return self._mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,53 +45,56 @@ class SampleRow:
     """Position of the token among the generated ones, over all attempts."""
     history: Sequence[int]
     """Prompt and generated tokens, for the repetition penalty."""
+    seen: SeenTokens = field(default_factory=SeenTokens)
+    """What the history contained at the step before."""
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """Returns a token id for each row.
+def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
+    """Returns a token id for each row; None where logits are NaN or plus infinity, or exclude every token.
 
     Args:
-        logits: [rows, vocabulary], float32.
+        logits: [rows, vocabulary], float32; minus infinity excludes a token.
         rows: one for each row of logits.
     """
+    sound = logits.amax(dim=-1).isfinite()
     penalised = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
-    if penalised:
-        logits = logits.clone()
-    for i in penalised:
-        _penalise(logits[i], rows[i])
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
-    chosen = torch.argmax(logits, dim=-1)
+    scores = logits
+    if penalised:
+        scores = logits.double()
+        scores[penalised] = _penalise(scores[penalised], [rows[i] for i in penalised])
+    chosen = torch.argmax(scores, dim=-1)
     if drawn:
-        chosen[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
-    tokens: list[int] = chosen.tolist()
-    return tokens
+        chosen[drawn] = _draw(scores[drawn].double(), [rows[i] for i in drawn])
+    both: list[list[int]] = torch.stack((chosen, sound.long())).tolist()
+    return [token_id if is_sound else None for token_id, is_sound in zip(*both, strict=True)]
 
 
 def token_logprobs(
-    logits: torch.Tensor, chosen: Sequence[int], numbers: Sequence[int | None]
+    logits: torch.Tensor, chosen: Sequence[int | None], numbers: Sequence[int | None]
 ) -> list[TokenLogprobs | None]:
     """Returns the log-probabilities of each row that wants them, from the model's own distribution.
 
     Args:
         logits: [rows, vocabulary], float32, untouched by filters.
-        chosen: the tokens chosen.
+        chosen: the tokens chosen; rows without one have no log-probabilities.
         numbers: alternatives wanted for each row; None for no log-probabilities.
     """
     result: list[TokenLogprobs | None] = [None] * len(chosen)
-    wanted = [i for i, number in enumerate(numbers) if number is not None]
+    rows = enumerate(zip(chosen, numbers, strict=True))
+    wanted = {i: (token, n) for i, (token, n) in rows if token is not None and n is not None}
     if not wanted:
         return result
-    logprobs = torch.log_softmax(logits[wanted], dim=-1)
-    most = max(numbers[i] or 0 for i in wanted)
-    top = torch.topk(logprobs, most, dim=-1) if most else None
-    for place, i in enumerate(wanted):
-        alternatives: tuple[Logprob, ...] = ()
-        if top is not None and numbers[i]:
-            number = numbers[i]
-            values, ids = top.values[place, :number].tolist(), top.indices[place, :number].tolist()
-            alternatives = tuple(Logprob(token_id, value) for token_id, value in zip(ids, values, strict=True))
-        own = Logprob(chosen[i], float(logprobs[place, chosen[i]]))
-        result[i] = TokenLogprobs(own, alternatives)
+    logprobs = torch.log_softmax(logits[list(wanted)], dim=-1)
+    own = torch.tensor([[token] for token, _ in wanted.values()], device=logits.device)
+    most = min(max(n for _, n in wanted.values()), logits.shape[1])
+    top = torch.topk(logprobs, most, dim=-1)
+    # One copy from the device each, whatever the number of rows.
+    values = torch.cat((logprobs.gather(1, own), top.values), dim=1).tolist()
+    ids = torch.cat((own, top.indices), dim=1).tolist()
+    for (i, (_, number)), row in zip(wanted.items(), zip(ids, values, strict=True), strict=True):
+        first, *others = (Logprob(token_id, value) for token_id, value in zip(*row, strict=True))
+        result[i] = TokenLogprobs(first, tuple(others[:number]))
     return result
 
 
@@ -87,7 +109,8 @@ def uniform_noise(seeds: torch.Tensor, positions: torch.Tensor, size: int) -> to
     start = _mix(_mix(seeds) ^ positions)
     columns = torch.arange(size, device=seeds.device, dtype=torch.int64)
     bits = _mix(start[:, None] + columns[None, :] * _GOLDEN)
-    return ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).mul_(2.0**-53)
+    # The largest would be rounded up to 1.
+    return ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-53)
 
 
 def _signed(value: int) -> int:
@@ -107,44 +130,50 @@ def _mix(value: torch.Tensor) -> torch.Tensor:
     return value ^ ((value >> 31) & ((1 << 33) - 1))
 
 
-def _penalise(logits: torch.Tensor, row: SampleRow) -> None:
-    """Divides positive logits of seen tokens by the penalty and multiplies negative ones, in place."""
-    seen = torch.tensor(sorted(set(row.history)), device=logits.device)
-    values = logits[seen]
-    penalty = row.sampling.repetition_penalty
-    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+def _penalise(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """Returns scores, float64, those of seen tokens divided by the penalty if positive, else multiplied."""
+    seen = torch.stack([row.seen.mask(row.history, scores[0]) for row in rows])
+    penalty = _column([row.sampling.repetition_penalty for row in rows], scores)
+    return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     device = logits.device
-    temperature = torch.tensor([row.sampling.temperature for row in rows], device=device)
-    scores = _filter(logits / temperature[:, None], rows)
+    # The best score is 0, so that no temperature makes it infinite.
+    scores = logits - logits.amax(dim=-1, keepdim=True)
+    scores = _filter(scores / _column([row.sampling.temperature for row in rows], scores), rows)
     seeds = torch.tensor([_signed(row.sampling.seed & ((1 << 64) - 1)) for row in rows], device=device)
     positions = torch.tensor([row.position for row in rows], device=device)
     gumbel = -torch.log(-torch.log(uniform_noise(seeds, positions, logits.shape[1])))
-    return torch.argmax(scores.to(torch.float64) + gumbel, dim=-1)
+    return torch.argmax(scores + gumbel, dim=-1)
 
 
 def _filter(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """Sets what top_k, top_p and min_p exclude to minus infinity."""
+    """Returns scores, the best of each row 0, with what top_k, top_p and min_p exclude at minus infinity."""
     size = scores.shape[1]
-    device = scores.device
-    excluded = float("-inf")
-    if any(row.sampling.top_k for row in rows):
-        keep = torch.tensor([min(row.sampling.top_k or size, size) for row in rows], device=device)
-        threshold = torch.sort(scores, dim=-1, descending=True).values.gather(1, keep[:, None] - 1)
-        scores = scores.masked_fill(scores < threshold, excluded)
-    if any(row.sampling.top_p < 1 for row in rows):
-        top_p = torch.tensor([row.sampling.top_p for row in rows], device=device)
-        ordered, indices = torch.sort(scores, dim=-1, descending=True)
-        probabilities = torch.softmax(ordered, dim=-1)
-        # A token is out when those before it already reach top_p; the first one always stays.
-        out = (probabilities.cumsum(dim=-1) - probabilities >= top_p[:, None]) & (top_p[:, None] < 1)
-        out[:, 0] = False
-        scores = scores.masked_fill(torch.zeros_like(out).scatter(1, indices, out), excluded)
+    # Only these rows pay for being sorted.
+    ordered = [i for i, row in enumerate(rows) if 0 < row.sampling.top_k < size or row.sampling.top_p < 1]
+    if ordered:
+        scores[ordered] = _keep_best(scores[ordered], [rows[i] for i in ordered])
     if any(row.sampling.min_p for row in rows):
-        min_p = torch.tensor([row.sampling.min_p for row in rows], device=device)
-        probabilities = torch.softmax(scores, dim=-1)
-        floor = min_p[:, None] * probabilities.max(dim=-1, keepdim=True).values
-        scores = scores.masked_fill(probabilities < floor, excluded)
+        # Relative to the best, whose logarithm is 0.
+        floor = torch.log(_column([row.sampling.min_p for row in rows], scores))
+        scores = scores.masked_fill(scores < floor, float("-inf"))
     return scores
+
+
+def _keep_best(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    size = scores.shape[1]
+    ordered, indices = torch.sort(scores, dim=-1, descending=True, stable=True)
+    top_k = _column([float(min(row.sampling.top_k or size, size)) for row in rows], scores)
+    ordered = ordered.masked_fill(torch.arange(size, device=scores.device) >= top_k, float("-inf"))
+    probabilities = torch.softmax(ordered, dim=-1)
+    top_p = _column([row.sampling.top_p for row in rows], scores)
+    # A token is out when those before it already reach top_p; the first one always stays.
+    out = (probabilities.cumsum(dim=-1) - probabilities >= top_p) & (top_p < 1)
+    out[:, 0] = False
+    return torch.empty_like(scores).scatter(1, indices, ordered.masked_fill(out, float("-inf")))
+
+
+def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]

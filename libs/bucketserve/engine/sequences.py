@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bucketserve.core.types import StepSample
 from bucketserve.engine.kv_space import KvRange
-from bucketserve.engine.sampling import SampleRow
-from bucketserve.ports import SequenceSpec
+from bucketserve.engine.sampling import SampleRow, SeenTokens
+from bucketserve.ports import SequenceSpec, TokenLogprobs
 
-__all__ = ["EngineSequence", "Entry", "halve", "measure", "sample_row"]
+__all__ = ["EngineSequence", "Entry", "Row", "Success", "Trouble", "halve", "measure", "sample_row"]
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +27,7 @@ class EngineSequence:
     num_reused: int = 0
     """Those of them that were copied from a sequence that began alike."""
     num_generated: int = 0
+    seen: SeenTokens = field(default_factory=SeenTokens)
 
     @property
     def remaining(self) -> int:
@@ -47,10 +48,36 @@ class Entry:
         return self.sequence.num_cached + self.num_tokens == len(self.sequence.tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a step brought a sequence."""
+
+    sequence: EngineSequence
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class Success:
+    """What a step, or a part of it, brought."""
+
+    rows: Sequence[Row] = ()
+    not_finite: Sequence[EngineSequence] = ()
+    """Sequences whose logits allow no choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why a step, or a part of it, could not be computed."""
+
+    is_out_of_memory: bool
+    message: str
+
+
 def sample_row(sequence: EngineSequence) -> SampleRow:
     """Returns how to choose its next token."""
     position = sequence.spec.num_resumed_tokens + sequence.num_generated
-    return SampleRow(sequence.spec.sampling, position, sequence.tokens)
+    return SampleRow(sequence.spec.sampling, position, sequence.tokens, sequence.seen)
 
 
 def measure(entries: Sequence[Entry]) -> Callable[[float], StepSample]:

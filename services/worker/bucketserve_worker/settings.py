@@ -41,7 +41,7 @@ class WorkerSettings(Section):
         description="CPU kernels: auto, the best that this processor has and that are ready or can be compiled; an "
         "instruction set, which must be there; torch, torch's operations only",
     )
-    num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: as torch chooses")
+    num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: as torch chooses, within the quota")
     kv_budget_bytes: int = Field(0, ge=0, description="memory for KV; 0: measured at start")
     kv_budget_tokens: int = Field(0, ge=0, description="KV in tokens; 0: by bytes, or measured")
     context_tokens: int = Field(0, ge=0, description="most tokens per sequence; 0: what the model has")

@@ -144,27 +144,3 @@ def test_stop_tokens_end_a_sequence_and_are_not_output() -> None:
     last = drain(under_test, outputs)[-1].tokens[-1]
     assert outputs["r"] == wanted[: wanted.index(stop)]
     assert (last.token_id, last.finish_reason, last.matched_stop_token_id) == (None, FinishReason.STOP, stop)
-
-
-def test_out_of_memory_splits_the_step_loses_nothing_and_lowers_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = (5, 60, 120, 9)
-    wanted = {f"r{n}": generate("llama", prompt(n), 8) for n in lengths}
-    under_test = engine("llama")
-    before = under_test.headroom()
-    run = under_test._run_model
-
-    def limited(entries):
-        # As a device would that has room for the activations of 50 tokens.
-        if sum(entry.num_tokens for entry in entries) > 50:
-            raise torch.OutOfMemoryError("injected")
-        return run(entries)
-
-    monkeypatch.setattr(under_test, "_run_model", limited)
-    under_test.add([spec(f"r{n}", prompt(n), 8) for n in lengths])
-    outputs: dict[str, list[int]] = {}
-    drain(under_test, outputs)
-    assert outputs == wanted
-    after = under_test.headroom()
-    assert after.num_out_of_memory > 0
-    assert after.kv_total_tokens < before.kv_total_tokens
-    under_test.check_integrity()

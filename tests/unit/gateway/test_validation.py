@@ -80,6 +80,29 @@ def test_bad_fields_are_named(request_: inference_pb2.GenerateRequest, field: st
     assert all(violation.description for violation in caught.value.violations)
 
 
+RANGES = {
+    "temperature": ([0.0, -0.0, 1e-45, 1e-38, 100.0], [-1e-45, 100.00001, math.inf]),
+    "top_p": ([1e-45, 0.5, 1.0], [0.0, -0.0, -1e-45, 1.0000002]),
+    "top_k": ([0, 1, CARD.vocab_size, 2**32 - 1], []),
+    "min_p": ([0.0, 1e-45, 1.0], [-1e-45, 1.0000002, math.nan]),
+    "repetition_penalty": ([1e-45, 1.0, 100.0], [0.0, -0.0, -1e-45, 100.00001, math.inf]),
+    "seed": ([0, 1, 2**63, 2**64 - 1], []),
+}
+"""Of common.proto: what each end of the documented range is, and what lies just beyond."""
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_the_documented_range_is_what_is_accepted(name: str) -> None:
+    inside, outside = RANGES[name]
+    for value in inside:
+        given = sampling(**{name: value})
+        valid = validate(given, CATALOG, max_prompt_bytes=1000)
+        assert getattr(valid.sampling, name) == getattr(given.sampling, name)
+    for value in outside:
+        with pytest.raises(InvalidRequestError, match=f"sampling.{name}"):
+            validate(sampling(**{name: value}), CATALOG, max_prompt_bytes=1000)
+
+
 def test_all_violations_are_reported_at_once() -> None:
     request = a_request(
         prompt="",
