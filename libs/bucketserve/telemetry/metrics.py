@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from bucketserve.telemetry.names import METRICS, Kind, Service
 
 __all__ = ["MetricsEndpoint", "ProcessMetrics"]
+
+
+SILENCE_S = 5.0
+"""After which a connection that asks nothing is closed."""
 
 
 class ProcessMetrics:
@@ -77,6 +82,9 @@ class MetricsEndpoint:
             OSError: the address can't be bound.
         """
         self._server, self._thread = start_http_server(port, host, registry)
+        # Each connection has a thread and a descriptor: who asks nothing may not keep them.
+        handler: Any = self._server.RequestHandlerClass
+        self._server.RequestHandlerClass = type("Handler", (handler,), {"timeout": SILENCE_S})
         self.port: int = self._server.server_port
 
     def __enter__(self) -> MetricsEndpoint:
