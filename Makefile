@@ -38,6 +38,9 @@ test-e2e: $(READY) ## Tests over real processes only
 fuzz: $(READY) ## 100,000 random inputs to every RPC of real processes
 	FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/e2e/test_fuzz.py
 
+abuse: $(READY) ## Hostile clients in full against a stack of processes with limited memory: nobody else notices
+	ABUSE_SCALE=1 $(BIN)/python -m pytest -q -s tests/e2e/test_abuse.py
+
 DURATION ?= 600
 SEED ?= 1
 
@@ -126,5 +129,5 @@ images: ## Build the images (needs Docker)
 clean: ## Remove what was built
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
-.PHONY: help setup demo up test test-fast test-e2e fuzz chaos soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check docs docs-check format lint types imports bench-path \
+.PHONY: help setup demo up test test-fast test-e2e fuzz abuse chaos soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check docs docs-check format lint types imports bench-path \
 	bench-core paper compose-check k8s-render images clean

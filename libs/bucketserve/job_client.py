@@ -34,6 +34,8 @@ class JobClient:
         """Connects when first used."""
         self._channel = open_channel(address, watched_service="bucketserve.v1.JobService")
         self.stub = job_pb2_grpc.JobServiceStub(self._channel)
+        self._tenants: dict[str, str] = {}
+        """Whose the jobs are that were submitted here."""
 
     async def __aenter__(self) -> JobClient:
         """Returns itself."""
@@ -62,26 +64,29 @@ class JobClient:
                 yield job_pb2.SubmitJobRequest(request=request)
 
         response: job_pb2.SubmitJobResponse = await errors_named(self.stub.SubmitJob(messages()))
+        self._tenants[response.job.job_id] = tenant
         return response.job
 
-    async def get(self, job_id: str) -> job_pb2.Job:
-        """Returns state and progress."""
-        response: job_pb2.GetJobResponse = await errors_named(
-            self.stub.GetJob(job_pb2.GetJobRequest(job_id=job_id), timeout=UNARY_TIMEOUT_S)
-        )
+    async def get(self, job_id: str, *, tenant: str = "") -> job_pb2.Job:
+        """Returns state and progress. The tenant, here and below, is that of a job that was submitted elsewhere."""
+        request = job_pb2.GetJobRequest(job_id=job_id, tenant=self._tenant_of(job_id, tenant))
+        response: job_pb2.GetJobResponse = await errors_named(self.stub.GetJob(request, timeout=UNARY_TIMEOUT_S))
         return response.job
 
-    async def cancel(self, job_id: str) -> job_pb2.Job:
+    async def cancel(self, job_id: str, *, tenant: str = "") -> job_pb2.Job:
         """Ends a job."""
-        response: job_pb2.CancelJobResponse = await errors_named(
-            self.stub.CancelJob(job_pb2.CancelJobRequest(job_id=job_id), timeout=UNARY_TIMEOUT_S)
-        )
+        request = job_pb2.CancelJobRequest(job_id=job_id, tenant=self._tenant_of(job_id, tenant))
+        response: job_pb2.CancelJobResponse = await errors_named(self.stub.CancelJob(request, timeout=UNARY_TIMEOUT_S))
         return response.job
 
-    async def results(self, job_id: str, *, first_index: int = 0, follow: bool = False) -> AsyncIterator[Result]:
+    async def results(
+        self, job_id: str, *, first_index: int = 0, follow: bool = False, tenant: str = ""
+    ) -> AsyncIterator[Result]:
         """Yields results in order of the requests; with follow set, waits for those still to come."""
         call = self.stub.FetchJobResults(
-            job_pb2.FetchJobResultsRequest(job_id=job_id, first_index=first_index, follow=follow)
+            job_pb2.FetchJobResultsRequest(
+                job_id=job_id, first_index=first_index, follow=follow, tenant=self._tenant_of(job_id, tenant)
+            )
         )
         try:
             async for result in call:
@@ -90,6 +95,9 @@ class JobClient:
             raise error_from_call(error) or error from None
         finally:
             call.cancel()
+
+    def _tenant_of(self, job_id: str, tenant: str) -> str:
+        return tenant or self._tenants.get(job_id, "")
 
 
 def request_from_line(line: bytes | str) -> inference_pb2.GenerateRequest:

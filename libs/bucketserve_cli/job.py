@@ -25,6 +25,7 @@ __all__ = ["job_app"]
 job_app = typer.Typer(help="Batch jobs: submit thousands of requests at once, fetch results later.")
 
 Address = Annotated[str, typer.Option(help="host:port of a gateway", callback=an_address)]
+Tenant = Annotated[str, typer.Option(help="whose job it is, if submit was told")]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 POLL_S = 0.5
 PATIENCE_S = 60.0
@@ -61,23 +62,24 @@ def submit(
         raise InputError(_ITEM.sub(lambda match: f"{file}:{lines[int(match[1])]}: ", str(error))) from None
     print(job.job_id, flush=True)
     if wait:
-        _watch(job.job_id, address)
+        _watch(job.job_id, tenant, address)
 
 
 @job_app.command()
 def status(
     job_id: Annotated[str, typer.Argument(help="as printed by submit")],
     watch: Annotated[bool, typer.Option(help="show progress until the job ends; status 1 if a request failed")] = False,
+    tenant: Tenant = "",
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Show a job's state and progress."""
     if watch:
-        _watch(job_id, address)
+        _watch(job_id, tenant, address)
         return
 
     async def run() -> job_pb2.Job:
         async with JobClient(address) as jobs:
-            return await jobs.get(job_id)
+            return await jobs.get(job_id, tenant=tenant)
 
     _show(asyncio.run(run()))
 
@@ -87,6 +89,7 @@ def results(
     job_id: Annotated[str, typer.Argument(help="as printed by submit")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="file for the JSONL; default: print it")] = None,
     follow: Annotated[bool, typer.Option(help="wait for results still to come")] = False,
+    tenant: Tenant = "",
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Fetch results as JSONL, in order of the requests."""
@@ -95,7 +98,7 @@ def results(
         num_results = 0
         with replaced_file(output) if output else nullcontext(sys.stdout) as file:
             async with JobClient(address) as jobs:
-                async for result in jobs.results(job_id, follow=follow):
+                async for result in jobs.results(job_id, follow=follow, tenant=tenant):
                     file.write(json.dumps(_to_json(result), ensure_ascii=False) + "\n")
                     num_results += 1
                     if follow:
@@ -109,13 +112,15 @@ def results(
 
 @job_app.command()
 def cancel(
-    job_id: Annotated[str, typer.Argument(help="as printed by submit")], address: Address = DEFAULT_ADDRESS
+    job_id: Annotated[str, typer.Argument(help="as printed by submit")],
+    tenant: Tenant = "",
+    address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """End a job; results that are there stay."""
 
     async def run() -> job_pb2.Job:
         async with JobClient(address) as jobs:
-            return await jobs.cancel(job_id)
+            return await jobs.cancel(job_id, tenant=tenant)
 
     _show(asyncio.run(run()))
 
@@ -140,13 +145,13 @@ def _read(file: Path) -> dict[int, inference_pb2.GenerateRequest]:
     return requests
 
 
-def _watch(job_id: str, address: str) -> None:
+def _watch(job_id: str, tenant: str, address: str) -> None:
     async def run() -> job_pb2.Job:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
             bar = progress.add_task(escape(job_id), total=None)
             async with JobClient(address) as jobs:
-                job = await jobs.get(job_id)
+                job = await jobs.get(job_id, tenant=tenant)
                 while True:
                     failed = f"  [red]{job.num_failed} failed[/]" if job.num_failed else ""
                     progress.update(
@@ -158,7 +163,7 @@ def _watch(job_id: str, address: str) -> None:
                     if job.state in ENDED:
                         return job
                     await asyncio.sleep(POLL_S)
-                    job = await _get_patiently(jobs, job_id)
+                    job = await _get_patiently(jobs, job_id, tenant)
 
     job = asyncio.run(run())
     _show(job)
@@ -166,11 +171,11 @@ def _watch(job_id: str, address: str) -> None:
         raise typer.Exit(1)
 
 
-async def _get_patiently(jobs: JobClient, job_id: str) -> job_pb2.Job:
+async def _get_patiently(jobs: JobClient, job_id: str, tenant: str) -> job_pb2.Job:
     give_up_s = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return await jobs.get(job_id)
+            return await jobs.get(job_id, tenant=tenant)
         except UnavailableError as error:
             if time.monotonic() > give_up_s:
                 raise

@@ -12,7 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from bucketserve.client import BucketServeClient
-from bucketserve.core.errors import DuplicateRequestError, InvalidRequestError, NotFoundError, UnavailableError
+from bucketserve.core.errors import (
+    DuplicateRequestError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
 from bucketserve.job_client import JobClient, Result, request_from_json
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.redis import connect
@@ -61,6 +67,77 @@ async def test_a_job_is_submitted_once_and_every_request_has_one_result(new_stac
             for token in event.token_ids
         ]
     assert list(results[2].token_ids) == tokens
+
+
+async def test_a_job_is_seen_by_its_tenant_alone(new_stack: NewStack) -> None:
+    stack = new_stack()
+    async with JobClient(stack.gateway_address) as owner, JobClient(stack.gateway_address) as stranger:
+        job = await owner.submit(requests(3), idempotency_key="nightly", tenant="acme")
+        assert len(await collect(owner, job.job_id, follow=True)) == 3
+        # Whoever knows the id, but not whose it is, is told the same as of a job that never was.
+        for tenant in ("", "default", "other"):
+            for call in (
+                stranger.get,
+                stranger.cancel,
+                lambda job_id, tenant: collect(stranger, job_id, tenant=tenant),
+            ):
+                with pytest.raises(NotFoundError) as caught:
+                    await call(job.job_id, tenant=tenant)
+                assert str(caught.value) == f"no job {job.job_id!r}"
+        # The same key of another tenant is another job, of which the first says nothing.
+        same = await stranger.submit(requests(2), idempotency_key="nightly", tenant="other")
+        assert same.job_id != job.job_id
+        assert len(await collect(stranger, job.job_id, tenant="acme")) == 3
+
+
+async def test_jobs_are_bounded_in_the_store_by_tenant_and_all_together(new_stack: NewStack) -> None:
+    stack = new_stack(
+        environ={
+            "BUCKETSERVE_GATEWAY_MAX_TENANT_JOB_BYTES": "100000",
+            "BUCKETSERVE_GATEWAY_MAX_ALL_JOB_BYTES": "150000",
+        }
+    )
+    large = [request_from_json({"prompt": "x" * 9000, "max_tokens": 1})] * 7
+    async with JobClient(stack.gateway_address) as jobs:
+        # Jobs of three seconds: what they take is free again after them, and an hour.
+        await jobs.submit(large, tenant="a")
+        with pytest.raises(OverloadedError) as caught:
+            await jobs.submit(large, tenant="a")
+        assert (caught.value.reason, caught.value.retry_delay_s) == ("JOBS_OF_TENANT", 60.0)
+        with pytest.raises(OverloadedError) as caught:
+            await jobs.submit(large, tenant="b")
+        assert caught.value.reason == "JOBS_OF_STORE"
+        # What was refused has left nothing that counts: a small one fits.
+        job = await jobs.submit(large[:1], tenant="b")
+        assert len(await collect(jobs, job.job_id, follow=True)) == 1
+        # A prompt that no context can hold is refused as it is submitted, not stored.
+        with pytest.raises(InvalidRequestError, match="context of 2048"):
+            await jobs.submit([request_from_json({"prompt": "x" * 40_000})], tenant="b")
+
+
+async def test_a_request_that_was_run_as_gateways_died_twice_is_given_up(new_stack: NewStack) -> None:
+    stack = new_stack(
+        environ={
+            "BUCKETSERVE_GATEWAY_JOB_LEASE_S": "1",
+            "BUCKETSERVE_GATEWAY_JOB_CONCURRENCY": "2",
+            "BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "20000",
+        }
+    )
+    running, quick = requests(1, max_tokens=2000), requests(20, max_tokens=2)
+    async with JobClient(stack.gateway_address) as jobs:
+        job = await jobs.submit([*running, *quick])
+    for _ in range(2):
+        await eventually(lambda: metric(stack, "gateway", "bucketserve_gateway_open_requests") >= 1)
+        stack.services["gateway"].signal(signal.SIGKILL)
+        stack.services["gateway"].wait(5)
+        stack.restart("gateway")
+        await asyncio.to_thread(stack.wait_until_serving)
+    async with JobClient(stack.gateway_address) as jobs:
+        results = await collect(jobs, job.job_id, follow=True)
+    assert results[0].error_reason == "ATTEMPTS_EXHAUSTED"
+    # Those that were run with it may have been lost with it; no other is.
+    assert sum(bool(result.error_reason) for result in results) <= 2
+    assert len(results) == 21
 
 
 async def test_bad_jobs_are_refused_with_the_request_that_is_wrong(new_stack: NewStack) -> None:

@@ -2,12 +2,14 @@
 
 | key                       | type   | content                                                                      |
 |---------------------------|--------|------------------------------------------------------------------------------|
-| bs:{job id}:meta          | hash   | state, total, done, failed, ttl (s), created (us), tenant, digest of requests|
+| bs:{job id}:meta          | hash   | state, total, done, failed, ttl (s), created (us), tenant, digest of requests,|
+|                           |        | name of the upload that they came by                                         |
 | bs:{job id}:upload:{name} | hash   | the same while they come in: each submission has its own until one is whole  |
 | bs:{job id}:item          | hash   | index -> serialised request                                                  |
 | bs:{job id}:pending       | zset   | indices that nobody runs                                                     |
 | bs:{job id}:lease         | zset   | index -> end of its runner's lease (ms)                                      |
 | bs:{job id}:owner         | hash   | index -> its runner                                                          |
+| bs:{job id}:lost          | hash   | index -> how many runners ended while they ran it                            |
 | bs:{job id}:result        | hash   | index -> serialised result                                                   |
 | bs:{jobs}:open            | zset   | job id -> created (us); jobs that may have something to run                  |
 
@@ -28,13 +30,17 @@ import redis.asyncio as aioredis
 from bucketserve.core.errors import DuplicateRequestError, NotFoundError
 from bucketserve.store.redis import guard
 
-__all__ = ["JobInfo", "JobStore"]
+__all__ = ["LOADING_TTL_S", "JobInfo", "JobStore"]
 
 T = TypeVar("T")
 
 OPEN = "bs:{jobs}:open"
 MOST_AT_ONCE = 8
 """Commands at once, and so connections."""
+JOBS_AT_ONCE = 256
+"""Jobs looked at in one round trip."""
+MAX_ANSWER_BYTES = 4 << 20
+"""Of requests or results in one answer, if there are several."""
 LOADING_TTL_S = 600
 """A submission that stops half-way is forgotten after this."""
 SCRIPTS = (
@@ -46,8 +52,9 @@ SCRIPTS = (
     "job_renew",
     "job_release",
     "job_finish",
+    "job_results",
 )
-PARTS = ("meta", "item", "pending", "lease", "owner", "result")
+PARTS = ("meta", "item", "pending", "lease", "owner", "result", "lost")
 UNENDED = ("loading", "running")
 
 
@@ -64,6 +71,13 @@ class JobInfo:
     num_failed: int
     ttl_s: int
     created_unix_us: int
+    upload: str = ""
+    """Name of the submission that its requests came by; empty before it runs."""
+
+    @property
+    def submission(self) -> str:
+        """What its room is taken under (job_room.py)."""
+        return f"{self.job_id}/{self.upload}"
 
 
 class JobStore:
@@ -110,7 +124,7 @@ class JobStore:
         # Listed first: should this process end between the two, runners find a job that has not started, and wait.
         await self._ask(self._client.zadd(OPEN, {job_id: created_us}))
         names = ("meta", f"upload:{upload}", "item", "pending")
-        found = await self._run("job_start", [_key(job_id, name) for name in names], total, digest)
+        found = await self._run("job_start", [_key(job_id, name) for name in names], total, digest, upload)
         if found < 0:
             raise NotFoundError("job", job_id)
         if not found:
@@ -123,19 +137,10 @@ class JobStore:
         Raises:
             NotFoundError: there is none, or not any more.
         """
-        found = await self._ask(cast(Awaitable[dict[bytes, bytes]], self._client.hgetall(_key(job_id, "meta"))))
-        if b"state" not in found or b"created" not in found:
+        info = _info(job_id, await self._meta(job_id))
+        if info is None:
             raise NotFoundError("job", job_id)
-        return JobInfo(
-            job_id=job_id,
-            state=found[b"state"].decode(),
-            tenant=found[b"tenant"].decode(),
-            num_requests=int(found[b"total"]),
-            num_done=int(found[b"done"]),
-            num_failed=int(found[b"failed"]),
-            ttl_s=int(found[b"ttl"]),
-            created_unix_us=int(found[b"created"]),
-        )
+        return info
 
     async def cancel(self, job_id: str) -> JobInfo:
         """Ends a job.
@@ -146,39 +151,65 @@ class JobStore:
         await self._run("job_cancel", _parts(job_id))
         return await self.get(job_id)
 
-    async def results(self, job_id: str, indices: Sequence[int]) -> list[bytes | None]:
-        """Returns results; None where there is none yet."""
+    async def results(
+        self, job_id: str, indices: Sequence[int], max_bytes: int = MAX_ANSWER_BYTES
+    ) -> list[bytes | None]:
+        """Returns results, None where there is none yet: the first, and more while they are within max_bytes."""
         if not indices:
             return []
-        call = self._client.hmget(_key(job_id, "result"), [str(index) for index in indices])
-        return list(await self._ask(cast(Awaitable[list[bytes | None]], call)))
+        found: list[bytes] = await self._run("job_results", [_key(job_id, "result")], max_bytes, *indices)
+        return [result or None for result in found]
 
     # --- for runners ---------------------------------------------------------------------------------------------
 
     async def open_jobs(self) -> list[JobInfo]:
         """Returns the jobs that run, oldest first; those that are over are dropped from the list."""
-        names = cast(list[bytes], await self._ask(self._client.zrange(OPEN, 0, -1)))
+        names = [name.decode() for name in cast(list[bytes], await self._ask(self._client.zrange(OPEN, 0, -1)))]
         jobs = []
-        for name in names:
-            info = await self._find(name.decode())
-            if info is None or info.state not in UNENDED:
-                await self._ask(self._client.zrem(OPEN, name))
-                # It may have been submitted anew meanwhile; a job that is in no list never runs.
-                info = await self._find(name.decode())
-                if info is not None and info.state in UNENDED:
-                    await self._ask(self._client.zadd(OPEN, {name: info.created_unix_us}))
-            if info is not None and info.state == "running":
-                jobs.append(info)
+        for start in range(0, len(names), JOBS_AT_ONCE):
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for name in names[start : start + JOBS_AT_ONCE]:
+                    pipeline.hgetall(_key(name, "meta"))
+                found = await self._ask(cast(Awaitable[list[dict[bytes, bytes]]], pipeline.execute()))
+            for name, fields in zip(names[start:], found, strict=False):
+                info = _info(name, fields)
+                if info is None or info.state not in UNENDED:
+                    info = await self._unlist(name)
+                if info is not None and info.state == "running":
+                    jobs.append(info)
         return jobs
 
-    async def claim(self, job_id: str, owner: str, most: int, lease_s: float) -> list[tuple[int, bytes]]:
-        """Gives a runner at most that many requests to run; they are its own until its lease is over."""
-        indices = await self._run("job_claim", _parts(job_id), owner, most, round(lease_s * 1e3))
+    async def _unlist(self, job_id: str) -> JobInfo | None:
+        """Takes a job that is over off the list; returns it if it was submitted anew meanwhile."""
+        await self._ask(self._client.zrem(OPEN, job_id))
+        info = _info(job_id, await self._meta(job_id))
+        if info is None or info.state not in UNENDED:
+            return None
+        # A job that is in no list never runs.
+        await self._ask(self._client.zadd(OPEN, {job_id: info.created_unix_us}))
+        return info
+
+    async def claim(
+        self, job_id: str, owner: str, most: int, lease_s: float, max_bytes: int = MAX_ANSWER_BYTES
+    ) -> list[tuple[int, bytes]]:
+        """Gives a runner at most that many requests to run; they are its own until its lease is over.
+
+        However large it is there is one, if any waits; more of them while they are within max_bytes.
+        """
+        indices = await self._run("job_claim", _parts(job_id), owner, most, round(lease_s * 1e3), max_bytes)
         if not indices:
             return []
         call = self._client.hmget(_key(job_id, "item"), [str(index) for index in indices])
         items = await self._ask(cast(Awaitable[list[bytes | None]], call))
         return [(index, item) for index, item in zip(indices, items, strict=True) if item is not None]
+
+    async def losses(self, job_id: str, indices: Sequence[int]) -> list[int]:
+        """Returns how many runners ended while they ran each request."""
+        if not indices:
+            return []
+        call = self._client.hmget(_key(job_id, "lost"), [str(index) for index in indices])
+        found = await self._ask(cast(Awaitable[list[bytes | None]], call))
+        return [max(int(number or 0), 0) for number in found]
 
     async def renew(self, job_id: str, owner: str, indices: Sequence[int], lease_s: float) -> set[int]:
         """Renews leases; returns the requests that are still the runner's to run."""
@@ -192,11 +223,8 @@ class JobStore:
         """Stores a result; False if the request is not the runner's any more or has one."""
         return bool(await self._run("job_finish", _parts(job_id), owner, index, result, int(is_error)))
 
-    async def _find(self, job_id: str) -> JobInfo | None:
-        try:
-            return await self.get(job_id)
-        except NotFoundError:
-            return None
+    async def _meta(self, job_id: str) -> dict[bytes, bytes]:
+        return await self._ask(cast(Awaitable[dict[bytes, bytes]], self._client.hgetall(_key(job_id, "meta"))))
 
     async def _ask(self, call: Awaitable[T]) -> T:
         # As many connections as commands at once: a thousand results that come together must not open a thousand.
@@ -206,6 +234,23 @@ class JobStore:
     async def _run(self, script: str, keys: Sequence[str], *args: str | int | bytes) -> Any:
         # register_script loads the script again where the server does not know it.
         return await self._ask(self._scripts[script](keys=list(keys), args=list(args)))
+
+
+def _info(job_id: str, meta: dict[bytes, bytes]) -> JobInfo | None:
+    """Returns a job as its meta describes it; None if that is gone, or a part of it."""
+    if b"state" not in meta or b"created" not in meta:
+        return None
+    return JobInfo(
+        job_id=job_id,
+        state=meta[b"state"].decode(),
+        tenant=meta[b"tenant"].decode(),
+        num_requests=int(meta[b"total"]),
+        num_done=int(meta[b"done"]),
+        num_failed=int(meta[b"failed"]),
+        ttl_s=int(meta[b"ttl"]),
+        created_unix_us=int(meta[b"created"]),
+        upload=meta.get(b"upload", b"").decode(),
+    )
 
 
 def _key(job_id: str, name: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
@@ -13,6 +14,10 @@ from bucketserve.addresses import Address
 from bucketserve.telemetry.names import METRICS, Kind, Service
 
 __all__ = ["MetricsEndpoint", "ProcessMetrics"]
+
+
+SILENCE_S = 5.0
+"""After which a connection that asks nothing is closed."""
 
 
 class ProcessMetrics:
@@ -82,6 +87,9 @@ class MetricsEndpoint:
             # Of both families, as gRPC's servers do.
             host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
         self._server, self._thread = start_http_server(port, host, registry)
+        # Each connection has a thread and a descriptor: who asks nothing may not keep them.
+        handler: Any = self._server.RequestHandlerClass
+        self._server.RequestHandlerClass = type("Handler", (handler,), {"timeout": SILENCE_S})
         self.port: int = self._server.server_port
 
     def __enter__(self) -> MetricsEndpoint:

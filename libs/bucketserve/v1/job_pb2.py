@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from bucketserve.v1 import inference_pb2 as bucketserve_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62ucketserve/v1/job.proto\x12\x0e\x62ucketserve.v1\x1a\x1e\x62ucketserve/v1/inference.proto\"\xa2\x01\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.bucketserve.v1.JobState\x12\x14\n\x0cnum_requests\x18\x03 \x01(\r\x12\x10\n\x08num_done\x18\x04 \x01(\r\x12\x12\n\nnum_failed\x18\x05 \x01(\r\x12\r\n\x05ttl_s\x18\x06 \x01(\r\x12\x17\n\x0f\x63reated_unix_us\x18\x07 \x01(\x03\"~\n\x10SubmitJobRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.bucketserve.v1.JobHeaderH\x00\x12\x32\n\x07request\x18\x02 \x01(\x0b\x32\x1f.bucketserve.v1.GenerateRequestH\x00\x42\t\n\x07message\"C\n\tJobHeader\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05ttl_s\x18\x03 \x01(\r\"5\n\x11SubmitJobResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x13.bucketserve.v1.Job\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"2\n\x0eGetJobResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x13.bucketserve.v1.Job\"M\n\x16\x46\x65tchJobResultsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"\xbe\x01\n\x17\x46\x65tchJobResultsResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x32\n\x08\x66inished\x18\x05 \x01(\x0b\x32 .bucketserve.v1.GenerateFinished\x12\x14\n\x0c\x65rror_reason\x18\x06 \x01(\t\x12\x15\n\rerror_message\x18\x07 \x01(\t\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"5\n\x11\x43\x61ncelJobResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x13.bucketserve.v1.Job*\x85\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_LOADING\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_COMPLETED\x10\x03\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x04\x32\xe1\x02\n\nJobService\x12R\n\tSubmitJob\x12 .bucketserve.v1.SubmitJobRequest\x1a!.bucketserve.v1.SubmitJobResponse(\x01\x12G\n\x06GetJob\x12\x1d.bucketserve.v1.GetJobRequest\x1a\x1e.bucketserve.v1.GetJobResponse\x12\x64\n\x0f\x46\x65tchJobResults\x12&.bucketserve.v1.FetchJobResultsRequest\x1a\'.bucketserve.v1.FetchJobResultsResponse0\x01\x12P\n\tCancelJob\x12 .bucketserve.v1.CancelJobRequest\x1a!.bucketserve.v1.CancelJobResponseBHZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62ucketserve/v1/job.proto\x12\x0e\x62ucketserve.v1\x1a\x1e\x62ucketserve/v1/inference.proto\"\xa2\x01\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.bucketserve.v1.JobState\x12\x14\n\x0cnum_requests\x18\x03 \x01(\r\x12\x10\n\x08num_done\x18\x04 \x01(\r\x12\x12\n\nnum_failed\x18\x05 \x01(\r\x12\r\n\x05ttl_s\x18\x06 \x01(\r\x12\x17\n\x0f\x63reated_unix_us\x18\x07 \x01(\x03\"~\n\x10SubmitJobRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.bucketserve.v1.JobHeaderH\x00\x12\x32\n\x07request\x18\x02 \x01(\x0b\x32\x1f.bucketserve.v1.GenerateRequestH\x00\x42\t\n\x07message\"C\n\tJobHeader\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05ttl_s\x18\x03 \x01(\r\"5\n\x11SubmitJobResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x13.bucketserve.v1.Job\"/\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"2\n\x0eGetJobResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x13.bucketserve.v1.Job\"]\n\x16\x46\x65tchJobResultsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x0e\n\x06tenant\x18\x04 \x01(\t\"\xbe\x01\n\x17\x46\x65tchJobResultsResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x32\n\x08\x66inished\x18\x05 \x01(\x0b\x32 .bucketserve.v1.GenerateFinished\x12\x14\n\x0c\x65rror_reason\x18\x06 \x01(\t\x12\x15\n\rerror_message\x18\x07 \x01(\t\"2\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"5\n\x11\x43\x61ncelJobResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x13.bucketserve.v1.Job*\x85\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_LOADING\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_COMPLETED\x10\x03\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x04\x32\xe1\x02\n\nJobService\x12R\n\tSubmitJob\x12 .bucketserve.v1.SubmitJobRequest\x1a!.bucketserve.v1.SubmitJobResponse(\x01\x12G\n\x06GetJob\x12\x1d.bucketserve.v1.GetJobRequest\x1a\x1e.bucketserve.v1.GetJobResponse\x12\x64\n\x0f\x46\x65tchJobResults\x12&.bucketserve.v1.FetchJobResultsRequest\x1a\'.bucketserve.v1.FetchJobResultsResponse0\x01\x12P\n\tCancelJob\x12 .bucketserve.v1.CancelJobRequest\x1a!.bucketserve.v1.CancelJobResponseBHZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'bucketserve.v1.job_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'ZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1'
-  _globals['_JOBSTATE']._serialized_start=942
-  _globals['_JOBSTATE']._serialized_end=1075
+  _globals['_JOBSTATE']._serialized_start=990
+  _globals['_JOBSTATE']._serialized_end=1123
   _globals['_JOB']._serialized_start=77
   _globals['_JOB']._serialized_end=239
   _globals['_SUBMITJOBREQUEST']._serialized_start=241
@@ -44,17 +44,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITJOBRESPONSE']._serialized_start=438
   _globals['_SUBMITJOBRESPONSE']._serialized_end=491
   _globals['_GETJOBREQUEST']._serialized_start=493
-  _globals['_GETJOBREQUEST']._serialized_end=524
-  _globals['_GETJOBRESPONSE']._serialized_start=526
-  _globals['_GETJOBRESPONSE']._serialized_end=576
-  _globals['_FETCHJOBRESULTSREQUEST']._serialized_start=578
-  _globals['_FETCHJOBRESULTSREQUEST']._serialized_end=655
-  _globals['_FETCHJOBRESULTSRESPONSE']._serialized_start=658
-  _globals['_FETCHJOBRESULTSRESPONSE']._serialized_end=848
-  _globals['_CANCELJOBREQUEST']._serialized_start=850
-  _globals['_CANCELJOBREQUEST']._serialized_end=884
-  _globals['_CANCELJOBRESPONSE']._serialized_start=886
-  _globals['_CANCELJOBRESPONSE']._serialized_end=939
-  _globals['_JOBSERVICE']._serialized_start=1078
-  _globals['_JOBSERVICE']._serialized_end=1431
+  _globals['_GETJOBREQUEST']._serialized_end=540
+  _globals['_GETJOBRESPONSE']._serialized_start=542
+  _globals['_GETJOBRESPONSE']._serialized_end=592
+  _globals['_FETCHJOBRESULTSREQUEST']._serialized_start=594
+  _globals['_FETCHJOBRESULTSREQUEST']._serialized_end=687
+  _globals['_FETCHJOBRESULTSRESPONSE']._serialized_start=690
+  _globals['_FETCHJOBRESULTSRESPONSE']._serialized_end=880
+  _globals['_CANCELJOBREQUEST']._serialized_start=882
+  _globals['_CANCELJOBREQUEST']._serialized_end=932
+  _globals['_CANCELJOBRESPONSE']._serialized_start=934
+  _globals['_CANCELJOBRESPONSE']._serialized_end=987
+  _globals['_JOBSERVICE']._serialized_start=1126
+  _globals['_JOBSERVICE']._serialized_end=1479
 # @@protoc_insertion_point(module_scope)

@@ -64,10 +64,12 @@ class SubmitJobResponse(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
 
 class GetJobRequest(_message.Message):
-    __slots__ = ("job_id",)
+    __slots__ = ("job_id", "tenant")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     job_id: str
-    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+    tenant: str
+    def __init__(self, job_id: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class GetJobResponse(_message.Message):
     __slots__ = ("job",)
@@ -76,14 +78,16 @@ class GetJobResponse(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
 
 class FetchJobResultsRequest(_message.Message):
-    __slots__ = ("job_id", "first_index", "follow")
+    __slots__ = ("job_id", "first_index", "follow", "tenant")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     first_index: int
     follow: bool
-    def __init__(self, job_id: _Optional[str] = ..., first_index: _Optional[int] = ..., follow: _Optional[bool] = ...) -> None: ...
+    tenant: str
+    def __init__(self, job_id: _Optional[str] = ..., first_index: _Optional[int] = ..., follow: _Optional[bool] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class FetchJobResultsResponse(_message.Message):
     __slots__ = ("index", "request_id", "text", "token_ids", "finished", "error_reason", "error_message")
@@ -104,10 +108,12 @@ class FetchJobResultsResponse(_message.Message):
     def __init__(self, index: _Optional[int] = ..., request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished: _Optional[_Union[_inference_pb2.GenerateFinished, _Mapping]] = ..., error_reason: _Optional[str] = ..., error_message: _Optional[str] = ...) -> None: ...
 
 class CancelJobRequest(_message.Message):
-    __slots__ = ("job_id",)
+    __slots__ = ("job_id", "tenant")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     job_id: str
-    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+    tenant: str
+    def __init__(self, job_id: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class CancelJobResponse(_message.Message):
     __slots__ = ("job",)

@@ -66,14 +66,15 @@ class JobServiceServicer:
     def SubmitJob(self, request_iterator, context):
         """Submits a job: a header, then its requests in order. With the idempotency key of an earlier submission of the same
         requests it returns that job; a submission that broke off is taken up again.
-        Errors: INVALID_ARGUMENT (violations name items[N].field), ALREADY_EXISTS (same key, other requests), UNAVAILABLE.
+        Errors: INVALID_ARGUMENT (violations name items[N].field), ALREADY_EXISTS (same key, other requests),
+        RESOURCE_EXHAUSTED (what this tenant, or everybody, has stored; RetryInfo), UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetJob(self, request, context):
-        """Returns a job's state and progress. Errors: NOT_FOUND (unknown or expired).
+        """Returns a job's state and progress. Errors, here and below: NOT_FOUND (unknown, expired, or of another tenant).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -10,6 +10,7 @@ from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import SettingsError
 from bucketserve.process import default_instance_id, unless_stopped
 from bucketserve.rpc.server import RpcServer
+from bucketserve.store.job_room import JobRoom
 from bucketserve.store.jobs import JobStore
 from bucketserve.store.redis import connect
 from bucketserve.telemetry.names import Service
@@ -102,16 +103,17 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, public.grpc_server)
         is_leaving = asyncio.Event()
-        store = JobStore(connect(settings.redis_url)) if settings.redis_url else None
+        store, room = _job_store(settings)
         job_pb2_grpc.add_JobServiceServicer_to_server(
-            JobServicer(store, catalog, settings, is_leaving=is_leaving.is_set), public.grpc_server
+            JobServicer(store, room, catalog, settings, admission=admission, is_leaving=is_leaving.is_set),
+            public.grpc_server,
         )
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(delivery, internal.grpc_server)
         async with asyncio.TaskGroup() as tasks:
             link = tasks.create_task(scheduler.run(), name="scheduler-link")
             watch = tasks.create_task(scheduler.watch(), name="silent-requests")
             health = tasks.create_task(_show_health(public, scheduler, settings.scheduler_wait_s), name="health")
-            runner = JobRunner(store, inference.generate, gateway_id, settings, observer) if store else None
+            runner = JobRunner(store, inference.generate, gateway_id, settings, observer, room) if store else None
             jobs = tasks.create_task(runner.run(), name="job-runner") if runner else None
             try:
                 await internal.start()
@@ -144,6 +146,15 @@ async def _show_health(public: RpcServer, scheduler: SchedulerLink, grace_s: flo
     while True:
         await public.set_serving(scheduler.is_present(grace_s))
         await asyncio.sleep(HEALTH_S)
+
+
+def _job_store(settings: GatewaySettings) -> tuple[JobStore, JobRoom] | tuple[None, None]:
+    """Returns where jobs are kept, and the count of what they take there, if this gateway has a store."""
+    if not settings.redis_url:
+        return None, None
+    client = connect(settings.redis_url)
+    room = JobRoom(client, max_tenant_bytes=settings.max_tenant_job_bytes, max_bytes=settings.max_all_job_bytes)
+    return JobStore(client), room
 
 
 def _public_server(

@@ -1,7 +1,8 @@
 """Runs batch jobs: claims requests from Redis, generates as for any client, stores results.
 
-The requests are of class BATCH: the scheduler gives them what interactive ones leave. Here only their number is
-bounded, so that jobs of any size hold little memory and leave the scheduler's queue to others.
+The requests are of class BATCH: the scheduler gives them what interactive ones leave. Here their number and bytes are
+bounded, so that jobs of any size hold little memory and leave the scheduler's queue to others; and whose turn it is
+follows from what runs here: the tenant that has least, of its jobs the one that has least, of these the oldest.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 
@@ -19,7 +21,8 @@ from bucketserve.core.errors import (
     RequestCancelledError,
     UnavailableError,
 )
-from bucketserve.store.jobs import JobStore
+from bucketserve.store.job_room import JobRoom
+from bucketserve.store.jobs import JobInfo, JobStore
 from bucketserve.v1 import inference_pb2, job_pb2
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
@@ -28,6 +31,10 @@ __all__ = ["JobRunner"]
 
 LOOK_S = 0.5
 STORE_RETRY_S = 1.0
+MAX_LOSSES = 2
+"""A request that was being run as so many gateways ended is not given to another one."""
+MAX_RUNNING_BYTES = 64 << 20
+"""Of requests that run here; however large one is, it may run alone."""
 FOREVER = ("ATTEMPTS_EXHAUSTED", "TOO_LARGE")
 """Reasons of UNAVAILABLE that waiting does not help."""
 
@@ -46,6 +53,7 @@ class JobRunner:
         gateway_id: str,
         settings: GatewaySettings,
         telemetry: GatewayTelemetry,
+        room: JobRoom | None = None,
     ) -> None:
         """Runs nothing yet. The owner's name is new with every process: leases of the one before must run out."""
         self._store = store
@@ -53,7 +61,10 @@ class JobRunner:
         self._owner = f"{gateway_id}/{uuid.uuid4().hex[:8]}"
         self._settings = settings
         self._telemetry = telemetry
+        self._room = room
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._running: dict[tuple[str, int], tuple[str, int]] = {}
+        """Tenant and bytes of each request in _tasks."""
 
     async def run(self) -> None:
         """Looks for work, for ever; on cancellation gives back what has not finished."""
@@ -75,20 +86,37 @@ class JobRunner:
             await self._give_back()
 
     async def _claim(self) -> None:
-        """Takes work from the oldest job that has some."""
-        free = self._settings.job_concurrency - len(self._tasks)
-        if free <= 0:
-            return
-        for job in await self._store.open_jobs():
-            claimed = await self._store.claim(job.job_id, self._owner, free, self._settings.job_lease_s)
-            for index, item in claimed:
-                key = (job.job_id, index)
-                task = asyncio.create_task(self._run_item(job.job_id, index, item), name=f"job-{index}")
-                self._tasks[key] = task
-                task.add_done_callback(partial(self._done, key))
-            free -= len(claimed)
-            if free <= 0:
+        """Takes work, turn by turn, from the jobs that have least running here."""
+        jobs = await self._store.open_jobs()
+        while jobs and (free := self._settings.job_concurrency - len(self._tasks)) > 0:
+            of_tenant = Counter(tenant for tenant, _ in self._running.values())
+            of_job = Counter(job_id for job_id, _ in self._running)
+            # The oldest of equals, since that is how they come.
+            job = min(jobs, key=lambda job: (of_tenant[job.tenant], of_job[job.job_id]))
+            # Some places are kept for jobs that have none.
+            most = min(free - max(self._settings.job_concurrency // 8, 1), -(-free // len(jobs)))
+            if not of_job[job.job_id]:
+                most = max(most, 1)
+            num_bytes = sum(size for _, size in self._running.values())
+            if num_bytes >= MAX_RUNNING_BYTES:
                 return
+            if most <= 0 or not await self._claim_from(job, most, MAX_RUNNING_BYTES - num_bytes):
+                jobs.remove(job)
+
+    async def _claim_from(self, job: JobInfo, most: int, max_bytes: int) -> bool:
+        """Starts at most so many requests of a job; returns whether there was one."""
+        claimed = await self._store.claim(job.job_id, self._owner, most, self._settings.job_lease_s, max_bytes)
+        losses = await self._store.losses(job.job_id, [index for index, _ in claimed])
+        for (index, item), num_lost in zip(claimed, losses, strict=True):
+            key = (job.job_id, index)
+            run = self._run_item if num_lost < MAX_LOSSES else self._give_up_item
+            task = asyncio.create_task(run(job.job_id, index, item), name=f"job-{index}")
+            self._tasks[key] = task
+            self._running[key] = (job.tenant, len(item))
+            task.add_done_callback(partial(self._done, key))
+        if claimed and self._room is not None:
+            await self._room.keep(job.submission, job.ttl_s)
+        return bool(claimed)
 
     async def _renew(self) -> None:
         """Keeps the leases; stops what is not ours any more or whose job was cancelled."""
@@ -125,6 +153,15 @@ class JobRunner:
             break
         await self._finish(job_id, index, result)
 
+    async def _give_up_item(self, job_id: str, index: int, item: bytes) -> None:
+        """Stores that a request ends the gateways that run it."""
+        request = inference_pb2.GenerateRequest.FromString(item)
+        message = f"{MAX_LOSSES} gateways ended while they ran it"
+        result = job_pb2.FetchJobResultsResponse(
+            index=index, request_id=request.request_id, error_reason="ATTEMPTS_EXHAUSTED", error_message=message
+        )
+        await self._finish(job_id, index, result)
+
     async def _generate_into(
         self, result: job_pb2.FetchJobResultsResponse, request: inference_pb2.GenerateRequest
     ) -> None:
@@ -153,7 +190,7 @@ class JobRunner:
     def _done(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
         # A request that was lost and claimed again has a new task, which stays.
         if self._tasks.get(key) is task:
-            del self._tasks[key]
+            del self._tasks[key], self._running[key]
         if not task.cancelled() and (error := task.exception()) is not None:
             self._telemetry.unexpected("job", error)
 

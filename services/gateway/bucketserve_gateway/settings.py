@@ -36,7 +36,13 @@ class GatewaySettings(Section):
         15.0, ge=1, le=600, description="a job's requests of a gateway that is gone run elsewhere after this, seconds"
     )
     max_job_requests: int = Field(100_000, ge=1, description="most requests in a job")
-    max_job_bytes: int = Field(256 * 1024 * 1024, ge=1024, description="most bytes of a job's requests, all together")
+    max_job_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="most bytes of a job's requests, all together")
+    max_tenant_job_bytes: int = Field(
+        128 * 1024 * 1024, ge=1024, description="most bytes that jobs of a tenant may take in Redis, with their results"
+    )
+    max_all_job_bytes: int = Field(
+        256 * 1024 * 1024, ge=1024, description="the same of all jobs: half of what Redis has, or less"
+    )
     models: NamedPaths = Field(
         default_factory=dict,
         description="served models: name=directory or name=hf://organisation/name, comma-separated, or a JSON object",

@@ -183,3 +183,46 @@ async def test_a_job_whose_submitter_ends_between_two_writes_runs_all_the_same(c
         keys=[f"bs:{{j}}:{name}" for name in ("meta", "upload:u", "item", "pending")], args=[1, "d"]
     )
     assert [job.job_id for job in await store.open_jobs()] == ["j"]
+
+
+async def test_requests_and_results_come_in_pieces_of_bounded_size(client: aioredis.Redis) -> None:
+    store = JobStore(client)
+    await store.begin("j", "t", 60)
+    await store.put("j", "u", 0, [b"x" * 1000] * 5)
+    await store.start("j", "u", 5, "d")
+    # One at least, however large, so that none waits for ever.
+    assert [index for index, _ in await store.claim("j", "a", 10, LEASE_S, max_bytes=10)] == [0]
+    assert [index for index, _ in await store.claim("j", "a", 10, LEASE_S, max_bytes=2000)] == [1, 2]
+    for index in (0, 2):
+        await store.finish("j", "a", index, b"y" * 1000, is_error=False)
+    found = [len(result) if result else result for result in await store.results("j", range(5), max_bytes=1500)]
+    assert found == [1000, None]
+    assert len(await store.results("j", range(2, 5), max_bytes=10)) == 1
+
+
+async def test_it_is_counted_how_many_runners_ended_with_a_request(client: aioredis.Redis) -> None:
+    store = JobStore(client)
+    await submitted(store, number=2)
+    for number in range(3):
+        assert [index for index, _ in await store.claim("j", f"r{number}", 1, 0.05)] == [0]
+        assert await store.losses("j", [0, 1]) == [number, 0]
+        await asyncio.sleep(0.1)
+    # Given back by one that leaves in order is not lost.
+    await store.claim("j", "b", 2, LEASE_S)
+    await store.release("j", "b", [0, 1])
+    await store.claim("j", "c", 2, LEASE_S)
+    assert await store.losses("j", [0, 1]) == [3, 0]
+
+
+async def test_a_runner_that_was_only_silent_has_not_ended(client: aioredis.Redis) -> None:
+    store = JobStore(client)
+    await submitted(store, number=1)
+    await store.claim("j", "a", 1, 0.05)
+    await asyncio.sleep(0.1)
+    await store.claim("j", "b", 1, LEASE_S)
+    assert await store.losses("j", [0]) == [1]
+    # The store was away, not the runner: it comes back, and learns that the request is another's.
+    assert await store.renew("j", "a", [0], LEASE_S) == set()
+    assert await store.losses("j", [0]) == [0]
+    assert await store.renew("j", "a", [0], LEASE_S) == set()
+    assert await store.losses("j", [0]) == [0]

@@ -13,6 +13,7 @@ from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.jobs import JobInfo, JobStore
 from bucketserve.store.redis import connect
 from bucketserve.v1 import inference_pb2, job_pb2
+from bucketserve_gateway import job_runner
 from bucketserve_gateway.job_runner import JobRunner
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
@@ -79,11 +80,11 @@ async def store(valkey: EmbeddedServer) -> AsyncIterator[JobStore]:
     await client.aclose()
 
 
-async def submit(store: JobStore, prompts: list[str]) -> None:
-    await store.begin("j", "t", 60)
-    items = [inference_pb2.GenerateRequest(prompt=prompt).SerializeToString() for prompt in prompts]
-    await store.put("j", "u", 0, items)
-    await store.start("j", "u", len(prompts), "d")
+async def submit(store: JobStore, prompts: list[str], job_id: str = "j", tenant: str = "t") -> None:
+    await store.begin(job_id, tenant, 60)
+    items = [inference_pb2.GenerateRequest(prompt=prompt, request_id=prompt[:9]) for prompt in prompts]
+    await store.put(job_id, "u", 0, [item.SerializeToString() for item in items])
+    await store.start(job_id, "u", len(prompts), "d")
 
 
 @contextlib.asynccontextmanager
@@ -190,3 +191,70 @@ async def test_a_cancelled_job_stops_its_requests(store: JobStore) -> None:
         await store.cancel("j")
         await eventually(lambda: model.num_open == 0, 5)
     assert await store.results("j", [0, 1]) == [None, None]
+
+
+async def test_a_small_job_does_not_wait_for_a_large_one(store: JobStore) -> None:
+    model, heard = Model(), Heard()
+    model.may_answer.clear()
+    await submit(store, [f"large-{i}" for i in range(500)], "large", "a")
+    runner = JobRunner(store, model.generate, "g", SETTINGS, heard)
+    await runner._claim()
+    # The large one has all places but one.
+    assert len(runner._tasks) == SETTINGS.job_concurrency - 1
+    # Of the same tenant or of another one: it is next.
+    await submit(store, ["small"], "small", "a")
+    await runner._claim()
+    assert ("small", 0) in runner._tasks
+    await submit(store, ["other"], "other", "b")
+    model.may_answer.set()
+    await asyncio.gather(*runner._tasks.values())
+    model.may_answer.clear()
+    await runner._claim()
+    assert ("other", 0) in runner._tasks
+    await runner._give_back()
+
+
+async def test_tenants_have_equal_shares_however_many_jobs_they_have(store: JobStore) -> None:
+    model, heard = Model(), Heard()
+    model.may_answer.clear()
+    for i in range(6):
+        await submit(store, [f"{i}-{k}" for k in range(20)], f"a{i}", "a")
+    await submit(store, [f"b-{k}" for k in range(20)], "b0", "b")
+    settings = SETTINGS.model_copy(update={"job_concurrency": 16})
+    runner = JobRunner(store, model.generate, "g", settings, heard)
+    await runner._claim()
+    tenants = [tenant for tenant, _ in runner._running.values()]
+    assert abs(tenants.count("a") - tenants.count("b")) <= 3
+    assert len(tenants) == 16
+    # And none of a tenant's jobs is left out.
+    assert len({job_id for job_id, _ in runner._tasks}) == 7
+    await runner._give_back()
+
+
+async def test_a_request_that_ends_its_gateways_is_given_up_and_the_others_run(store: JobStore) -> None:
+    model, heard = Model(), Heard()
+    await submit(store, ["deadly", "harmless"])
+    # Two gateways take it, and are never heard of again.
+    for name in ("first", "second"):
+        assert [index for index, _ in await store.claim("j", name, 1, 0.05)] == [0]
+        await asyncio.sleep(0.1)
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+        found = await results(store, 2)
+    assert [(result.request_id, result.error_reason, result.text) for result in found] == [
+        ("deadly", "ATTEMPTS_EXHAUSTED", ""),
+        ("harmless", "", "harmless"),
+    ]
+
+
+async def test_what_runs_at_once_is_bounded_in_bytes(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_runner, "MAX_RUNNING_BYTES", 10_000)
+    model, heard = Model(), Heard()
+    model.may_answer.clear()
+    await submit(store, ["x" * 4000 for _ in range(6)])
+    runner = JobRunner(store, model.generate, "g", SETTINGS, heard)
+    for _ in range(3):
+        await runner._claim()
+    assert len(runner._tasks) == 3
+    model.may_answer.set()
+    async with running(runner):
+        assert len(await results(store, 6)) == 6

@@ -1,5 +1,5 @@
 -- Gives requests back that a runner did not finish.
--- KEYS: meta, item, pending, lease, owner, result.  ARGV: owner, indices...  O(k log n).
+-- KEYS: meta, item, pending, lease, owner, result, lost.  ARGV: owner, indices...  O(k log n).
 local is_running = redis.call('HGET', KEYS[1], 'state') == 'running'
 for i = 2, #ARGV do
   if redis.call('HGET', KEYS[5], ARGV[i]) == ARGV[1] then
