@@ -35,14 +35,19 @@ class Relay:
         if self._server is not None:
             self._server.close()
             self.cut()
+            # What is still on its way ends within this loop, or its sockets would be left open.
+            while self._open:
+                await asyncio.sleep(0.01)
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
         try:
             there, back = await asyncio.open_connection(*self._target)
         except OSError:
             writer.close()
+            self._open.discard(writer)
             return
-        self._open |= {writer, back}
+        self._open.add(back)
         try:
             await asyncio.gather(_pump(reader, back), _pump(there, writer))
         finally:

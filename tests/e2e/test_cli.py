@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from bucketserve_cli.stack import LocalStack
+from tests.cli import run_command
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import status
 
@@ -25,24 +26,30 @@ BUCKETSERVE = [sys.executable, "-m", "bucketserve_cli.main"]
 SLOW = {"BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "5000"}
 
 
-def bucketserve(*arguments: str, status: int = 0, stdin: bytes = b"", **environ: str) -> tuple[str, str]:
-    """Returns standard output and standard error of a command that ends with that status."""
+def as_process(*arguments: str, stdin: bytes = b"", cwd: Path | None = None, **environ: str) -> tuple[int, str, str]:
+    """Returns exit status, standard output and standard error."""
+    environ = {**os.environ, **environ}
     done = subprocess.run(
-        [*BUCKETSERVE, *arguments],
-        input=stdin,
-        capture_output=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, **environ},
+        [*BUCKETSERVE, *arguments], input=stdin, capture_output=True, timeout=120, check=False, env=environ, cwd=cwd
     )
-    out, err = done.stdout.decode(), done.stderr.decode()
-    assert done.returncode == status, (arguments, out, err)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def checked(ended: tuple[int, str, str], status: int = 0) -> tuple[str, str]:
+    """Returns standard output and standard error of a command that ended with that status."""
+    code, out, err = ended
+    assert code == status, (out, err)
     assert "Traceback" not in err
     # Nobody's terminal: nothing that only a terminal understands.
     assert "\x1b" not in out + err
     if status:
         assert re.fullmatch(r"error: [^\n]*\n", err), err
     return out, err
+
+
+def bucketserve(*arguments: str, status: int = 0) -> tuple[str, str]:
+    """Returns standard output and standard error of a command that ends with that status."""
+    return checked(run_command(*arguments), status)
 
 
 def test_the_readme_runs_as_pasted_and_the_command_line_keeps_its_word(new_stack: NewStack, tmp_path: Path) -> None:
@@ -63,14 +70,7 @@ def _runs_the_readme(stack: LocalStack, tmp_path: Path) -> None:
         _, name, *arguments = shlex.split(command)
         address = {"generate": stack.gateway_address, "status": stack.scheduler_address, "job": stack.gateway_address}
         if name in address:
-            done = subprocess.run(
-                [*BUCKETSERVE, name, *arguments, "--address", address[name]],
-                capture_output=True,
-                timeout=120,
-                check=False,
-                cwd=tmp_path,
-            )
-            assert done.returncode == 0, (command, done.stderr)
+            checked(as_process(name, *arguments, "--address", address[name], cwd=tmp_path))
             ran.add(name)
         elif name == "sim" and arguments:
             # As pasted it takes half a minute: with fewer requests the same.
@@ -93,8 +93,8 @@ def _generates(at: tuple[str, ...]) -> None:
     out, err = bucketserve("generate", "x", "--max-tokens", "3", *at)
     assert out.endswith("\n")
     assert re.search(r"length: \d+ prompt \+ 3 output tokens.*, bucket \[\d+, \d+\)", err)
-    assert bucketserve("generate", "-", "--max-tokens", "3", *at, stdin=b"x")[0] == out
-    _, err = bucketserve("generate", "-", *at, stdin=b"Gr\xf6\xdfe", status=2)
+    assert checked(as_process("generate", "-", "--max-tokens", "3", *at, stdin=b"x"))[0] == out
+    _, err = checked(as_process("generate", "-", *at, stdin=b"Gr\xf6\xdfe"), 2)
     assert "standard input is not UTF-8" in err
     _, err = bucketserve("generate", "x", "--model", "[/nobody]", *at, status=1)
     assert "UNKNOWN_MODEL: unknown model '[/nobody]'; served: demo" in err
@@ -147,11 +147,11 @@ def _reads_and_writes_files(at: tuple[str, ...], tmp_path: Path) -> None:
     assert out.read_text() == printed
     assert (out.stat().st_mode & 0o777, link.is_symlink()) == (0o640, True)
     assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.jsonl"]
-    assert bucketserve("job", "results", job_id, "-o", "/dev/stdout", *at)[0] == printed
+    assert checked(as_process("job", "results", job_id, "-o", "/dev/stdout", *at))[0] == printed
     # A request that fails shows in the status of who waited for it.
     file.write_text(json.dumps({"token_ids": [5] * 2047, "max_tokens": 100}))
-    done = subprocess.run([*BUCKETSERVE, "job", "submit", str(file), "--wait", *at], capture_output=True, check=False)
-    assert (done.returncode, b"completed" in done.stdout) == (1, True)
+    code, out_, _ = run_command("job", "submit", str(file), "--wait", *at)
+    assert (code, "completed" in out_) == (1, True)
     # What the server finds wrong is named by line, too.
     file.write_text('{"prompt": "x"}\n\n{"prompt": "x", "temperature": -1}\n')
     _, err = bucketserve("job", "submit", str(file), *at, status=2)
@@ -175,7 +175,7 @@ def _shows_tables(stack: LocalStack, at: tuple[str, ...], tmp_path: Path) -> Non
     file.write_text('{"prompt": "x", "max_tokens": 1}')
     job_id = bucketserve("job", "submit", str(file), *at)[0].strip()
     for command in (("job", "status", job_id, *at), ("status", "--address", stack.scheduler_address)):
-        narrow, _ = bucketserve(*command, COLUMNS="40")
+        narrow, _ = checked(as_process(*command, COLUMNS="40"))
         assert max(map(len, narrow.splitlines())) <= 40
         assert "…" not in narrow
 
@@ -186,8 +186,8 @@ def test_status_finds_the_scheduler_that_leads(new_stack: NewStack) -> None:
     asyncio.run(status(stack))
     outs, errs = [], []
     for address in stack.scheduler_addresses:
-        done = subprocess.run([*BUCKETSERVE, "status", "--address", address], capture_output=True, check=False)
-        (outs if done.returncode == 0 else errs).append((done.stdout + done.stderr).decode())
+        code, out, err = run_command("status", "--address", address)
+        (errs if code else outs).append(out + err)
     assert len(outs) == len(errs) == 1
     assert "model demo" in outs[0]
     assert "standby" in errs[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Iterator
 from enum import EnumMeta
@@ -11,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
-from bucketserve_cli.main import app
+from tests.cli import COMMAND, run_command
 
 WRONG = {
     int: ["x", "", "1.5", "1e3", "nan", str(10**30), str(-(10**30)), "-1"],
@@ -48,21 +45,11 @@ def cases() -> Iterator[tuple[str, list[str]]]:
                     yield f"{' '.join(path)} {option} {value!r}", [*path, *needed, option, value]
 
 
-COMMAND = typer.main.get_command(app)
 CASES = dict(cases())
 
 
-def run(arguments: list[str]) -> tuple[int, str, str]:
-    """Returns exit status, standard output and standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
-        COMMAND.main(arguments, prog_name="bucketserve")
-    assert isinstance(left.value.code, int)
-    return left.value.code, out.getvalue(), err.getvalue()
-
-
 def the_one_line(arguments: list[str]) -> str:
-    status, out, err = run(arguments)
+    status, out, err = run_command(*arguments)
     assert (status, out) == (2, ""), (arguments, err)
     lines = err.splitlines()
     assert len(lines) == 1, err
@@ -156,7 +143,7 @@ def test_a_wrong_line_of_a_job_is_named(tmp_path: Path, line: bytes, said: str) 
 def test_a_failing_load_generator_leaves_its_output_as_it_was(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     file.write_text("kept")
-    status, _, err = run(["bench", "--address", "127.0.0.1:1", "--json", str(file)])
+    status, _, err = run_command("bench", "--address", "127.0.0.1:1", "--json", str(file))
     assert (status, file.read_text()) == (1, "kept")
     assert err.startswith("error: UNAVAILABLE: ")
     assert list(tmp_path.iterdir()) == [file]
@@ -167,7 +154,7 @@ def test_a_simulation_that_fails_leaves_its_output_as_it_was(tmp_path: Path) -> 
     out.write_text("kept")
     the_one_line(["sim", "--policy", "magic", "--json", str(out)])
     assert out.read_text() == "kept"
-    status, _, err = run(["sim", "--requests", "20", "--span", "0", "--json", str(out)])
+    status, _, err = run_command("sim", "--requests", "20", "--span", "0", "--json", str(out))
     assert (status, err) == (0, "")
     assert json.loads(out.read_text())["num_requests"] == 20
     assert list(tmp_path.iterdir()) == [out]
