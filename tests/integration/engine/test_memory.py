@@ -26,7 +26,7 @@ def resident():
 
 STEP, KV = 2048, 32_768
 config = LlamaConfig(
-    vocab_size=2000, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8,
+    vocab_size=2000, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, head_dim=64,
     num_key_value_heads=8, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, pad_token_id=0,
 )
 model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).float().eval()
