@@ -35,9 +35,10 @@ weights = sum(p.numel() * p.element_size() for p in model.parameters())
 before = resident()
 engine = build_engine(model, settings)
 said = engine.headroom()
-# Everything in use at once: all of the KV, in steps of the largest size.
-engine.add([SequenceSpec(request_id=RequestId(str(i)), token_ids=tuple([5 + i % 7] * 2000), max_new_tokens=48)
-            for i in range(KV // 2048)])
+# Everything in use at once: all of the KV, in steps of the largest size, one of them by a single prompt.
+lengths = [(2000, 48)] + [(496, 16)] * ((KV - 2048) // 512)
+engine.add([SequenceSpec(request_id=RequestId(str(i)), token_ids=tuple([5 + i % 7] * prompt), max_new_tokens=new)
+            for i, (prompt, new) in enumerate(lengths)])
 peak = 0
 while engine.has_work():
     Path("/proc/self/clear_refs").write_text("5")
