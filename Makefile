@@ -7,6 +7,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Test processes. One more than cores: many tests wait for services most of the time.
+JOBS ?= 3
 
 help: ## Show the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -26,14 +28,14 @@ demo: $(READY) ## Start the whole stack, send a mix of prompts at once, show the
 up: $(READY) ## Start the whole stack and keep it running until Ctrl-C
 	$(BIN)/bucketserve up
 
-test: check ## All checks and tests that CI runs (some 25 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+test: check ## All checks and tests that CI runs (under 12 minutes on 2 cores): make test JOBS=3
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow and not gpu'
 
 test-fast: $(READY) ## Unit and property tests only
 	$(BIN)/python -m pytest -q tests/unit tests/property
 
 test-e2e: $(READY) ## Tests over real processes only
-	$(BIN)/python -m pytest -q tests/e2e
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' tests/e2e
 
 fuzz: $(READY) ## 100,000 random inputs to every RPC of real processes
 	FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/e2e/test_fuzz.py

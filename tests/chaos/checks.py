@@ -2,40 +2,147 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import grpc
+
+from bucketserve.client import BucketServeClient, Chunk
 from bucketserve.store.redis import connect
-from bucketserve_cli.stack import LocalStack
-from tests.e2e.observe import metric, status
+from bucketserve_cli.stack import LocalStack, ServiceProcess
+from tests.e2e.observe import eventually, metric, status
 
-__all__ = ["double_executions", "leaks", "usage"]
+__all__ = ["Usage", "double_executions", "leaks", "usage", "warm_up"]
 
-FILES, TASKS = 30, 12
-"""What a service may have more than when it was first measured: connections, and their tasks, not made by then."""
 TOLERANCE_S = 0.005
 """Logs are written to the millisecond."""
+STORE_CONNECTIONS = 128
+"""The pool of a client of the store never shrinks, so it is bounded by what was asked at once, not by what is now."""
+STORE = "connection to the store, or to whoever collects spans"
+PEER_AREA = "KV area of another worker"
+UNTRACED = ("traceparent", f"00-{'1' * 32}-{'1' * 16}-00")
+"""Says that spans of this request are not wanted."""
+ESTABLISHED, LISTEN = "01", "0A"
 
 
-def usage(stack: LocalStack) -> dict[str, dict[str, float]]:
-    """Returns open files, tasks and resident bytes of each service."""
+@dataclass(frozen=True)
+class Usage:
+    """What a service holds: tasks, resident bytes, and open files by what they are."""
+
+    tasks: float
+    resident_bytes: float
+    files: Counter[str]
+
+
+def usage(stack: LocalStack) -> dict[str, Usage]:
+    """Returns what each service of a stack holds."""
+    # Before anybody is asked: that takes connections.
+    files = _open_files(stack)
     return {
-        name: {
-            "files": metric(stack, name, "process_open_fds"),
-            "tasks": metric(stack, name, "process_asyncio_tasks"),
-            "bytes": metric(stack, name, "process_resident_memory_bytes"),
-        }
+        name: Usage(
+            metric(stack, name, "process_asyncio_tasks"),
+            metric(stack, name, "process_resident_memory_bytes"),
+            files[name],
+        )
         for name in stack.services
     }
 
 
-async def leaks(stack: LocalStack, redis_url: str, before: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _open_files(stack: LocalStack) -> dict[str, Counter[str]]:
+    """Open files of each service by kind; connections by the kind of service at their other end."""
+    sockets = _tcp_sockets()
+    links = {name: _links(service) for name, service in stack.services.items()}
+    owner = {sockets[link][0]: _kind(name) for name in links for link in links[name] if link in sockets}
+    listening = {local for local, _, state in sockets.values() if state == LISTEN}
+
+    def kind(link: str) -> str:
+        if link not in sockets:
+            return re.sub(r"(pipe|socket):.*", r"\1", link)
+        local, remote, state = sockets[link]
+        if state == LISTEN:
+            return "listening"
+        if local in listening:
+            return f"connection of {owner.get(remote, 'a client')}" + ("" if state == ESTABLISHED else ", half-closed")
+        return f"connection to {owner[remote]}" if remote in owner else STORE
+
+    return {name: Counter(map(kind, of_service)) for name, of_service in links.items()}
+
+
+def _links(service: ServiceProcess) -> list[str]:
+    """What a process has open."""
+    links = []
+    for entry in Path(f"/proc/{service.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            link = str(entry.readlink()).replace(str(service.log_path), "its log")
+            links.append(PEER_AREA if link.startswith("/memfd:") and _is_read_only(entry) else link)
+    return links
+
+
+def _is_read_only(entry: Path) -> bool:
+    """Whether a descriptor, given by its entry in /proc/PID/fd, was opened for reading alone."""
+    fields = dict(line.split(":\t") for line in (entry.parents[1] / "fdinfo" / entry.name).read_text().splitlines())
+    return int(fields["flags"], 8) & os.O_ACCMODE == os.O_RDONLY
+
+
+def _tcp_sockets() -> dict[str, tuple[str, str, str]]:
+    """Link of an open file -> local address, remote address and state, as the kernel writes them."""
+    tables = (Path(f"/proc/net/{name}") for name in ("tcp", "tcp6"))
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    return {f"socket:[{row[9]}]": (row[1], row[2], row[3]) for row in rows}
+
+
+def _kind(name: str) -> str:
+    """Kind of the service of that name."""
+    return name.partition("-")[0]
+
+
+async def warm_up(stack: LocalStack) -> dict[str, Usage]:
+    """Opens every connection that a stack opens when first needed; returns what its services hold when quiet."""
+    for address in stack.gateway_addresses:
+        async with BucketServeClient(address) as client, contextlib.AsyncExitStack() as streams:
+            # Each stays until all have come: a worker that has one is not given the next while another has none.
+            for _ in stack.worker_names():
+                events = client.generate(token_ids=[5], max_tokens=400, ignore_eos=True, metadata=[UNTRACED])
+                await streams.enter_async_context(contextlib.aclosing(events))
+                num_tokens = 0
+                # The second token comes from a decode worker, if prefill and decode are apart.
+                async for event in events:
+                    num_tokens += len(event.token_ids) if isinstance(event, Chunk) else 0
+                    if num_tokens >= 2:
+                        break
+    seen: dict[str, Usage] = {}
+
+    async def is_quiet() -> bool:
+        """Whether nothing runs, and nothing changes any more."""
+        seen_before = dict(seen)
+        try:
+            seen.update(usage(stack))
+            return not await _at_work(stack) and _compared(seen, seen_before) == []
+        except (AssertionError, grpc.aio.AioRpcError, OSError):
+            return False
+
+    await eventually(is_quiet, 30)
+    return seen
+
+
+async def leaks(stack: LocalStack, before: Mapping[str, Usage]) -> list[str]:
     """Returns what is left over though nobody asks for anything: KV, leases, keys, requests, files, tasks."""
+    after = usage(stack)
+    found = await _at_work(stack)
+    if not stack.redis_url.startswith("memory"):
+        found += await _keys(stack.redis_url)
+    return found or _compared(after, before)
+
+
+async def _at_work(stack: LocalStack) -> list[str]:
+    """What runs, waits or holds KV."""
     found: list[str] = []
     now = await status(stack)
     if now.num_running or now.num_waiting:
@@ -53,16 +160,32 @@ async def leaks(stack: LocalStack, redis_url: str, before: Mapping[str, Mapping[
     for name in (n for n in stack.services if n.startswith("gateway")):
         if number := metric(stack, name, "bucketserve_gateway_open_requests"):
             found.append(f"{name}: {number:.0f} open requests")
-    if not redis_url.startswith("memory"):
-        found += await _keys(redis_url)
-    after = usage(stack)
-    for name, values in after.items():
-        for what, slack in (("files", FILES), ("tasks", TASKS)):
-            # Measured against the first life of the one of its kind that had most: the leader may be another one now.
-            kind = name.partition("-")[0]
-            first = max(each[what] for other, each in before.items() if other.partition("-")[0] == kind)
-            if values[what] > first + slack:
-                found.append(f"{name}: {values[what]:.0f} {what}, {first:.0f} at first")
+    return found
+
+
+def _compared(after: Mapping[str, Usage], before: Mapping[str, Usage]) -> list[str]:
+    """What services hold more than before; each is compared with the one of its kind that held most.
+
+    Who leads may have changed, and with it who holds the connections of all workers and gateways. What workers keep for
+    each other is opened when first needed: one for each other worker, however often that is started again.
+    """
+    found: list[str] = []
+    others = sum(_kind(name) == "worker" for name in before) - 1
+    limits = {
+        STORE: STORE_CONNECTIONS,
+        PEER_AREA: others,
+        "connection to worker": others,
+        "connection of worker": others,
+    }
+    for name, now in after.items():
+        peers = [usage for other, usage in before.items() if _kind(other) == _kind(name)]
+        most = max((usage.tasks for usage in peers), default=0)
+        if now.tasks > most:
+            found.append(f"{name}: {now.tasks:.0f} tasks, {most:.0f} at first")
+        for kind, number in now.files.items():
+            first = max((usage.files[kind] for usage in peers), default=0)
+            if number > max(first, limits.get(kind, 0)):
+                found.append(f"{name}: {number} x {kind}, {first} at first")
     return found
 
 

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -31,7 +32,7 @@ from bucketserve.job_client import JobClient, request_from_json
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.v1 import job_pb2
 from bucketserve_cli.stack import LocalStack, StackSpec
-from tests.chaos.checks import double_executions, leaks, usage
+from tests.chaos.checks import Usage, double_executions, leaks, usage, warm_up
 from tests.chaos.faults import Faults
 from tests.chaos.load import Load, Tally
 from tests.chaos.oracle import expected_tokens
@@ -82,7 +83,7 @@ async def chaos(options: argparse.Namespace, console: Console, log_dir: Path) ->
         await loop.run_in_executor(None, stack.__enter__)
         stack_exit.push(stack)
         tally, faults = Tally(), Faults(stack, store, relays, options.seed)
-        before = await _warm_up(stack)
+        before = await warm_up(stack)
         start_s = time.monotonic()
         load = Load(stack.gateway_addresses, tally, options.seed, faults.was_killed)
         running = asyncio.create_task(load.run(options.clients))
@@ -99,7 +100,7 @@ async def chaos(options: argparse.Namespace, console: Console, log_dir: Path) ->
             await running
             shower.cancel()
         job_problems = await job
-        left = await _settled(stack, store.url, before)
+        left = await _settled(stack, before)
         num_runs, twice = double_executions(stack)
         after = usage(stack)
         for relay in relays:
@@ -110,18 +111,6 @@ async def chaos(options: argparse.Namespace, console: Console, log_dir: Path) ->
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return bool(report["is_good"])
-
-
-async def _warm_up(stack: LocalStack) -> dict[str, dict[str, float]]:
-    """Opens every connection once; returns what the services use when quiet."""
-    tally = Tally()
-    load = Load(stack.gateway_addresses, tally, 0, lambda address, from_s, to_s: False)
-    running = asyncio.create_task(load.run(8))
-    await asyncio.sleep(4)
-    load.stop()
-    await running
-    await asyncio.sleep(1)
-    return usage(stack)
 
 
 async def _job(stack: LocalStack, seed: int) -> list[str]:
@@ -161,12 +150,12 @@ async def _show(progress: Progress, bar: object, tally: Tally, start_s: float) -
         await asyncio.sleep(0.5)
 
 
-async def _settled(stack: LocalStack, redis_url: str, before: dict[str, dict[str, float]]) -> list[str]:
+async def _settled(stack: LocalStack, before: dict[str, Usage]) -> list[str]:
     """Returns what is left over once nothing changes any more."""
     deadline_s = time.monotonic() + SETTLE_S
     while True:
         try:
-            left = await leaks(stack, redis_url, before)
+            left = await leaks(stack, before)
         except Exception as error:  # the leader may just have changed
             left = [f"not to be seen: {error!r}"]
         if not left or time.monotonic() > deadline_s:
@@ -182,8 +171,8 @@ def _report(
     job_problems: list[str],
     num_runs: int,
     twice: list[str],
-    before: dict[str, dict[str, float]],
-    after: dict[str, dict[str, float]],
+    before: dict[str, Usage],
+    after: dict[str, Usage],
 ) -> dict[str, object]:
     balance = tally.accepted - tally.completed - tally.cancelled - tally.cut
     is_good = not (balance or tally.lost or tally.mismatched or tally.duplicates or left or job_problems or twice)
@@ -210,7 +199,7 @@ def _report(
         "runs at workers": num_runs,
         "executed twice": twice[:20],
         "latency_s": {"p50": deciles[49], "p99": deciles[98]},
-        "usage": {name: {"before": before[name], "after": after[name]} for name in after},
+        "usage": {name: {"before": asdict(before[name]), "after": asdict(after[name])} for name in after},
     }
 
 

@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from bucketserve.client import BucketServeClient
 from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_cli.stack import LocalStack
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import metric
 
@@ -85,8 +86,8 @@ async def call(client: BucketServeClient, payload: bytes) -> grpc.aio.AioRpcErro
     return caught.value
 
 
-async def test_bad_input_is_refused_with_reasons_and_never_reaches_the_scheduler(new_stack: NewStack) -> None:
-    stack = new_stack()
+@pytest.mark.stack()
+async def test_bad_input_is_refused_with_reasons_and_never_reaches_the_scheduler(stack: LocalStack) -> None:
     async with BucketServeClient(stack.gateway_address) as client:
         for name, (payload, fields) in BAD.items():
             error = await call(client, payload)

@@ -27,6 +27,8 @@ SLOW = {
     "BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "20000",
     "BUCKETSERVE_WORKER_MAX_STEP_TOKENS": "16",
 }
+SLOW_PREFILL = {**SLOW, "BUCKETSERVE_WORKER_FAKE_PREFILL_US_PER_TOKEN": "5000"}
+LARGE_STEPS = {**SLOW, "BUCKETSERVE_WORKER_MAX_STEP_TOKENS": "2048"}
 WAYS = ["goes_away", "deadline"]
 
 
@@ -87,9 +89,9 @@ def generated(stack: LocalStack) -> float:
     return sum(metric(stack, name, "vllm:generation_tokens_total") for name in stack.worker_names())
 
 
+@pytest.mark.stack(environ={**SLOW, "BUCKETSERVE_WORKER_MAX_SEQUENCES": "1"})
 @pytest.mark.parametrize("way", WAYS)
-async def test_client_goes_away_while_it_is_queued(new_stack: NewStack, way: str) -> None:
-    stack = new_stack(environ={**SLOW, "BUCKETSERVE_WORKER_MAX_SEQUENCES": "1"})
+async def test_client_goes_away_while_it_is_queued(stack: LocalStack, way: str) -> None:
     async with BucketServeClient(stack.gateway_address) as client:
         holder = asyncio.create_task(client.generate_text("And", max_tokens=2000, ignore_eos=True))
         await eventually(lambda: metric(stack, "worker-0", "vllm:num_requests_running") == 1)
@@ -116,7 +118,8 @@ async def test_client_goes_away_while_it_is_queued(new_stack: NewStack, way: str
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_client_goes_away_while_its_batch_is_claimed(new_stack: NewStack, way: str) -> None:
-    stack = new_stack(environ={**SLOW, "BUCKETSERVE_WORKER_FAKE_PREFILL_US_PER_TOKEN": "5000"})
+    # Of its own: a scheduler that knows how slow it is would not even begin what is due before it can be prefilled.
+    stack = new_stack(environ=SLOW_PREFILL)
     async with BucketServeClient(stack.gateway_address) as client:
         async with paused(stack, "worker-0"):
             leaver = Leaver(client, way)
@@ -133,8 +136,8 @@ async def test_client_goes_away_while_its_batch_is_claimed(new_stack: NewStack, 
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_client_goes_away_during_prefill(new_stack: NewStack, way: str) -> None:
+    stack = new_stack(environ=SLOW_PREFILL)
     # 16 tokens a step, 5 ms each: three seconds and more in all.
-    stack = new_stack(environ={**SLOW, "BUCKETSERVE_WORKER_FAKE_PREFILL_US_PER_TOKEN": "5000"})
     async with BucketServeClient(stack.gateway_address) as client:
         leaver = Leaver(client, way)
         await eventually(lambda: prefilled(stack) > 0, DEADLINE_S)
@@ -144,9 +147,9 @@ async def test_client_goes_away_during_prefill(new_stack: NewStack, way: str) ->
     assert leaver.num_tokens == generated(stack) == 0
 
 
+@pytest.mark.stack(roles=("prefill", "decode"), environ=LARGE_STEPS)
 @pytest.mark.parametrize("way", WAYS)
-async def test_client_goes_away_while_kv_is_in_flight(new_stack: NewStack, way: str) -> None:
-    stack = new_stack(roles=("prefill", "decode"), environ={**SLOW, "BUCKETSERVE_WORKER_MAX_STEP_TOKENS": "2048"})
+async def test_client_goes_away_while_kv_is_in_flight(stack: LocalStack, way: str) -> None:
     async with BucketServeClient(stack.gateway_address) as client:
         # The decode worker has its order to pull, and can't.
         async with paused(stack, "worker-1"):
@@ -158,10 +161,19 @@ async def test_client_goes_away_while_kv_is_in_flight(new_stack: NewStack, way: 
     assert generated(stack) < 100
 
 
+@pytest.mark.stack(environ=LARGE_STEPS)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("roles", [("both",), ("prefill", "decode")])
-async def test_client_goes_away_during_decode(new_stack: NewStack, way: str, roles: tuple[str, ...]) -> None:
-    stack = new_stack(roles=roles, environ={**SLOW, "BUCKETSERVE_WORKER_MAX_STEP_TOKENS": "2048"})
+async def test_client_goes_away_during_decode(stack: LocalStack, way: str) -> None:
+    await leave_during_decode(stack, way)
+
+
+@pytest.mark.stack(roles=("prefill", "decode"), environ=LARGE_STEPS)
+@pytest.mark.parametrize("way", WAYS)
+async def test_client_goes_away_during_decode_at_a_decode_worker(stack: LocalStack, way: str) -> None:
+    await leave_during_decode(stack, way)
+
+
+async def leave_during_decode(stack: LocalStack, way: str) -> None:
     async with BucketServeClient(stack.gateway_address) as client:
         leaver = Leaver(client, way)
         await eventually(lambda: leaver.num_tokens > 5, DEADLINE_S)

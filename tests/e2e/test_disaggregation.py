@@ -12,13 +12,13 @@ from bucketserve.client import BucketServeClient
 from bucketserve.v1 import common_pb2
 from bucketserve_cli.stack import LocalStack
 from tests.e2e.conftest import NewStack
-from tests.e2e.observe import eventually, metric, status
-from tests.e2e.test_failover import SLOW, events
-from tests.e2e.test_stack import run
+from tests.e2e.observe import events, eventually, metric, status
+from tests.e2e.test_stack import SLOW, run
 
 pytestmark = pytest.mark.e2e
 
 PREFILL, DECODE = "worker-0", "worker-1"
+SMALL_DECODE = ({}, {"BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "600"})
 
 
 def transfers(stack: LocalStack, worker: str = DECODE, **labels: str) -> float:
@@ -51,9 +51,8 @@ async def test_tokens_are_those_of_one_worker_that_does_both(new_stack: NewStack
     await eventually(lambda: is_clean(split))
 
 
-async def test_a_full_decode_side_holds_the_prefill_side_back(new_stack: NewStack) -> None:
-    small = ({}, {"BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "600"})
-    stack = new_stack(roles=("prefill", "decode"), environ=SLOW, worker_environ=small)
+@pytest.mark.stack(roles=("prefill", "decode"), environ=SLOW, worker_environ=SMALL_DECODE)
+async def test_a_full_decode_side_holds_the_prefill_side_back(stack: LocalStack) -> None:
     async with BucketServeClient(stack.gateway_address) as client:
         wanted, _ = await run(client, 100, 100)
         running = [asyncio.create_task(run(client, 100, 100)) for _ in range(8)]
@@ -64,9 +63,9 @@ async def test_a_full_decode_side_holds_the_prefill_side_back(new_stack: NewStac
     await eventually(lambda: is_clean(stack))
 
 
+@pytest.mark.stack(roles=("prefill", "decode"), environ=SLOW)
 @pytest.mark.parametrize("victim", [PREFILL, DECODE])
-async def test_either_side_may_die_under_load(new_stack: NewStack, victim: str) -> None:
-    stack = new_stack(roles=("prefill", "decode"), environ=SLOW)
+async def test_either_side_may_die_under_load(stack: LocalStack, victim: str) -> None:
     async with BucketServeClient(stack.gateway_address) as client:
         wanted, _ = await run(client, 60, 150)
         running = [asyncio.create_task(run(client, 60, 150)) for _ in range(8)]
@@ -96,9 +95,8 @@ async def test_a_new_leader_finds_everything_where_it_is(new_stack: NewStack) ->
     await eventually(lambda: is_clean(stack))
 
 
-async def test_cancelled_requests_free_both_sides(new_stack: NewStack) -> None:
-    small = ({}, {"BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "600"})
-    stack = new_stack(roles=("prefill", "decode"), environ=SLOW, worker_environ=small)
+@pytest.mark.stack(roles=("prefill", "decode"), environ=SLOW, worker_environ=SMALL_DECODE)
+async def test_cancelled_requests_free_both_sides(stack: LocalStack) -> None:
     async with BucketServeClient(stack.gateway_address) as client:
         running = [asyncio.create_task(run(client, 100, 150)) for _ in range(12)]
         await eventually(lambda: metric(stack, PREFILL, "bucketserve_worker_kv_held_tokens") >= 300)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -27,38 +26,30 @@ from bucketserve.store.embedded import EmbeddedServer, find_server, free_port
 from bucketserve.store.redis import connect
 from bucketserve_cli.stack import LocalStack
 from tests.e2e.conftest import NewStack
-from tests.e2e.observe import eventually, metric, status
-from tests.e2e.test_stack import run
+from tests.e2e.observe import events, eventually, leader, metric, status
+from tests.e2e.test_stack import SLOW, run
 
 pytestmark = pytest.mark.e2e
 
-SLOW = {"BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "20000"}
+
+async def leader_and_standby(stack: LocalStack) -> tuple[str, str]:
+    """Names of the scheduler that leads and of the other one."""
+    leads = await leader(stack)
+    return leads, "scheduler-1" if leads == "scheduler" else "scheduler"
 
 
-def events(stack: LocalStack, service: str, event: str) -> list[dict]:
-    lines = stack.services[service].log_path.read_text().splitlines()
-    return [entry for line in lines if line.startswith("{") and (entry := json.loads(line)).get("event") == event]
-
-
-def leader_of(stack: LocalStack) -> tuple[str, str]:
-    """Names of the scheduler that took the seat last and of the other one."""
-    taken = {name: events(stack, name, "seat.taken") for name in ("scheduler", "scheduler-1")}
-    leader = max(taken, key=lambda name: max((entry["epoch"] for entry in taken[name]), default=0))
-    return leader, "scheduler-1" if leader == "scheduler" else "scheduler"
-
-
+@pytest.mark.stack(num_schedulers=2, num_workers=2, environ=SLOW)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 async def test_scheduler_dies_the_standby_takes_over_and_streams_never_notice(
-    new_stack: NewStack, how: signal.Signals
+    stack: LocalStack, how: signal.Signals
 ) -> None:
-    stack = new_stack(num_schedulers=2, num_workers=2, environ=SLOW)
-    leader, standby = leader_of(stack)
+    first, standby = await leader_and_standby(stack)
     assert not events(stack, standby, "seat.taken")
     async with BucketServeClient(stack.gateway_address) as client:
         wanted, _ = await run(client, 30, 200)
         running = [asyncio.create_task(run(client, 30, 200)) for _ in range(6)]
         await eventually(lambda: sum(metric(stack, w, "vllm:num_requests_running") for w in stack.worker_names()) >= 6)
-        stack.services[leader].signal(how)
+        stack.services[first].signal(how)
         asked_s = time.monotonic()
         late, _ = await run(client, 30, 5)
         took_s = time.monotonic() - asked_s
@@ -71,25 +62,25 @@ async def test_scheduler_dies_the_standby_takes_over_and_streams_never_notice(
     assert took_s < 15
 
 
-async def test_a_paused_leader_that_wakes_can_not_write(new_stack: NewStack) -> None:
-    stack = new_stack(num_schedulers=2, environ=SLOW)
-    leader, standby = leader_of(stack)
+@pytest.mark.stack(num_schedulers=2, num_workers=2, environ=SLOW)
+async def test_a_paused_leader_that_wakes_can_not_write(stack: LocalStack) -> None:
+    first, standby = await leader_and_standby(stack)
     async with BucketServeClient(stack.gateway_address) as client:
         wanted, _ = await run(client, 20, 40)
-        stack.services[leader].signal(signal.SIGSTOP)
+        stack.services[first].signal(signal.SIGSTOP)
         try:
             await eventually(lambda: events(stack, standby, "seat.taken"))
             # A paused process keeps its connections open: peers notice by keepalive that nobody answers.
             tokens, _ = await run(client, 20, 40)
             assert tokens == wanted
         finally:
-            stack.services[leader].signal(signal.SIGCONT)
-        await eventually(lambda: events(stack, leader, "seat.lost"))
+            stack.services[first].signal(signal.SIGCONT)
+        await eventually(lambda: events(stack, first, "seat.lost"))
         results = await asyncio.gather(*(run(client, 20, 40) for _ in range(4)))
     assert [tokens for tokens, _ in results] == [wanted] * 4
     # It never leads again while the other one lives.
-    assert len(events(stack, leader, "seat.taken")) == 1
-    epochs = [entry["epoch"] for name in (leader, standby) for entry in events(stack, name, "leader.elected")]
+    assert not events(stack, first, "seat.taken")
+    epochs = [entry["epoch"] for name in (first, standby) for entry in events(stack, name, "leader.elected")]
     assert epochs == sorted(set(epochs))
 
 

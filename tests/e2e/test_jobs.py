@@ -24,10 +24,10 @@ from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.redis import connect
 from bucketserve.v1 import inference_pb2, job_pb2
 from bucketserve_cli.main import app
+from bucketserve_cli.stack import LocalStack
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import eventually, metric
-from tests.e2e.test_failover import SLOW
-from tests.e2e.test_stack import run
+from tests.e2e.test_stack import SLOW, run
 
 pytestmark = pytest.mark.e2e
 
@@ -69,8 +69,8 @@ async def test_a_job_is_submitted_once_and_every_request_has_one_result(new_stac
     assert list(results[2].token_ids) == tokens
 
 
-async def test_a_job_is_seen_by_its_tenant_alone(new_stack: NewStack) -> None:
-    stack = new_stack()
+@pytest.mark.stack()
+async def test_a_job_is_seen_by_its_tenant_alone(stack: LocalStack) -> None:
     async with JobClient(stack.gateway_address) as owner, JobClient(stack.gateway_address) as stranger:
         job = await owner.submit(requests(3), idempotency_key="nightly", tenant="acme")
         assert len(await collect(owner, job.job_id, follow=True)) == 3
@@ -140,8 +140,8 @@ async def test_a_request_that_was_run_as_gateways_died_twice_is_given_up(new_sta
     assert len(results) == 21
 
 
-async def test_bad_jobs_are_refused_with_the_request_that_is_wrong(new_stack: NewStack) -> None:
-    stack = new_stack()
+@pytest.mark.stack()
+async def test_bad_jobs_are_refused_with_the_request_that_is_wrong(stack: LocalStack) -> None:
     async with JobClient(stack.gateway_address) as jobs:
         wrong = requests(3)
         wrong[1].sampling.temperature = -1
@@ -162,10 +162,10 @@ async def test_bad_jobs_are_refused_with_the_request_that_is_wrong(new_stack: Ne
         assert (await jobs.get(job.job_id)).num_failed == 1
 
 
-async def test_a_job_is_kept_for_its_ttl_and_no_longer(new_stack: NewStack) -> None:
-    stack = new_stack()
+@pytest.mark.stack()
+async def test_a_job_is_kept_for_its_ttl_and_no_longer(stack: LocalStack) -> None:
     async with JobClient(stack.gateway_address) as jobs:
-        job = await jobs.submit(requests(20), idempotency_key="k", ttl_s=3)
+        job = await jobs.submit(requests(20), idempotency_key="kept", ttl_s=3)
         assert len(await collect(jobs, job.job_id, follow=True)) == 20
 
         async def is_gone() -> bool:
@@ -183,7 +183,7 @@ async def test_a_job_is_kept_for_its_ttl_and_no_longer(new_stack: NewStack) -> N
         assert [key async for key in client.scan_iter(f"bs:{{{job.job_id}}}:*")] == []
         await client.aclose()
         # Its name is free again.
-        assert (await jobs.submit(requests(3), idempotency_key="k")).num_requests == 3
+        assert (await jobs.submit(requests(3), idempotency_key="kept")).num_requests == 3
         assert len(await collect(jobs, job.job_id, follow=True)) == 3
 
 
@@ -270,15 +270,15 @@ async def test_without_redis_jobs_are_unavailable_and_the_rest_works(new_stack: 
         assert len((await run(client, 5, 5))[0]) == 5
 
 
-def test_the_command_line_submits_watches_fetches_and_cancels(new_stack: NewStack, tmp_path: Path) -> None:
-    stack = new_stack()
+@pytest.mark.stack()
+def test_the_command_line_submits_watches_fetches_and_cancels(stack: LocalStack, tmp_path: Path) -> None:
     at = ["--address", stack.gateway_address]
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     file.write_text(
         "".join(json.dumps({"custom_id": f"c{i}", "prompt": f"Say {i}", "max_tokens": 4}) + "\n" for i in range(20))
     )
     cli = CliRunner()
-    submitted = cli.invoke(app, ["job", "submit", str(file), "--key", "k", "--wait", *at])
+    submitted = cli.invoke(app, ["job", "submit", str(file), "--key", "by hand", "--wait", *at])
     assert submitted.exit_code == 0, submitted.output
     job_id = submitted.stdout.split()[0]
     assert "completed" in cli.invoke(app, ["job", "status", job_id, *at]).stdout

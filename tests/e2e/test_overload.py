@@ -17,7 +17,7 @@ from tests.e2e.conftest import NewStack
 from tests.e2e.observe import eventually, metric, status
 from tests.e2e.test_stack import run
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 QUEUE = 40
 SMALL = {
@@ -103,7 +103,7 @@ async def test_overload_admitted_interactive_requests_stay_within_their_slo(new_
         _, finished = await run(client, 20, 20, slo=slo)
         assert finished.timings.queue_ms < 1000
     # What is refused is not kept, however much of it there is.
-    grown_mib = {name: (after[name]["bytes"] - before[name]["bytes"]) / 2**20 for name in after}
+    grown_mib = {name: (after[name].resident_bytes - before[name].resident_bytes) / 2**20 for name in after}
     assert max(grown_mib.values()) < 64, grown_mib
     print(sorted(round(each) for each in ttft_ms)[::20], grown_mib)
     # Who is let in is served in time: what can't be is refused at once, with the reason.

@@ -1,4 +1,4 @@
-"""Listening to a stream whose other side says something now and then as long as it lives."""
+"""Listening to a stream whose other side says something now and then as long as it lives, and leaving it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import grpc
 
 from bucketserve.core.errors import UnavailableError
 
-__all__ = ["SILENCE_S", "messages_while_alive"]
+__all__ = ["SILENCE_S", "hang_up", "messages_while_alive"]
 
 SILENCE_S = 2.5
 """Several heartbeats: a scheduler that is busy for a moment is not given up."""
@@ -32,3 +32,13 @@ async def messages_while_alive(call: Any, silence_s: float = SILENCE_S) -> Async
         if message is grpc.aio.EOF:
             return
         yield message
+
+
+def hang_up(call: Any) -> None:
+    """Ends a stream call for good, whatever has become of it.
+
+    A call that could not write counts as done to grpc.aio, whose cancel() then does nothing: in gRPC's core the call
+    would stay, with a task that waits for its status, behind messages that nobody reads any more.
+    """
+    if not call.cancel():
+        call._cython_call.cancel("hung up")

@@ -17,7 +17,7 @@ from bucketserve.core.errors import (
     UnavailableError,
 )
 from bucketserve.rpc.leader import LeaderSearch
-from bucketserve.rpc.listening import messages_while_alive
+from bucketserve.rpc.listening import hang_up, messages_while_alive
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
@@ -120,7 +120,7 @@ class SchedulerLink:
         finally:
             self._outbox = None
             outbox.close()
-            call.cancel()
+            hang_up(call)
 
     def _take(self, response: scheduler_pb2.SubmitResponse) -> None:
         kind = response.WhichOneof("message")

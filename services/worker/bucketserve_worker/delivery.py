@@ -17,6 +17,7 @@ import grpc
 
 from bucketserve.addresses import AddressError
 from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.listening import hang_up
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
 
 __all__ = ["DeliveryPool"]
@@ -213,7 +214,7 @@ class _GatewayStream:
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await reader
-            call.cancel()
+            hang_up(call)
 
     async def _wait(self, reader: asyncio.Task[None]) -> bool:
         """Waits until there is something to send and, unless it is urgent, until its time to share is over."""

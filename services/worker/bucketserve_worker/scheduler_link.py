@@ -9,7 +9,7 @@ from collections.abc import Callable
 from bucketserve.core.types import WorkerRole
 from bucketserve.rpc.convert import role_from_pb
 from bucketserve.rpc.leader import LeaderSearch
-from bucketserve.rpc.listening import messages_while_alive
+from bucketserve.rpc.listening import hang_up, messages_while_alive
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 
@@ -118,7 +118,7 @@ class SchedulerLink:
             self.can_bring_work = False
             self._outbox = None
             outbox.close()
-            call.cancel()
+            hang_up(call)
             if reporter is not None:
                 reporter.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

@@ -26,7 +26,7 @@ def resident():
 
 STEP, KV = 2048, 32_768
 config = LlamaConfig(
-    vocab_size=2000, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8,
+    vocab_size=2000, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, head_dim=64,
     num_key_value_heads=8, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, pad_token_id=0,
 )
 model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).float().eval()
@@ -35,9 +35,10 @@ weights = sum(p.numel() * p.element_size() for p in model.parameters())
 before = resident()
 engine = build_engine(model, settings)
 said = engine.headroom()
-# Everything in use at once: all of the KV, in steps of the largest size.
-engine.add([SequenceSpec(request_id=RequestId(str(i)), token_ids=tuple([5 + i % 7] * 2000), max_new_tokens=48)
-            for i in range(KV // 2048)])
+# Everything in use at once: all of the KV, in steps of the largest size, one of them by a single prompt.
+lengths = [(2000, 48)] + [(496, 16)] * ((KV - 2048) // 512)
+engine.add([SequenceSpec(request_id=RequestId(str(i)), token_ids=tuple([5 + i % 7] * prompt), max_new_tokens=new)
+            for i, (prompt, new) in enumerate(lengths)])
 peak = 0
 while engine.has_work():
     Path("/proc/self/clear_refs").write_text("5")
