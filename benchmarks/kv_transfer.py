@@ -31,6 +31,7 @@ from bucketserve.core.types import RequestId, WorkerRole
 from bucketserve.engine.kv_staging import KvStaging, checksum
 from bucketserve.ports import EngineInfo
 from bucketserve.rpc.channel import CHANNEL_OPTIONS, SERVER_OPTIONS
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import common_pb2, scheduler_pb2, worker_pb2_grpc
 from bucketserve_worker.engine_thread import HandedOver
 from bucketserve_worker.kv_holder import KvHolder
@@ -81,7 +82,7 @@ async def serve(num_bytes: int) -> None:
         pays_padding=False,
         kv_layout="L",
     )
-    servicer = WorkerServicer(worker, model="", info=info)  # type: ignore[arg-type]
+    servicer = WorkerServicer(worker, Deployment(), model="", info=info)  # type: ignore[arg-type]
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
     handler = grpc.method_handlers_generic_handler(
         "benchmark.Bare", {"Stream": grpc.unary_stream_rpc_method_handler(bare)}
@@ -96,7 +97,7 @@ async def serve(num_bytes: int) -> None:
 async def measure(address: str, kv: scheduler_pb2.HeldKv, rounds: int) -> dict[str, list[float]]:
     """Returns seconds for each way, in pairs."""
     num_bytes = kv.num_bytes
-    sources = KvSources("reader", KvHolder(1e9, time.monotonic), KvStaging(4 * num_bytes), "L")
+    sources = KvSources("reader", Deployment(), KvHolder(1e9, time.monotonic), KvStaging(4 * num_bytes), "L")
     near = scheduler_pb2.PullKv(run_id="r.1", source_worker_id="source", source_address=address, kv=kv)
     # As a reader on another host sees it.
     far = scheduler_pb2.PullKv()

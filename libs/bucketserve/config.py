@@ -33,6 +33,7 @@ from bucketserve.core.errors import SettingsError
 
 __all__ = [
     "AddressList",
+    "DeploymentSettings",
     "ListenAddress",
     "Loaded",
     "NamedPaths",
@@ -47,7 +48,7 @@ __all__ = [
 
 PREFIX = "BUCKETSERVE_"
 CONFIG_VARIABLE = "BUCKETSERVE_CONFIG"
-SECTIONS = ("gateway", "scheduler", "worker", "telemetry")
+SECTIONS = ("gateway", "scheduler", "worker", "deployment", "telemetry")
 """All that an environment or a file may speak of; a process reads those that concern it."""
 
 
@@ -138,6 +139,19 @@ class TelemetrySettings(Section):
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON")
 
 
+class DeploymentSettings(Section):
+    """[deployment]: what keeps its services together and strangers out."""
+
+    name: str = Field(
+        "default",
+        pattern=r"[A-Za-z0-9._-]{1,64}\Z",
+        description="services of another name are refused; separates deployments that share a Redis",
+    )
+    token: str = Field(
+        "", repr=False, description="secret that services show each other; empty: whoever knows the name is let in"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """Validated settings and where each value came from."""
@@ -149,13 +163,18 @@ class Loaded:
     def describe(self) -> list[tuple[str, str, str, str]]:
         """Returns (section, field, value, source) rows, without credentials."""
         return [
-            (section, field, redact(str(getattr(model, field))), self.sources.get((section, field), "default"))
+            (section, field, _shown(model, field), self.sources.get((section, field), "default"))
             for section, model in self.sections.items()
             for field in type(model).model_fields
         ]
 
 
 S = TypeVar("S", bound=Section)
+
+
+def _shown(section: Section, field: str) -> str:
+    value = str(getattr(section, field))
+    return "***" if isinstance(section, DeploymentSettings) and field == "token" and value else redact(value)
 
 
 def load_settings(

@@ -259,6 +259,8 @@ class EngineInfo:
     """Number type and shape of the KV of a token; engines whose layouts agree may exchange KV."""
     fingerprint: str
     """Weights, configuration, number type and kind of engine: engines with the same one compute the same."""
+    tokenizer: str = ""
+    """Fingerprint of what its token ids mean; empty if it does not know."""
 
 
 class Engine(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -12,7 +13,7 @@ from typing import TypeVar
 
 import uvloop
 
-from bucketserve.config import Section, TelemetrySettings, load_settings, section_of
+from bucketserve.config import DeploymentSettings, Section, TelemetrySettings, load_settings, section_of
 from bucketserve.core.errors import ModelLoadError, SettingsError
 from bucketserve.starting import STOP_SIGNALS
 
@@ -26,8 +27,8 @@ EXIT_MISCONFIGURED = 2
 
 
 def default_instance_id(kind: str) -> str:
-    """Returns an id that is unique per process: kind-host-pid."""
-    return f"{kind}-{socket.gethostname()}-{os.getpid()}"
+    """Returns an id that is unique per process: kind-host-random. In containers every process has the same number."""
+    return f"{kind}-{socket.gethostname()}-{secrets.token_hex(4)}"
 
 
 async def unless_stopped(stop: asyncio.Event, starting: Awaitable[T]) -> T:
@@ -47,17 +48,25 @@ async def unless_stopped(stop: asyncio.Event, starting: Awaitable[T]) -> T:
 
 
 def service_main(
-    section: str, model: type[S], serve: Callable[[S, TelemetrySettings, asyncio.Event], Awaitable[None]]
+    section: str,
+    model: type[S],
+    serve: Callable[[S, DeploymentSettings, TelemetrySettings, asyncio.Event], Awaitable[None]],
 ) -> int:
     """Reads a service's settings from the environment and its file, runs it, returns the exit status."""
     try:
-        loaded = load_settings({section: model, "telemetry": TelemetrySettings}, environ=os.environ)
+        sections: dict[str, type[Section]] = {
+            section: model,
+            "deployment": DeploymentSettings,
+            "telemetry": TelemetrySettings,
+        }
+        loaded = load_settings(sections, environ=os.environ)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISCONFIGURED
     settings = section_of(loaded, section, model)
     telemetry = section_of(loaded, "telemetry", TelemetrySettings)
-    return run_service(lambda stop: serve(settings, telemetry, stop))
+    deployment = section_of(loaded, "deployment", DeploymentSettings)
+    return run_service(lambda stop: serve(settings, deployment, telemetry, stop))
 
 
 def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bucketserve.addresses import Address
-from bucketserve.config import Loaded, TelemetrySettings, load_settings
+from bucketserve.config import DeploymentSettings, Loaded, TelemetrySettings, load_settings
 from bucketserve.store.embedded import free_port
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_scheduler.settings import SchedulerSettings
@@ -37,7 +37,7 @@ class StackSpec:
     """What to start."""
 
     model: str = ""
-    """Directory or hub id; empty: as the worker's settings say, else default_model."""
+    """Directory or hf://organisation/name; empty: as the worker's settings say, else default_model."""
     default_model: str = ""
     model_name: str = ""
     """Empty: as the worker's settings say, else demo."""
@@ -87,6 +87,7 @@ class Settings:
                 "gateway": GatewaySettings,
                 "scheduler": SchedulerSettings,
                 "worker": WorkerSettings,
+                "deployment": DeploymentSettings,
                 "telemetry": TelemetrySettings,
             },
             environ={**os.environ, **spec.environ},

@@ -24,12 +24,21 @@ KILL_S = 5.0
 class ServiceProcess:
     """One child process with its log file."""
 
-    def __init__(self, name: str, module: str, environ: Mapping[str, str], health_address: str, log_dir: Path) -> None:
-        """Starts it, with `environ` over our own environment."""
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        environ: Mapping[str, str],
+        health_address: str,
+        log_dir: Path,
+        health_service: str = "",
+    ) -> None:
+        """Starts it, with `environ` over our own environment; health_service is what tells it from others there."""
         self.name = name
         self.health_address = health_address
         self.log_path = log_dir / f"{name}.log"
-        self._again = (name, module, environ, health_address, log_dir)
+        self._again = (name, module, environ, health_address, log_dir, health_service)
+        self._health_service = health_service
         with self.log_path.open("ab") as log:
             self._process = Child([sys.executable, "-m", module], environ={**os.environ, **environ}, output=log)
 
@@ -48,7 +57,7 @@ class ServiceProcess:
         if self.exit_status is not None:
             return False
         try:
-            return check_health(self.health_address, timeout_s=1.0) == "SERVING"
+            return check_health(self.health_address, timeout_s=1.0, service=self._health_service) == "SERVING"
         except grpc.RpcError:
             return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import signal
 import tempfile
 import threading
@@ -15,6 +16,7 @@ from types import TracebackType
 
 from bucketserve.addresses import Address
 from bucketserve.machine import num_cpus
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.store.embedded import EmbeddedServer, free_port
 from bucketserve_cli.plan import Settings, StackError, StackSpec, hold_addresses
 from bucketserve_cli.service_process import ServiceProcess
@@ -64,6 +66,9 @@ class LocalStack:
         self.delivery_addresses = [
             self.settings.given("gateway", "delivery_address") or str(listen.local()) for listen in self._deliveries
         ]
+        # Another stack on this machine, or on the same Redis, is another deployment.
+        port = self._listens["gateway"].port
+        self._deployment = {"name": f"local-{port}", "token": secrets.token_hex(16)}
         self.metrics_addresses: dict[str, str] = {}
         self.redis_url = ""
         """Of the store in use, once started."""
@@ -251,13 +256,17 @@ class LocalStack:
         listen = self._listens[name]
         defaults = {"metrics_listen": self.metrics_addresses.get(name, ""), **defaults}
         environ = {
+            **self.settings.environ("deployment", {}, self._deployment),
             **self.settings.environ("telemetry", {}, {"log_format": "json"}),
             **self.settings.environ(section, {"listen": str(listen), **flags}, defaults),
             **(extra or {}),
             **self.spec.environ,
         }
         module = f"bucketserve_{section}"
-        self.services[name] = ServiceProcess(name, module, environ, str(listen.local()), self._log_dir)
+        deployment = Deployment(self.settings.given("deployment", "name") or self._deployment["name"])
+        self.services[name] = ServiceProcess(
+            name, module, environ, str(listen.local()), self._log_dir, deployment.health_service
+        )
 
 
 def _name(kind: str, index: int) -> str:

@@ -5,6 +5,7 @@ BucketServeError
 ├── NotFoundError            there is no such thing                      NOT_FOUND
 │   └── UnknownModelError    nobody serves that model
 ├── DuplicateRequestError    the job's key is taken by another job       ALREADY_EXISTS
+├── PeerRefusedError         a service of another deployment called      PERMISSION_DENIED
 ├── OverloadedError          full; try again after retry_delay_s         RESOURCE_EXHAUSTED
 ├── UnavailableError         a part is down; try again                   UNAVAILABLE
 ├── DeadlineError            the deadline passed or can't be met         DEADLINE_EXCEEDED
@@ -34,6 +35,7 @@ __all__ = [
     "NotFoundError",
     "OutOfMemoryError",
     "OverloadedError",
+    "PeerRefusedError",
     "RequestCancelledError",
     "SettingsError",
     "StaleEpochError",
@@ -97,6 +99,12 @@ class DuplicateRequestError(BucketServeError):
     """The job's key is taken by another job."""
 
     reason = "DUPLICATE_REQUEST"
+
+
+class PeerRefusedError(BucketServeError):
+    """A service that is not one of this deployment called."""
+
+    reason = "PEER_REFUSED"
 
 
 class OverloadedError(BucketServeError):

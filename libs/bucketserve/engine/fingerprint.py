@@ -21,19 +21,6 @@ WHOLE_BYTES = 256 * 2**20
 """Weights up to this size are hashed byte by byte."""
 NUM_BLOCKS = 4
 BLOCK_BYTES = 16 * 1024
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
 NOISE = ("transformers_version", "_name_or_path", "name_or_path")
 """Of JSON files: where they come from, not what they say."""
 
@@ -78,25 +65,20 @@ def model_fingerprint(directory: Path, *, engine: str, dtype: str, quantization:
 
 
 def tokenizer_fingerprint(directory: Path) -> str:
-    """Returns the fingerprint of a directory's tokenizer, chat template included.
+    """Returns the fingerprint of what a directory's token ids mean: vocabulary and added tokens; empty if it says not.
+
+    Chat template, normalisation and how the file is written don't count: they are the gateway's own.
 
     Raises:
-        ModelLoadError: a file can't be read.
+        ModelLoadError: tokenizer.json can't be read.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for name in TOKENIZER_FILES:
-        path = directory / name
-        if not path.exists():
-            continue
-        if name == "tokenizer_config.json":
-            content = _canonical({key: value for key, value in read_json(path).items() if key not in NOISE})
-        else:
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise ModelLoadError(f"{name} can't be read: {error.strerror}") from error
-        digest.update(_canonical([name, len(content)]) + content)
-    return digest.hexdigest()
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return ""
+    tokenizer = read_json(path)
+    added = [[token.get("id"), token.get("content")] for token in tokenizer.get("added_tokens") or ()]
+    meaning = {"vocab": (tokenizer.get("model") or {}).get("vocab"), "added": sorted(added, key=str)}
+    return hashlib.blake2b(_canonical(meaning), digest_size=16).hexdigest()
 
 
 def settings_fingerprint(settings: Mapping[str, object]) -> str:

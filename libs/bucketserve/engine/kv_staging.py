@@ -17,9 +17,10 @@ import xxhash
 
 from bucketserve.engine.ranges import RangeAllocator
 
-__all__ = ["KvStaging", "StagedKv", "checksum", "locality"]
+__all__ = ["MEMFD_NAME", "KvStaging", "StagedKv", "checksum", "locality"]
 
 ALIGNMENT = 4096
+MEMFD_NAME = "bucketserve-kv"
 
 
 @dataclass(eq=False, slots=True)
@@ -46,12 +47,14 @@ class KvStaging:
         size = max(-(-num_bytes // ALIGNMENT) * ALIGNMENT, ALIGNMENT)
         self._lock = threading.Lock()
         self._ranges = RangeAllocator(size)
+        self.num_bytes = size
+        """Size of the area."""
         self._num_blocks = 0
         self._file: int | None = None
         self._map: mmap.mmap | None = None
         with contextlib.suppress(OSError, AttributeError):
             # Not on every system; without it blocks lie in this process's own memory and go by stream.
-            self._file = os.memfd_create("bucketserve-kv", os.MFD_CLOEXEC)
+            self._file = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC)
             os.ftruncate(self._file, size)
             self._map = mmap.mmap(self._file, size)
 

@@ -16,7 +16,7 @@ import torch
 
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
-from bucketserve.engine.fingerprint import model_fingerprint
+from bucketserve.engine.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bucketserve.engine.kv_memory import KvLayout, KvMemory, bytes_per_token
 from bucketserve.engine.linear import place_linears
 from bucketserve.engine.model_source import context_of, model_directory
@@ -89,9 +89,10 @@ def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lam
         fingerprint = model_fingerprint(
             directory, engine=ENGINE, dtype=_name_of(next(model.parameters()).dtype), quantization=settings.quantization
         )
+        tokenizer = tokenizer_fingerprint(directory)
     except ModelLoadError as error:
         raise ModelLoadError(f"model {settings.model!r} can't be loaded: {error}") from error
-    return build_engine(model.to(device), settings, on_progress, fingerprint=fingerprint)
+    return build_engine(model.to(device), settings, on_progress, fingerprint=fingerprint, tokenizer=tokenizer)
 
 
 def _check_room(directory: Path) -> None:
@@ -115,6 +116,7 @@ def build_engine(
     on_progress: Callable[[str], None] = lambda text: None,
     *,
     fingerprint: str = "",
+    tokenizer: str = "",
 ) -> PackedEngine:
     """Returns an engine around a model that is on its device and uses our attention.
 
@@ -123,6 +125,7 @@ def build_engine(
         settings: `model` is only what it is called.
         on_progress: is told what is being done.
         fingerprint: of its weights and settings; empty for a model that was made here.
+        tokenizer: fingerprint of its tokenizer, likewise.
 
     Raises:
         ModelLoadError: the model's attention can't be served.
@@ -171,6 +174,7 @@ def build_engine(
             pays_padding=False,
             kv_layout=memory.layout,
             fingerprint=fingerprint,
+            tokenizer=tokenizer,
         ),
         PackedLimits(context_tokens=context, max_sequences=settings.max_sequences, max_step_tokens=max_step_tokens),
         weights_bytes=weights_bytes,

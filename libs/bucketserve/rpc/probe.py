@@ -12,8 +12,8 @@ from bucketserve.addresses import AddressError, channel_target
 __all__ = ["check_health", "main"]
 
 
-def check_health(address: str, timeout_s: float = 3.0) -> str:
-    """Returns the overall health of the server at host:port, such as SERVING.
+def check_health(address: str, timeout_s: float = 3.0, service: str = "") -> str:
+    """Returns the health of the server at host:port, or of one of its services, such as SERVING.
 
     Raises:
         grpc.RpcError: nobody answers.
@@ -25,7 +25,7 @@ def check_health(address: str, timeout_s: float = 3.0) -> str:
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
-        answer = check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        answer = check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
     return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
 
 

@@ -5,6 +5,7 @@
 | InvalidRequestError  | INVALID_ARGUMENT    | BadRequest with a violation for every field that is wrong     |
 | UnknownModelError    | NOT_FOUND           | ResourceInfo                                                  |
 | DuplicateRequestError| ALREADY_EXISTS      |                                                               |
+| PeerRefusedError     | PERMISSION_DENIED   |                                                               |
 | OverloadedError      | RESOURCE_EXHAUSTED  | RetryInfo                                                     |
 | UnavailableError     | UNAVAILABLE         | RetryInfo                                                     |
 | DeadlineError        | DEADLINE_EXCEEDED   |                                                               |
@@ -31,6 +32,7 @@ from bucketserve.core.errors import (
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
+    PeerRefusedError,
     RequestCancelledError,
     UnavailableError,
     UnknownModelError,
@@ -50,6 +52,7 @@ _CODES: dict[type[BucketServeError], int] = {
     InvalidRequestError: code_pb2.INVALID_ARGUMENT,
     NotFoundError: code_pb2.NOT_FOUND,
     DuplicateRequestError: code_pb2.ALREADY_EXISTS,
+    PeerRefusedError: code_pb2.PERMISSION_DENIED,
     OverloadedError: code_pb2.RESOURCE_EXHAUSTED,
     UnavailableError: code_pb2.UNAVAILABLE,
     DeadlineError: code_pb2.DEADLINE_EXCEEDED,

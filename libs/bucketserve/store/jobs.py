@@ -11,7 +11,7 @@
 | bs:{job id}:owner         | hash   | index -> its runner                                                          |
 | bs:{job id}:lost          | hash   | index -> how many runners ended while they ran it                            |
 | bs:{job id}:result        | hash   | index -> serialised result                                                   |
-| bs:{jobs}:open            | zset   | job id -> created (us); jobs that may have something to run                  |
+| bs:{d/jobs}:open | zset   | job id -> created (us); jobs that may have something to run                  |
 
 All keys of a job expire together, ttl seconds after its last progress: a request taken up, still running, or ended.
 """
@@ -34,7 +34,6 @@ __all__ = ["LOADING_TTL_S", "JobInfo", "JobStore"]
 
 T = TypeVar("T")
 
-OPEN = "bs:{jobs}:open"
 MOST_AT_ONCE = 8
 """Commands at once, and so connections."""
 JOBS_AT_ONCE = 256
@@ -87,9 +86,10 @@ class JobStore:
         UnavailableError: the server can't be reached.
     """
 
-    def __init__(self, client: aioredis.Redis) -> None:
+    def __init__(self, client: aioredis.Redis, deployment: str = "default") -> None:
         """Does not own the client."""
         self._client = client
+        self._open = f"bs:{{{deployment}/jobs}}:open"
         self._limit = asyncio.Semaphore(MOST_AT_ONCE)
         folder = resources.files("bucketserve.store") / "lua"
         self._scripts = {name: client.register_script((folder / f"{name}.lua").read_text()) for name in SCRIPTS}
@@ -122,7 +122,7 @@ class JobStore:
         """
         created_us = (await self.get(job_id)).created_unix_us
         # Listed first: should this process end between the two, runners find a job that has not started, and wait.
-        await self._ask(self._client.zadd(OPEN, {job_id: created_us}))
+        await self._ask(self._client.zadd(self._open, {job_id: created_us}))
         names = ("meta", f"upload:{upload}", "item", "pending")
         found = await self._run("job_start", [_key(job_id, name) for name in names], total, digest, upload)
         if found < 0:
@@ -164,7 +164,7 @@ class JobStore:
 
     async def open_jobs(self) -> list[JobInfo]:
         """Returns the jobs that run, oldest first; those that are over are dropped from the list."""
-        names = [name.decode() for name in cast(list[bytes], await self._ask(self._client.zrange(OPEN, 0, -1)))]
+        names = [name.decode() for name in cast(list[bytes], await self._ask(self._client.zrange(self._open, 0, -1)))]
         jobs = []
         for start in range(0, len(names), JOBS_AT_ONCE):
             async with self._client.pipeline(transaction=False) as pipeline:
@@ -181,12 +181,12 @@ class JobStore:
 
     async def _unlist(self, job_id: str) -> JobInfo | None:
         """Takes a job that is over off the list; returns it if it was submitted anew meanwhile."""
-        await self._ask(self._client.zrem(OPEN, job_id))
+        await self._ask(self._client.zrem(self._open, job_id))
         info = _info(job_id, await self._meta(job_id))
         if info is None or info.state not in UNENDED:
             return None
         # A job that is in no list never runs.
-        await self._ask(self._client.zadd(OPEN, {job_id: info.created_unix_us}))
+        await self._ask(self._client.zadd(self._open, {job_id: info.created_unix_us}))
         return info
 
     async def claim(

@@ -1,15 +1,16 @@
 """Every Redis key, its type and its units.
 
-All keys of a model share the hash tag {model}, so that they live in one Cluster slot and one script may touch them all.
+All keys of a model share a hash tag, {deployment/model}, so that they live in one Cluster slot and one script may touch
+them all.
 
 | key                        | type   | content                                                               |
 |----------------------------|--------|-----------------------------------------------------------------------|
-| bs:{model}:leader          | string | owner of the leadership; expires after its lease (milliseconds)       |
-| bs:{model}:epoch           | hash   | epoch: fencing epoch, only grows; owner: who got it                   |
-| bs:{model}:waiting         | zset   | run id -> prefill length in tokens                                    |
-| bs:{model}:ticket          | hash   | run id -> the serialised ticket, without the prompt                   |
-| bs:{model}:place           | hash   | run id -> worker id, a newline, batch id; only of those at a worker   |
-| bs:{model}:edges           | string | bucket edges in tokens, comma-separated                               |
+| bs:{d/model}:leader        | string | owner of the leadership; expires after its lease (milliseconds)       |
+| bs:{d/model}:epoch         | hash   | epoch: fencing epoch, only grows; owner: who got it                   |
+| bs:{d/model}:waiting       | zset   | run id -> prefill length in tokens                                    |
+| bs:{d/model}:ticket        | hash   | run id -> the serialised ticket, without the prompt                   |
+| bs:{d/model}:place         | hash   | run id -> worker id, a newline, batch id; only of those at a worker   |
+| bs:{d/model}:edges         | string | bucket edges in tokens, comma-separated                               |
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ __all__ = ["Keys"]
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys of one model."""
+    """The keys of one model of one deployment."""
 
+    deployment: str
     model: str
 
     @property
     def _prefix(self) -> str:
         # Braces in a name would move the hash tag; quote() leaves none.
-        return f"bs:{{{quote(self.model, safe='')}}}:"
+        return f"bs:{{{self.deployment}/{quote(self.model, safe='')}}}:"
 
     @property
     def leader(self) -> str:

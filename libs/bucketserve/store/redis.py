@@ -89,10 +89,10 @@ class _MasterClient(aioredis.Redis):
 class RedisStore:
     """A QueueStore for one model. Several models share a client."""
 
-    def __init__(self, client: aioredis.Redis, model: str) -> None:
+    def __init__(self, client: aioredis.Redis, model: str, deployment: str = "default") -> None:
         """Does not own the client."""
         self._client = client
-        self._keys = Keys(model)
+        self._keys = Keys(deployment, model)
         folder = resources.files("bucketserve.store") / "lua"
         sources = {name: (folder / f"{name}.lua").read_text() for name in SCRIPTS}
         self._scripts = {name: client.register_script(source) for name, source in sources.items()}

@@ -6,9 +6,10 @@ import asyncio
 from contextlib import ExitStack
 
 from bucketserve.addresses import Address
-from bucketserve.config import TelemetrySettings
+from bucketserve.config import DeploymentSettings, TelemetrySettings
 from bucketserve.core.errors import SettingsError
 from bucketserve.process import default_instance_id, unless_stopped
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.server import RpcServer
 from bucketserve.store.job_room import JobRoom
 from bucketserve.store.jobs import JobStore
@@ -36,7 +37,9 @@ FLUSH_S = 2.0
 HEALTH_S = 0.1
 
 
-async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
+async def serve(
+    settings: GatewaySettings, deployment: DeploymentSettings, telemetry: TelemetrySettings, stop: asyncio.Event
+) -> None:
     """Runs the gateway until `stop` is set, and then for lame_duck_s and until its streams end, at most drain_s.
 
     Raises:
@@ -46,6 +49,7 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
     if not settings.models:
         raise SettingsError(["[gateway] models: name at least one, BUCKETSERVE_GATEWAY_MODELS=name=directory"])
     gateway_id = settings.gateway_id or default_instance_id("gateway")
+    ours = Deployment(deployment.name, deployment.token)
     with ExitStack() as stack:
         outlets = stack.enter_context(
             open_telemetry(
@@ -78,8 +82,10 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
         tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_prompt_bytes, admission.refusal)
         stack.callback(tokenizers.close)
         requests = OpenRequests()
-        delivery = DeliveryServicer(requests)
-        scheduler = SchedulerLink(settings.scheduler_address.split(","), gateway_id, requests, observer.scheduler_state)
+        delivery = DeliveryServicer(requests, ours)
+        scheduler = SchedulerLink(
+            settings.scheduler_address.split(","), ours, gateway_id, requests, observer.scheduler_state
+        )
         inference = InferenceServicer(
             GatewayParts(
                 settings=settings,
@@ -94,16 +100,18 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
                 telemetry=observer,
             )
         )
-        public = _public_server(settings, observer, admission, largest_message(catalog, settings.max_prompt_bytes))
+        public = _public_server(
+            settings, ours, observer, admission, largest_message(catalog, settings.max_prompt_bytes)
+        )
         internal = RpcServer(
             settings.delivery_listen,
-            services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name],
+            services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name, ours.health_service],
             on_unexpected=observer.unexpected,
             enable_reflection=False,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, public.grpc_server)
         is_leaving = asyncio.Event()
-        store, room = _job_store(settings)
+        store, room = _job_store(settings, deployment.name)
         job_pb2_grpc.add_JobServiceServicer_to_server(
             JobServicer(store, room, catalog, settings, admission=admission, is_leaving=is_leaving.is_set),
             public.grpc_server,
@@ -112,13 +120,14 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
         async with asyncio.TaskGroup() as tasks:
             link = tasks.create_task(scheduler.run(), name="scheduler-link")
             watch = tasks.create_task(scheduler.watch(), name="silent-requests")
-            health = tasks.create_task(_show_health(public, scheduler, settings.scheduler_wait_s), name="health")
+            health = tasks.create_task(
+                _show_health([public, internal], scheduler, settings.scheduler_wait_s), name="health"
+            )
             runner = JobRunner(store, inference.generate, gateway_id, settings, observer, room) if store else None
             jobs = tasks.create_task(runner.run(), name="job-runner") if runner else None
             try:
                 await internal.start()
                 await public.start()
-                await internal.set_serving(True)
                 observer.log.info("gateway.ready", listen=settings.listen, models=",".join(settings.models))
                 await stop.wait()
                 health.cancel()
@@ -141,24 +150,31 @@ async def serve(settings: GatewaySettings, telemetry: TelemetrySettings, stop: a
                 await internal.stop(FLUSH_S)
 
 
-async def _show_health(public: RpcServer, scheduler: SchedulerLink, grace_s: float) -> None:
+async def _show_health(servers: list[RpcServer], scheduler: SchedulerLink, grace_s: float) -> None:
     """Keeps health true: SERVING if a request would be served, or would only wait for a scheduler that takes over."""
     while True:
-        await public.set_serving(scheduler.is_present(grace_s))
+        for server in servers:
+            await server.set_serving(scheduler.is_present(grace_s))
         await asyncio.sleep(HEALTH_S)
 
 
-def _job_store(settings: GatewaySettings) -> tuple[JobStore, JobRoom] | tuple[None, None]:
+def _job_store(settings: GatewaySettings, deployment: str) -> tuple[JobStore, JobRoom] | tuple[None, None]:
     """Returns where jobs are kept, and the count of what they take there, if this gateway has a store."""
     if not settings.redis_url:
         return None, None
     client = connect(settings.redis_url)
-    room = JobRoom(client, max_tenant_bytes=settings.max_tenant_job_bytes, max_bytes=settings.max_all_job_bytes)
-    return JobStore(client), room
+    room = JobRoom(
+        client, deployment, max_tenant_bytes=settings.max_tenant_job_bytes, max_bytes=settings.max_all_job_bytes
+    )
+    return JobStore(client, deployment), room
 
 
 def _public_server(
-    settings: GatewaySettings, observer: GatewayTelemetry, admission: Admission, max_message_bytes: int
+    settings: GatewaySettings,
+    ours: Deployment,
+    observer: GatewayTelemetry,
+    admission: Admission,
+    max_message_bytes: int,
 ) -> RpcServer:
     """Returns the clients' server, without its services' handlers."""
     return RpcServer(
@@ -166,6 +182,7 @@ def _public_server(
         services=[
             inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
             job_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+            ours.health_service,
         ],
         on_unexpected=observer.unexpected,
         enable_reflection=settings.enable_reflection,

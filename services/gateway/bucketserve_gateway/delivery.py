@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.interceptors import first_message
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
@@ -25,8 +26,9 @@ Response = delivery_pb2.DeliverResponse
 class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
     """Hands deliveries to the requests that they belong to."""
 
-    def __init__(self, requests: OpenRequests) -> None:
+    def __init__(self, requests: OpenRequests, deployment: Deployment) -> None:
         """Reads the table; owns only the workers' streams."""
+        self._deployment = deployment
         self._requests = requests
         self._outboxes: dict[str, Outbox[Response]] = {}
 
@@ -42,6 +44,7 @@ class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
 
     async def Deliver(self, request_iterator: Deliveries, context: Context) -> AsyncIterator[Response]:
         """One stream per worker."""
+        self._deployment.check(context.invocation_metadata())
         first = await first_message(request_iterator)
         outbox: Outbox[Response] = Outbox(OUTBOX_LIMIT)
         if older := self._outboxes.get(first.worker_id):
@@ -69,7 +72,10 @@ class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
             outbox.close()
 
     def _is_wanted(self, delivery: delivery_pb2.TokenDelivery) -> bool:
-        """Hands a delivery over; returns False if its worker should stop."""
+        """Hands a delivery over; returns False if its worker should stop.
+
+        Whoever knows a run id was told it by the scheduler: nobody can deliver for a run that was not given to him.
+        """
         opened = self._requests.get(delivery.run_id)
         is_wanted = opened is not None and opened.deliver(delivery)
         return is_wanted or delivery.HasField("finished")

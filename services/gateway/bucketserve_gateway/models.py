@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bucketserve.core.errors import ModelLoadError, UnknownModelError
+from bucketserve.engine.fingerprint import tokenizer_fingerprint
 from bucketserve.engine.model_source import (
     accepted,
     context_of,
@@ -60,6 +61,8 @@ class ServedModel:
     card: ModelCard
     tokenizer: Any
     token_bytes: TokenBytes
+    fingerprint: str = ""
+    """Of what its token ids mean."""
     bytes_per_token: float | None = None
     """Most bytes of text that a token stands for; None where a token may stand for any number."""
 
@@ -137,7 +140,9 @@ def _load_model(name: str, source: str, default_max_tokens: int) -> ServedModel:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelLoadError("it has no tokenizer.json; convert its tokenizer to the fast form")
-    return ServedModel(card, tokenizer, TokenBytes(backend), bytes_per_token(tokenizer))
+    return ServedModel(
+        card, tokenizer, TokenBytes(backend), tokenizer_fingerprint(directory), bytes_per_token(tokenizer)
+    )
 
 
 def _load_tokenizer(directory: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Callable
 
 from bucketserve.core.errors import (
@@ -16,6 +17,7 @@ from bucketserve.core.errors import (
     RequestCancelledError,
     UnavailableError,
 )
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.leader import LeaderSearch
 from bucketserve.rpc.listening import hang_up, messages_while_alive
 from bucketserve.rpc.outbox import Outbox
@@ -41,12 +43,15 @@ class SchedulerLink:
     def __init__(
         self,
         addresses: list[str],
+        deployment: Deployment,
         gateway_id: str,
         requests: OpenRequests,
         on_state: Callable[[bool, str], None],
     ) -> None:
         """on_state(connected, detail) on every change; addresses are tried in turn."""
+        self._deployment = deployment
         self._gateway_id = gateway_id
+        self._instance = uuid.uuid4().hex
         self._requests = requests
         self._search = LeaderSearch(addresses, on_state)
         self._problem = ""
@@ -102,8 +107,8 @@ class SchedulerLink:
 
     async def _converse(self, stub: scheduler_pb2_grpc.SchedulerServiceStub, address: str) -> None:
         outbox: Outbox[Submit] = Outbox(OUTBOX_LIMIT)
-        outbox.send(Submit(hello=scheduler_pb2.GatewayHello(gateway_id=self._gateway_id)))
-        call = stub.Submit(outbox.messages())
+        outbox.send(Submit(hello=scheduler_pb2.GatewayHello(gateway_id=self._gateway_id, instance=self._instance)))
+        call = stub.Submit(outbox.messages(), metadata=self._deployment.metadata)
         try:
             async for response in messages_while_alive(call):
                 kind = response.WhichOneof("message")

@@ -207,6 +207,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             slo=valid.slo,
             gateway_id=self._parts.gateway_id,
             context_tokens=valid.model.card.context_tokens,
+            tokenizer=valid.model.fingerprint,
         )
         spec = scheduler_pb2.RunSpec(
             sampling=valid.sampling,

@@ -45,7 +45,7 @@ def core_settings(settings: SchedulerSettings) -> CoreSettings:
     )
 
 
-async def stores(url: str, stack: AsyncExitStack) -> Callable[[str], QueueStore]:
+async def stores(url: str, deployment: str, stack: AsyncExitStack) -> Callable[[str], QueueStore]:
     """Returns a function that gives a model's store; connections close with the stack.
 
     Raises:
@@ -55,4 +55,4 @@ async def stores(url: str, stack: AsyncExitStack) -> Callable[[str], QueueStore]
         return lambda model: MemoryStore()
     client = connect(url)
     stack.push_async_callback(client.aclose)
-    return lambda model: RedisStore(client, model)
+    return lambda model: RedisStore(client, model, deployment)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from bucketserve.addresses import Address
-from bucketserve.config import TelemetrySettings
+from bucketserve.config import DeploymentSettings, TelemetrySettings
 from bucketserve.core.errors import UnavailableError
 from bucketserve.ports import QueueStore
 from bucketserve.process import default_instance_id
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.server import RpcServer
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
@@ -88,13 +89,16 @@ class _Loops:
         self.stop()
 
 
-async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
+async def serve(
+    settings: SchedulerSettings, deployment: DeploymentSettings, telemetry: TelemetrySettings, stop: asyncio.Event
+) -> None:
     """Runs the scheduler until `stop` is set.
 
     Nothing is waited for but the turn in hand: what waits is in the store, what runs goes on without a scheduler.
     Leadership is given up, so that a standby or the next start leads at once.
     """
     scheduler_id = settings.scheduler_id or default_instance_id("scheduler")
+    ours = Deployment(deployment.name, deployment.token)
     gateways = GatewayPeers()
     async with AsyncExitStack() as stack:
         outlets = stack.enter_context(
@@ -110,7 +114,7 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
         )
         server = RpcServer(
             settings.listen,
-            services=[scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name],
+            services=[scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name, ours.health_service],
             on_unexpected=lambda method, error: outlets.log.error("rpc.failed", error=error, method=method),
             enable_reflection=settings.enable_reflection,
         )
@@ -122,7 +126,7 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
             clock=time.monotonic,
             new_core=lambda context_tokens: new_core(settings, context_tokens),
         )
-        new_store = await stores(settings.redis_url, stack)
+        new_store = await stores(settings.redis_url, ours.name, stack)
         async with asyncio.TaskGroup() as tasks:
             loops = _Loops(tasks, deps, new_store, lambda: seat.is_held and not stop.is_set())
 
@@ -149,6 +153,7 @@ async def serve(settings: SchedulerSettings, telemetry: TelemetrySettings, stop:
             sitting = tasks.create_task(seat.run(), name="seat")
             servicer = SchedulerServicer(
                 settings=settings,
+                deployment=ours,
                 scheduler_id=scheduler_id,
                 gateways=gateways,
                 loop_of=loops.of,

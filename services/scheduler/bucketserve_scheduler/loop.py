@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bucketserve.core.errors import StaleEpochError, UnavailableError
+from bucketserve.core.errors import PeerRefusedError, StaleEpochError, UnavailableError
 from bucketserve.core.messages import (
     AdmitFailed,
     BatchPrefilled,
@@ -112,9 +112,16 @@ class SchedulingLoop:
         await self._inbox.put(RequestCancelled(run_id))
 
     async def connect(self, hello: scheduler_pb2.WorkerHello) -> WorkerPeer:
-        """Registers a worker; batches come through the returned peer's outbox."""
+        """Registers a worker; batches come through the returned peer's outbox.
+
+        Raises:
+            PeerRefusedError: another process is connected under the same id.
+        """
         worker_id = WorkerId(hello.worker_id)
         if older := self.workers.get(worker_id):
+            if older.hello.instance != hello.instance:
+                self._deps.telemetry.worker_refused(self.model, worker_id)
+                raise PeerRefusedError(f"worker id {worker_id!r} is in use by another process")
             older.outbox.close()
         peer = WorkerPeer(
             worker_id=worker_id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from bucketserve.core.errors import PeerRefusedError
 from bucketserve.core.types import RequestId, WorkerId
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2
@@ -20,6 +21,7 @@ class GatewayPeer:
 
     gateway_id: str
     outbox: Outbox[scheduler_pb2.SubmitResponse]
+    instance: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,8 +53,14 @@ class GatewayPeers:
     """Run id -> (monotonic time, what its gateway was told), for REMEMBER_S; oldest first."""
 
     def connect(self, peer: GatewayPeer) -> None:
-        """Registers a stream; an older one of the same gateway is closed."""
+        """Registers a stream; an older one of the same process is closed.
+
+        Raises:
+            PeerRefusedError: another process is connected under the same id.
+        """
         if older := self._connected.get(peer.gateway_id):
+            if older.instance != peer.instance:
+                raise PeerRefusedError(f"gateway id {peer.gateway_id!r} is in use by another process")
             older.outbox.close()
         self._connected[peer.gateway_id] = peer
         self._absent_since.pop(peer.gateway_id, None)

@@ -12,6 +12,7 @@ import grpc
 from bucketserve.core.errors import FieldViolation, InvalidRequestError
 from bucketserve.core.types import RequestId
 from bucketserve.rpc.convert import role_from_pb, role_to_pb
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.interceptors import first_message
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
@@ -42,6 +43,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         self,
         *,
         settings: SchedulerSettings,
+        deployment: Deployment,
         scheduler_id: str,
         gateways: GatewayPeers,
         loop_of: Callable[[str, int], SchedulingLoop],
@@ -56,6 +58,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         self._problem = problem
         self._epoch = epoch
         self._settings = settings
+        self._deployment = deployment
         self._scheduler_id = scheduler_id
         self._gateways = gateways
         self._loop_of = loop_of
@@ -66,10 +69,11 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         self, request_iterator: SubmitRequests, context: SubmitContext
     ) -> AsyncIterator[scheduler_pb2.SubmitResponse]:
         """One stream per gateway."""
+        self._deployment.check(context.invocation_metadata())
         await self._refuse_on_standby(context)
         first = await first_message(request_iterator)
         _check("hello", gateway_id=first.hello.gateway_id)
-        peer = GatewayPeer(first.hello.gateway_id, Outbox(GATEWAY_OUTBOX_LIMIT))
+        peer = GatewayPeer(first.hello.gateway_id, Outbox(GATEWAY_OUTBOX_LIMIT), first.hello.instance)
         self._gateways.connect(peer)
         reader = asyncio.create_task(self._read_gateway(request_iterator, peer))
         beat = asyncio.create_task(
@@ -88,6 +92,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         self, request_iterator: WorkRequests, context: WorkContext
     ) -> AsyncIterator[scheduler_pb2.WorkResponse]:
         """One stream per worker."""
+        self._deployment.check(context.invocation_metadata())
         await self._refuse_on_standby(context)
         first = await first_message(request_iterator)
         hello = first.hello

@@ -91,6 +91,10 @@ class LoopTelemetry:
         """When a worker's stream begins."""
         self._log.info("worker.joined", model=model, worker_id=worker_id, num_running=num_running)
 
+    def worker_refused(self, model: str, worker_id: str) -> None:
+        """When a second process comes under the id of one that is here."""
+        self._log.warning("worker.id_in_use", model=model, worker_id=worker_id)
+
     def worker_disconnected(self, model: str, worker_id: str) -> None:
         """When a worker's stream breaks: it may come back."""
         self._log.info("worker.disconnected", model=model, worker_id=worker_id)

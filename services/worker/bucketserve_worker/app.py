@@ -7,10 +7,11 @@ import contextlib
 from collections.abc import Callable
 
 from bucketserve.addresses import Address
-from bucketserve.config import TelemetrySettings
+from bucketserve.config import DeploymentSettings, TelemetrySettings
 from bucketserve.core.errors import EngineError
 from bucketserve.ports import Engine
 from bucketserve.process import default_instance_id, unless_stopped
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.server import RpcServer
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
@@ -30,7 +31,9 @@ HEALTH_S = 0.1
 HANG_CHECK_S = 0.5
 
 
-async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
+async def serve(
+    settings: WorkerSettings, deployment: DeploymentSettings, telemetry: TelemetrySettings, stop: asyncio.Event
+) -> None:
     """Runs the worker until `stop` is set and its requests are finished, or drain_s have passed.
 
     Raises:
@@ -38,6 +41,7 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
         EngineError: the engine failed; its requests were handed back.
         SettingsError: an address can't be bound.
     """
+    ours = Deployment(deployment.name, deployment.token)
     worker_id = settings.worker_id or default_instance_id("worker")
     with open_telemetry(
         Service.WORKER,
@@ -50,10 +54,10 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
     ) as outlets:
         log = outlets.log
         observer = WorkerTelemetry(log, outlets.metrics, outlets.tracing, worker_id, settings.model_name)
-        worker = Worker(settings, worker_id, observer)
+        worker = Worker(settings, ours, worker_id, observer)
         server = RpcServer(
             settings.listen,
-            services=[worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name],
+            services=[worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name, ours.health_service],
             on_unexpected=lambda method, error: log.error("rpc.failed", error=error, method=method),
             enable_reflection=settings.enable_reflection,
         )
@@ -63,7 +67,7 @@ async def serve(settings: WorkerSettings, telemetry: TelemetrySettings, stop: as
         try:
             started = await unless_stopped(stop, engine.started)
             worker.attach(engine, started)
-            servicer = WorkerServicer(worker, model=settings.model_name, info=started.info)
+            servicer = WorkerServicer(worker, ours, model=settings.model_name, info=started.info)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server.grpc_server)
             await server.start()
             link = asyncio.create_task(worker.link.run(), name="scheduler-link")

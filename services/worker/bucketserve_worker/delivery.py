@@ -17,6 +17,7 @@ import grpc
 
 from bucketserve.addresses import AddressError
 from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.listening import hang_up
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
 
@@ -37,6 +38,7 @@ class DeliveryPool:
     def __init__(
         self,
         worker_id: str,
+        deployment: Deployment,
         *,
         flush_s: float,
         give_up_s: float,
@@ -45,6 +47,7 @@ class DeliveryPool:
     ) -> None:
         """on_stop(run ids) when a gateway wants no more; on_lost(address, run ids) when their output is given up."""
         self._worker_id = worker_id
+        self._deployment = deployment
         self._flush_s = flush_s
         self._give_up_s = give_up_s
         self._on_stop = on_stop
@@ -57,7 +60,13 @@ class DeliveryPool:
         stream = self._streams.get(address)
         if stream is None:
             stream = _GatewayStream(
-                address, self._worker_id, self._flush_s, self._give_up_s, self._on_stop, self._on_lost
+                address,
+                self._worker_id,
+                self._deployment,
+                self._flush_s,
+                self._give_up_s,
+                self._on_stop,
+                self._on_lost,
             )
             self._streams[address] = stream
             self._tasks[address] = asyncio.create_task(self._serve(stream), name=f"deliver-{address}")
@@ -100,12 +109,14 @@ class _GatewayStream:
         self,
         address: str,
         worker_id: str,
+        deployment: Deployment,
         flush_s: float,
         give_up_s: float,
         on_stop: Callable[[list[str]], None],
         on_lost: Callable[[str, set[str]], None],
     ) -> None:
         self.address = address
+        self._deployment = deployment
         self._on_lost = on_lost
         self.drained = asyncio.Event()
         self.drained.set()
@@ -190,7 +201,7 @@ class _GatewayStream:
 
     async def _converse(self, stub: delivery_pb2_grpc.DeliveryServiceStub) -> bool:
         """One call, until it breaks (AioRpcError, or True) or is idle for long (False)."""
-        call = stub.Deliver()
+        call = stub.Deliver(metadata=self._deployment.metadata)
         # Nothing is taken from the pending output before the gateway is known to be there.
         async with asyncio.timeout(STALL_S):
             await call.wait_for_connection()

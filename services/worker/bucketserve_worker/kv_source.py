@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import mmap
 import os
+import re
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -16,14 +17,18 @@ import xxhash
 
 from bucketserve.addresses import AddressError
 from bucketserve.core.errors import BucketServeError
-from bucketserve.engine.kv_staging import KvStaging, StagedKv, checksum, locality
+from bucketserve.engine.kv_staging import MEMFD_NAME, KvStaging, StagedKv, checksum, locality
 from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import scheduler_pb2, worker_pb2, worker_pb2_grpc
 from bucketserve_worker.kv_holder import KvHolder
 
 __all__ = ["PIECE_BYTES", "Fetched", "KvSources", "KvTransferError"]
 
 PIECE_BYTES = 1 << 20
+SHARED_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
+MAX_TRAILER_BYTES = 64 << 20
+"""Of what comes with the KV: its RunSpec holds the prompt."""
 INLINE_BYTES = 4 << 20
 """Up to here a copy holds the event loop up for less than half a millisecond; a thread would cost as much again."""
 
@@ -44,9 +49,12 @@ class Fetched:
 class KvSources:
     """Fetches KV by the nearest way; keeps channels and mappings."""
 
-    def __init__(self, worker_id: str, holder: KvHolder, staging: KvStaging, layout: str) -> None:
+    def __init__(
+        self, worker_id: str, deployment: Deployment, holder: KvHolder, staging: KvStaging, layout: str
+    ) -> None:
         """Holder is our own: a worker whose role was switched may go on with what it prefilled itself."""
         self._worker_id = worker_id
+        self._deployment = deployment
         self._holder = holder
         self._staging = staging
         self._layout = layout
@@ -63,6 +71,8 @@ class KvSources:
         """
         if pull.kv.layout != self._layout:
             raise KvTransferError(f"its layout is {pull.kv.layout!r}, ours {self._layout!r}: other model or dtype")
+        if pull.kv.kv_bytes > pull.kv.num_bytes or pull.kv.num_bytes > self._staging.num_bytes + MAX_TRAILER_BYTES:
+            raise KvTransferError(f"{pull.kv.num_bytes:,} bytes are more than this worker has for all its KV")
         if pull.source_worker_id == self._worker_id:
             block, transport = self._from_own(pull), "in_process"
         else:
@@ -94,7 +104,7 @@ class KvSources:
         stub = await self._stub(pull.source_address)
         request = worker_pb2.FetchKvRequest(run_id=pull.run_id, secret=pull.kv.secret)
         digest, end = xxhash.xxh3_64(), 0
-        call = stub.FetchKv(request)
+        call = stub.FetchKv(request, metadata=self._deployment.metadata)
         try:
             async for response in call:
                 begin, end = end, end + len(response.piece)
@@ -138,7 +148,7 @@ class _SharedFiles:
     def view(self, kv: scheduler_pb2.HeldKv) -> memoryview | None:
         """Returns where the KV lies; None if it can't be reached from here."""
         where = kv.shared_memory
-        if not where.locality or where.locality != locality():
+        if not where.locality or where.locality != locality() or not SHARED_PATH.fullmatch(where.path):
             return None
         try:
             found = self._open(where.path)
@@ -148,6 +158,9 @@ class _SharedFiles:
         return view if len(view) == kv.num_bytes else None
 
     def _open(self, path: str) -> mmap.mmap:
+        # What a peer names is opened only if it is a memory file of a worker's, and not anything else of a process's.
+        if not os.readlink(path).startswith(f"/memfd:{MEMFD_NAME}"):
+            raise FileNotFoundError(path)
         # The inode tells a worker from one that later has the same process id.
         key = (path, os.stat(path).st_ino)
         if key not in self._maps:

@@ -25,6 +25,8 @@ class Running:
     prefilled_s: float | None = None
     num_output_tokens: int = 0
     cached_prompt_tokens: int = 0
+    was_pulled: bool = False
+    """Its prompt was computed by another worker, or by this one in another role."""
     is_replaced: bool = False
     """It came again, and the engine was told to let this run go."""
 
@@ -94,6 +96,7 @@ class RunningTable:
             prefilled_s=now_s,
             num_output_tokens=len(trailer.token_ids),
             cached_prompt_tokens=trailer.cached_prompt_tokens,
+            was_pulled=True,
         )
         delivery = delivery_pb2.TokenDelivery(
             run_id=pull.run_id, token_ids=trailer.token_ids, logprobs=trailer.logprobs

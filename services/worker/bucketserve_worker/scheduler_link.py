@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from bucketserve.core.types import WorkerRole
 from bucketserve.rpc.convert import role_from_pb
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.leader import LeaderSearch
 from bucketserve.rpc.listening import hang_up, messages_while_alive
 from bucketserve.rpc.outbox import Outbox
@@ -30,6 +31,7 @@ class SchedulerLink:
     def __init__(
         self,
         addresses: list[str],
+        deployment: Deployment,
         *,
         hello: Callable[[], scheduler_pb2.WorkerHello],
         report: Callable[[], scheduler_pb2.WorkerReport],
@@ -41,6 +43,7 @@ class SchedulerLink:
         on_state: Callable[[bool, str], None],
     ) -> None:
         """on_state(connected, detail) on every change, on_heard() on every message; addresses are tried in turn."""
+        self._deployment = deployment
         self._search = LeaderSearch(addresses, on_state)
         self._hello = hello
         self._new_report = report
@@ -94,7 +97,7 @@ class SchedulerLink:
         # From here on, not from the welcome on: what ends now is in the hello as running.
         self._outbox = outbox
         self.can_bring_work = True
-        call = stub.Work(outbox.messages())
+        call = stub.Work(outbox.messages(), metadata=self._deployment.metadata)
         reporter: asyncio.Task[None] | None = None
         try:
             async for response in messages_while_alive(call):

@@ -10,6 +10,7 @@ import grpc
 from bucketserve.core.errors import NotFoundError
 from bucketserve.ports import EngineInfo
 from bucketserve.rpc.convert import role_to_pb
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import worker_pb2, worker_pb2_grpc
 from bucketserve_worker.kv_source import PIECE_BYTES
 from bucketserve_worker.worker import Worker
@@ -23,9 +24,10 @@ FetchContext = grpc.aio.ServicerContext[worker_pb2.FetchKvRequest, worker_pb2.Fe
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """Describes the worker and gives out the KV that it holds."""
 
-    def __init__(self, worker: Worker, *, model: str, info: EngineInfo) -> None:
+    def __init__(self, worker: Worker, deployment: Deployment, *, model: str, info: EngineInfo) -> None:
         """Takes a worker whose engine is loaded."""
         self._worker = worker
+        self._deployment = deployment
         self._model = model
         self._info = info
 
@@ -46,6 +48,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.FetchKvRequest, context: FetchContext
     ) -> AsyncIterator[worker_pb2.FetchKvResponse]:
         """Held KV, as bytes."""
+        self._deployment.check(context.invocation_metadata())
         held = self._worker.holder.find(request.run_id)
         if held is None or not secrets.compare_digest(held.secret, request.secret):
             # One answer for both: who only guesses learns nothing.

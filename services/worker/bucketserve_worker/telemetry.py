@@ -13,7 +13,7 @@ from bucketserve.telemetry.tracing import Tracing
 from bucketserve.v1 import scheduler_pb2
 from bucketserve_worker.engine_thread import EngineTurn
 from bucketserve_worker.kv_source import Fetched
-from bucketserve_worker.running import Finished
+from bucketserve_worker.running import Finished, Running
 
 __all__ = ["WorkerTelemetry"]
 
@@ -138,31 +138,35 @@ class WorkerTelemetry:
         self._metrics.count("vllm:prefix_cache_hits_total", reused - self._num_prefix_reused, model_name=model)
         self._num_prefix_asked, self._num_prefix_reused = asked, reused
 
+    def handed_over(self, running: Running) -> None:
+        """When a prompt has been computed here for another worker to go on with."""
+        if self._tracing.is_enabled:
+            self._record_span("bucketserve.prefill", running, running.received_s, time.monotonic())
+
     def _record_spans(self, done: Finished) -> None:
-        spec = done.running.spec
-        parent = self._tracing.extract(spec.traceparent, spec.tracestate)
+        running, finished_s = done.running, done.finished_s
+        prefilled_s = finished_s if running.prefilled_s is None else running.prefilled_s
+        reason = done.reason.value
+        if not running.was_pulled:
+            self._record_span("bucketserve.prefill", running, running.received_s, prefilled_s, reason)
+        if running.prefilled_s is not None:
+            self._record_span("bucketserve.decode", running, prefilled_s, finished_s, reason)
+
+    def _record_span(self, name: str, running: Running, start_s: float, end_s: float, reason: str = "") -> None:
+        """Records what this worker did for a run, under its gateway's span."""
+        parent = self._tracing.extract(running.spec.traceparent, running.spec.tracestate)
         if parent is None:
             return
         attributes: dict[str, str | int] = {
-            "bucketserve.run_id": done.running.run_id,
+            "bucketserve.run_id": running.run_id,
             "bucketserve.worker_id": self._worker_id,
-            "bucketserve.batch.id": done.running.batch.batch_id,
-            "bucketserve.output_tokens": done.running.num_output_tokens,
-            "bucketserve.cached_prompt_tokens": done.running.cached_prompt_tokens,
-            "bucketserve.finish_reason": done.reason.value,
+            "bucketserve.batch.id": running.batch.batch_id,
+            "bucketserve.output_tokens": running.num_output_tokens,
+            "bucketserve.cached_prompt_tokens": running.cached_prompt_tokens,
         }
-        prefilled_s = done.running.prefilled_s
-        prefill_end_us = self._unix_us(done.finished_s if prefilled_s is None else prefilled_s)
-        received_us = self._unix_us(done.running.received_s)
-        self._tracing.record("bucketserve.prefill", received_us, prefill_end_us, parent=parent, attributes=attributes)
-        if prefilled_s is not None:
-            self._tracing.record(
-                "bucketserve.decode",
-                prefill_end_us,
-                self._unix_us(done.finished_s),
-                parent=parent,
-                attributes=attributes,
-            )
+        if reason:
+            attributes["bucketserve.finish_reason"] = reason
+        self._tracing.record(name, self._unix_us(start_s), self._unix_us(end_s), parent=parent, attributes=attributes)
 
     def _unix_us(self, monotonic_s: float) -> int:
         return round((monotonic_s + self._unix_offset_s) * 1e6)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from bucketserve.rpc.convert import (
     role_to_pb,
     sequence_from_spec,
 )
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import scheduler_pb2
 from bucketserve_worker.delivery import DeliveryPool
 from bucketserve_worker.engine_thread import EngineStarted, EngineThread, EngineTurn
@@ -43,14 +45,19 @@ MAX_STEP_SAMPLES = 256
 class Worker:
     """Owns the requests at this process. Everything runs in the event loop; only EngineThread has another thread."""
 
-    def __init__(self, settings: WorkerSettings, worker_id: str, telemetry: WorkerTelemetry) -> None:
+    def __init__(
+        self, settings: WorkerSettings, deployment: Deployment, worker_id: str, telemetry: WorkerTelemetry
+    ) -> None:
         """Connects to nothing yet; attach() completes it once the engine is warm."""
         self.worker_id = worker_id
         self.role = WorkerRole(settings.role)
         self._settings = settings
         self._telemetry = telemetry
+        self._deployment = deployment
+        self._instance = uuid.uuid4().hex
         self.delivery = DeliveryPool(
             worker_id,
+            deployment,
             flush_s=settings.flush_ms / 1e3,
             give_up_s=settings.gateway_timeout_s,
             on_stop=self._on_stop,
@@ -60,6 +67,7 @@ class Worker:
         self.holder = KvHolder(settings.kv_lease_s, time.monotonic)
         self.link = SchedulerLink(
             settings.scheduler_address.split(","),
+            deployment,
             hello=self._hello,
             report=self._report,
             on_batch=self._on_batch,
@@ -77,7 +85,7 @@ class Worker:
         self._engine = engine
         self._info = started.info
         self._puller = KvPuller(
-            KvSources(self.worker_id, self.holder, engine.staging, started.info.kv_layout),
+            KvSources(self.worker_id, self._deployment, self.holder, engine.staging, started.info.kv_layout),
             engine,
             self.running,
             on_pulled=self._on_pulled,
@@ -137,6 +145,7 @@ class Worker:
                 handed_over.block.release()
             else:
                 self.holder.hold(running, handed_over)
+                self._telemetry.handed_over(running)
         for key in turn.cancelled:
             self.holder.release(key)
             self._telemetry.run_ended(key, "cancelled")
@@ -249,6 +258,9 @@ class Worker:
             report=self._report(),
             running=[self._running_run(key, running) for key, running in self.running],
             is_draining=self.link.is_draining,
+            fingerprint=self._info.fingerprint,
+            tokenizer=self._info.tokenizer,
+            instance=self._instance,
         )
 
     def _running_run(self, key: RequestId, running: Running) -> scheduler_pb2.RunningRun:

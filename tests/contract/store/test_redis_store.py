@@ -23,7 +23,7 @@ async def test_all_keys_of_a_model_share_a_cluster_slot(valkey: EmbeddedServer) 
     keys = await client.keys("*")
     assert len(keys) == 5
     tags = {key.decode().split("{", 1)[1].split("}", 1)[0] for key in keys}
-    assert tags == {"org%2Fmo%7Bd%7Del"}
+    assert tags == {"default/org%2Fmo%7Bd%7Del"}
     await client.aclose()
 
 

@@ -46,7 +46,7 @@ async def loop_over_valkey() -> AsyncIterator[SchedulingLoop]:
             clock=time.monotonic,
             new_core=lambda context_tokens: new_core(settings, context_tokens),
         )
-        yield SchedulingLoop("m", CONTEXT, (await stores(server.url, stack))("m"), deps)
+        yield SchedulingLoop("m", CONTEXT, (await stores(server.url, "default", stack))("m"), deps)
 
 
 def a_run(number: int) -> scheduler_pb2.SubmitRun:

@@ -115,7 +115,7 @@ async def test_a_log_of_the_service_replays_in_the_simulator_s_policy() -> None:
             clock=lambda: time.monotonic() + 1e-6 * next(ticks),
             new_core=new_core,
         )
-        loop = SchedulingLoop("m", CONTEXT, (await stores(server.url, stack))("m"), deps)
+        loop = SchedulingLoop("m", CONTEXT, (await stores(server.url, "default", stack))("m"), deps)
         running = asyncio.create_task(loop.run())
         workers = [asyncio.create_task(play_worker(loop, name)) for name in ("w0", "w1")]
         rng = random.Random(5)

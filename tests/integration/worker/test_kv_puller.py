@@ -9,6 +9,7 @@ from bucketserve.core.types import RequestId
 from bucketserve.engine.fake import FakeEngine, FakeSettings
 from bucketserve.engine.kv_staging import KvStaging
 from bucketserve.rpc.convert import sequence_from_spec
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import common_pb2, scheduler_pb2
 from bucketserve_worker.delivery import DeliveryPool
 from bucketserve_worker.engine_thread import EngineThread, EngineTurn
@@ -25,7 +26,9 @@ SPEC = scheduler_pb2.RunSpec(token_ids=PROMPT, max_new_tokens=6, delivery_addres
 async def test_a_worker_that_changed_sides_goes_on_with_what_it_holds_itself() -> None:
     turns: list[EngineTurn] = []
     tokens: list[int] = []
-    pool = DeliveryPool("w", flush_s=0.0, give_up_s=60.0, on_stop=lambda keys: None, on_lost=lambda address, ids: None)
+    pool = DeliveryPool(
+        "w", Deployment(), flush_s=0.0, give_up_s=60.0, on_stop=lambda keys: None, on_lost=lambda address, ids: None
+    )
     running = RunningTable(pool, time.monotonic)
     holder = KvHolder(30.0, time.monotonic)
     pulled: list[scheduler_pb2.KvPulled] = []
@@ -46,7 +49,7 @@ async def test_a_worker_that_changed_sides_goes_on_with_what_it_holds_itself() -
     started = await engine.started
     staging: KvStaging = engine.staging
     puller = KvPuller(
-        KvSources("w", holder, staging, started.info.kv_layout),
+        KvSources("w", Deployment(), holder, staging, started.info.kv_layout),
         engine,
         running,
         on_pulled=pulled.append,

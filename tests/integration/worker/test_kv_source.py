@@ -12,6 +12,7 @@ import pytest
 
 from bucketserve.core.types import RequestId
 from bucketserve.engine.kv_staging import KvStaging, StagedKv, checksum, locality
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import common_pb2, scheduler_pb2, worker_pb2, worker_pb2_grpc
 from bucketserve_worker.engine_thread import HandedOver
 from bucketserve_worker.kv_holder import Held, KvHolder
@@ -51,7 +52,7 @@ async def fetching(source: Source) -> AsyncIterator[tuple[KvSources, str, KvStag
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     staging = KvStaging(2 * len(DATA))
-    sources = KvSources("me", KvHolder(30.0, lambda: 0.0), staging, "L")
+    sources = KvSources("me", Deployment(), KvHolder(30.0, lambda: 0.0), staging, "L")
     try:
         yield sources, f"127.0.0.1:{port}", staging
     finally:
@@ -128,7 +129,7 @@ async def test_what_this_worker_holds_itself_changes_hands_without_a_copy() -> N
     staging, holder = KvStaging(2 * len(DATA)), KvHolder(30.0, lambda: 0.0)
     held = held_in(staging)
     holder.hold(held.running, held.handed_over)
-    sources = KvSources("me", holder, staging, "L")
+    sources = KvSources("me", Deployment(), holder, staging, "L")
     kv = held.describe("L", staging.path)
     assert (kv.prefill_us, kv.shared_memory.locality) == (500_000, locality())
     fetched = await sources.fetch(pull(kv, source="me"))

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_worker.scheduler_link import SchedulerLink
 
@@ -43,6 +44,7 @@ async def test_what_ends_between_hello_and_welcome_is_told() -> None:
     connected = asyncio.Event()
     link = SchedulerLink(
         [f"127.0.0.1:{port}"],
+        Deployment(),
         hello=scheduler_pb2.WorkerHello,
         report=scheduler_pb2.WorkerReport,
         on_batch=lambda batch: None,

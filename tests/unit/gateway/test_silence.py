@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2, scheduler_pb2
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
@@ -14,7 +15,7 @@ from tests.unit.gateway.builders import an_open_request, catalog
 
 async def test_silent_requests_are_asked_for_again() -> None:
     requests, served = OpenRequests(), catalog()
-    link = SchedulerLink(["127.0.0.1:1"], "gateway", requests, lambda is_connected, detail: None)
+    link = SchedulerLink(["127.0.0.1:1"], Deployment(), "gateway", requests, lambda is_connected, detail: None)
 
     def opened(name: str, *, runs: bool) -> OpenRequest:
         valid = validate(inference_pb2.GenerateRequest(request_id=name, prompt="the"), served, max_prompt_bytes=1000)
