@@ -144,7 +144,7 @@ class DeploymentSettings(Section):
 
     name: str = Field(
         "default",
-        pattern=r"[A-Za-z0-9._-]{1,64}\Z",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
         description="services of another name are refused; separates deployments that share a Redis",
     )
     token: str = Field(

@@ -32,7 +32,7 @@ def room(client: aioredis.Redis) -> JobRoom:
 
 
 async def held(client: aioredis.Redis) -> dict[bytes, bytes]:
-    return await client.hgetall("bs:{jobs}:held")
+    return await client.hgetall("bs:{default/jobs}:held")
 
 
 async def refusal(room: JobRoom, submission: str, tenant: str, num_bytes: int) -> str:

@@ -10,9 +10,10 @@ import redis.asyncio as aioredis
 
 from bucketserve.core.errors import DuplicateRequestError, NotFoundError
 from bucketserve.store.embedded import EmbeddedServer
-from bucketserve.store.jobs import OPEN, JobStore
+from bucketserve.store.jobs import JobStore
 from bucketserve.store.redis import connect
 
+OPEN = "bs:{default/jobs}:open"
 pytestmark = pytest.mark.redis
 
 LEASE_S = 30.0
