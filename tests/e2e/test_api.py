@@ -56,7 +56,8 @@ BAD: dict[str, tuple[bytes, set[str]]] = {
         {"sampling.temperature", "sampling.top_p", "sampling.min_p", "sampling.repetition_penalty"},
     ),
     "token id outside the vocabulary": (ids(5, VOCABULARY), {"token_ids.ids[1]"}),
-    "prompt of 4 MB": (request(prompt="a" * 4_000_000), {"prompt"}),
+    "prompt of 10 MB": (request(prompt="a" * 10_000_000), {"prompt"}),
+    "ten million token ids": (ids(*[5] * 10_000_000), {"token_ids.ids"}),
     "bytes that are no UTF-8": (INVALID_UTF8, set()),
     "bytes that are no message": (b"\xff\xff\xff\xff", set()),
 }

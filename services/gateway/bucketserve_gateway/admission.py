@@ -56,10 +56,12 @@ class Admission:
         """Around a call from a connection.
 
         Raises:
-            OverloadedError: too many are open, of the process or of the connection.
+            OverloadedError: too many are open, for a connection that has so many, or of the connection.
         """
-        if self.num_calls >= self._max_calls:
-            raise self.refusal("MAX_CALLS", f"{self._max_calls} calls are open at this gateway")
+        # A connection may have as many as are still free: n greedy ones leave room for as many as each of them has.
+        num_free = self._max_calls - self.num_calls
+        if self._by_connection[peer] >= num_free:
+            raise self.refusal("MAX_CALLS", f"{self.num_calls} calls are open at this gateway")
         if self._by_connection[peer] >= self._max_calls_per_connection:
             most = self._max_calls_per_connection
             raise self.refusal("MAX_CALLS_PER_CONNECTION", f"{most} calls are open on this connection")

@@ -49,7 +49,7 @@ class GatewaySettings(Section):
     )
     max_prompt_bytes: int = Field(4 * 1024 * 1024, ge=1, description="longest prompt in bytes, before tokenising")
     max_open_calls: int = Field(
-        4_096, ge=1, le=100_000, description="calls open at once, all together; further ones are refused"
+        2_048, ge=2, le=100_000, description="calls open at once; a connection has at most as many as are still free"
     )
     max_streams_per_connection: int = Field(
         1_000, ge=1, le=100_000, description="calls open at once on a connection; further ones are refused"

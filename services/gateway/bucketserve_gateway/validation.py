@@ -26,8 +26,8 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 Violations = list[FieldViolation]
 
-MIN_MESSAGE_BYTES = 1 << 20
-"""A request somewhat too long for a small model still gets an answer that says what is wrong with it."""
+MIN_MESSAGE_BYTES = 12 << 20
+"""A request too long by some factor still gets an answer that says so: gRPC's own has neither reason nor delay."""
 BYTES_PER_ID = 5
 """Of a token id in a message, at most."""
 BYTES_OF_REST = 256 * 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from contextlib import ExitStack
 
 import pytest
@@ -32,7 +33,7 @@ def test_calls_never_exceed_their_limits_and_none_is_left(steps: list[str]) -> N
             continue
         call = ExitStack()
         of_peer = sum(peer == step for peer, _ in open_calls)
-        if len(open_calls) == 5 or of_peer == 3:
+        if of_peer >= min(5 - len(open_calls), 3):
             with pytest.raises(OverloadedError):
                 call.enter_context(admission.call(step))
             continue
@@ -43,6 +44,20 @@ def test_calls_never_exceed_their_limits_and_none_is_left(steps: list[str]) -> N
         call.close()
     assert admission.num_calls == 0
     assert not admission._by_connection
+
+
+@given(st.integers(1, 30))
+def test_greedy_connections_leave_room_for_others(num_greedy: int) -> None:
+    admission = new(max_calls=100, max_calls_per_connection=100)
+    with ExitStack() as stack:
+        for _ in range(100):
+            for i in range(num_greedy):
+                with contextlib.suppress(OverloadedError):
+                    stack.enter_context(admission.call(f"greedy-{i}"))
+        free = 100 - admission.num_calls
+        assert free >= 100 // (num_greedy + 1)
+        for i in range(free):
+            stack.enter_context(admission.call(f"other-{i}"))
 
 
 @given(st.lists(st.integers(0, 1500), max_size=30))
