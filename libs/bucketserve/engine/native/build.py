@@ -23,14 +23,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--into", type=Path, metavar="DIR", help="folder to fill; workers look in $BUCKETSERVE_CACHE")
     parser.add_argument(
-        "--for", dest="names", nargs="+", choices=ALL, default=list(ALL), help="with --into; default: all of them"
+        "--for", dest="names", nargs="+", choices=ALL, metavar="SET", help=f"with --into; default: {' '.join(ALL)}"
     )
     given = parser.parse_args(arguments)
+    if given.names and given.into is None:
+        parser.error("--for needs --into")
     try:
         if given.into is None:
             load_library(on_progress=print)
         else:
-            for name in given.names:
+            for name in given.names or ALL:
                 print(build_into(given.into, ALL[name]))
     except KernelBuildError as error:
         if given.into is not None:

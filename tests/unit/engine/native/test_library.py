@@ -355,6 +355,8 @@ def test_building_ahead_fails_where_it_can_not_be_done(place: Place, capsys: pyt
     assert build.main(["--into", str(place.named)]) == 1
     assert "no C++ compiler (no-such-compiler)" in capsys.readouterr().err
     assert build.main(["--into", "/dev/null/x"]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        build.main(["--for", "avx2"])
     # For a machine of one's own it is no failure: workers do without.
     assert build.main([]) == 0
     assert "without their kernels" in capsys.readouterr().err
