@@ -18,7 +18,7 @@ from types import TracebackType
 import grpc
 
 from bucketserve.rpc.probe import check_health
-from bucketserve.store.embedded import EmbeddedServer, free_port
+from bucketserve.store.embedded import EmbeddedServer, ReservedPorts
 
 __all__ = ["LocalStack", "ServiceProcess", "StackError", "StackSpec"]
 
@@ -130,11 +130,12 @@ class LocalStack:
         self.on_progress = on_progress
         self.services: dict[str, ServiceProcess] = {}
         self._exit = contextlib.ExitStack()
-        ports = [spec.port if spec.port and not index else free_port() for index in range(spec.num_gateways)]
-        self.gateway_addresses = [f"127.0.0.1:{port}" for port in ports]
-        ports = [spec.port + 1 if spec.port and not index else free_port() for index in range(spec.num_schedulers)]
-        self.scheduler_addresses = [f"127.0.0.1:{port}" for port in ports]
-        self.delivery_addresses = [f"127.0.0.1:{free_port()}" for _ in self.gateway_addresses]
+        # Also while a service is away: it comes back to where it was.
+        self._ports = ReservedPorts()
+        first, second = (spec.port, spec.port + 1) if spec.port else (0, 0)
+        self.gateway_addresses = self._addresses(spec.num_gateways, first)
+        self.scheduler_addresses = self._addresses(spec.num_schedulers, second)
+        self.delivery_addresses = self._addresses(spec.num_gateways)
         self.metrics_addresses: dict[str, str] = {}
         self.redis_url = ""
         """Of the store in use, once started."""
@@ -158,6 +159,7 @@ class LocalStack:
         """Stops everything; what doesn't end within its drain time is killed."""
         self.stop_services()
         self._exit.close()
+        self._ports.close()
 
     def stop_services(self) -> None:
         """Stops all services in order; the store goes on, so that restart() finds it."""
@@ -183,6 +185,10 @@ class LocalStack:
         """Address of the first scheduler."""
         return self.scheduler_addresses[0]
 
+    def _addresses(self, number: int, first_port: int = 0) -> list[str]:
+        """Returns addresses of our own; the first at that port, unless it is 0."""
+        return [f"127.0.0.1:{(not index and first_port) or self._ports.take()}" for index in range(number)]
+
     def worker_names(self) -> list[str]:
         """Returns the names of the workers' services."""
         return [name for name in self.services if name.startswith("worker")]
@@ -200,7 +206,7 @@ class LocalStack:
     def _start_worker(self, index: int, role: str) -> ServiceProcess:
         name = f"worker-{index}"
         extra = self.spec.worker_environ[index] if index < len(self.spec.worker_environ) else {}
-        listen = f"127.0.0.1:{free_port()}"
+        listen = f"127.0.0.1:{self._ports.take()}"
         environ = {
             "BUCKETSERVE_WORKER_LISTEN": listen,
             "BUCKETSERVE_WORKER_WORKER_ID": name,
@@ -254,7 +260,7 @@ class LocalStack:
         self.wait_until_serving()
 
     def _spawn(self, name: str, module: str, environ: Mapping[str, str], health_address: str) -> ServiceProcess:
-        metrics = f"127.0.0.1:{free_port()}"
+        metrics = f"127.0.0.1:{self._ports.take()}"
         section = module.removeprefix("bucketserve_").upper()
         self.metrics_addresses[name] = metrics
         service = ServiceProcess(
