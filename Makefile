@@ -85,10 +85,15 @@ check: protos-check lint types imports docs-check ## Everything that is checked 
 protos: $(READY) ## Generate libs/bucketserve/v1 from protos/
 	$(BIN)/python scripts/gen_protos.py
 
-protos-check: $(READY) ## Lint the protos and fail if the generated code is not current
+protos-check: $(READY) ## Lint the protos, fail on breaking changes and if the generated code is not current
 	$(BIN)/buf lint
 	$(BIN)/buf format -d --exit-code
+	@$(BIN)/buf breaking --against protos/baseline.binpb || \
+		{ echo "a peer or client of the last release would not understand this; if that is meant: make protos-baseline"; exit 1; }
 	$(BIN)/python scripts/gen_protos.py --check
+
+protos-baseline: $(READY) ## Take the protos as they are for what later changes must not break
+	$(BIN)/buf build --exclude-source-info -o protos/baseline.binpb
 
 docs: $(READY) ## Write the generated documents again
 	$(BIN)/python scripts/metrics_doc.py
@@ -131,5 +136,5 @@ images: ## Build the images (needs Docker)
 clean: ## Remove what was built
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
-.PHONY: help setup demo up test test-fast test-e2e fuzz abuse chaos soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check docs docs-check format lint types imports bench-path \
+.PHONY: help setup demo up test test-fast test-e2e fuzz abuse chaos soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path \
 	bench-core paper compose-check k8s-render images clean

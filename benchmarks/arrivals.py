@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bucketserve.client import BucketServeClient
+from bucketserve.sim.percentiles import Percentiles
 from bucketserve.v1 import common_pb2
 
 SCALES = (0.5, 1.0, 2.0)
@@ -205,11 +206,9 @@ def figures(rows: list[Row], seconds: float, slo: dict[str, float]) -> dict[str,
         ("ttft long", [row["ttft_s"] for row in good if row["kind"] == "long"]),
         ("tpot", [row["tpot_s"] for row in good if row["tpot_s"] is not None]),
     ):
-        ordered = sorted(float(value) for value in values)  # type: ignore[arg-type]
-        if ordered:
-            found[f"{name} mean"] = statistics.fmean(ordered)
-            for share in (50, 99):
-                found[f"{name} p{share}"] = ordered[min(int(share / 100 * len(ordered)), len(ordered) - 1)]
+        if values:
+            of_all = Percentiles.of([float(value) for value in values])  # type: ignore[arg-type]
+            found |= {f"{name} mean": of_all.mean, f"{name} p50": of_all.p50, f"{name} p99": of_all.p99}
     found["output tok/s"] = sum(int(row["output_tokens"]) for row in good) / seconds  # type: ignore[call-overload]
     for scale in SCALES:
         within = sum(is_within(row, slo, scale) for row in rows)

@@ -30,6 +30,7 @@ from bucketserve.core.messages import (
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.types import Batch, Headroom, Request, RequestClass, RequestId, WorkerId, WorkerRole
+from bucketserve.sim.percentiles import nearest_rank
 
 CONTEXT = 4096
 KV_TOKENS = 60_000
@@ -156,7 +157,7 @@ def measure(queued: int, workers: int, steps: int, seed: int) -> Result:
         queued,
         workers,
         statistics.median(times),
-        times[int(len(times) * 0.99)],
+        nearest_rank(times, 99),
         times[-1],
         batches / steps,
         bench.submit_us,

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from bucketserve.client import BucketServeClient
 from bucketserve.rpc.channel import open_channel
+from bucketserve.sim.percentiles import Percentiles
 from bucketserve.v1 import common_pb2, scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_cli.stack import LocalStack, StackSpec
 
@@ -113,20 +114,17 @@ def figures(felt: list[Felt], ttft_s: float, tpot_s: float) -> dict[str, float]:
     """Figures of what clients felt; `felt` is in order of completion."""
     short = [one for one in felt if not one.is_long]
     long = [one.ttft_s for one in felt if one.is_long]
-    ttft, tpot = sorted(one.ttft_s for one in short), sorted(one.tpot_s for one in short)
+    ttft, tpot = (Percentiles.of([getattr(one, name) for one in short]) for name in ("ttft_s", "tpot_s"))
     spent_s = max(one.sent_s + one.ttft_s + one.tpot_s * (one.tokens - 1) for one in felt) - min(
         one.sent_s for one in felt
     )
 
-    def at(values: list[float], share: float) -> float:
-        return values[min(int(share * len(values)), len(values) - 1)] * 1e3
-
     return {
         "requests": len(short),
-        "ttft_p50_ms": at(ttft, 0.5),
-        "ttft_p99_ms": at(ttft, 0.99),
-        "tpot_p50_ms": at(tpot, 0.5),
-        "tpot_p99_ms": at(tpot, 0.99),
+        "ttft_p50_ms": 1e3 * ttft.p50,
+        "ttft_p99_ms": 1e3 * ttft.p99,
+        "tpot_p50_ms": 1e3 * tpot.p50,
+        "tpot_p99_ms": 1e3 * tpot.p99,
         "within_slo": statistics.mean(one.ttft_s <= ttft_s and one.tpot_s <= tpot_s for one in short),
         "cost": statistics.mean((min(o.ttft_s / ttft_s, WORST) + min(o.tpot_s / tpot_s, WORST)) / 2 for o in short),
         "long_ttft_p50_ms": statistics.median(long) * 1e3 if long else 0.0,

@@ -18,6 +18,7 @@ from bucketserve.core.types import RequestId, StepSample
 from bucketserve.engine.loader import LoadSettings, load_engine
 from bucketserve.ports import SequenceSpec
 from bucketserve.sim.fit import fit_steps, fitted_device, relative_errors
+from bucketserve.sim.percentiles import nearest_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 console = Console()
@@ -60,7 +61,7 @@ def main() -> None:
     held_out, used = samples[: len(samples) // 4], samples[len(samples) // 4 :]
     fitted = fit_steps(used)
     errors = relative_errors(fitted.latency, held_out)
-    mean, p90 = sum(errors) / len(errors), errors[int(len(errors) * 0.9)]
+    mean, p90 = sum(errors) / len(errors), nearest_rank(errors, 90)
     console.print(
         f"{len(used)} steps fitted: mean relative error {fitted.mean_relative_error:.1%}; "
         f"{len(held_out)} steps held out: mean {mean:.1%}, p90 {p90:.1%}"

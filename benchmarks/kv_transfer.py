@@ -32,6 +32,7 @@ from bucketserve.engine.kv_staging import KvStaging, checksum
 from bucketserve.ports import EngineInfo
 from bucketserve.rpc.channel import CHANNEL_OPTIONS, SERVER_OPTIONS
 from bucketserve.rpc.deployment import Deployment
+from bucketserve.sim.percentiles import nearest_rank
 from bucketserve.v1 import common_pb2, scheduler_pb2, worker_pb2_grpc
 from bucketserve_worker.engine_thread import HandedOver
 from bucketserve_worker.kv_holder import KvHolder
@@ -187,18 +188,17 @@ def report(took: dict[str, list[float]], num_bytes: int, tokens: int) -> None:
         "copy and checksum alone": "memcpy",
     }
     for name, seconds in took.items():
-        deciles = statistics.quantiles(seconds, n=10)
         share = ""
         if name in against:
             ratios = [bare / ours for bare, ours in zip(took[against[name]], seconds, strict=True)]
-            low, *_, high = statistics.quantiles(ratios, n=10)
+            low, high = nearest_rank(ratios, 10), nearest_rank(ratios, 90)
             share = f"{statistics.median(ratios):.0%} ({low:.0%} to {high:.0%})"
         median = statistics.median(seconds)
         table.add_row(
             name,
             f"{num_bytes / median / 1e9:.2f}",
             f"{median * 1e3:.2f}",
-            f"{deciles[0] * 1e3:.2f}..{deciles[-1] * 1e3:.2f}",
+            f"{nearest_rank(seconds, 10) * 1e3:.2f}..{nearest_rank(seconds, 90) * 1e3:.2f}",
             share,
         )
     Console(width=110).print(table)

@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bucketserve.client import BucketServeClient, Chunk, Finished
+from bucketserve.sim.percentiles import nearest_rank
 from bucketserve_cli.stack import LocalStack, StackSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,14 +85,14 @@ async def opened(clients: list[BucketServeClient], number: int, output_tokens: i
 
 
 def summary(results: list[tuple[float, int]], took_s: float) -> dict[str, object]:
-    ttfts = sorted(ttft for ttft, _ in results)
+    ttfts = [ttft for ttft, _ in results]
     return {
         "requests": len(results),
         "took_s": took_s,
         "requests_per_s": len(results) / took_s,
         "tokens_per_s": sum(tokens for _, tokens in results) / took_s,
-        "ttft_ms_p50": 1e3 * statistics.median(ttfts),
-        "ttft_ms_p99": 1e3 * ttfts[min(int(len(ttfts) * 0.99), len(ttfts) - 1)],
+        "ttft_ms_p50": 1e3 * nearest_rank(ttfts, 50),
+        "ttft_ms_p99": 1e3 * nearest_rank(ttfts, 99),
     }
 
 

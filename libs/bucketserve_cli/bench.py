@@ -25,7 +25,7 @@ from rich.table import Table
 from bucketserve.client import BucketServeClient, Chunk, Finished
 from bucketserve.core.errors import BucketServeError, UnknownModelError
 from bucketserve.sim.errors import SimulationError
-from bucketserve.sim.report import Percentiles
+from bucketserve.sim.percentiles import Percentiles
 from bucketserve.sim.workload import Arrivals, make_workload, read_trace
 from bucketserve.v1 import common_pb2
 from bucketserve_cli.terminal import UINT32, InputError, replaced_file

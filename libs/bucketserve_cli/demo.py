@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bucketserve.client import BucketServeClient, Chunk, Finished
-from bucketserve.sim.report import Percentiles
+from bucketserve.sim.percentiles import Percentiles
 from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_cli.stack import LocalStack, StackSpec
 

@@ -10,13 +10,12 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bucketserve.addresses import Address
 from bucketserve.config import DeploymentSettings, Loaded, TelemetrySettings, load_settings
-from bucketserve.store.embedded import free_port
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_worker.settings import WorkerSettings
@@ -71,12 +70,13 @@ class StackSpec:
 class Settings:
     """The settings that the processes will read, before the launcher adds its own."""
 
-    def __init__(self, spec: StackSpec) -> None:
-        """Reads environment and file.
+    def __init__(self, spec: StackSpec, free_port: Callable[[], int]) -> None:
+        """Reads environment and file; free_port() returns a port for what nobody gave one.
 
         Raises:
             SettingsError: a setting is wrong.
         """
+        self._free_port = free_port
         self._counts = {
             "gateway": spec.num_gateways,
             "scheduler": spec.num_schedulers,
@@ -114,7 +114,7 @@ class Settings:
         if port:
             return Address("127.0.0.1", port)
         given = self.value(section, name) if port is None else self.given(section, name)
-        return Address.parse(given) if given else Address("127.0.0.1", free_port())
+        return Address.parse(given) if given else Address("127.0.0.1", self._free_port())
 
     def environ(self, section: str, flags: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
         """Returns a process's variables beside those it inherits: flags, and defaults for what nobody set.

@@ -17,7 +17,7 @@ from types import TracebackType
 from bucketserve.addresses import Address
 from bucketserve.machine import num_cpus
 from bucketserve.rpc.deployment import Deployment
-from bucketserve.store.embedded import EmbeddedServer, free_port
+from bucketserve.store.embedded import EmbeddedServer, ReservedPorts
 from bucketserve_cli.plan import Settings, StackError, StackSpec, hold_addresses
 from bucketserve_cli.service_process import ServiceProcess
 
@@ -40,7 +40,8 @@ class LocalStack:
         """
         self.on_progress = on_progress
         self.services: dict[str, ServiceProcess] = {}
-        self.settings = Settings(spec)
+        self._ports = ReservedPorts()
+        self.settings = Settings(spec, self._ports.take)
         self._names_model = bool(spec.model or spec.model_name)
         self.spec = replace(
             spec,
@@ -92,6 +93,8 @@ class LocalStack:
         """Stops everything; what doesn't end within its drain time is killed."""
         self.stop_services()
         self._exit.close()
+        self._ports.close()
+        self._ports.close()
 
     def interrupt(self) -> None:
         """Ends what is going on, sooner each time: waiting for services, then draining, then their last seconds.
@@ -138,6 +141,10 @@ class LocalStack:
     def scheduler_address(self) -> str:
         """Address of the first scheduler."""
         return self.scheduler_addresses[0]
+
+    def _addresses(self, number: int, first_port: int = 0) -> list[str]:
+        """Returns addresses of our own; the first at that port, unless it is 0."""
+        return [f"127.0.0.1:{(not index and first_port) or self._ports.take()}" for index in range(number)]
 
     def worker_names(self) -> list[str]:
         """Returns the names of the workers' services."""
@@ -190,7 +197,7 @@ class LocalStack:
         for name in self._listens:
             given = self.settings.given(name.partition("-")[0], "metrics_listen")
             if given != "":
-                metrics[name] = Address.parse(given) if given else Address("127.0.0.1", free_port())
+                metrics[name] = Address.parse(given) if given else Address("127.0.0.1", self._ports.take())
         self.metrics_addresses = {name: str(address.local()) for name, address in metrics.items()}
         delivery = {f"{_name('gateway', index)} delivery": address for index, address in enumerate(self._deliveries)}
         named = {f"{name} metrics": address for name, address in metrics.items()}

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import signal
-import statistics
 import sys
 import tempfile
 import threading
@@ -29,6 +28,7 @@ from rich.table import Table
 
 from bucketserve.core.errors import BucketServeError
 from bucketserve.job_client import JobClient, request_from_json
+from bucketserve.sim.percentiles import Percentiles
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.v1 import job_pb2
 from bucketserve_cli.stack import LocalStack, StackSpec
@@ -176,7 +176,7 @@ def _report(
 ) -> dict[str, object]:
     balance = tally.accepted - tally.completed - tally.cancelled - tally.cut
     is_good = not (balance or tally.lost or tally.mismatched or tally.duplicates or left or job_problems or twice)
-    deciles = statistics.quantiles(tally.latencies_s, n=100) if len(tally.latencies_s) > 1 else [0.0] * 99
+    latency = Percentiles.of(tally.latencies_s)
     return {
         "is_good": is_good,
         "duration_s": options.duration,
@@ -198,7 +198,7 @@ def _report(
         "job problems": job_problems[:20],
         "runs at workers": num_runs,
         "executed twice": twice[:20],
-        "latency_s": {"p50": deciles[49], "p99": deciles[98]},
+        "latency_s": {"p50": latency.p50, "p99": latency.p99},
         "usage": {name: {"before": asdict(before[name]), "after": asdict(after[name])} for name in after},
     }
 

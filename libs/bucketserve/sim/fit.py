@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from bucketserve.core.types import StepSample
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import StepLatency
+from bucketserve.sim.percentiles import nearest_rank
 
 __all__ = ["FittedLatency", "fit_steps", "fitted_device", "relative_errors"]
 
@@ -43,7 +44,7 @@ def fit_steps(samples: Sequence[StepSample]) -> FittedLatency:
     d = _fit([(1.0, float(s.decode_context_tokens), float(s.decode_sequences)) for s in decode], _durations(decode))
     latency = StepLatency(p[0], p[1], p[2], ((0, d[0], d[1], d[2]),))
     errors = relative_errors(latency, samples)
-    return FittedLatency(latency, sum(errors) / len(errors), errors[int(len(errors) * 0.9)], len(errors))
+    return FittedLatency(latency, sum(errors) / len(errors), nearest_rank(errors, 90), len(errors))
 
 
 def relative_errors(latency: StepLatency, samples: Sequence[StepSample]) -> list[float]:

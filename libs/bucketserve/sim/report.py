@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from bucketserve.core.types import WorkerRole
 from bucketserve.sim.driver import Simulation
 from bucketserve.sim.ledger import Outcome
+from bucketserve.sim.percentiles import Percentiles
 
-__all__ = ["Percentiles", "Report", "Utilisation", "make_report"]
-
-
-@dataclass(frozen=True, slots=True)
-class Percentiles:
-    """Seconds. All 0 where nothing was measured."""
-
-    p50: float
-    p90: float
-    p99: float
-    mean: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Percentiles:
-        """Returns the percentiles by nearest rank."""
-        if not values:
-            return cls(0.0, 0.0, 0.0, 0.0)
-        ordered = sorted(values)
-        p50, p90, p99 = (ordered[min(int(len(ordered) * share), len(ordered) - 1)] for share in (0.5, 0.9, 0.99))
-        return cls(p50, p90, p99, sum(ordered) / len(ordered))
+__all__ = ["Report", "Utilisation", "make_report"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from types import TracebackType
@@ -13,7 +14,7 @@ from types import TracebackType
 from bucketserve.children import Child
 from bucketserve.core.errors import UnavailableError
 
-__all__ = ["EmbeddedServer", "find_server", "free_port"]
+__all__ = ["EmbeddedServer", "ReservedPorts", "find_server", "free_port"]
 
 START_S = 20.0
 PORTS = (15_000, 32_000)
@@ -55,7 +56,8 @@ class EmbeddedServer:
         """
         self._is_durable = is_durable
         self._replica_of = replica_of
-        self._port = port or free_port()
+        self._ports = ReservedPorts()
+        self._port = port or self._ports.take()
         self._process: Child | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="bucketserve-valkey-")
 
@@ -91,6 +93,7 @@ class EmbeddedServer:
     ) -> None:
         """Stops it and removes its folder."""
         self.stop()
+        self._ports.close()
         self._folder.cleanup()
 
     def start(self) -> None:
@@ -139,16 +142,48 @@ def _answers(port: int) -> bool:
         return False
 
 
-def free_port() -> int:
-    """Returns a free port of 127.0.0.1, outside of the range that outgoing connections take theirs from.
+class ReservedPorts:
+    """Free ports of 127.0.0.1 that are ours until close(): nobody else who asks for a free one is given them.
 
-    Within it a port that was free a moment ago may be the near end of somebody's connection by the time it is bound.
+    Each is bound by a socket that does not listen and that permits others to bind as well: a server that is told to
+    listen there can, also after it was started again; whoever looks for a free port finds it taken.
     """
-    while True:
-        port = random.randrange(*PORTS)
-        with socket.socket() as probe:
+
+    def __init__(self) -> None:
+        """Holds none yet."""
+        self._sockets: list[socket.socket] = []
+
+    def take(self) -> int:
+        """Returns a port, outside of the range that outgoing connections take theirs from.
+
+        Within it a port that was free a moment ago may be the near end of somebody's connection when it is bound.
+        """
+        while True:
+            holder = socket.socket()
             try:
-                probe.bind(("127.0.0.1", port))
+                holder.bind(("127.0.0.1", random.randrange(*PORTS)))
             except OSError:
+                holder.close()
                 continue
+            port: int = holder.getsockname()[1]
+            # After bind, which must fail where another one holds it. Only Linux lets a server bind beside a holder.
+            if sys.platform == "linux":
+                holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                self._sockets.append(holder)
+            else:
+                holder.close()
             return port
+
+    def close(self) -> None:
+        """Gives them up."""
+        while self._sockets:
+            self._sockets.pop().close()
+
+
+def free_port() -> int:
+    """Returns a port of 127.0.0.1 that is free now, as ReservedPorts does, but does not keep it."""
+    ports = ReservedPorts()
+    try:
+        return ports.take()
+    finally:
+        ports.close()
