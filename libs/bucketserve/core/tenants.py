@@ -37,6 +37,8 @@ class TenantBook:
     def __init__(self) -> None:
         """Knows nobody."""
         self._tenants: dict[str, _Tenant] = {}
+        self._mean_output: float | None = None
+        """Of all tenants, for those of which nothing is known."""
         self._charged: dict[RequestId, float] = {}
         """Of each open request that was charged."""
         self._behind: list[tuple[float, str]] = []
@@ -70,7 +72,7 @@ class TenantBook:
         known.waiting_tokens += request.prefill_tokens
         if request.request_id not in self._charged:
             known.num_open += 1
-            self._charged[request.request_id] = charge = 0.0 if request.is_resumed else _expected(request, known)
+            self._charged[request.request_id] = charge = 0.0 if request.is_resumed else self._expected(request, known)
             known.counter += charge
         self._rank(request.tenant, known)
 
@@ -94,8 +96,8 @@ class TenantBook:
         known = self._tenants[request.tenant]
         known.num_open -= 1
         if output_tokens is not None and has_run:
-            mean = output_tokens if known.mean_output is None else known.mean_output
-            known.mean_output = mean + MEAN_WEIGHT * (output_tokens - mean)
+            known.mean_output = _moved(known.mean_output, output_tokens)
+            self._mean_output = _moved(self._mean_output, output_tokens)
         if not request.is_resumed and (output_tokens is not None or not has_run):
             used = request.prefill_tokens + OUTPUT_WEIGHT * (output_tokens or 0) if has_run else 0.0
             known.counter += used - charge
@@ -143,8 +145,13 @@ class TenantBook:
             if known is not None and not known.num_open and known.counter == counter:
                 del self._tenants[name]
 
+    def _expected(self, request: Request, known: _Tenant) -> float:
+        """Returns what a request is likely to use: its output as its tenant's others, never more than it may have."""
+        mean = self._mean_output if known.mean_output is None else known.mean_output
+        output = request.max_new_tokens if mean is None else min(mean, request.max_new_tokens)
+        return request.prefill_tokens + OUTPUT_WEIGHT * output
 
-def _expected(request: Request, known: _Tenant) -> float:
-    """Returns what a request is likely to use: its output as its tenant's others, never more than it may have."""
-    mean = request.max_new_tokens if known.mean_output is None else known.mean_output
-    return request.prefill_tokens + OUTPUT_WEIGHT * min(mean, request.max_new_tokens)
+
+def _moved(mean: float | None, value: int) -> float:
+    """Returns a mean after a further value."""
+    return value if mean is None else mean + MEAN_WEIGHT * (value - mean)

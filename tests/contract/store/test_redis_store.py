@@ -102,6 +102,27 @@ async def test_a_full_server_refuses_admission_alone(valkey: EmbeddedServer) -> 
     await client.aclose()
 
 
+async def test_a_server_that_may_evict_is_a_risk(valkey: EmbeddedServer) -> None:
+    client = connect(valkey.url)
+    store = RedisStore(client, "m")
+    assert await store.risk() == ""
+    await client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        assert "allkeys-lru" in await store.risk()
+    finally:
+        await client.config_set("maxmemory-policy", "noeviction")
+    await client.aclose()
+
+
+async def test_deployments_on_one_server_share_nothing(valkey: EmbeddedServer) -> None:
+    client = connect(valkey.url)
+    blue, green = RedisStore(client, "m", "blue"), RedisStore(client, "m", "green")
+    leads = [await led(store, owner) for store, owner in ((blue, "a"), (green, "b"))]
+    await blue.apply(leads[0], [admit("r1")])
+    assert await held(green, leads[1]) == {}
+    await client.aclose()
+
+
 async def test_apply_is_one_round_trip(valkey: EmbeddedServer) -> None:
     client = connect(valkey.url)
     store = RedisStore(client, "trips")

@@ -12,6 +12,7 @@ import pytest
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.store.embedded import free_port
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
+from bucketserve_worker import delivery as delivery_module
 from bucketserve_worker.delivery import DeliveryPool
 from tests.e2e.observe import eventually
 
@@ -128,3 +129,33 @@ async def test_a_gateway_that_stays_away_is_given_up_with_all_its_output() -> No
     await eventually(lambda: len(lost) == 10, 10)
     await eventually(lambda: not pool._streams, 10)
     await pool.close()
+
+
+class SilentGateway(delivery_pb2_grpc.DeliveryServiceServicer):
+    """Takes everything and acknowledges nothing, as behind a link that has stalled."""
+
+    async def Deliver(self, request_iterator, context) -> AsyncIterator[delivery_pb2.DeliverResponse]:
+        yield delivery_pb2.DeliverResponse()
+        async for _ in request_iterator:
+            pass
+
+
+async def test_a_gateway_that_stops_answering_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery_module, "STALL_S", 0.3)
+    lost: set[str] = set()
+    server = grpc.aio.server()
+    delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(SilentGateway(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    pool = DeliveryPool(
+        "w",
+        Deployment(),
+        flush_s=0,
+        give_up_s=0.3,
+        on_stop=lambda keys: None,
+        on_lost=lambda _, ids: lost.update(ids),
+    )
+    pool.send(address, output("a", 0))
+    await eventually(lambda: lost == {"a"}, 20)
+    await pool.close()
+    await server.stop(0)

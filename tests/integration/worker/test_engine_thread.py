@@ -1,0 +1,35 @@
+"""The engine's thread: one that hangs is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+
+from bucketserve.core.types import RequestId
+from bucketserve.engine.fake import FakeEngine, FakeSettings
+from bucketserve.ports import SequenceSpec
+from bucketserve_worker.engine_thread import EngineThread, EngineTurn
+from tests.e2e.observe import eventually
+
+
+async def test_a_step_that_does_not_end_is_noticed_and_idleness_is_none() -> None:
+    may_go_on, turns, steps = threading.Event(), list[EngineTurn](), itertools.count()
+
+    def sleep(seconds: float) -> None:
+        if next(steps) == 2:
+            may_go_on.wait(30)
+
+    engine = EngineThread(lambda: FakeEngine(FakeSettings(step_s=0.001), sleep), turns.append)
+    engine.start()
+    await engine.started
+    await asyncio.sleep(0.2)
+    assert engine.hangs_for_s(0.05) == 0.0
+    engine.add(1, [SequenceSpec(request_id=RequestId("r"), token_ids=(1, 2), max_new_tokens=9)], 0, specs={})
+    await eventually(lambda: len(turns) == 2, 10)
+    # More than it may, and more than ten times what its steps have taken.
+    await eventually(lambda: engine.hangs_for_s(0.2) > 0.2, 10)
+    may_go_on.set()
+    await eventually(lambda: len(turns) >= 9, 10)
+    assert engine.hangs_for_s(0.2) == 0.0
+    await engine.stop()

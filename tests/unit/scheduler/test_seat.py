@@ -1,0 +1,65 @@
+"""Who holds the seat knows when it may not believe so any more."""
+
+from __future__ import annotations
+
+import asyncio
+
+from bucketserve.core.errors import UnavailableError
+from bucketserve.ports import Leadership
+from bucketserve.store.memory import MemoryState, MemoryStore
+from bucketserve_scheduler.seat import Seat
+
+LEASE_S = 0.3
+
+
+class Cuttable(MemoryStore):
+    """A store whose server can't be reached, or does not answer, while `how` says so."""
+
+    how = ""
+
+    async def lead(self, owner: str, ttl_s: float) -> Leadership | None:
+        if self.how == "refuses":
+            raise UnavailableError("store: connection refused")
+        if self.how == "hangs":
+            await asyncio.sleep(60)
+        return await super().lead(owner, ttl_s)
+
+
+def seat(store: MemoryStore, name: str, said: list[str]) -> Seat:
+    return Seat(
+        store,
+        name,
+        LEASE_S,
+        on_taken=lambda epoch: said.append(f"{name} taken"),
+        on_lost=lambda why: said.append(f"{name} lost: {why}"),
+        on_store=lambda problem: None,
+    )
+
+
+async def until(condition, timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_holder_that_is_cut_from_the_store_alone_gives_way() -> None:
+    for how in ("refuses", "hangs"):
+        state, said = MemoryState(), list[str]()
+        cut, other = Cuttable(state), MemoryStore(state)
+        first = seat(cut, "first", said)
+        tasks = [asyncio.create_task(first.run())]
+        await until(lambda: said == ["first taken"])  # noqa: B023
+        second = seat(other, "second", said)
+        tasks.append(asyncio.create_task(second.run()))
+        cut.how = how
+        await until(lambda: "second taken" in said)  # noqa: B023
+        assert not (first.is_held and second.is_held)
+        await until(lambda: any(line.startswith("first lost: it could not be renewed") for line in said))  # noqa: B023
+        assert first.problem
+        # It comes back as the one that stands by.
+        cut.how = ""
+        await until(lambda: not first.problem)  # noqa: B023
+        assert (first.is_held, second.is_held) == (False, True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
