@@ -25,7 +25,7 @@ from rich.progress import track
 from bucketserve.sim.cluster import parse_cluster
 from bucketserve.sim.experiment import Experiment, best_layout, find_capacity, run_experiment
 from bucketserve.sim.latency import CostMode, load_device
-from bucketserve.sim.policies import POLICIES, find_policy, with_settings
+from bucketserve.sim.policies import POLICIES, as_in_the_table, find_policy, with_settings
 from bucketserve.sim.report import Report
 from bucketserve.sim.workload import Arrivals, read_trace
 
@@ -72,7 +72,7 @@ class Job:
 
 
 def run(job: Job) -> dict[str, object]:
-    policy = find_policy(job.policy)
+    policy = as_in_the_table(find_policy(job.policy))
     if job.settings:
         policy = with_settings(policy, dict(job.settings))
     number, span_s = REQUESTS.get(job.workload, (1500, 30.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bucketserve.core.errors import SettingsError
 
@@ -79,7 +79,7 @@ class CoreSettings:
     """Most prompt tokens in a batch: beyond it the device is saturated and batches only delay each other."""
     max_outstanding_batches: int = 2
     """Batches at a worker whose prompts aren't computed: one runs, one is ready."""
-    small_batch_tokens: int = 0
+    small_batch_tokens: int = 256
     """Batches of up to so many prompt tokens are counted apart: as many of them again may be outstanding, so that short
     prompts get into a worker that has long ones to do. For engines that share their steps (core/stepping.py); 0: no."""
     max_chunk_tokens: int = 512
@@ -129,6 +129,12 @@ class CoreSettings:
     """Most of both that batch-class requests may hold: under overload they give way first."""
     max_tenant_share: float = 1.0
     """Most of both that one tenant may hold."""
+
+    def as_in_the_paper(self) -> CoreSettings:
+        """Returns the same with Algorithm 1 in order of arrival: what the paper describes."""
+        return replace(
+            self, edges=EdgeRule.PAPER, queue_order=QueueOrder.FCFS, is_time_aware=False, small_batch_tokens=0
+        )
 
     def __post_init__(self) -> None:
         """Checks the ranges."""

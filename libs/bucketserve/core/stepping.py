@@ -12,7 +12,12 @@ from dataclasses import dataclass
 
 from bucketserve.core.types import RequestId
 
-__all__ = ["PrefillPiece", "plan_prefill"]
+__all__ = ["MAX_SEQUENCES", "STEP_TOKENS", "PrefillPiece", "plan_prefill"]
+
+MAX_SEQUENCES = 64
+"""Sequences that a worker runs at once unless it is told otherwise, simulated ones as well."""
+STEP_TOKENS = 2048
+"""Most tokens of any kind in one of its steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,7 @@ def plan_prefill(
     num_decoding: int,
     max_step_tokens: int,
     max_chunk_tokens: int,
-    is_shared: bool = False,
+    is_shared: bool = True,
 ) -> list[PrefillPiece]:
     """Returns the prompt pieces for the next step.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from bucketserve.core.errors import EngineError
-from bucketserve.core.stepping import plan_prefill
+from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS, plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId, StepSample
 from bucketserve.engine.fingerprint import settings_fingerprint
 from bucketserve.ports import EngineInfo, Logprob, SequenceSpec, StepOutput, TokenLogprobs, TokenOutput
@@ -29,8 +29,8 @@ class FakeSettings:
 
     kv_total_tokens: int = 100_000
     context_tokens: int = 8_192
-    max_sequences: int = 64
-    max_step_tokens: int = 2_048
+    max_sequences: int = MAX_SEQUENCES
+    max_step_tokens: int = STEP_TOKENS
     vocab_size: int = 256
     step_s: float = 0.0
     prefill_s_per_token: float = 0.0
@@ -179,7 +179,6 @@ class FakeEngine:
             num_decoding=num_decoding,
             max_step_tokens=self.settings.max_step_tokens,
             max_chunk_tokens=min(limits, default=0),
-            is_shared=True,
         )
         attention, done = 0, []
         for piece in pieces:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bucketserve.core.errors import ModelLoadError
+from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
 from bucketserve.engine.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bucketserve.engine.kv_memory import KvLayout, KvMemory, bytes_per_token
@@ -40,7 +41,6 @@ DECLARED_REACHES = {"sliding_window": "sliding", "attention_chunk_size": "chunke
 CPU_KV_SHARE = 0.25
 CPU_KV_MOST_BYTES = 4 * 1024**3
 CUDA_KV_SHARE = 0.85
-STEP_TOKENS = 2048
 CPU_STEP_TOKENS = (256, STEP_TOKENS)
 CPU_STEP_S = 0.5
 """A CPU is nearly as fast with steps of 256 tokens as with 2,048, and whoever comes waits for one to end: its size is
@@ -61,7 +61,7 @@ class LoadSettings:
     kv_budget_bytes: int = 0
     kv_budget_tokens: int = 0
     context_tokens: int = 0
-    max_sequences: int = 64
+    max_sequences: int = MAX_SEQUENCES
     max_step_tokens: int = 0
     """0: STEP_TOKENS, on CPU what takes CPU_STEP_S."""
     quantization: str = "none"

@@ -229,7 +229,6 @@ class PackedEngine:
             num_decoding=len(entries),
             max_step_tokens=self._pressure.max_step_tokens,
             max_chunk_tokens=min(chunks, default=0),
-            is_shared=True,
         )
         return entries + [Entry(self._waiting[piece.request_id], piece.num_tokens) for piece in pieces]
 

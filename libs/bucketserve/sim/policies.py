@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
+from bucketserve.core.settings import CoreSettings
 from bucketserve.core.types import RequestId
 from bucketserve.sim.baselines.chunked import Chunked, chunked_mode
 from bucketserve.sim.baselines.distserve import DISTSERVE_MODE, DistServe
@@ -17,9 +17,18 @@ from bucketserve.sim.baselines.uellm import UELLM_CONTINUOUS_MODE, UELLM_MODE, U
 from bucketserve.sim.cluster import WorkerGroup, aggregated, splits
 from bucketserve.sim.driver import Policy
 from bucketserve.sim.errors import SimulationError
-from bucketserve.sim.sequence import WorkerMode
+from bucketserve.sim.sequence import TABLE_MODE, WorkerMode
 
-__all__ = ["POLICIES", "PolicyContext", "PolicySpec", "core_policy", "find_policy", "with_settings"]
+__all__ = [
+    "POLICIES",
+    "TABLE_SETTINGS",
+    "PolicyContext",
+    "PolicySpec",
+    "as_in_the_table",
+    "core_policy",
+    "find_policy",
+    "with_settings",
+]
 
 Layout = tuple[WorkerGroup, ...]
 
@@ -89,6 +98,14 @@ def with_settings(policy: PolicySpec, values: Mapping[str, str]) -> PolicySpec:
     )
 
 
+def as_in_the_table(policy: PolicySpec) -> PolicySpec:
+    """Returns the policy as docs/paper shows it: rivals are simulated only so, the core by default as it is served."""
+    if policy.settings is None:
+        return policy
+    settings = replace(policy.settings, **TABLE_SETTINGS)
+    return core_policy(policy.name, policy.summary, settings, policy.layouts, mode=TABLE_MODE)
+
+
 def _parse(text: str, kind: type) -> object:
     if kind is bool:
         known = {"true": True, "1": True, "false": False, "0": False}
@@ -111,15 +128,15 @@ def _any(num_workers: int, devices: int) -> Sequence[Layout]:
 
 
 _CORE = CoreSettings(max_queued_requests=10_000_000, max_queued_tokens=10**12)
-"""Queues without bounds: a refusal would spare a policy the requests that it can't serve."""
-
-_PAPER = replace(_CORE, edges=EdgeRule.PAPER, queue_order=QueueOrder.FCFS, is_time_aware=False)
+"""As served, but queues without bounds: a refusal would spare a policy the requests that it can't serve."""
+TABLE_SETTINGS: Mapping[str, Any] = {"small_batch_tokens": 0}
+"""Of the core in docs/paper, whose workers do not share steps (TABLE_MODE)."""
 
 POLICIES: Mapping[str, PolicySpec] = {
     spec.name: spec
     for spec in (
         core_policy("adaptive", "the default: exact edges, slack order, time-aware batches", _CORE, _any),
-        core_policy("paper", "Algorithm 1, earliest arrival first", _PAPER, _any),
+        core_policy("paper", "Algorithm 1, earliest arrival first", _CORE.as_in_the_paper(), _any),
         PolicySpec(
             "fcfs-static",
             "static batches in order of arrival",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS
 from bucketserve.core.types import BatchId, RequestId, StepSample, WorkerId, WorkerRole
 from bucketserve.sim.latency import CostMode, StepLatency
 
-__all__ = ["Discipline", "KvPolicy", "SimSequence", "StepOutcome", "WorkerMode", "WorkerSpec"]
+__all__ = ["TABLE_MODE", "Discipline", "KvPolicy", "SimSequence", "StepOutcome", "WorkerMode", "WorkerSpec"]
 
 
 class Discipline(enum.Enum):
@@ -37,11 +38,20 @@ class WorkerMode:
 
     discipline: Discipline = Discipline.CONTINUOUS
     kv: KvPolicy = KvPolicy.RESERVED
-    max_sequences: int = 256
-    max_step_tokens: int = 8192
+    max_sequences: int = MAX_SEQUENCES
+    max_step_tokens: int = STEP_TOKENS
     """Most tokens of any kind in one step."""
+    shares_steps: bool = True
+    """Whether the first prompt in order gets only half of a step while others wait, as at the workers that serve."""
     kv_watermark: float = 0.01
     """Paged: share of KV kept free when a prompt is let in, so that running sequences may grow."""
+
+
+TABLE_MODE = WorkerMode(max_sequences=256, max_step_tokens=8192, shares_steps=False)
+"""Workers of docs/paper, ours and those of the rivals: one device's limits for all, prompts in order as in the paper.
+
+The one place where what is simulated there differs from what is served, with TABLE_SETTINGS (sim/policies.py).
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

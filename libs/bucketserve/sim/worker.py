@@ -193,6 +193,7 @@ class SimWorker:
             num_decoding=self._num_slots,
             max_step_tokens=10**9 if self._is_static else mode.max_step_tokens,
             max_chunk_tokens=min((s.max_chunk_tokens for s in chosen if s.max_chunk_tokens), default=0),
+            is_shared=mode.shares_steps,
         )
 
     def _prefill_cost(self, pieces: list[PrefillPiece]) -> tuple[int, int]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import fields
 
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule, QueueOrder
+from bucketserve.core.settings import BatchOrder, CoreSettings
 from bucketserve.ports import QueueStore
 from bucketserve.store.memory import MemoryStore
 from bucketserve.store.redis import RedisStore, connect
@@ -22,27 +23,11 @@ def new_core(settings: SchedulerSettings, context_tokens: int) -> SchedulerCore:
 
 def core_settings(settings: SchedulerSettings) -> CoreSettings:
     """Returns the core's part of the settings. Policy `paper` is Algorithm 1 in order of arrival, for comparison."""
-    is_paper = settings.policy == "paper"
-    return CoreSettings(
-        edges=EdgeRule(settings.policy),
-        queue_order=QueueOrder.FCFS if is_paper else QueueOrder.SLACK,
-        is_time_aware=not is_paper,
-        batch_order=BatchOrder(settings.batch_order),
-        default_ttft_s=settings.default_ttft_s,
-        deferred_share=settings.deferred_share,
-        memory_reserve=settings.memory_reserve,
-        max_chunk_tokens=settings.max_chunk_tokens,
-        small_batch_tokens=0 if is_paper else settings.small_batch_tokens,
-        switch_roles=settings.switch_roles,
-        choose_layout=settings.choose_layout,
-        layout_window_s=settings.layout_window_s,
-        layout_retry_s=settings.layout_retry_s,
-        default_tpot_s=settings.default_tpot_s,
-        max_queued_requests=settings.max_queued_requests,
-        max_queued_tokens=settings.max_queued_tokens,
-        max_batch_share=settings.max_batch_share,
-        max_tenant_share=settings.max_tenant_share,
-    )
+    named = {
+        field.name: getattr(settings, field.name) for field in fields(CoreSettings) if hasattr(settings, field.name)
+    }
+    chosen = CoreSettings(**{**named, "batch_order": BatchOrder(settings.batch_order)})
+    return chosen.as_in_the_paper() if settings.policy == "paper" else chosen
 
 
 async def stores(url: str, deployment: str, stack: AsyncExitStack) -> Callable[[str], QueueStore]:

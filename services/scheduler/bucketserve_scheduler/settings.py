@@ -7,9 +7,13 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from bucketserve.config import ListenAddress, OptionalListen, Section
+from bucketserve.core.settings import CoreSettings
 from bucketserve.store.url import check_store_url
 
 __all__ = ["SchedulerSettings"]
+
+CORE = CoreSettings()
+"""What the core does by default is what is served by default, and what is simulated."""
 
 
 class SchedulerSettings(Section):
@@ -24,36 +28,54 @@ class SchedulerSettings(Section):
     )
     scheduler_id: str = Field("", description="unique per process; default: host name and process id")
     policy: Literal["adaptive", "paper"] = Field("adaptive", description="adaptive, or Algorithm 1 of the paper")
-    batch_order: Literal["sjf", "ljf"] = Field("sjf", description="order of batch-class requests in a bucket")
-    default_ttft_s: float = Field(2.0, gt=0, description="TTFT target of interactive requests that name none, seconds")
-    deferred_share: float = Field(
-        0.1, gt=0, lt=1, description="share of tokens owed to late and batch-class requests while others wait as well"
+    batch_order: Literal["sjf", "ljf"] = Field(
+        CORE.batch_order.value, description="order of batch-class requests in a bucket"
     )
-    memory_reserve: float = Field(0.1, ge=0, lt=1, description="share of a worker's free KV never planned with")
-    max_chunk_tokens: int = Field(512, ge=0, description="most prompt tokens a step beside decodes; 0: no limit")
+    default_ttft_s: float = Field(
+        CORE.default_ttft_s, gt=0, description="TTFT target of interactive requests that name none, seconds"
+    )
+    deferred_share: float = Field(
+        CORE.deferred_share,
+        gt=0,
+        lt=1,
+        description="share of tokens owed to late and batch-class requests while others wait as well",
+    )
+    memory_reserve: float = Field(
+        CORE.memory_reserve, ge=0, lt=1, description="share of a worker's free KV never planned with"
+    )
+    max_chunk_tokens: int = Field(
+        CORE.max_chunk_tokens, ge=0, description="most prompt tokens a step beside decodes; 0: no limit"
+    )
     small_batch_tokens: int = Field(
-        256,
+        CORE.small_batch_tokens,
         ge=0,
         description="batches of up to so many prompt tokens also go to workers that are busy with longer prompts and "
         "share their steps; 0: no",
     )
     switch_roles: bool = Field(
-        False, description="workers of role prefill and decode change sides with the load; each side keeps one"
+        CORE.switch_roles,
+        description="workers of role prefill and decode change sides with the load; each side keeps one",
     )
     choose_layout: bool = Field(
-        False,
+        CORE.choose_layout,
         description="whether all workers do everything, or half prefill and half decode, is decided by trial; "
         "for workers of one kind",
     )
-    layout_window_s: float = Field(30.0, gt=0, description="least length of one window of such a trial, seconds")
-    layout_retry_s: float = Field(300.0, ge=0, description="least time between two trials, seconds")
-    default_tpot_s: float = Field(
-        0.1, gt=0, description="TPOT that trials judge by if a request names no target, seconds"
+    layout_window_s: float = Field(
+        CORE.layout_window_s, gt=0, description="least length of one window of such a trial, seconds"
     )
-    max_queued_requests: int = Field(100_000, ge=1, description="requests that may wait, per model")
-    max_queued_tokens: int = Field(50_000_000, ge=1, description="prompt tokens that may wait, per model")
-    max_batch_share: float = Field(0.9, gt=0, le=1, description="share of both that batch-class requests may hold")
-    max_tenant_share: float = Field(1.0, gt=0, le=1, description="share of both that one tenant may hold")
+    layout_retry_s: float = Field(CORE.layout_retry_s, ge=0, description="least time between two trials, seconds")
+    default_tpot_s: float = Field(
+        CORE.default_tpot_s, gt=0, description="TPOT that trials judge by if a request names no target, seconds"
+    )
+    max_queued_requests: int = Field(CORE.max_queued_requests, ge=1, description="requests that may wait, per model")
+    max_queued_tokens: int = Field(CORE.max_queued_tokens, ge=1, description="prompt tokens that may wait, per model")
+    max_batch_share: float = Field(
+        CORE.max_batch_share, gt=0, le=1, description="share of both that batch-class requests may hold"
+    )
+    max_tenant_share: float = Field(
+        CORE.max_tenant_share, gt=0, le=1, description="share of both that one tenant may hold"
+    )
     leader_lease_s: float = Field(2.0, gt=0.2, le=60, description="a silent leader is replaced after this, seconds")
     worker_lease_s: float = Field(5.0, gt=0.5, le=300, description="a silent worker counts as lost after this, seconds")
     worker_grace_s: float = Field(

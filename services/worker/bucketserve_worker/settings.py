@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from bucketserve.addresses import Address, AddressError
 from bucketserve.config import AddressList, ListenAddress, OptionalListen, OptionalTarget, Section
+from bucketserve.core.stepping import MAX_SEQUENCES
 
 __all__ = ["WorkerSettings"]
 
@@ -46,7 +47,7 @@ class WorkerSettings(Section):
     kv_budget_tokens: int = Field(0, ge=0, description="KV in tokens; 0: by bytes, or measured")
     context_tokens: int = Field(0, ge=0, description="most tokens per sequence; 0: what the model has")
     prefix_cache: bool = Field(True, description="KV of ended sequences is kept, while there is room, for like prompts")
-    max_sequences: int = Field(64, ge=1, le=4096, description="sequences that may run at once")
+    max_sequences: int = Field(MAX_SEQUENCES, ge=1, le=4096, description="sequences that may run at once")
     max_step_tokens: int = Field(
         0,
         ge=0,

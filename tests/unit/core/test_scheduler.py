@@ -44,7 +44,7 @@ W = WorkerId("w")
 
 
 def core(**settings) -> SchedulerCore:
-    return SchedulerCore(CoreSettings(**{"edges": EdgeRule.NONE, **settings}), 4096)
+    return SchedulerCore(CoreSettings(**{"edges": EdgeRule.NONE, "small_batch_tokens": 0, **settings}), 4096)
 
 
 def submitted(*names: str, **more) -> list[RequestSubmitted]:

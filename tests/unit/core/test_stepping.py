@@ -11,7 +11,7 @@ from bucketserve.core.types import RequestId
 
 def pieces(waiting: list[int], **more: int | bool) -> list[tuple[int, int]]:
     """(index, tokens) of each piece."""
-    options = {"num_decoding": 0, "max_step_tokens": 100, "max_chunk_tokens": 0, **more}
+    options = {"num_decoding": 0, "max_step_tokens": 100, "max_chunk_tokens": 0, "is_shared": False, **more}
     planned = plan_prefill([(RequestId(str(i)), tokens) for i, tokens in enumerate(waiting)], **options)
     return [(int(piece.request_id), piece.num_tokens) for piece in planned]
 

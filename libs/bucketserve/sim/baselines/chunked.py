@@ -8,10 +8,11 @@ a request late, when a worker can begin with it: stronger than a router that bin
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from bucketserve.core.types import LimitedBy, Request
 from bucketserve.sim.baselines.common import Baseline, KnownWorker
-from bucketserve.sim.sequence import KvPolicy, WorkerMode
+from bucketserve.sim.sequence import TABLE_MODE, KvPolicy, WorkerMode
 
 __all__ = ["Chunked", "chunked_mode"]
 
@@ -20,7 +21,7 @@ STEP_TOKENS = 512
 
 def chunked_mode(step_tokens: int = STEP_TOKENS) -> WorkerMode:
     """Returns the worker's loop with a budget of that many tokens a step, decodes included."""
-    return WorkerMode(kv=KvPolicy.PAGED_RECOMPUTE, max_step_tokens=step_tokens)
+    return replace(TABLE_MODE, kv=KvPolicy.PAGED_RECOMPUTE, max_step_tokens=step_tokens)
 
 
 class Chunked(Baseline):

@@ -9,15 +9,16 @@ is at least as good as its dispatch to the least loaded instance at arrival.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from bucketserve.core.types import LimitedBy, Request, WorkerRole
 from bucketserve.sim.baselines.common import KnownWorker
 from bucketserve.sim.baselines.decode_pull import Disaggregated
-from bucketserve.sim.sequence import KvPolicy, WorkerMode
+from bucketserve.sim.sequence import TABLE_MODE, KvPolicy
 
 __all__ = ["DISTSERVE_MODE", "DistServe"]
 
-DISTSERVE_MODE = WorkerMode(kv=KvPolicy.PAGED_SWAP, max_sequences=1024, max_step_tokens=8192)
+DISTSERVE_MODE = replace(TABLE_MODE, kv=KvPolicy.PAGED_SWAP, max_sequences=1024)
 
 
 class DistServe(Disaggregated):

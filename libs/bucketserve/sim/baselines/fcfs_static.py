@@ -7,14 +7,15 @@ until its last one is done; the next batch is cut when the worker is free.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from bucketserve.core.types import LimitedBy, Request
 from bucketserve.sim.baselines.common import Baseline, KnownWorker
-from bucketserve.sim.sequence import Discipline, WorkerMode
+from bucketserve.sim.sequence import TABLE_MODE, Discipline
 
 __all__ = ["FCFS_STATIC_MODE", "FcfsStatic"]
 
-FCFS_STATIC_MODE = WorkerMode(discipline=Discipline.STATIC)
+FCFS_STATIC_MODE = replace(TABLE_MODE, discipline=Discipline.STATIC)
 
 
 class FcfsStatic(Baseline):

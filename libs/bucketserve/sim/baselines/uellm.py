@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from bucketserve.core.types import LimitedBy, Request, RequestId
 from bucketserve.sim.baselines.common import Baseline, KnownWorker
-from bucketserve.sim.sequence import Discipline, WorkerMode
+from bucketserve.sim.sequence import TABLE_MODE, Discipline
 
 __all__ = ["UELLM_CONTINUOUS_MODE", "UELLM_MODE", "Uellm", "predict_output"]
 
-UELLM_MODE = WorkerMode(discipline=Discipline.STATIC)
-UELLM_CONTINUOUS_MODE = WorkerMode()
+UELLM_MODE = replace(TABLE_MODE, discipline=Discipline.STATIC)
+UELLM_CONTINUOUS_MODE = TABLE_MODE
 
 ACCURACY = 0.85
 DEADLINE_WEIGHT = 1.0
