@@ -69,7 +69,10 @@ class LocalStack:
         ]
         # Another stack on this machine, or on the same Redis, is another deployment.
         port = self._listens["gateway"].port
-        self._deployment = {"name": f"local-{port}", "token": secrets.token_hex(16)}
+        self.deployment = Deployment(
+            self.settings.given("deployment", "name") or f"local-{port}",
+            self.settings.given("deployment", "token") or secrets.token_hex(16),
+        )
         self.metrics_addresses: dict[str, str] = {}
         self.redis_url = ""
         """Of the store in use, once started."""
@@ -263,16 +266,15 @@ class LocalStack:
         listen = self._listens[name]
         defaults = {"metrics_listen": self.metrics_addresses.get(name, ""), **defaults}
         environ = {
-            **self.settings.environ("deployment", {}, self._deployment),
+            **self.settings.environ("deployment", {"name": self.deployment.name, "token": self.deployment.token}, {}),
             **self.settings.environ("telemetry", {}, {"log_format": "json"}),
             **self.settings.environ(section, {"listen": str(listen), **flags}, defaults),
             **(extra or {}),
             **self.spec.environ,
         }
         module = f"bucketserve_{section}"
-        deployment = Deployment(self.settings.given("deployment", "name") or self._deployment["name"])
         self.services[name] = ServiceProcess(
-            name, module, environ, str(listen.local()), self._log_dir, deployment.health_service
+            name, module, environ, str(listen.local()), self._log_dir, self.deployment.health_service
         )
 
 

@@ -40,6 +40,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- $endpoint := $telemetry.otlpEndpoint -}}
 {{- if and (not $endpoint) .root.Values.jaeger.enabled }}{{ $endpoint = printf "http://%s-jaeger:4317" (include "bucketserve.fullname" .root) }}{{ end -}}
 {{- $all := dict
+  "BUCKETSERVE_DEPLOYMENT_NAME" (printf "%s.%s" .root.Release.Namespace (include "bucketserve.fullname" .root) | trunc 64)
   "BUCKETSERVE_TELEMETRY_OTLP_ENDPOINT" $endpoint
   "BUCKETSERVE_TELEMETRY_SAMPLE_RATIO" $telemetry.sampleRatio
   "BUCKETSERVE_TELEMETRY_LOG_LEVEL" $telemetry.logLevel
@@ -47,6 +48,12 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- range $name, $value := mergeOverwrite $all .env .values.extraEnv }}
 - { name: {{ $name }}, value: {{ $value | toString | quote }} }
 {{- end }}
+- name: BUCKETSERVE_DEPLOYMENT_TOKEN
+  valueFrom: { secretKeyRef: { name: {{ include "bucketserve.tokenSecret" .root }}, key: token } }
+{{- end }}
+
+{{- define "bucketserve.tokenSecret" -}}
+{{ .Values.deployment.existingSecret | default (printf "%s-deployment" (include "bucketserve.fullname" .)) }}
 {{- end }}
 
 {{- define "bucketserve.containerSecurity" -}}

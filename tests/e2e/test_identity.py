@@ -1,0 +1,129 @@
+"""A request has one identity: nobody else's label, worker, deployment or weights can touch it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import grpc
+import pytest
+
+from bucketserve.client import BucketServeClient, Chunk, Finished, Started
+from bucketserve.rpc.deployment import Deployment
+from bucketserve.v1 import common_pb2, delivery_pb2, delivery_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
+from bucketserve_cli.stack import LocalStack
+from tests.chaos.oracle import expected_tokens
+from tests.e2e.conftest import NewStack
+from tests.e2e.observe import events, eventually, metric
+
+pytestmark = pytest.mark.e2e
+
+SLOW = {"BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "20000"}
+KIND = {"num_workers": 2, "num_gateways": 2, "environ": SLOW}
+
+
+async def outcome(client: BucketServeClient, prompt: list[int], max_tokens: int, label: str) -> tuple[list[int], str]:
+    tokens: list[int] = []
+    async for event in client.generate(token_ids=prompt, max_tokens=max_tokens, ignore_eos=True, request_id=label):
+        if isinstance(event, Started):
+            assert event.request_id == label
+        elif isinstance(event, Chunk):
+            tokens += event.token_ids
+        elif isinstance(event, Finished):
+            return tokens, common_pb2.FinishReason.Name(event.reason)
+    raise AssertionError("no end")
+
+
+def right(prompt: list[int], max_tokens: int) -> tuple[list[int], str]:
+    return expected_tokens(prompt, max_tokens, 0.0, 0), "FINISH_REASON_LENGTH"
+
+
+@pytest.mark.stack(**KIND)
+async def test_a_label_that_is_used_again_at_once_gets_its_own_tokens(stack: LocalStack) -> None:
+    async with BucketServeClient(stack.gateway_address) as client:
+        for number in range(8):
+            first = client.generate(token_ids=[9, number + 5], max_tokens=500, ignore_eos=True, request_id="again")
+            assert isinstance(await anext(first), Started)
+            await first.aclose()
+            prompt = [number + 5, 11, 12]
+            assert await outcome(client, prompt, 3, "again") == right(prompt, 3)
+
+
+@pytest.mark.stack(**KIND)
+async def test_one_label_at_two_gateways_and_twice_at_one_harms_nobody(stack: LocalStack) -> None:
+    prompts = [[7 + number, 8, 9] for number in range(6)]
+    async with contextlib.AsyncExitStack() as exit_stack:
+        clients = [
+            await exit_stack.enter_async_context(BucketServeClient(address)) for address in stack.gateway_addresses
+        ]
+        found = await asyncio.gather(*(outcome(clients[i % 2], prompt, 40, "same") for i, prompt in enumerate(prompts)))
+    assert list(found) == [right(prompt, 40) for prompt in prompts]
+
+
+@pytest.mark.stack(**KIND)
+async def test_a_label_whose_deadline_passed_is_as_good_as_any(stack: LocalStack) -> None:
+    async with BucketServeClient(stack.gateway_address) as client:
+        for _ in range(2):
+            with pytest.raises(Exception, match="eadline"):
+                async for _ in client.generate(
+                    token_ids=[5] * 20, max_tokens=1500, ignore_eos=True, request_id="late", timeout_s=0.5
+                ):
+                    pass
+            assert await outcome(client, [5, 6], 4, "late") == right([5, 6], 4)
+
+
+@pytest.mark.stack(**KIND)
+async def test_strangers_at_internal_ports_get_nothing(stack: LocalStack) -> None:
+    def worker(name: str) -> scheduler_pb2.WorkRequest:
+        report = scheduler_pb2.WorkerReport(kv_total_tokens=10**6, kv_free_tokens=10**6, max_sequences=64)
+        hello = scheduler_pb2.WorkerHello(worker_id=name, model="demo", context_tokens=2048, report=report)
+        return scheduler_pb2.WorkRequest(hello=hello)
+
+    async def refused(call) -> grpc.StatusCode:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call:
+                pass
+        return caught.value.code()
+
+    async def once(message):
+        yield message
+        await asyncio.sleep(5)
+
+    name = stack.deployment.name
+    for stranger in ((), Deployment(name, "guess").metadata, Deployment("other", stack.deployment.token).metadata):
+        async with grpc.aio.insecure_channel(stack.scheduler_address) as channel:
+            stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+            code = await refused(stub.Work(once(worker("rogue")), metadata=stranger))
+            assert code is grpc.StatusCode.PERMISSION_DENIED
+            hello = scheduler_pb2.SubmitRequest(hello=scheduler_pb2.GatewayHello(gateway_id="rogue"))
+            assert await refused(stub.Submit(once(hello), metadata=stranger)) is grpc.StatusCode.PERMISSION_DENIED
+        async with grpc.aio.insecure_channel(stack.delivery_address) as channel:
+            stub = delivery_pb2_grpc.DeliveryServiceStub(channel)
+            hello = delivery_pb2.DeliverRequest(worker_id="worker-0")
+            assert await refused(stub.Deliver(once(hello), metadata=stranger)) is grpc.StatusCode.PERMISSION_DENIED
+    # Another process under the name of a worker that is here is told, and changes nothing.
+    async with grpc.aio.insecure_channel(stack.scheduler_address) as channel:
+        stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+        call = stub.Work(once(worker("worker-0")), metadata=stack.deployment.metadata)
+        assert await refused(call) is grpc.StatusCode.PERMISSION_DENIED
+    assert [entry["worker_id"] for entry in events(stack, "scheduler", "worker.id_in_use")] == ["worker-0"]
+    async with BucketServeClient(stack.gateway_address) as client:
+        assert await outcome(client, [3, 4], 20, "x") == right([3, 4], 20)
+
+
+async def test_an_engine_that_hangs_gives_its_requests_to_others_and_ends(new_stack: NewStack) -> None:
+    # The first worker's steps take a minute: as if it had hung.
+    stack = new_stack(
+        num_workers=2,
+        environ={"BUCKETSERVE_WORKER_HANG_S": "0.5"},
+        worker_environ=({"BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "60000000"}, {}),
+    )
+    prompts = [[5 + number, 6, 7] for number in range(6)]
+    async with BucketServeClient(stack.gateway_address) as client:
+        found = await asyncio.gather(*(outcome(client, prompt, 20, "h") for prompt in prompts))
+    assert list(found) == [right(prompt, 20) for prompt in prompts]
+    assert metric(stack, "gateway", "bucketserve_gateway_resumptions_total") >= 1
+    hung = stack.services["worker-0"]
+    await eventually(lambda: hung.exit_status is not None, 30)
+    assert hung.exit_status != 0
+    del stack.services["worker-0"]
