@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 
 import grpc
 import pytest
@@ -11,9 +12,9 @@ import pytest
 from bucketserve.client import BucketServeClient, Chunk, Finished, Started
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import common_pb2, delivery_pb2, delivery_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
-from bucketserve_cli.stack import LocalStack
+from bucketserve_cli.stack import LocalStack, StackSpec
 from tests.chaos.oracle import expected_tokens
-from tests.e2e.conftest import NewStack
+from tests.e2e.conftest import DEMO_MODEL
 from tests.e2e.observe import events, eventually, metric
 
 pytestmark = pytest.mark.e2e
@@ -111,19 +112,22 @@ async def test_strangers_at_internal_ports_get_nothing(stack: LocalStack) -> Non
         assert await outcome(client, [3, 4], 20, "x") == right([3, 4], 20)
 
 
-async def test_an_engine_that_hangs_gives_its_requests_to_others_and_ends(new_stack: NewStack) -> None:
+async def test_an_engine_that_hangs_gives_its_requests_to_others_and_ends(tmp_path: Path) -> None:
     # The first worker's steps take a minute: as if it had hung.
-    stack = new_stack(
+    spec = StackSpec(
+        model=DEMO_MODEL,
+        engine="fake",
         num_workers=2,
-        environ={"BUCKETSERVE_WORKER_HANG_S": "0.5"},
+        log_dir=tmp_path,
+        environ={"BUCKETSERVE_WORKER_HANG_S": "0.5", "BUCKETSERVE_WORKER_CONTEXT_TOKENS": "2048"},
         worker_environ=({"BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "60000000"}, {}),
     )
     prompts = [[5 + number, 6, 7] for number in range(6)]
-    async with BucketServeClient(stack.gateway_address) as client:
-        found = await asyncio.gather(*(outcome(client, prompt, 20, "h") for prompt in prompts))
-    assert list(found) == [right(prompt, 20) for prompt in prompts]
-    assert metric(stack, "gateway", "bucketserve_gateway_resumptions_total") >= 1
-    hung = stack.services["worker-0"]
-    await eventually(lambda: hung.exit_status is not None, 30)
-    assert hung.exit_status != 0
-    del stack.services["worker-0"]
+    with LocalStack(spec) as stack:
+        async with BucketServeClient(stack.gateway_address) as client:
+            found = await asyncio.gather(*(outcome(client, prompt, 20, "h") for prompt in prompts))
+        assert list(found) == [right(prompt, 20) for prompt in prompts]
+        assert metric(stack, "gateway", "bucketserve_gateway_resumptions_total") >= 1
+        hung = stack.services["worker-0"]
+        await eventually(lambda: hung.exit_status is not None, 30)
+        assert hung.exit_status != 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import AfterValidator, Field
 
@@ -29,7 +29,7 @@ class SchedulerSettings(Section):
     scheduler_id: str = Field("", description="unique per process; default: host name and process id")
     policy: Literal["adaptive", "paper"] = Field("adaptive", description="adaptive, or Algorithm 1 of the paper")
     batch_order: Literal["sjf", "ljf"] = Field(
-        CORE.batch_order.value, description="order of batch-class requests in a bucket"
+        cast(Literal["sjf", "ljf"], CORE.batch_order.value), description="order of batch-class requests in a bucket"
     )
     default_ttft_s: float = Field(
         CORE.default_ttft_s, gt=0, description="TTFT target of interactive requests that name none, seconds"
