@@ -27,7 +27,7 @@ class Token(int):
 
 
 def space(num_tokens: int) -> KvSpace:
-    return KvSpace(KvMemory([KvLayout(1, 1)], num_tokens, torch.float32, torch.device("cpu")), keeps_prefixes=True)
+    return KvSpace(KvMemory([KvLayout(1, 1, 1)], num_tokens, torch.float32, torch.device("cpu")), keeps_prefixes=True)
 
 
 def compared(length: int) -> int:
@@ -111,7 +111,7 @@ def test_against_a_plain_model_over_random_lives() -> None:
 @pytest.mark.parametrize("gap", [1, 5, MOVED_TOKENS, 3 * MOVED_TOKENS])
 def test_moving_together_takes_no_memory_and_keeps_what_overlaps(gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
     length = 2 * MOVED_TOKENS + 7
-    memory = KvMemory([KvLayout(2, 3), KvLayout(1, 5)], gap + length, torch.float32, torch.device("cpu"))
+    memory = KvMemory([KvLayout(2, 3, 4), KvLayout(1, 5, 5)], gap + length, torch.float32, torch.device("cpu"))
     wanted = []
     for arena in (*memory.keys, *memory.values):
         arena.copy_(torch.randn_like(arena))
