@@ -197,6 +197,8 @@ class EngineThread:
             output = engine.step()
             if failures:
                 output = replace(output, failures=(*output.failures, *failures))
+            for failure in output.failures:
+                self._hands_over.pop(failure.request_id, None)
             handed_over = self._hand_over(engine, output) if self._hands_over else ()
             turn = EngineTurn(
                 output, tuple(cancelled), engine.headroom(), self._last_assignment, handed_over, tuple(resumed)
@@ -241,7 +243,7 @@ class EngineThread:
                     cancelled += order.request_ids
                 case _Import():
                     resumed.append(_import(engine, order))
-        for request_id in (*cancelled, *(failure.request_id for failure in failures)):
+        for request_id in cancelled:
             self._hands_over.pop(request_id, None)
         return failures, cancelled, resumed
 
