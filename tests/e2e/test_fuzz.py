@@ -83,7 +83,7 @@ def value(field: FieldDescriptor, rng: random.Random) -> object:
 
 
 def payload(kind: type[Message], rng: random.Random) -> bytes:
-    """Random bytes, a random message, or a random message with some bytes changed; now and then one that names a job."""
+    """Random bytes, a random message, or a random message with some bytes changed, or one that names a job."""
     if KNOWN_JOBS and "job_id" in kind.DESCRIPTOR.fields_by_name and rng.random() < 0.3:
         return kind(job_id=KNOWN_JOBS[0]).SerializeToString()
     if rng.random() < 0.2:
