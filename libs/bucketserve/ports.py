@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admit:
-    """Adds a waiting ticket. Writing the same id again makes it wait again."""
+    """Adds a waiting ticket. Writing the same id again changes nothing, and nothing either once it is at a worker."""
 
     request_id: RequestId
     prefill_tokens: int

@@ -93,9 +93,9 @@ class MemoryStore:
         state = self._state
         match write:
             case Admit():
-                state.tickets[write.request_id] = write.ticket
-                state.waiting[write.request_id] = write.prefill_tokens
-                state.places.pop(write.request_id, None)
+                if write.request_id not in state.places:
+                    state.tickets[write.request_id] = write.ticket
+                    state.waiting[write.request_id] = write.prefill_tokens
                 return [write.request_id]
             case Dispatch():
                 place = (write.worker_id, write.batch_id)

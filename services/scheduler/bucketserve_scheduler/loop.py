@@ -57,6 +57,8 @@ INBOX_LIMIT = 20_000
 WORKER_OUTBOX_LIMIT = 4_096
 TICK_S = 0.25
 STORE_RETRY_S = 0.2
+PARKED_S = 30.0
+"""A ticket that was taken over and that no gateway has said again for so long is nobody's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -435,6 +437,7 @@ class SchedulingLoop:
                 del self._expected[worker_id]
                 self._deps.telemetry.worker_lost(self.model, worker_id, "did not come back")
                 events.append(WorkerLost(worker_id))
+        events += [RequestCancelled(rid) for rid in self._tickets.parked_since(now_s - PARKED_S)]
         expired = self._deps.gateways.expire(self.model, self._deps.settings.gateway_lease_s, now_s)
         events += [RequestCancelled(request_id) for request_id in expired]
         return events

@@ -62,6 +62,10 @@ class TicketTable:
         """Returns an entry."""
         return self._entries.get(run_id)
 
+    def parked_since(self, before_s: float) -> list[RequestId]:
+        """Returns what was taken over before that time and was not said again since: its gateway does not have it."""
+        return [rid for rid, entry in self._entries.items() if entry.is_parked and entry.arrival_s < before_s]
+
     def pop(self, run_id: RequestId) -> Entry | None:
         """Removes and returns an entry."""
         entry = self._entries.pop(run_id, None)
