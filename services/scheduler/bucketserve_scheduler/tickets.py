@@ -41,6 +41,8 @@ class TicketTable:
     def __init__(self, gateways: GatewayPeers) -> None:
         """Keeps the gateways' lists of open runs in step."""
         self._entries: dict[RequestId, Entry] = {}
+        self._parked: dict[RequestId, Entry] = {}
+        """What was waiting when it was taken over, and has not ended."""
         self._gateways = gateways
 
     def __len__(self) -> int:
@@ -64,11 +66,12 @@ class TicketTable:
 
     def parked_since(self, before_s: float) -> list[RequestId]:
         """Returns what was taken over before that time and was not said again since: its gateway does not have it."""
-        return [rid for rid, entry in self._entries.items() if entry.is_parked and entry.arrival_s < before_s]
+        return [rid for rid, entry in self._parked.items() if entry.is_parked and entry.arrival_s < before_s]
 
     def pop(self, run_id: RequestId) -> Entry | None:
         """Removes and returns an entry."""
         entry = self._entries.pop(run_id, None)
+        self._parked.pop(run_id, None)
         if entry is not None:
             self._gateways.close(entry.ticket.gateway_id, run_id)
         return entry
@@ -83,6 +86,7 @@ class TicketTable:
             entry.worker_id, entry.batch_id = stored.worker_id, stored.batch_id
             request = request_from_ticket(entry.ticket, arrival_s=now_s)
             if stored.worker_id is None:
+                self._parked[stored.request_id] = entry
                 waiting.append(request)
             else:
                 running[request] = stored.worker_id
