@@ -210,7 +210,9 @@ def page(results: Results, seeds: Sequence[int]) -> str:
             "SLO for every policy: TTFT <= 0.25 s + 3 x the unloaded prefill, TPOT <= 0.1 s. Capacity is the "
             "highest rate at which 80% of all requests meet both. Each policy at its own best split of the "
             f"workers into roles. {len(seeds)} seeds; mean ± 95% confidence; ratios per seed. Cost mode packed "
-            "(variable-length kernels) unless padded is said."
+            "(variable-length kernels) unless padded is said. Workers compute prompts in order, in steps of up to "
+            "8,192 tokens, 256 sequences at once; those that serve let short prompts share the steps of long ones "
+            "(`as_in_the_table` in `sim/policies.py` is the difference)."
         ),
         "",
         "## The paper's table",

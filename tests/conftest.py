@@ -30,7 +30,7 @@ STACK = re.compile(r"stack-[0-9a-f]{6}")
 """In the id of a test that shares a stack: which."""
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sorts the tests as they are to be given out."""
 

@@ -101,15 +101,21 @@ class BatchFormer:
             worker = place(first, candidates, self._settings)
             if worker is None and _is_bound(first, candidates):
                 first, worker = self._behind_bound(lane, bucket, candidates, first)
+            # Else those behind it in the lane could go before it for ever, each time that one of them fits.
+            is_overdue = lane is Lane.DEFERRED and key[0] + self._settings.batch_patience_s <= now_s
             if room is not None and first.reserved_tokens > room and not self._is_alone_in_turn():
                 # The room grows with time alone, as what was needed in time fades from the average.
                 self._wake_at(now_s + DEFERRED_RETRY_S)
+                if is_overdue:
+                    return None
                 continue
             if worker is None:
                 if self._settings.queue_order is QueueOrder.FCFS:
                     return None
                 if lane is Lane.DEFERRED and key[0] <= now_s:
                     self._save_for(first)
+                if is_overdue:
+                    return None
                 continue
             if self._is_held(lane, bucket, first, worker, now_s):
                 continue
@@ -140,12 +146,8 @@ class BatchFormer:
         """Lets the roomiest worker that could hold the request take nothing else until it does."""
         if self._saving is not None or not self._lanes.may_save():
             return
-        # Where it waits for a place, not for memory, nothing has to be saved.
-        able = [
-            worker
-            for worker in self._fleet.candidates()
-            if worker.has_place(self._settings, small=False) and worker.could_hold(request)
-        ]
+        # Also where it waits for a place: small batches, which need none, would take the memory meanwhile.
+        able = [worker for worker in self._fleet.candidates() if worker.could_hold(request)]
         worker = max(able, key=lambda worker: (worker.free_tokens(), worker.worker_id), default=None)
         if worker is not None:
             worker.saved_for = request.request_id

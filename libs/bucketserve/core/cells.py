@@ -179,10 +179,6 @@ class WaitingCells:
                 return max(waiting.request.prefill_tokens for waiting in cell.members.values())
         return 0
 
-    def grid(self) -> list[int]:
-        """Returns the cells' lower borders."""
-        return self._lows
-
     def _cell_of(self, length: int) -> _Cell:
         return self._cells[bisect_right(self._lows, length) - 1]
 

@@ -61,7 +61,6 @@ class RunStats:
     """How the policy was called."""
 
     num_steps: int = 0
-    num_events: int = 0
     num_edge_changes: int = 0
     policy_wall_s: float = 0.0
     longest_step_wall_s: float = 0.0
@@ -169,7 +168,6 @@ class Simulation:
         decision = self._policy.step(events, self.now_s)
         took_s = self._stopwatch() - start
         self.stats.num_steps += 1
-        self.stats.num_events += len(events)
         self.stats.policy_wall_s += took_s
         self.stats.longest_step_wall_s = max(self.stats.longest_step_wall_s, took_s)
         for command in decision.commands:

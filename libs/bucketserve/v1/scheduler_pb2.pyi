@@ -425,14 +425,12 @@ class SwitchRole(_message.Message):
     def __init__(self, role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ...) -> None: ...
 
 class WorkerWelcome(_message.Message):
-    __slots__ = ("scheduler", "report_interval_ms", "lease_ms")
+    __slots__ = ("scheduler", "report_interval_ms")
     SCHEDULER_FIELD_NUMBER: _ClassVar[int]
     REPORT_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
-    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     scheduler: SchedulerHello
     report_interval_ms: int
-    lease_ms: int
-    def __init__(self, scheduler: _Optional[_Union[SchedulerHello, _Mapping]] = ..., report_interval_ms: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, scheduler: _Optional[_Union[SchedulerHello, _Mapping]] = ..., report_interval_ms: _Optional[int] = ...) -> None: ...
 
 class BatchAssignment(_message.Message):
     __slots__ = ("assignment", "epoch", "batch", "runs", "max_chunk_tokens")

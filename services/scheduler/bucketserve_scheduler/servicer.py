@@ -107,7 +107,6 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
                 welcome=scheduler_pb2.WorkerWelcome(
                     scheduler=self._hello(),
                     report_interval_ms=round(self._settings.report_interval_s * 1e3),
-                    lease_ms=round(self._settings.worker_lease_s * 1e3),
                 )
             )
             async for message in peer.outbox.messages():

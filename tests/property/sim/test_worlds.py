@@ -34,7 +34,7 @@ lengths = st.builds(Lengths, st.integers(1, 6000), st.integers(1, 1500))
     st.sampled_from([1.0, 1.7]),
     st.integers(0, 3),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_every_request_ends_once_and_no_rule_is_broken(
     which: tuple[str, str], rows: list[Lengths], rate: float, cost: CostMode, output_slack: float, seed: int
 ) -> None:

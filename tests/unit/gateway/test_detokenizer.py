@@ -112,7 +112,7 @@ def sequences(draw: st.DrawFn, name: str) -> list[int]:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_text_continues_the_prompt_however_it_is_delivered(name: str, data: st.DataObject) -> None:
     tokenizer, ids = TOKENIZERS[name], data.draw(sequences(name))
     cut = data.draw(st.integers(0, len(ids)))
@@ -225,7 +225,7 @@ def test_stop_strings_whatever_the_pieces(stops: list[str], text: str, sent: str
     st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
     st.integers(0, 100),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_stop_string_is_ever_sent_and_nothing_else_is_kept(text: str, stops: list[str], seed: int) -> None:
     # The reference: the first end of a stop string, and the longest that ends there.
     ends = [(text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]

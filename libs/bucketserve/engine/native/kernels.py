@@ -94,7 +94,6 @@ class PackedWeights:
     scales: torch.Tensor | None
     """Of 8-bit weights: one a column, in the order of the panels."""
     bias: torch.Tensor | None
-    is_pair: bool
 
     @property
     def num_bytes(self) -> int:
@@ -159,7 +158,7 @@ class Kernels:
         if bias is not None:
             padded_bias = torch.zeros(panels * wide)
             padded_bias[:columns] = bias.detach()
-        return PackedWeights(data, columns, depth, scales, padded_bias, is_pair)
+        return PackedWeights(data, columns, depth, scales, padded_bias)
 
     def product(self, x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, epilogue: Epilogue) -> None:
         """Computes out [rows, columns] from x [rows, depth] and weights, see Epilogue."""
