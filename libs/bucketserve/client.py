@@ -27,9 +27,9 @@ Finished = inference_pb2.GenerateFinished
 Event = Started | Chunk | Finished
 
 _SERVICE = "bucketserve.v1.InferenceService"
-RECONNECT_S = 3.0
+RECONNECT_S = 5.0
 """As long as it takes to find a gateway again whose restart was not noticed yet."""
-_FIRST_PAUSE_S = 0.2
+_FIRST_PAUSE_S, _MOST_PAUSE_S = 0.2, 0.5
 
 
 class BucketServeClient:
@@ -137,7 +137,7 @@ class BucketServeClient:
             finally:
                 call.cancel()
             await asyncio.sleep(pause_s)
-            pause_s *= 2
+            pause_s = min(2 * pause_s, _MOST_PAUSE_S)
 
     async def generate_text(self, prompt: str, **options: object) -> str:
         """Returns the whole text; options as for generate."""
