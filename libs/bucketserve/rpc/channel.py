@@ -33,7 +33,7 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int | str]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Reconnecting after a peer's restart should not wait for the default two minutes of backoff.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # In truth how long an attempt to connect may take: less than a few round trips would never succeed on a slow way.
+    # How long an attempt to connect may take: less than a few round trips would never succeed on a slow way.
     ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]

@@ -145,6 +145,7 @@ class OpenRequest:
     def submission(self) -> scheduler_pb2.SubmitRun:
         """Returns the present attempt for the scheduler, with its age as of now."""
         now_s = time.monotonic()
+        self._keep_to_weights()
         run = scheduler_pb2.SubmitRun(
             ticket=self._ticket,
             spec=self._spec_bytes,
@@ -186,10 +187,14 @@ class OpenRequest:
         if self.dispatched is not None:
             if self.dispatched.worker_id not in self._ticket.avoid_worker_ids:
                 self._ticket.avoid_worker_ids.append(self.dispatched.worker_id)
-            if len(self.tokens) > self._attempt_start:
-                self._ticket.fingerprint = self.dispatched.fingerprint
+            self._keep_to_weights()
         self._begin()
         self._resume(self, former)
+
+    def _keep_to_weights(self) -> None:
+        """Lets only workers with the weights of the tokens that are here go on with them."""
+        if self.dispatched is not None and len(self.tokens) > self._attempt_start:
+            self._ticket.fingerprint = self.dispatched.fingerprint
 
     def _begin(self) -> None:
         """Makes ticket and spec those of the next attempt."""

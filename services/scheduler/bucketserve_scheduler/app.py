@@ -150,7 +150,7 @@ async def serve(
                 on_lost=lose,
                 on_store=hear_of_store,
             )
-            sitting = tasks.create_task(seat.run(), name="seat")
+            seat_task = tasks.create_task(seat.run(), name="seat")
             servicer = SchedulerServicer(
                 settings=settings,
                 deployment=ours,
@@ -176,7 +176,7 @@ async def serve(
                 await loops.leave()
                 gateways.part_with_all()
             finally:
-                sitting.cancel()
+                seat_task.cancel()
                 loops.stop()
                 gateways.cut_all()
                 await server.stop(grace_s=1.0)

@@ -32,7 +32,7 @@ from bucketserve.core.messages import (
     WorkerReported,
 )
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.types import BatchId, RequestId, WorkerId
+from bucketserve.core.types import BatchId, FinishReason, RequestId, WorkerId
 from bucketserve.ports import Admit, Dispatch, Leadership, QueueStore
 from bucketserve.rpc.convert import (
     finish_reason_from_pb,
@@ -189,13 +189,17 @@ class SchedulingLoop:
                     )
                 )
             case "finished":
-                peer.held.pop(RequestId(message.finished.run_id), None)
+                run_id, reason = RequestId(message.finished.run_id), finish_reason_from_pb(message.finished.reason)
+                peer.held.pop(run_id, None)
+                if reason is FinishReason.ERROR and self._tickets.get(run_id) is None:
+                    # It had ended, and its output could not be brought to the gateway.
+                    self._deps.gateways.tell_end(run_id)
                 await self._inbox.put(
                     RequestFinished(
-                        request_id=RequestId(message.finished.run_id),
+                        request_id=run_id,
                         worker_id=peer.worker_id,
                         output_tokens=message.finished.output_tokens,
-                        reason=finish_reason_from_pb(message.finished.reason),
+                        reason=reason,
                     )
                 )
             case "kv_pulled":
@@ -312,9 +316,8 @@ class SchedulingLoop:
         if entry is not None and not entry.is_parked:
             self._announcer.repeat(entry)
             return None
-        if entry is None and (dropped := self._deps.gateways.dropped(run_id)):
-            # The gateway has not heard of it. To start the same attempt again could be to run it twice.
-            self._deps.gateways.send(item.ticket.gateway_id, dropped)
+        if entry is None and self._deps.gateways.tell_end(run_id):
+            # The gateway had not heard of it. To start the same attempt again could be to run it twice.
             return None
         if entry is None:
             entry = self._tickets.add(item.ticket, arrival_s, now_s)
@@ -402,7 +405,7 @@ class SchedulingLoop:
         parked, running = self._tickets.restore(snapshot, now_s)
         self.core.restore(parked=parked, running=running, edges=snapshot.edges)
         lost_s = now_s + self._deps.settings.worker_lease_s
-        self._expected = {worker_id: lost_s for worker_id in set(running.values()) if worker_id not in self.workers}
+        self._expected.update((id_, lost_s) for id_ in set(running.values()) if id_ not in self.workers)
 
     def _step_down(self) -> None:
         """Forgets everything and cuts every peer: they reconnect and say again what they have."""

@@ -38,6 +38,15 @@ class WorkerPeer:
     """KV that it has told us of and that nobody was ordered to pull yet."""
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a run ended, and whose it was."""
+
+    at_s: float
+    gateway_id: str
+    dropped: scheduler_pb2.RunDropped
+
+
 @dataclass(slots=True)
 class GatewayPeers:
     """Gateways by id, and the requests that each has open.
@@ -49,8 +58,9 @@ class GatewayPeers:
     _requests: dict[str, dict[RequestId, str]] = field(default_factory=dict)
     """gateway id -> open run -> model."""
     _absent_since: dict[str, float] = field(default_factory=dict)
-    _dropped: dict[str, tuple[float, scheduler_pb2.SubmitResponse]] = field(default_factory=dict)
-    """Run id -> (monotonic time, what its gateway was told), for REMEMBER_S; oldest first."""
+    """Of those that have open runs and are not connected."""
+    _ended: dict[str, _End] = field(default_factory=dict)
+    """By run id, for REMEMBER_S; oldest first."""
 
     def connect(self, peer: GatewayPeer) -> None:
         """Registers a stream; an older one of the same process is closed.
@@ -69,7 +79,8 @@ class GatewayPeers:
         """Forgets a stream, unless a newer one took its place; the gateway's lease starts to run."""
         if self._connected.get(peer.gateway_id) is peer:
             del self._connected[peer.gateway_id]
-            self._absent_since[peer.gateway_id] = now_s
+            if peer.gateway_id in self._requests:
+                self._absent_since[peer.gateway_id] = now_s
 
     def open(self, gateway_id: str, request_id: RequestId, model: str, now_s: float) -> None:
         """Notes a request; a gateway known only from the store starts as absent."""
@@ -85,6 +96,7 @@ class GatewayPeers:
         requests.pop(request_id, None)
         if not requests:
             del self._requests[gateway_id]
+            self._absent_since.pop(gateway_id, None)
 
     def expire(self, model: str, lease_s: float, now_s: float) -> list[RequestId]:
         """Returns a model's requests of gateways that have been away for longer than lease_s seconds, once."""
@@ -92,11 +104,7 @@ class GatewayPeers:
         for gateway_id, since_s in list(self._absent_since.items()):
             if now_s - since_s < lease_s:
                 continue
-            requests = self._requests.get(gateway_id)
-            if requests is None:
-                del self._absent_since[gateway_id]
-                continue
-            gone = [request_id for request_id, of_model in requests.items() if of_model == model]
+            gone = [run_id for run_id, of_model in self._requests[gateway_id].items() if of_model == model]
             for request_id in gone:
                 self.close(gateway_id, request_id)
             expired += gone
@@ -105,23 +113,35 @@ class GatewayPeers:
     def send(self, gateway_id: str, message: scheduler_pb2.SubmitResponse) -> None:
         """Sends to a gateway if it is connected; one that reconnects asks for what it missed."""
         if message.HasField("dropped"):
-            self._remember(message)
+            self._remember(gateway_id, message.dropped)
         if peer := self._connected.get(gateway_id):
             peer.outbox.send(message)
 
-    def dropped(self, run_id: str) -> scheduler_pb2.SubmitResponse | None:
-        """Returns how a run ended lately: its gateway, which submits it again, has not heard of it."""
-        found = self._dropped.get(run_id)
-        return found[1] if found else None
+    def served(self, gateway_id: str, run_id: str) -> None:
+        """Notes that a run ended well. A gateway that asks for it again did not get its output: it has to try again."""
+        reason = scheduler_pb2.DROP_REASON_WORKER_FAILED
+        self._remember(gateway_id, scheduler_pb2.RunDropped(run_id=run_id, reason=reason))
 
-    def _remember(self, message: scheduler_pb2.SubmitResponse) -> None:
+    def tell_end(self, run_id: str) -> bool:
+        """Tells the gateway of a run how it ended, if that was lately; returns whether it was."""
+        end = self._ended.get(run_id)
+        if end is None:
+            return False
+        if peer := self._connected.get(end.gateway_id):
+            peer.outbox.send(scheduler_pb2.SubmitResponse(dropped=end.dropped))
+        return True
+
+    def _remember(self, gateway_id: str, dropped: scheduler_pb2.RunDropped) -> None:
+        if dropped.reason == scheduler_pb2.DROP_REASON_CANCELLED:
+            # A gateway that cancelled does not ask again. One that asks again was only away for long.
+            return
         now_s = time.monotonic()
-        while self._dropped:
-            oldest = next(iter(self._dropped))
-            if now_s - self._dropped[oldest][0] < REMEMBER_S:
+        while self._ended:
+            oldest = next(iter(self._ended))
+            if now_s - self._ended[oldest].at_s < REMEMBER_S:
                 break
-            del self._dropped[oldest]
-        self._dropped[message.dropped.run_id] = (now_s, message)
+            del self._ended[oldest]
+        self._ended[dropped.run_id] = _End(now_s, gateway_id, dropped)
 
     def part_with_all(self) -> None:
         """Ends every gateway's stream once it has been told everything."""

@@ -113,8 +113,10 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
                 yield message
         finally:
             beat.cancel()
-            await _end(reader)
-            await loop.disconnect(peer)
+            try:
+                await _end(reader)
+            finally:
+                await loop.disconnect(peer)
 
     async def GetStatus(
         self, request: scheduler_pb2.GetStatusRequest, context: StatusContext

@@ -117,7 +117,8 @@ class Announcer:
                     self._to_worker(worker_id, scheduler_pb2.WorkResponse(switch_role=switch))
                     self._telemetry.role_switched(worker_id, role)
                 case ForgetRequest(request_id=request_id):
-                    self._tickets.pop(request_id)
+                    if entry := self._tickets.pop(request_id):
+                        self._gateways.served(entry.ticket.gateway_id, request_id)
                 case _:
                     pass
         for drop in decision.drops:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import TypeVar
 
 from bucketserve.addresses import Address
 from bucketserve.config import DeploymentSettings, TelemetrySettings
@@ -24,6 +25,8 @@ from bucketserve_worker.telemetry import WorkerTelemetry
 from bucketserve_worker.worker import Worker
 
 __all__ = ["serve"]
+
+T = TypeVar("T")
 
 ABSENCE_S = 10.0
 """A worker without a scheduler for longer is not ready."""
@@ -83,11 +86,11 @@ async def serve(
                 kv_total_tokens=started.headroom.kv_total_tokens,
             )
             try:
-                await _until_stopped(stop, engine, link, settings.hang_s)
+                await _while_healthy(stop.wait(), engine, link, settings.hang_s)
                 health.cancel()
                 await server.set_serving(False)
                 worker.link.drain()
-                is_drained = await worker.drained(settings.drain_s)
+                is_drained = await _while_healthy(worker.drained(settings.drain_s), engine, link, settings.hang_s)
                 log.info("worker.drained", is_complete=is_drained, num_left=len(worker.running))
             except BaseException as error:
                 worker.engine_failed(error)
@@ -110,27 +113,30 @@ async def _show_health(server: RpcServer, worker: Worker) -> None:
         await asyncio.sleep(HEALTH_S)
 
 
-async def _until_stopped(stop: asyncio.Event, engine: EngineThread, link: asyncio.Task[None], hang_s: float) -> None:
-    """Returns when stop is set.
+async def _while_healthy(
+    work: Coroutine[object, object, T], engine: EngineThread, link: asyncio.Task[None], hang_s: float
+) -> T:
+    """Returns what `work` returns.
 
     Raises:
-        EngineError: the engine ended by itself, or hangs.
+        EngineError: the engine ended before, or hangs.
     """
-    stopped = asyncio.create_task(stop.wait())
+    task = asyncio.ensure_future(work)
     try:
-        watched: set[asyncio.Future[object]] = {stopped, engine.ended, link}  # type: ignore[arg-type]
+        watched: set[asyncio.Future[object]] = {task, engine.ended, link}  # type: ignore[arg-type]
         while not (await asyncio.wait(watched, timeout=HANG_CHECK_S, return_when=asyncio.FIRST_COMPLETED))[0]:
             if took_s := engine.hangs_for_s(hang_s):
                 raise EngineError(f"the engine has not completed a step for {took_s:.0f} s")
+        if task.done():
+            return task.result()
         if link.done():
             link.result()
-        if engine.ended.done() and not stop.is_set():
-            try:
-                engine.ended.result()
-            except Exception as error:
-                raise EngineError(f"the engine ended: {error!r}") from error
-            raise EngineError("the engine ended without being asked to")
+        try:
+            engine.ended.result()
+        except Exception as error:
+            raise EngineError(f"the engine ended: {error!r}") from error
+        raise EngineError("the engine ended without being asked to")
     finally:
-        stopped.cancel()
+        task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await stopped
+            await task

@@ -89,6 +89,9 @@ class DeliveryPool:
     async def _serve(self, stream: _GatewayStream) -> None:
         try:
             await stream.run()
+            # What came while the call was being closed.
+            while stream.has_pending:
+                await stream.run()
         finally:
             self._streams.pop(stream.address, None)
             self._tasks.pop(stream.address, None)
@@ -136,6 +139,11 @@ class _GatewayStream:
         self._heard_s = 0.0
         """When the gateway acknowledged last, or had nothing to."""
         self._away_since_s: float | None = None
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether there is output to send."""
+        return bool(self._pending)
 
     def put(self, delivery: delivery_pb2.TokenDelivery) -> None:
         """Adds output, merged with what is pending of the same run."""
@@ -190,6 +198,7 @@ class _GatewayStream:
         lost = {delivery.run_id for message in self._unacknowledged for delivery in message.deliveries}
         lost |= {run_id for run_id, since_s in self._pending_since_s.items() if since_s <= until_s}
         self._unacknowledged.clear()
+        self._is_lost = False
         for run_id in lost & self._pending.keys():
             del self._pending_since_s[run_id]
             self._num_pending_tokens -= len(self._pending.pop(run_id).token_ids)

@@ -96,16 +96,19 @@ class KvPuller:
 
     async def _pull(self, pull: scheduler_pb2.PullKv) -> None:
         start_s = time.monotonic()
+        fetched = None
         try:
             async with asyncio.timeout(FETCH_TIMEOUT_S):
                 fetched = await self._sources.fetch(pull)
-        except (BucketServeError, grpc.aio.AioRpcError, TimeoutError) as error:
+            self._on_transfer(pull, fetched, start_s, "")
+            self._resume(pull, fetched)
+        except Exception as error:
+            # Whatever it is, the scheduler has to hear of it: the run is neither here nor there.
+            if fetched is not None:
+                fetched.block.release()
             detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
             self._on_transfer(pull, None, start_s, f"{type(error).__name__}: {detail}")
             self._tell(pull, is_ok=False)
-            return
-        self._on_transfer(pull, fetched, start_s, "")
-        self._resume(pull, fetched)
 
     def _resume(self, pull: scheduler_pb2.PullKv, fetched: Fetched) -> None:
         if fetched.transport == "in_process":
@@ -113,9 +116,9 @@ class KvPuller:
             for older in self._running.keys_of(pull.run_id):
                 self._running.drop(older)
         key, running = self._running.resume(pull, fetched.trailer)
-        self._at_engine[key] = pull
         self._on_began(key, pull.epoch)
         sequence = sequence_from_spec(running.spec, key, pull.batch.batch_id)
+        self._at_engine[key] = pull
         self._engine.resume(sequence, fetched.trailer.token_ids, fetched.block, pull.kv.kv_bytes)
 
     def resumed(self, resumed: Resumed) -> None:

@@ -65,9 +65,9 @@ class RunningTable:
         """Returns the engine's names for a run; all but at most one are on their way out."""
         return [key for key, running in self._running.items() if running.run_id == run_id]
 
-    def replace(self, run_id: str, but_not: RequestId | None = None) -> list[RequestId]:
+    def replace(self, run_id: str, except_key: RequestId | None = None) -> list[RequestId]:
         """Returns the names of a run that comes again; nobody is told when they end."""
-        keys = [key for key in self.keys_of(run_id) if key != but_not]
+        keys = [key for key in self.keys_of(run_id) if key != except_key]
         for key in keys:
             self._running[key].is_replaced = True
         return keys

@@ -210,7 +210,7 @@ class Worker:
     def _on_pull(self, pull: scheduler_pb2.PullKv) -> None:
         held = self.holder.find(pull.run_id)
         # What is to be pulled may be here already: a role switch may order that.
-        older = self.running.replace(pull.run_id, but_not=held.key if held is not None else None)
+        older = self.running.replace(pull.run_id, except_key=held.key if held is not None else None)
         if older:
             self._engine.cancel(older)
         self._puller.pull(pull)
@@ -237,8 +237,12 @@ class Worker:
     def _on_gateway_lost(self, address: str, run_ids: set[str]) -> None:
         lost = self.running.of_gateway(address, run_ids)
         self._telemetry.gateway_lost(address, len(lost))
-        self._tell_finished(self.running.give_up(lost, FinishReason.ERROR))
+        given_up = self.running.give_up(lost, FinishReason.ERROR)
+        self._tell_finished(given_up)
         self._engine.cancel(lost)
+        for run_id in run_ids.difference(done.running.run_id for done in given_up):
+            # It has ended here, but its output has not arrived.
+            self.link.finished(scheduler_pb2.RunFinished(run_id=run_id, reason=finish_reason_to_pb(FinishReason.ERROR)))
 
     # --- what the scheduler is told -------------------------------------------------------------------------------
 
