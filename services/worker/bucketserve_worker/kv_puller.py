@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 
 import grpc
 
-from bucketserve.core.errors import BucketServeError
 from bucketserve.core.types import RequestId
 from bucketserve.rpc.convert import sequence_from_spec
 from bucketserve.v1 import scheduler_pb2
