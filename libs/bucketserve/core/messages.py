@@ -91,7 +91,7 @@ class RequestSubmitted:
 
 @dataclass(frozen=True, slots=True)
 class RequestResumed:
-    """A gateway says a request again that was admitted before: no admission, and it is never refused.
+    """A gateway says a request again that was admitted before: no admission, and only a full store refuses it.
 
     Either the next attempt of one whose worker was lost, which goes first, or one whose prompt a new leader lacked.
     """
@@ -193,6 +193,8 @@ class RequestFinished:
     worker_id: WorkerId
     output_tokens: int
     reason: FinishReason = FinishReason.LENGTH
+    is_retryable: bool = True
+    """For an error: whether another worker may do better. If not, its gateway hears of it from the worker alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

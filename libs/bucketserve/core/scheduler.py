@@ -280,7 +280,7 @@ class SchedulerCore:
         life = self._lives.get(event.request_id)
         if life is None or life.worker_id != event.worker_id:
             return
-        if event.reason is FinishReason.ERROR:
+        if event.reason is FinishReason.ERROR and event.is_retryable:
             self._drop(life, DropReason.WORKER_FAILED, now_s, at=(life.target_id,))
             return
         self._layout.finished(life.request, life.prefilled_s, event.output_tokens, now_s)

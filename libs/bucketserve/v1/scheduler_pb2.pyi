@@ -367,14 +367,16 @@ class KvPulled(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., source_worker_id: _Optional[str] = ..., is_ok: _Optional[bool] = ...) -> None: ...
 
 class RunFinished(_message.Message):
-    __slots__ = ("run_id", "reason", "output_tokens")
+    __slots__ = ("run_id", "reason", "output_tokens", "is_retryable")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IS_RETRYABLE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     reason: _common_pb2.FinishReason
     output_tokens: int
-    def __init__(self, run_id: _Optional[str] = ..., reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., output_tokens: _Optional[int] = ...) -> None: ...
+    is_retryable: bool
+    def __init__(self, run_id: _Optional[str] = ..., reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., output_tokens: _Optional[int] = ..., is_retryable: _Optional[bool] = ...) -> None: ...
 
 class WorkerDraining(_message.Message):
     __slots__ = ()

@@ -200,6 +200,7 @@ class SchedulingLoop:
                         worker_id=peer.worker_id,
                         output_tokens=message.finished.output_tokens,
                         reason=reason,
+                        is_retryable=message.finished.is_retryable,
                     )
                 )
             case "kv_pulled":

@@ -38,6 +38,8 @@ class Finished:
     running: Running
     reason: FinishReason
     finished_s: float
+    is_retryable: bool = True
+    """For an error: whether another worker may do better."""
 
 
 @dataclass(slots=True)
@@ -181,7 +183,7 @@ class RunningTable:
             running.spec.delivery_address,
             delivery_pb2.TokenDelivery(run_id=running.run_id, first_index=running.num_output_tokens, finished=finished),
         )
-        return Finished(running, FinishReason.ERROR, now_s)
+        return Finished(running, FinishReason.ERROR, now_s, failure.is_retryable)
 
     def _finished(self, running: Running, reason: FinishReason, now_s: float) -> delivery_pb2.DeliveryFinished:
         prefilled_s = running.prefilled_s if running.prefilled_s is not None else now_s

@@ -186,6 +186,7 @@ class Worker:
                     run_id=done.running.run_id,
                     reason=finish_reason_to_pb(done.reason),
                     output_tokens=done.running.num_output_tokens,
+                    is_retryable=done.is_retryable,
                 )
             )
 
@@ -242,7 +243,8 @@ class Worker:
         self._engine.cancel(lost)
         for run_id in run_ids.difference(done.running.run_id for done in given_up):
             # It has ended here, but its output has not arrived.
-            self.link.finished(scheduler_pb2.RunFinished(run_id=run_id, reason=finish_reason_to_pb(FinishReason.ERROR)))
+            reason = finish_reason_to_pb(FinishReason.ERROR)
+            self.link.finished(scheduler_pb2.RunFinished(run_id=run_id, reason=reason, is_retryable=True))
 
     # --- what the scheduler is told -------------------------------------------------------------------------------
 
