@@ -247,6 +247,16 @@ def test_what_a_worker_failed_is_dropped_for_resumption() -> None:
     assert batches(under_test.step(events, 0.2))[0].request_ids == ("a.2",)
 
 
+def test_what_every_worker_would_fail_is_not_dropped_for_resumption() -> None:
+    """Its gateway hears of it from the worker; a drop that came first would make it try again."""
+    under_test = core()
+    under_test.step([joined(), *submitted("a")], 0.0)
+    failed = replace(finished("a", reason=FinishReason.ERROR), is_retryable=False)
+    decision = under_test.step([failed], 0.1)
+    assert decision.drops == ()
+    assert ForgetRequest(RequestId("a")) in decision.commands
+
+
 def test_what_the_store_did_not_have_is_stored_and_sent_again() -> None:
     under_test = core()
     under_test.step([joined(free=100), *submitted("a", "b")], 0.0)
