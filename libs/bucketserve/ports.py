@@ -281,7 +281,7 @@ class Engine(Protocol):
             max_chunk_tokens: most prompt tokens per step while other sequences decode; 0 for no limit.
 
         Raises:
-            EngineError: a sequence could never fit (context or total KV); none of them was added.
+            EngineError: a sequence could never fit (context or total KV), or its id is here already; none was added.
         """
 
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:
@@ -304,7 +304,7 @@ class Engine(Protocol):
             kv: what export_kv wrote. It is copied.
 
         Raises:
-            EngineError: there is no room, or the length does not match.
+            EngineError: there is no room, the length does not match, or the id is here already.
         """
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:

@@ -59,10 +59,10 @@ class Admission:
 
     def _reason(self, request: Request, now_s: float) -> RefuseReason | None:
         settings, tokens = self._settings, request.prefill_tokens
+        if not self._fleet.serves(request):
+            return RefuseReason.OTHER_TOKENIZER
         if request.reserved_tokens > self._lanes.context_tokens or not self._fleet.could_hold(request):
             return RefuseReason.TOO_LARGE
-        if not self._fleet.speaks(request):
-            return RefuseReason.OTHER_TOKENIZER
         if len(self._lanes) >= settings.max_queued_requests:
             return RefuseReason.QUEUE_REQUESTS
         if self._lanes.num_tokens + tokens > settings.max_queued_tokens:

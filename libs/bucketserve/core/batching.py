@@ -147,7 +147,7 @@ class BatchFormer:
         if self._saving is not None or not self._lanes.may_save():
             return
         # Also where it waits for a place: small batches, which need none, would take the memory meanwhile.
-        able = [worker for worker in self._fleet.candidates() if worker.could_hold(request)]
+        able = [worker for worker in self._fleet.candidates() if worker.could_serve(request)]
         worker = max(able, key=lambda worker: (worker.free_tokens(), worker.worker_id), default=None)
         if worker is not None:
             worker.saved_for = request.request_id

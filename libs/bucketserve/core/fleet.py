@@ -9,13 +9,15 @@ from bucketserve.core.placement import load_score
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.step_times import StepTimes
 from bucketserve.core.types import Request, StepSample, WorkerId, WorkerRole
-from bucketserve.core.workers import WorkerState
+from bucketserve.core.workers import WorkerState, serves
 
 __all__ = ["Fleet"]
 
 CANDIDATES = 8
 """Workers that are scored for a request: the least loaded ones."""
 TPOT_WEIGHT = 0.02
+Kind = tuple[str, str]
+"""Fingerprint and tokenizer of a worker."""
 STALE_ENTRIES = 64
 """Of a ranking, before it is cleaned: beyond two for each worker."""
 
@@ -34,16 +36,18 @@ class _Ranking:
             self._heap = [entry for entry in self._heap if self._is_current(entry)]
             heapq.heapify(self._heap)
 
-    def first(self, number: int) -> list[WorkerState]:
-        """Returns the first workers whose entry is current."""
+    def first(self, number: int, fingerprint: str | None = None) -> list[WorkerState]:
+        """Returns the first workers whose entry is current, of one fingerprint or of any."""
         found: list[WorkerState] = []
         entries = []
         heap = self._heap
         while heap and len(found) < number:
             entry = heapq.heappop(heap)
             if self._is_current(entry):
-                found.append(self._workers[entry[1]])
                 entries.append(entry)
+                worker = self._workers[entry[1]]
+                if fingerprint is None or worker.fingerprint == fingerprint:
+                    found.append(worker)
         for entry in entries:
             heapq.heappush(heap, entry)
         return found
@@ -74,10 +78,14 @@ class Fleet:
         self.tpot_s = 0.0
         """Duration of a step with decodes, exponentially weighted."""
         self.kv_total_tokens = 0
-        self._largest: dict[WorkerRole, int] = {}
+        self._starting: dict[Kind, dict[WorkerRole, int]] = {}
+        """Most tokens that a worker of a kind and role could hold if it were empty, of those that compute prompts."""
+        self._decoding: dict[str, int] = {}
+        """The same of those that only decode, by fingerprint."""
         self._open: set[WorkerId] = set()
         self._num_generations = 0
-        self._tokenizers: set[str] = set()
+        self.num_counted = 0
+        """Changes so far of who is there, and in which role."""
 
     def __len__(self) -> int:
         """Number of workers."""
@@ -99,7 +107,7 @@ class Fleet:
             self._num_generations += 1
         worker.generation = self._num_generations if like is None else like.generation
         self._workers[worker.worker_id] = worker
-        self._count(worker)
+        self._count_all()
         self.changed(worker)
 
     def leave(self, worker_id: WorkerId) -> WorkerState | None:
@@ -107,9 +115,7 @@ class Fleet:
         worker = self._workers.pop(worker_id, None)
         if worker is not None:
             self._open.discard(worker_id)
-            self.kv_total_tokens, self._largest, self._tokenizers = 0, {}, set()
-            for other in self._workers.values():
-                self._count(other)
+            self._count_all()
         return worker
 
     def changed(self, worker: WorkerState) -> None:
@@ -137,9 +143,7 @@ class Fleet:
     def switch(self, worker: WorkerState, role: WorkerRole) -> None:
         """Gives a worker another role; what it has stays booked as it is."""
         worker.role = role
-        self.kv_total_tokens, self._largest = 0, {}
-        for other in self._workers.values():
-            self._count(other)
+        self._count_all()
         self.changed(worker)
 
     @property
@@ -155,27 +159,26 @@ class Fleet:
             self.tpot_s += (sample.duration_s - self.tpot_s) * (TPOT_WEIGHT if self.tpot_s else 1.0)
 
     def could_hold(self, request: Request) -> bool:
-        """Whether some worker could hold the request if it were empty.
+        """Whether some worker that may serve the request could hold it if it were empty.
 
         True as well while there is none, or only one half of prefill and decode: the other may be on its way.
         """
-        if not self._workers or request.reserved_tokens <= self._largest.get(WorkerRole.BOTH, 0):
-            return True
-        prefill, decode = self._largest.get(WorkerRole.PREFILL), self._largest.get(WorkerRole.DECODE)
-        if prefill is None and decode is None:
-            return False
-        return (prefill is None or request.prompt_tokens <= prefill) and (
-            decode is None or request.reserved_tokens <= decode
+        if not self._starting:
+            return not self._decoding or request.reserved_tokens <= max(self._decoding.values())
+        return any(
+            _holds(largest, self._decoding.get(kind[0]), request)
+            for kind, largest in self._starting.items()
+            if serves(request, *kind)
         )
 
-    def speaks(self, request: Request) -> bool:
-        """Whether some worker, if there is any, knows the tokenizer of a request."""
-        known = self._tokenizers
-        return not (known and request.tokenizer) or "" in known or request.tokenizer in known
+    def serves(self, request: Request) -> bool:
+        """Whether some worker that computes prompts may serve the request, by fingerprint and tokenizer.
 
-    def has_like(self, fingerprint: str) -> bool:
-        """Whether some worker has that fingerprint."""
-        return any(worker.fingerprint == fingerprint for worker in self)
+        True as well while nobody computes any, unless it is bound to a fingerprint that may never come back.
+        """
+        if not self._starting:
+            return not request.fingerprint
+        return any(serves(request, *kind) for kind in self._starting)
 
     def could_decode(self, request: Request, fingerprint: str) -> bool:
         """Whether a worker that takes over what others of its fingerprint prefilled could hold the request if empty."""
@@ -194,16 +197,33 @@ class Fleet:
         found += [worker for worker in roomiest if worker not in found]
         return found + self._for_small.first(CANDIDATES)
 
-    def decoders(self) -> list[WorkerState]:
-        """Returns the decode workers with the most free KV, first; where there is none, workers that do both.
+    def decoders(self, fingerprint: str) -> list[WorkerState]:
+        """Returns a fingerprint's decode workers with the most free KV; where there is none, those that do both.
 
         The latter take what was prefilled before the roles changed, or they would leave it where it is for ever.
         """
-        return self._decoders.first(CANDIDATES) or self._all_round.first(CANDIDATES)
+        return self._decoders.first(CANDIDATES, fingerprint) or self._all_round.first(CANDIDATES, fingerprint)
 
-    def _count(self, worker: WorkerState) -> None:
-        self._tokenizers.add(worker.tokenizer)
-        if worker.role is not WorkerRole.PREFILL:
-            self.kv_total_tokens += worker.headroom.kv_total_tokens
-        size = min(worker.headroom.kv_total_tokens, worker.context_tokens)
-        self._largest[worker.role] = max(self._largest.get(worker.role, 0), size)
+    def _count_all(self) -> None:
+        self.num_counted += 1
+        self.kv_total_tokens, self._starting, self._decoding = 0, {}, {}
+        for worker in self._workers.values():
+            size = min(worker.headroom.kv_total_tokens, worker.context_tokens)
+            if worker.role is WorkerRole.DECODE:
+                self._decoding[worker.fingerprint] = max(self._decoding.get(worker.fingerprint, 0), size)
+            else:
+                largest = self._starting.setdefault((worker.fingerprint, worker.tokenizer), {})
+                largest[worker.role] = max(largest.get(worker.role, 0), size)
+            if worker.role is not WorkerRole.PREFILL:
+                self.kv_total_tokens += worker.headroom.kv_total_tokens
+
+
+def _holds(largest: Mapping[WorkerRole, int], decode: int | None, request: Request) -> bool:
+    """Whether workers of one kind could hold a request, given the largest that each role could."""
+    both, prefill = largest.get(WorkerRole.BOTH), largest.get(WorkerRole.PREFILL)
+    if both is not None and request.reserved_tokens <= both:
+        return True
+    if prefill is None or request.prompt_tokens > prefill:
+        return False
+    # The decode side may be on its way, unless there are workers that do both.
+    return both is None if decode is None else request.reserved_tokens <= decode

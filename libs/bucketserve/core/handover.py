@@ -71,9 +71,7 @@ class Handover:
         return pulls, [entry[1] for entry in too_large]
 
     def _target(self, request: Request, source_id: WorkerId, fingerprint: str) -> WorkerState | None:
-        for worker in self._fleet.decoders():
-            if worker.fingerprint != fingerprint:
-                continue
+        for worker in self._fleet.decoders(fingerprint):
             if worker.free_sequences() > 0 and _needs(request, source_id, worker) <= worker.room:
                 return worker
         return None

@@ -71,6 +71,8 @@ class Life:
     lane: Lane = Lane.IN_TIME
     """The one that it was dispatched from."""
     prefilled_s: float | None = None
+    is_cancelled: bool = False
+    """Nobody waits for it any more, and it has not been heard yet that its worker has stopped."""
 
     @property
     def is_at_worker(self) -> bool:
@@ -127,6 +129,7 @@ class Lifecycle:
             life = self._lives[request.request_id] = Life(request, State.PARKED)
         elif life.state is not State.PARKED:
             life.go(State.PARKED)
+        life.request = request
         return life
 
     def wait(self, request: Request) -> None:
@@ -173,6 +176,11 @@ class Lifecycle:
         """A decode worker, which expects it in its books already, pulls its KV."""
         life.go(State.PULLING)
         life.target_id = target_id
+
+    def call_off(self, life: Life) -> None:
+        """The worker that holds its KV was to pull it from itself, and begins anew (WorkerJoined)."""
+        life.go(State.DECODE)
+        life.target_id = None
 
     def pulled(self, life: Life) -> WorkerId | None:
         """It decodes at its target from now on; returns the worker that still holds its KV, if that is another."""

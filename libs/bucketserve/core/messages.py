@@ -74,7 +74,7 @@ class DropReason(enum.Enum):
     WORKER_FAILED = "worker_failed"
     TOO_LARGE = "too_large"
     NO_LIKE_WORKER = "no_like_worker"
-    """Nobody is there any more whose engine could go on with what another has begun."""
+    """Nobody has the engine that could go on with what another has begun, or the prompt's tokenizer, any more."""
     INTERNAL = "internal"
     """A step of the core failed on it."""
 

@@ -15,9 +15,9 @@ LoadScorer = Callable[[WorkerState], float]
 
 def can_take(request: Request, worker: WorkerState, settings: CoreSettings) -> bool:
     """Whether a worker may be given the request now."""
-    if worker.is_draining or worker.role is WorkerRole.DECODE or request.reserved_tokens > worker.context_tokens:
+    if worker.is_draining or worker.role is WorkerRole.DECODE:
         return False
-    if not worker.speaks(request):
+    if not worker.could_serve(request):
         return False
     if worker.saved_for is not None and worker.saved_for != request.request_id:
         return False
@@ -59,11 +59,11 @@ def load_score(worker: WorkerState) -> float:
 def place(request: Request, candidates: Sequence[WorkerState], settings: CoreSettings) -> WorkerState | None:
     """Returns the worker for a batch that begins with the request, if one can take it. Ties go to the lower id.
 
-    A worker that the request is to avoid is taken only if there is no other candidate, one of an older fingerprint only
-    if none of a newer one can take it. Candidates come ranked by their load as it was when they last changed
-    (core/fleet.py).
+    A worker that the request is to avoid is taken only if no other candidate could ever serve it, one of an older
+    fingerprint only if none of a newer one can take it. Candidates come ranked by their load as it was when they last
+    changed (core/fleet.py).
     """
     if request.avoid:
-        candidates = [worker for worker in candidates if worker.worker_id not in request.avoid] or candidates
+        candidates = [worker for worker in candidates if worker.suits(request)] or candidates
     able = [worker for worker in candidates if can_take(request, worker, settings)]
     return min(able, key=lambda worker: (-worker.generation, -worker.load, worker.worker_id), default=None)

@@ -120,7 +120,9 @@ class SchedulerCore:
         self._waste = WasteBook()
         self._deadlines: list[tuple[float, RequestId]] = []
         self._orphans: dict[RequestId, float] = {}
-        """Parked requests that only a worker of a fingerprint could go on with that is not here, and since when."""
+        """Parked requests that no worker here may serve, by fingerprint or tokenizer, and since when; in that order."""
+        self._num_counted = 0
+        """Changes of the fleet after which they were looked at."""
         self._commands: list[Command] = []
         self._drops: list[Drop] = []
 
@@ -160,11 +162,11 @@ class SchedulerCore:
         self._commands, self._drops = [], []
         faults = [fault for event in events if (fault := self._try(event, now_s))]
         self._expire(now_s)
-        self._drop_orphans(now_s)
         if self._edges.update(self._lanes, self._fleet, now_s):
             self._commands.append(ChangeEdges(self._edges.edges))
         self._commands += self._layout.update(now_s)
         self._commands += self._roles.update(now_s)
+        self._mind_orphans(now_s)
         self._hand_over(now_s)
         self._dispatch(now_s)
         if not len(self._lanes):
@@ -226,11 +228,6 @@ class SchedulerCore:
                     self._former.worker_left(worker)
                 for life in self._lives.at(worker_id):
                     self._drop(life, DropReason.WORKER_LOST, now_s)
-                if worker is not None and not self._fleet.has_like(worker.fingerprint):
-                    for life in [life for life in self._lives if life.request.fingerprint == worker.fingerprint]:
-                        if life.state is State.WAITING:
-                            self._dequeue(life.request.request_id)
-                            self._orphan(life.request, now_s)
 
     def _submit(self, request: Request, now_s: float) -> None:
         if self._lives.get(request.request_id) is not None:
@@ -256,6 +253,7 @@ class SchedulerCore:
             return
         if life.is_at_worker:
             # Its worker says when it has stopped; until then its memory is counted.
+            life.is_cancelled = True
             self._commands += [CancelAtWorker(worker_id, request_id) for worker_id in life.workers]
         else:
             self._drop(life, DropReason.CANCELLED, now_s)
@@ -273,6 +271,9 @@ class SchedulerCore:
             life = self._lives.in_state(request_id, State.PREFILL)
             if life is not None and life.worker_id == event.worker_id:
                 self._lives.take_back(life, now_s)
+                if life.is_cancelled:
+                    self._drop(life, DropReason.CANCELLED, now_s)
+                    continue
                 self._enqueue(life.request, now_s)
                 self._commands.append(AdmitRequest(life.request))
 
@@ -283,6 +284,9 @@ class SchedulerCore:
         if event.reason is FinishReason.ERROR and event.is_retryable:
             self._drop(life, DropReason.WORKER_FAILED, now_s, at=(life.target_id,))
             return
+        if life.target_id is not None:
+            # Its source ended it; what the target has of it is of no use.
+            self._commands.append(CancelAtWorker(life.target_id, event.request_id))
         self._layout.finished(life.request, life.prefilled_s, event.output_tokens, now_s)
         self._end(life, now_s, event.output_tokens)
         self._admission.drain.finished(life.request.prefill_tokens, now_s)
@@ -350,14 +354,14 @@ class SchedulerCore:
         here = {life.request.request_id for life in self._lives.at(event.worker_id)}
         worker.requests = here & still
         self._fleet.join(worker)
-        for request_id in [rid for rid in self._orphans if self._is_like(rid, worker)]:
-            if life := self._lives.get(request_id):
-                self._enqueue(life.request, now_s)
         for request_id in sorted(here - still):
             if life := self._lives.get(request_id):
                 self._drop(life, DropReason.WORKER_LOST, now_s)
-        for request_id in sorted(still - here):
-            self._commands.append(CancelAtWorker(event.worker_id, request_id))
+        for request_id in sorted(still):
+            life = self._lives.get(request_id)
+            # One that was cancelled while its worker was away has to be cancelled again.
+            if request_id not in here or (life is not None and life.is_cancelled):
+                self._commands.append(CancelAtWorker(event.worker_id, request_id))
         for at in event.running:
             if at.is_held:
                 self._hold(at.request_id, event.worker_id)
@@ -371,7 +375,10 @@ class SchedulerCore:
             self._dequeue(at.request_id)
             self._lives.place(life, worker_id, now_s)
             self._place(life)
-        elif life.target_id == worker_id and not at.is_held:
+        elif life.target_id == worker_id and at.is_held:
+            # It was to pull what it holds itself, after a change of its role; the order was lost with the stream.
+            self._lives.call_off(life)
+        elif life.target_id == worker_id:
             # Its KV has come; the word of it was lost with the stream.
             self._arrived(life)
         elif worker_id not in life.workers and (life.worker_id is None or self._fleet.get(life.worker_id) is None):
@@ -386,18 +393,31 @@ class SchedulerCore:
 
     def _orphan(self, request: Request, now_s: float) -> None:
         self._lives.park(request)
+        self._orphans.pop(request.request_id, None)
         self._orphans[request.request_id] = now_s
 
-    def _is_like(self, request_id: RequestId, worker: WorkerState) -> bool:
-        life = self._lives.get(request_id)
-        return life is not None and life.request.fingerprint == worker.fingerprint
+    def _mind_orphans(self, now_s: float) -> None:
+        """Queues those that a worker may serve now; ends those for which none has come in time."""
+        if self._num_counted != self._fleet.num_counted:
+            self._num_counted = self._fleet.num_counted
+            for request_id in list(self._orphans):
+                life = self._lives.get(request_id)
+                if life is not None and self._fleet.serves(life.request):
+                    self._enqueue(life.request, now_s)
+        while (oldest := next(iter(self._orphans.items()), None)) and now_s - oldest[1] > PATIENCE_S:
+            del self._orphans[oldest[0]]
+            if life := self._lives.get(oldest[0]):
+                self._drop(life, DropReason.NO_LIKE_WORKER, now_s)
 
     def _enqueue(self, request: Request, now_s: float) -> None:
-        if request.fingerprint and not self._fleet.has_like(request.fingerprint):
+        prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
+        if request.deadline_s is not None:
+            # From then on it can't have a token by its deadline any more.
+            heapq.heappush(self._deadlines, (request.deadline_s - prefill_s, request.request_id))
+        if not self._fleet.serves(request):
             self._orphan(request, now_s)
             return
         self._orphans.pop(request.request_id, None)
-        prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
         lead_tokens = self._tenants.lead(request.tenant)
         key = order_key(
             request,
@@ -416,9 +436,6 @@ class SchedulerCore:
         self._lanes.add(request, key, late_s)
         self._tenants.entered(request)
         self._admission.entered(request)
-        if request.deadline_s is not None:
-            # From then on it can't have a token by its deadline any more.
-            heapq.heappush(self._deadlines, (request.deadline_s - prefill_s, request.request_id))
 
     def _cost_s(self, request: Request, prefill_s: float) -> float:
         """Returns the delay that a request means to those that wait, in seconds, summed over them.
@@ -432,6 +449,7 @@ class SchedulerCore:
         return memory_s * (1 + len(self._lanes.of(Lane.IN_TIME)))
 
     def _dequeue(self, request_id: RequestId) -> None:
+        self._orphans.pop(request_id, None)
         request = self._lanes.remove(request_id)
         if request is not None:
             self._tenants.left(request)
@@ -460,7 +478,7 @@ class SchedulerCore:
         if not len(self._lanes):
             return
         self._lanes.defer_late(now_s)
-        self._drop_what_fits_nowhere(now_s)
+        self._give_up_what_nobody_takes(now_s)
         while len(self._lanes) and (formed := self._former.form(now_s)) is not None:
             batch = formed.command.batch
             for request in formed.requests:
@@ -479,13 +497,12 @@ class SchedulerCore:
         slot = worker.headroom.kv_total_tokens // max(worker.headroom.max_sequences, 1) if worker else 0
         return sum(max(request.reserved_tokens, slot) for request in formed.requests)
 
-    def _drop_what_fits_nowhere(self, now_s: float) -> None:
+    def _give_up_what_nobody_takes(self, now_s: float) -> None:
         """Ends requests that are late and that no worker here could hold even if it were empty.
 
-        They were admitted while there was another worker, or none: until they are late one may still come.
+        They were admitted while there was another worker, or none: until they are late one may still come. Those that
+        no worker here may serve at all wait apart for one that may.
         """
-        if not len(self._fleet):
-            return
         for lane in Lane:
             cells = self._lanes.of(lane)
             if not len(cells):
@@ -493,9 +510,14 @@ class SchedulerCore:
             for bucket in self._edges.buckets:
                 while (key := cells.head(bucket)) is not None and key[0] < now_s:
                     request = cells.get(RequestId(key[2]))
-                    if request is None or self._fleet.could_hold(request):
+                    if request is None:
                         break
-                    if life := self._lives.get(request.request_id):
+                    if not self._fleet.serves(request):
+                        self._dequeue(request.request_id)
+                        self._orphan(request, now_s)
+                    elif self._fleet.could_hold(request):
+                        break
+                    elif life := self._lives.get(request.request_id):
                         self._drop(life, DropReason.TOO_LARGE, now_s)
 
     def _hand_over(self, now_s: float) -> None:
@@ -511,7 +533,8 @@ class SchedulerCore:
 
     def _held_at(self, request_id: RequestId, source_id: WorkerId) -> Request | None:
         life = self._lives.in_state(request_id, State.HELD)
-        return life.request if life is not None and life.worker_id == source_id else None
+        is_wanted = life is not None and life.worker_id == source_id and not life.is_cancelled
+        return life.request if life is not None and is_wanted else None
 
     # --- the end ------------------------------------------------------------------------------------------------
 
@@ -522,7 +545,7 @@ class SchedulerCore:
 
         Args:
             life: the request.
-            reason: why.
+            reason: why, unless it was cancelled before.
             now_s: the time.
             at: who is told to stop it; default: those of its workers that have it in their books.
         """
@@ -531,17 +554,10 @@ class SchedulerCore:
             at = [w for w in life.workers if (known := self._fleet.get(w)) and request_id in known.requests]
         self._commands += [CancelAtWorker(worker_id, request_id) for worker_id in at if worker_id is not None]
         self._end(life, now_s)
-        self._drops.append(Drop(request_id, reason))
-
-    def _drop_orphans(self, now_s: float) -> None:
-        for request_id, since_s in list(self._orphans.items()):
-            life = self._lives.get(request_id)
-            if life is not None and now_s - since_s > PATIENCE_S:
-                self._drop(life, DropReason.NO_LIKE_WORKER, now_s)
+        self._drops.append(Drop(request_id, DropReason.CANCELLED if life.is_cancelled else reason))
 
     def _end(self, life: Life, now_s: float, output_tokens: int | None = None) -> None:
         self._dequeue(life.request.request_id)
-        self._orphans.pop(life.request.request_id, None)
         self._tenants.ended(life.request, output_tokens, has_run=life.is_at_worker)
         self._lives.end(life, now_s)
 

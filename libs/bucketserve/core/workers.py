@@ -10,7 +10,14 @@ from bucketserve.core.settings import CoreSettings
 from bucketserve.core.step_times import StepTimes
 from bucketserve.core.types import Batch, BatchId, Headroom, Request, RequestId, WorkerId, WorkerRole
 
-__all__ = ["WorkerState"]
+__all__ = ["WorkerState", "serves"]
+
+
+def serves(request: Request, fingerprint: str, tokenizer: str) -> bool:
+    """Whether an engine of that fingerprint and tokenizer may serve the request at all."""
+    if request.fingerprint and request.fingerprint != fingerprint:
+        return False
+    return not (request.tokenizer and tokenizer and request.tokenizer != tokenizer)
 
 
 @dataclass(slots=True)
@@ -98,6 +105,8 @@ class WorkerState:
                 batch.kv_tokens -= self.kv_tokens(request)
                 batch.prefill_tokens -= request.prefill_tokens
                 batch.num_requests -= 1
+        # A batch of which nothing was sent is in no report.
+        self.unaccounted = deque(batch for batch in self.unaccounted if batch.num_requests)
         self.release(request.request_id)
 
     def expect(self, request_id: RequestId, kv_tokens: int) -> None:
@@ -123,13 +132,11 @@ class WorkerState:
 
     def speaks(self, request: Request) -> bool:
         """Whether its engine may serve the request at all."""
-        if request.fingerprint and request.fingerprint != self.fingerprint:
-            return False
-        return not (request.tokenizer and self.tokenizer and request.tokenizer != self.tokenizer)
+        return serves(request, self.fingerprint, self.tokenizer)
 
     def suits(self, request: Request) -> bool:
         """Whether it may be given the request, others having the choice."""
-        return self.speaks(request) and self.worker_id not in request.avoid
+        return self.worker_id not in request.avoid and self.could_serve(request)
 
     # --- memory -------------------------------------------------------------------------------------------------
 
@@ -152,6 +159,10 @@ class WorkerState:
         """KV tokens that a single request may take: all of an empty worker's, since nothing there can surprise it."""
         free = self.free_tokens()
         return free if self._is_empty(free) else int(free * (1 - reserve))
+
+    def could_serve(self, request: Request) -> bool:
+        """Whether it could be given the request if it were empty."""
+        return self.speaks(request) and self.could_hold(request)
 
     def could_hold(self, request: Request) -> bool:
         """Whether it could hold the request if it were empty."""

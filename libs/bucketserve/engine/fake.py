@@ -14,11 +14,20 @@ from bucketserve.core.errors import EngineError
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS, plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId, StepSample
 from bucketserve.engine.fingerprint import settings_fingerprint
-from bucketserve.ports import EngineInfo, Logprob, SequenceSpec, StepOutput, TokenLogprobs, TokenOutput
+from bucketserve.ports import (
+    EngineInfo,
+    Logprob,
+    SequenceFailure,
+    SequenceSpec,
+    StepOutput,
+    TokenLogprobs,
+    TokenOutput,
+)
 
 __all__ = ["FakeEngine", "FakeSettings", "next_token"]
 
 MASK = (1 << 64) - 1
+NO_TOKEN = "the prompt has a token that is in no vocabulary"
 KV_BYTES = 8
 """A token's KV is the hash of all tokens up to the last one that has any."""
 
@@ -84,7 +93,7 @@ class FakeEngine:
         reserved = sum(s.spec.reserved_tokens for group in (self._waiting, self._running) for s in group.values())
         return Headroom(
             kv_total_tokens=self.settings.kv_total_tokens,
-            kv_free_tokens=self.settings.kv_total_tokens - reserved,
+            kv_free_tokens=max(self.settings.kv_total_tokens - reserved, 0),
             max_sequences=self.settings.max_sequences,
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -94,10 +103,11 @@ class FakeEngine:
 
     def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
         """See ports.Engine."""
+        most = min(self.settings.context_tokens, self.settings.kv_total_tokens)
         for spec in sequences:
-            needed = spec.reserved_tokens
-            if needed > min(self.settings.context_tokens, self.settings.kv_total_tokens):
-                raise EngineError(f"{needed} tokens can never fit into a context of {self.settings.context_tokens}")
+            if spec.reserved_tokens > most:
+                raise EngineError(f"{spec.reserved_tokens} tokens can never fit: the context is {most} tokens here")
+        self._check_new([spec.request_id for spec in sequences])
         for spec in sequences:
             state = _hash(spec.token_ids)
             self._waiting[spec.request_id] = _Sequence(spec, state, max_chunk_tokens=max_chunk_tokens)
@@ -105,20 +115,23 @@ class FakeEngine:
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:
         """See ports.Engine."""
         sequence = self._running.get(request_id)
-        num_tokens = len(into) // KV_BYTES
-        if sequence is None or not sequence.spec.hands_over or num_tokens != len(sequence.spec.token_ids):
+        if sequence is None or not sequence.spec.hands_over:
             raise EngineError(f"sequence {request_id} is not here to be handed over")
+        num_tokens = len(sequence.spec.token_ids)
+        if len(into) != num_tokens * KV_BYTES:
+            raise EngineError(f"{len(into)} bytes are not the KV of {num_tokens} tokens")
         # Its state knows the tokens generated as well: their KV is not there yet.
         into[:] = _hash(sequence.spec.token_ids).to_bytes(KV_BYTES, "big") * num_tokens
         del self._running[request_id]
 
     def import_kv(self, spec: SequenceSpec, generated: Sequence[int], kv: memoryview) -> None:
         """See ports.Engine."""
+        self._check_new([spec.request_id])
         num_tokens = len(spec.token_ids) + len(generated) - 1
         state = bytes(kv[:KV_BYTES])
-        if bytes(kv) != state * num_tokens:
+        if len(kv) != num_tokens * KV_BYTES or bytes(kv) != state * num_tokens:
             raise EngineError(f"{len(kv)} bytes are not the KV of {num_tokens} tokens")
-        if spec.reserved_tokens > self.headroom().kv_free_tokens:
+        if spec.reserved_tokens > min(self._unreserved(), self.settings.context_tokens):
             raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
         sequence = _Sequence(spec, int.from_bytes(state, "big"), num_tokens, len(generated))
         for token_id in generated:
@@ -142,7 +155,7 @@ class FakeEngine:
         start_s = time.perf_counter()
         decoding = list(self._running.values())
         context = sum(len(s.spec.token_ids) + s.num_generated for s in decoding)
-        prefill_tokens, attention, prefilled = self._prefill(len(decoding))
+        prefill_tokens, attention, prefilled, failed = self._prefill(len(decoding))
         settings = self.settings
         busy_s = (
             settings.step_s
@@ -155,6 +168,7 @@ class FakeEngine:
         return StepOutput(
             tokens=tuple(tokens),
             prefilled=tuple(s.spec.request_id for s in prefilled),
+            failures=tuple(failed),
             sample=StepSample(
                 prefill_tokens=prefill_tokens,
                 prefill_attention=attention,
@@ -169,10 +183,34 @@ class FakeEngine:
         self._waiting.clear()
         self._running.clear()
 
-    def _prefill(self, num_decoding: int) -> tuple[int, int, list[_Sequence]]:
-        """Computes prompt pieces; returns tokens, attention and the sequences whose prompt is complete."""
-        free = self.settings.max_sequences - len(self._running)
-        waiting = list(self._waiting.values())[: max(free, 0)]
+    def _check_new(self, request_ids: Sequence[RequestId]) -> None:
+        seen = {*self._waiting, *self._running}
+        for request_id in request_ids:
+            if request_id in seen:
+                raise EngineError(f"sequence {request_id} is already here")
+            seen.add(request_id)
+
+    def _unreserved(self) -> int:
+        """Returns the KV tokens that no sequence has: those that wait have none before their first piece."""
+        begun = (s for s in self._waiting.values() if s.num_prefilled)
+        held = sum(s.spec.reserved_tokens for group in (self._running.values(), begun) for s in group)
+        return self.settings.kv_total_tokens - held
+
+    def _ready(self) -> list[_Sequence]:
+        """Returns the waiting sequences for which there are slots and memory, in order."""
+        slots, free = self.settings.max_sequences - len(self._running), self._unreserved()
+        ready: list[_Sequence] = []
+        for sequence in self._waiting.values():
+            if not sequence.num_prefilled:
+                free -= sequence.spec.reserved_tokens
+            if len(ready) >= slots or free < 0:
+                break
+            ready.append(sequence)
+        return ready
+
+    def _prefill(self, num_decoding: int) -> tuple[int, int, list[_Sequence], list[SequenceFailure]]:
+        """Computes prompt pieces; returns tokens, attention, and the sequences that are complete or have failed."""
+        waiting = self._ready()
         limits = [s.max_chunk_tokens for s in waiting if s.max_chunk_tokens]
         pieces = plan_prefill(
             ((s.spec.request_id, s.remaining) for s in waiting),
@@ -180,15 +218,22 @@ class FakeEngine:
             max_step_tokens=self.settings.max_step_tokens,
             max_chunk_tokens=min(limits, default=0),
         )
-        attention, done = 0, []
+        attention = 0
+        done: list[_Sequence] = []
+        failed: list[SequenceFailure] = []
         for piece in pieces:
             sequence = self._waiting[piece.request_id]
             sequence.num_prefilled += piece.num_tokens
             attention += piece.num_tokens * sequence.num_prefilled
             if sequence.remaining == 0:
-                self._running[piece.request_id] = self._waiting.pop(piece.request_id)
+                del self._waiting[piece.request_id]
+                if min(sequence.spec.token_ids) < 0:
+                    # As in a model, which has no such row in its embedding.
+                    failed.append(SequenceFailure(request_id=piece.request_id, message=NO_TOKEN, is_retryable=False))
+                    continue
+                self._running[piece.request_id] = sequence
                 done.append(sequence)
-        return sum(piece.num_tokens for piece in pieces), attention, done
+        return sum(piece.num_tokens for piece in pieces), attention, done, failed
 
     def _generate(self, sequence: _Sequence) -> TokenOutput:
         spec = sequence.spec

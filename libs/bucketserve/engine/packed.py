@@ -130,12 +130,14 @@ class PackedEngine:
     def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
         """See ports.Engine."""
         most = min(self._limits.context_tokens, self._space.memory.num_tokens)
+        seen = {*self._waiting, *self._running}
         for spec in sequences:
             needed = spec.reserved_tokens
             if needed > most:
                 raise EngineError(f"{needed} tokens can never fit: the context is {most} tokens here")
-            if spec.request_id in self._waiting or spec.request_id in self._running:
+            if spec.request_id in seen:
                 raise EngineError(f"sequence {spec.request_id} is already here")
+            seen.add(spec.request_id)
         for spec in sequences:
             self._waiting[spec.request_id] = EngineSequence(spec, max_chunk_tokens, list(spec.token_ids))
 

@@ -157,7 +157,7 @@ def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
         case scheduler_pb2.DROP_REASON_CANCELLED:
             opened.fail(RequestCancelledError("cancelled"))
         case scheduler_pb2.DROP_REASON_NO_LIKE_WORKER:
-            message = "no worker is left that serves the weights which the answer was begun with"
+            message = "no worker is left with the weights that the answer was begun with, or with its tokenizer"
             opened.fail(UnavailableError(message, reason="NO_LIKE_WORKER"))
         case scheduler_pb2.DROP_REASON_INTERNAL:
             opened.fail(EngineError("the scheduler failed on the request"))

@@ -2,234 +2,244 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import random
+from collections.abc import Callable
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bucketserve.core.lanes import Lane, Lanes
 from bucketserve.core.messages import (
-    AdmitRequest,
+    AdmitFailed,
     BatchPrefilled,
-    CancelAtWorker,
-    ChangeEdges,
-    Decision,
-    DispatchBatch,
-    DropReason,
+    DispatchFailed,
     Event,
     ForgetRequest,
-    RefuseRequest,
+    KvPulled,
     RequestCancelled,
     RequestFinished,
-    RequestSubmitted,
+    WorkerDraining,
     WorkerLost,
+    WorkerReported,
 )
 from bucketserve.core.order import order_key
-from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule, QueueOrder
-from bucketserve.core.types import Batch, BatchId, Request, RequestClass, RequestId, WorkerId
-from tests.builders import a_request, joined, reported
+from bucketserve.core.settings import BatchBudget, BatchOrder, CoreSettings, EdgeRule, QueueOrder
+from bucketserve.core.types import BatchId, FinishReason, Request, RequestClass, RequestId, WorkerId, WorkerRole
+from tests.builders import a_request, headroom
+from tests.property.core.peers import Worker
+from tests.property.core.world import CONTEXT, World
 
-CONTEXT = 4096
-
-
-class World:
-    """Workers that behave, and a check of every decision. Time passes by one tenth of a second a turn."""
-
-    def __init__(self, core_settings: CoreSettings, capacities: list[int]) -> None:
-        self.core = SchedulerCore(core_settings, CONTEXT)
-        self.capacities = {WorkerId(f"w{i}"): capacity for i, capacity in enumerate(capacities)}
-        self.held: dict[WorkerId, dict[RequestId, Request]] = {}
-        self.seen: dict[WorkerId, int] = {}
-        self.requests: dict[RequestId, Request] = {}
-        self.state: dict[RequestId, str] = {}
-        self.ends: Counter[RequestId] = Counter()
-        self.log: list[tuple[float, list[Event], Decision]] = []
-        self.batch_of: dict[RequestId, BatchId] = {}
-        self.now_s = 0.0
-
-    def turn(self, events: list[Event], elapsed_s: float = 0.1) -> None:
-        self.now_s += elapsed_s
-        decision = self.core.step(events, self.now_s)
-        self.log.append((self.now_s, events, decision))
-        for command in decision.commands:
-            match command:
-                case AdmitRequest(request=request):
-                    assert self.state[request.request_id] == "new"
-                    self.state[request.request_id] = "waiting"
-                case RefuseRequest(request_id=request_id):
-                    assert self.state[request_id] == "new"
-                    self.end(request_id)
-                case DispatchBatch(batch=batch):
-                    self.dispatch(batch)
-                case CancelAtWorker():
-                    pass
-                case ForgetRequest(request_id=request_id):
-                    assert self.state[request_id] == "running"
-                    self.end(request_id)
-                case ChangeEdges(edges=edges):
-                    assert list(edges) == sorted(set(edges))
-                    assert edges[-1] == CONTEXT + 1
-        for drop in decision.drops:
-            assert self.state[drop.request_id] in ("waiting", "running")
-            self.end(drop.request_id)
-
-    def end(self, request_id: RequestId) -> None:
-        self.state[request_id] = "ended"
-        self.ends[request_id] += 1
-
-    def dispatch(self, batch: Batch) -> None:
-        held = self.held[batch.worker_id]
-        requests = [self.requests[request_id] for request_id in batch.request_ids]
-        for request in requests:
-            assert self.state[request.request_id] == "waiting"
-            assert batch.bucket.low <= request.prefill_tokens < batch.bucket.high
-            self.state[request.request_id] = "running"
-            held[request.request_id] = request
-            self.batch_of[request.request_id] = batch.batch_id
-        assert batch.prefill_tokens == sum(request.prefill_tokens for request in requests)
-        assert batch.reserved_kv_tokens == sum(request.reserved_tokens for request in requests)
-        # Never more than the worker really has.
-        assert sum(request.reserved_tokens for request in held.values()) <= self.capacities[batch.worker_id]
-        self.seen[batch.worker_id] = batch.assignment
-
-    def join(self, worker_id: WorkerId) -> Event:
-        self.held[worker_id] = {}
-        self.seen[worker_id] = 0
-        return joined(worker_id, free=self.capacities[worker_id], max_sequences=8)
-
-    def report(self, worker_id: WorkerId) -> Event:
-        used = sum(request.reserved_tokens for request in self.held[worker_id].values())
-        total = self.capacities[worker_id]
-        return reported(
-            worker_id,
-            free=total - used,
-            total=total,
-            max_sequences=8,
-            num_running=len(self.held[worker_id]),
-            last_assignment=self.seen[worker_id],
-        )
-
-    def finish_one(self, worker_id: WorkerId) -> list[Event]:
-        held = self.held[worker_id]
-        if not held:
-            return []
-        request_id = next(iter(held))
-        del held[request_id]
-        batch_id = self.batch_of[request_id]
-        computed = BatchPrefilled(worker_id=worker_id, batch_id=batch_id, request_ids=(request_id,), duration_s=0.1)
-        done = RequestFinished(request_id=request_id, worker_id=worker_id, output_tokens=1)
-        return [computed, done, self.report(worker_id)]
+# --- what happens in a world ------------------------------------------------------------------------------------
 
 
-request_shapes = st.tuples(
-    st.integers(1, 1500),
-    st.integers(1, 600),
-    st.sampled_from(list(RequestClass)),
-    st.one_of(st.none(), st.floats(0.05, 5.0)),
-    st.one_of(st.none(), st.floats(0.1, 3.0)),
-    st.sampled_from(["alice", "bob"]),
-)
-actions = st.lists(
-    st.one_of(
-        st.tuples(st.just("submit"), st.lists(request_shapes, min_size=1, max_size=6)),
-        st.tuples(st.just("cancel"), st.integers(0, 30)),
-        st.tuples(st.just("finish"), st.integers(0, 2)),
-        st.tuples(st.just("report"), st.integers(0, 2)),
-        st.tuples(st.just("lose"), st.integers(0, 2)),
-        st.tuples(st.just("join"), st.integers(0, 2)),
-    ),
-    max_size=40,
-)
+def submit(world: World, worker: Worker, rng: random.Random) -> None:
+    world.submit(
+        [
+            world.request(
+                rng.choice([rng.randint(1, 60), rng.randint(1, 400), rng.randint(1, 400), rng.randint(1, 5000)]),
+                rng.choice([1, rng.randint(1, 300)]),
+                rng.choice([None, None, None, rng.uniform(0.1, 5.0)]),
+                request_class=rng.choice(list(RequestClass)),
+                ttft_slo_s=rng.choice([None, rng.uniform(0.05, 5.0)]),
+                tpot_slo_s=rng.choice([None, 0.05]),
+                tenant=rng.choice(["alice", "bob"]),
+                tokenizer=rng.choice([""] * 4 + ["T1"] * 4 + ["T2"]),
+                reject_if_unattainable=rng.random() < 0.2,
+            )
+            for _ in range(rng.randint(1, 5))
+        ]
+    )
+
+
+def cancel(world: World, worker: Worker, rng: random.Random) -> None:
+    if world.clients:
+        world.cancel(rng.choice(list(world.clients.values())))
+
+
+def work(world: World, worker: Worker, rng: random.Random) -> None:
+    """A worker gets on; what it says may be held back."""
+    worker.obey()
+    for _ in range(rng.randint(1, 4)):
+        step = rng.choice([worker.prefill_one, worker.prefill_one, worker.decode, worker.report, None, None])
+        if step is not None:
+            step()
+        elif rng.random() < 0.5:
+            worker.finish_one(ends_alone=True)
+        else:
+            world.end_pull(worker, is_ok=rng.random() < 0.8)
+    if rng.random() < 0.7 and worker.is_connected:
+        world.deliver(worker)
+
+
+def fail(world: World, worker: Worker, rng: random.Random) -> None:
+    worker.obey()
+    worker.fail_one()
+
+
+def deliver(world: World, worker: Worker, rng: random.Random) -> None:
+    if worker.is_connected:
+        worker.report()
+        world.deliver(worker)
+
+
+def connect(world: World, worker: Worker, rng: random.Random) -> None:
+    """A worker comes, comes back, or connects anew before its older stream is known to have ended."""
+    world.connect(worker)
+
+
+def cut(world: World, worker: Worker, rng: random.Random) -> None:
+    if worker.is_connected:
+        worker.obey() if rng.random() < 0.5 else None
+        world.cut(worker)
+
+
+def die(world: World, worker: Worker, rng: random.Random) -> None:
+    if worker.is_connected:
+        world.cut(worker)
+    worker.die()
+
+
+def lose(world: World, worker: Worker, rng: random.Random) -> None:
+    world.lose(worker.worker_id)
+
+
+def drain(world: World, worker: Worker, rng: random.Random) -> None:
+    if worker.is_connected:
+        worker.is_draining = True
+        world.turn([WorkerDraining(worker.worker_id)])
+
+
+def resume(world: World, worker: Worker, rng: random.Random) -> None:
+    world.resume()
+
+
+def take_over(world: World, worker: Worker, rng: random.Random) -> None:
+    world.take_over()
+    if rng.random() < 0.5:
+        world.say_again()
+
+
+def say_again(world: World, worker: Worker, rng: random.Random) -> None:
+    world.say_again()
+
+
+def evict(world: World, worker: Worker, rng: random.Random) -> None:
+    """The store loses a ticket."""
+    if world.store:
+        del world.store[rng.choice(list(world.store))]
+
+
+def fill_store(world: World, worker: Worker, rng: random.Random) -> None:
+    world.num_not_stored = rng.randint(1, 3)
+
+
+def extend(world: World, worker: Worker, rng: random.Random) -> None:
+    world.extend(rng.choice([CONTEXT, 4096, 6000]))
+
+
+def wait(world: World, worker: Worker, rng: random.Random) -> None:
+    world.turn([], elapsed_s=rng.choice([0.5, 0.5, 3.0, 40.0]))
+
+
+def repeat(world: World, worker: Worker, rng: random.Random) -> None:
+    """What is late, double or false: of runs that have ended, or of workers that have nothing to say about them."""
+    ended = [request_id for request_id in world.client_of if world.ends[request_id]]
+    strangers = [RequestId("nobody.1"), *ended]
+    ids = tuple(rng.choices(strangers, k=2))
+    here, there = worker.worker_id, rng.choice(list(world.workers))
+    other = [rid for rid, client in world.client_of.items() if rid not in worker.runs and client.is_open]
+    # A live run is spoken of only by a worker that it has never been at.
+    foreign = next((rid for rid in other if world.placed_at.get(rid) is None), ids[0])
+    events: list[Event] = [
+        RequestFinished(
+            request_id=rng.choice([*ids, foreign]),
+            worker_id=here,
+            output_tokens=3,
+            reason=rng.choice(list(FinishReason)),
+        ),
+        BatchPrefilled(worker_id=here, batch_id=BatchId("x"), request_ids=ids, duration_s=1.0, held=ids),
+        BatchPrefilled(worker_id=WorkerId("stranger"), batch_id=BatchId("x"), request_ids=ids, duration_s=1.0),
+        KvPulled(request_id=rng.choice([*ids, foreign]), source_id=there, target_id=here, is_ok=rng.random() < 0.5),
+        RequestCancelled(ids[0]),
+        DispatchFailed(worker_id=here, request_ids=ids),
+        AdmitFailed(ids),
+        WorkerReported(worker_id=WorkerId("stranger"), headroom=headroom()),
+        WorkerDraining(WorkerId("stranger")),
+        WorkerLost(WorkerId("stranger")),
+    ]
+    world.turn(rng.sample(events, 4))
+
+
+ACTIONS: list[Callable[[World, Worker, random.Random], None]] = [
+    *[submit] * 4,
+    *[work] * 9,
+    *[connect] * 4,
+    *[deliver, resume, cancel] * 2,
+    *(fail, cut, die, lose, drain, take_over, say_again, evict, fill_store, extend, wait, repeat),
+]
+actions = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 3), st.integers(0, 1000)), max_size=50)
 core_settings = st.builds(
     CoreSettings,
     edges=st.sampled_from(list(EdgeRule)),
     batch_order=st.sampled_from(list(BatchOrder)),
+    batch_budget=st.sampled_from(list(BatchBudget)),
+    queue_order=st.sampled_from([*QueueOrder, QueueOrder.SLACK]),
     max_outstanding_batches=st.integers(1, 3),
     small_batch_tokens=st.sampled_from([0, 64, 256]),
-    max_queued_requests=st.sampled_from([5, 1000]),
+    max_queued_requests=st.sampled_from([5, 1000, 1000]),
+    fill_wait_share=st.sampled_from([0.0, 0.5]),
     edge_cooldown_s=st.just(0.2),
     rebucket_interval_s=st.just(0.1),
+    switch_roles=st.booleans(),
+    role_hold_s=st.just(0.2),
+    role_cooldown_s=st.just(0.5),
+    choose_layout=st.booleans(),
+    layout_window_s=st.just(0.5),
+    layout_retry_s=st.just(1.0),
+)
+BOTH, PREFILL, DECODE = WorkerRole.BOTH, WorkerRole.PREFILL, WorkerRole.DECODE
+fleets = st.sampled_from(
+    [(BOTH,), (BOTH, BOTH), (PREFILL, DECODE), (PREFILL, DECODE, BOTH), (PREFILL, DECODE, DECODE), (BOTH, BOTH, BOTH)]
 )
 
 
-def play(world: World, script: list) -> None:
-    workers = list(world.capacities)
-    for kind, argument in script:
-        if kind == "submit":
-            events = []
-            for shape in argument:
-                prompt, output, request_class, ttft, life, tenant = shape
-                request = a_request(
-                    f"r{len(world.requests):03}",
-                    prompt,
-                    output,
-                    world.now_s,
-                    request_class=request_class,
-                    ttft_slo_s=ttft,
-                    deadline_s=None if life is None else world.now_s + life,
-                    tenant=tenant,
-                )
-                world.requests[request.request_id] = request
-                world.state[request.request_id] = "new"
-                events.append(RequestSubmitted(request))
-            world.turn(events)
-            continue
-        if kind == "cancel":
-            world.turn([RequestCancelled(RequestId(f"r{argument:03}"))])
-            continue
-        worker_id = workers[argument % len(workers)]
-        if kind == "join" and worker_id not in world.held:
-            world.turn([world.join(worker_id)])
-        elif worker_id in world.held:
-            if kind == "finish":
-                world.turn(world.finish_one(worker_id))
-            elif kind == "report":
-                world.turn([world.report(worker_id)])
-            elif kind == "lose":
-                del world.held[worker_id]
-                world.turn([WorkerLost(worker_id)])
-        else:
-            world.turn([])
+@st.composite
+def worlds(draw: st.DrawFn) -> World:
+    workers = []
+    for i, role in enumerate(draw(fleets)):
+        capacity, kind = draw(st.integers(500, 6000)), draw(st.sampled_from(["AT1", "AT1", "BT1", "A"]))
+        context = draw(st.sampled_from([1024, CONTEXT, 4096]))
+        workers.append(Worker(WorkerId(f"w{i}"), capacity, role, kind[:1], kind[1:], context, {}))
+    return World(draw(core_settings), workers)
 
 
-def settle(world: World) -> None:
-    """Lets everything that still runs or waits come to its end."""
-    for worker_id in world.capacities:
-        if worker_id not in world.held:
-            world.turn([world.join(worker_id)])
-    for _ in range(5 * len(world.requests) + 50):
-        for worker_id in list(world.held):
-            world.turn(world.finish_one(worker_id) or [world.report(worker_id)], elapsed_s=2.0)
-        if all(state == "ended" for state in world.state.values()):
-            return
+def play(world: World, script: list[tuple]) -> None:
+    workers = list(world.workers.values())
+    for action, number, seed in script:
+        action(world, workers[number % len(workers)], random.Random(seed))
 
 
-@given(core_settings, st.lists(st.integers(500, 4000), min_size=1, max_size=3), actions)
-@settings(max_examples=150)
-def test_every_request_ends_exactly_once_and_budgets_hold(
-    config: CoreSettings, capacities: list[int], script: list
-) -> None:
-    world = World(config, capacities)
+@given(worlds(), actions)
+@settings(max_examples=500)
+def test_every_request_ends_exactly_once_and_leaves_nothing_behind(world: World, script: list[tuple]) -> None:
     play(world, script)
-    settle(world)
-    assert all(state == "ended" for state in world.state.values())
-    assert all(count == 1 for count in world.ends.values())
-    view = world.core.status()
-    assert (view.num_waiting, view.num_running) == (0, 0)
-    assert sum(bucket.num_waiting for bucket in view.buckets) == 0
+    world.settle()
+    world.check_end()
 
 
-@given(core_settings, st.lists(st.integers(500, 4000), min_size=1, max_size=3), actions)
-@settings(max_examples=60)
-def test_a_recorded_log_replays_to_the_same_decisions(
-    config: CoreSettings, capacities: list[int], script: list
-) -> None:
-    world = World(config, capacities)
+@given(worlds(), actions)
+@settings(max_examples=80)
+def test_a_recorded_log_replays_to_the_same_decisions(world: World, script: list[tuple]) -> None:
     play(world, script)
-    replay = SchedulerCore(config, CONTEXT)
-    for now_s, events, decision in world.log:
-        assert replay.step(events, now_s) == decision
+    world.check_replay()
+
+
+def a_world(core_settings: CoreSettings, *capacities: int) -> World:
+    workers = [Worker(WorkerId(f"w{i}"), n, BOTH, "A", "", CONTEXT, {}) for i, n in enumerate(capacities)]
+    world = World(core_settings, workers)
+    for worker in workers:
+        world.connect(worker)
+    return world
 
 
 any_request = st.builds(
@@ -294,36 +304,38 @@ def test_in_a_lane_nothing_that_arrives_after_a_request_s_key_goes_before_it(
 def test_a_deferred_request_gets_its_turn_in_a_flood_of_urgent_ones(
     num_workers: int, size: int, flood: list, per_turn: int
 ) -> None:
-    world = World(
-        CoreSettings(max_queued_requests=10_000, batch_patience_s=1.0, deferred_share=0.5), [2000] * num_workers
+    world = a_world(
+        CoreSettings(max_queued_requests=10_000, batch_patience_s=1.0, deferred_share=0.5), *[2000] * num_workers
     )
-    for worker_id in world.capacities:
-        world.turn([world.join(worker_id)])
 
-    def submit(shapes: list) -> None:
-        play(world, [("submit", shapes)])
+    def urgent(prompt_tokens: int, max_new_tokens: int) -> Request:
+        return world.request(prompt_tokens, max_new_tokens, ttft_slo_s=0.5, tenant="urgent")
 
-    submit([(p, n, RequestClass.INTERACTIVE, 0.5, None, "urgent") for p, n in flood * 4])
-    patient = RequestId(f"r{len(world.requests):03}")
-    submit([(size, 50, RequestClass.BATCH, None, None, "patient")])
+    world.submit([urgent(*shape) for shape in flood * 4])
+    patient = world.request(size, 50, request_class=RequestClass.BATCH, tenant="patient")
+    world.submit([patient])
     # Until those before it in its lane have gone, then until a worker saved for it has room.
     for turn in range(400):
-        if world.state[patient] != "waiting":
+        if world.dispatched[patient.request_id]:
             return
-        shape = flood[turn % len(flood)]
-        submit([(*shape, RequestClass.INTERACTIVE, 0.5, None, "urgent")] * per_turn)
-        for worker_id in world.capacities:
-            world.turn([*world.finish_one(worker_id), world.report(worker_id)], elapsed_s=0.05)
+        world.submit([urgent(*flood[turn % len(flood)]) for _ in range(per_turn)])
+        for worker in world.workers.values():
+            worker.obey()
+            worker.prefill_one()
+            worker.finish_one(ends_alone=True)
+            worker.report()
+            world.deliver(worker, elapsed_s=0.05)
     raise AssertionError("starved")
 
 
 @given(st.lists(st.integers(1, 1400), min_size=2, max_size=12))
 @settings(max_examples=60)
 def test_dropped_only_for_a_reason(lengths: list[int]) -> None:
-    world = World(CoreSettings(), [2000])
-    play(world, [("join", 0), ("submit", [(n, 50, RequestClass.INTERACTIVE, None, None, "a") for n in lengths])])
-    settle(world)
-    drops = [drop for _, _, decision in world.log for drop in decision.drops]
-    assert not drops or {drop.reason for drop in drops} <= {DropReason.DEADLINE}
-    finished = [c for _, _, decision in world.log for c in decision.commands if isinstance(c, ForgetRequest)]
+    world = a_world(CoreSettings(), 2000)
+    world.submit([world.request(n, 50) for n in lengths])
+    world.settle()
+    world.check_end()
+    decisions = [decision for _, _, decision in world.logs[0][1]]
+    assert not any(decision.drops for decision in decisions)
+    finished = [c for decision in decisions for c in decision.commands if isinstance(c, ForgetRequest)]
     assert len(finished) == len(lengths)

@@ -1,0 +1,385 @@
+"""A world around the core: what store, workers and gateways do with its decisions, and what must hold of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from bucketserve.core.lanes import Lane
+from bucketserve.core.lifecycle import State
+from bucketserve.core.messages import (
+    AdmitFailed,
+    AdmitRequest,
+    CancelAtWorker,
+    ChangeEdges,
+    ContextExtended,
+    Decision,
+    DispatchBatch,
+    DispatchFailed,
+    Drop,
+    DropReason,
+    Event,
+    ForgetRequest,
+    KvPulled,
+    PlaceRequest,
+    PullKv,
+    RefuseReason,
+    RefuseRequest,
+    ReleaseKv,
+    RequestCancelled,
+    RequestResumed,
+    RequestSubmitted,
+    SwitchRole,
+    WorkerDraining,
+    WorkerLost,
+)
+from bucketserve.core.scheduler import SchedulerCore
+from bucketserve.core.settings import CoreSettings
+from bucketserve.core.types import Batch, Request, RequestId, WorkerId
+from tests.builders import a_request
+from tests.property.core.peers import Client, Phase, Worker
+
+CONTEXT = 2048
+RESUMABLE = (DropReason.WORKER_LOST, DropReason.WORKER_FAILED)
+
+
+class World:
+    """One model's world. Every turn checks the decision and the core's books."""
+
+    def __init__(self, core_settings: CoreSettings, workers: list[Worker]) -> None:
+        self.settings = core_settings
+        self.workers = {worker.worker_id: worker for worker in workers}
+        self.clients: dict[str, Client] = {}
+        self.client_of: dict[RequestId, Client] = {}
+        for worker in workers:
+            worker.clients = self.client_of
+        self.ends: Counter[RequestId] = Counter()
+        self.store: dict[RequestId, tuple[Request, WorkerId | None]] = {}
+        self.edges: tuple[int, ...] = ()
+        self.context_tokens = CONTEXT
+        self.expected: set[WorkerId] = set()
+        """Workers whose stream broke and that are not lost yet."""
+        self.own_events: list[Event] = []
+        self.num_not_stored = 0
+        """Admissions that the store will refuse."""
+        self.resumptions: list[Request] = []
+        self.placed_at: dict[RequestId, WorkerId] = {}
+        """As gateways were told."""
+        self.now_s = 0.0
+        self.logs: list[tuple[tuple, list[tuple[float, list[Event], Decision]]]] = []
+        self.begin((), {}, ())
+
+    def __repr__(self) -> str:
+        workers = ", ".join(
+            f"{w.worker_id} {w.role.value} {w.capacity} {w.context_tokens} {w.fingerprint}/{w.tokenizer}"
+            for w in self.workers.values()
+        )
+        return f"World({workers}; {self.settings})"
+
+    def begin(self, parked: tuple, running: dict, edges: tuple[int, ...]) -> None:
+        self.core = SchedulerCore(self.settings, self.context_tokens)
+        self.core.restore(parked=parked, running=running, edges=edges)
+        self.dispatched: Counter[RequestId] = Counter()
+        self.logs.append(((self.context_tokens, parked, running, edges), []))
+
+    # --- turns --------------------------------------------------------------------------------------------------
+
+    def turn(self, events: list[Event] = (), elapsed_s: float = 0.1) -> None:
+        self.now_s += elapsed_s
+        events = [*events, *self.own_events]
+        self.own_events = []
+        decision = self.core.step(events, self.now_s)
+        self.logs[-1][1].append((self.now_s, events, decision))
+        assert decision.faults == ()
+        dispatched = self.write(decision)
+        self.tell(decision, dispatched)
+        self.check_books()
+
+    def write(self, decision: Decision) -> dict[str, list[Request]]:
+        """Does what the store does; returns the requests of each batch that it had as waiting."""
+        ended = [c for c in decision.commands if isinstance(c, ForgetRequest | RefuseRequest)] + list(decision.drops)
+        for end in ended:
+            self.store.pop(end.request_id, None)
+        gone = {end.request_id for end in ended}
+        refused, dispatched = [], {}
+        for command in decision.commands:
+            match command:
+                case AdmitRequest(request=request) if request.request_id not in gone:
+                    if self.num_not_stored:
+                        self.num_not_stored -= 1
+                        refused.append(request.request_id)
+                    else:
+                        self.store[request.request_id] = request, None
+                case DispatchBatch(batch=batch):
+                    dispatched[batch.batch_id] = self.store_dispatch(batch, refused)
+                case PlaceRequest(request_id=request_id, worker_id=worker_id) if request_id in self.store:
+                    self.store[request_id] = self.store[request_id][0], worker_id
+                case ChangeEdges(edges=edges):
+                    assert list(edges) == sorted(set(edges))
+                    self.edges = edges
+        if refused:
+            self.own_events.append(AdmitFailed(tuple(refused)))
+        return dispatched
+
+    def store_dispatch(self, batch: Batch, refused: list[RequestId]) -> list[Request]:
+        had, lost = [], []
+        for request_id in batch.request_ids:
+            assert not self.ends[request_id]
+            request, worker_id = self.store.get(request_id, (None, None))
+            if request is not None and worker_id is None:
+                self.store[request_id] = request, batch.worker_id
+                had.append(request)
+            elif request_id not in refused:
+                lost.append(request_id)
+        if lost:
+            self.own_events.append(DispatchFailed(worker_id=batch.worker_id, request_ids=tuple(lost)))
+        requests = [self.client_of[request_id].request for request_id in batch.request_ids]
+        assert all(batch.bucket.low <= request.prefill_tokens < batch.bucket.high for request in requests)
+        assert batch.prefill_tokens == sum(request.prefill_tokens for request in requests)
+        assert batch.reserved_kv_tokens == sum(request.reserved_tokens for request in requests)
+        self.check_engine(batch, requests)
+        return had
+
+    def check_engine(self, batch: Batch, requests: list[Request]) -> None:
+        """Only the same fingerprint goes on with an output, and no tokenizer's ids are read as another's."""
+        worker = self.workers[batch.worker_id]
+        for request in requests:
+            assert request.fingerprint in ("", worker.fingerprint)
+            assert not (request.tokenizer and worker.tokenizer) or request.tokenizer == worker.tokenizer
+            known = self.core._fleet.get(batch.worker_id)
+            assert known is not None
+            assert known.kv_tokens(request) <= worker.context_tokens
+
+    def tell(self, decision: Decision, dispatched: dict[str, list[Request]]) -> None:
+        """Does what gateways and workers do, as the scheduler tells them: cancellations before anything else."""
+        for command in decision.commands:
+            if isinstance(command, CancelAtWorker | ReleaseKv):
+                self.to_worker(command.worker_id, command.request_id)
+        for command in decision.commands:
+            match command:
+                case RefuseRequest(request_id=request_id, reason=reason):
+                    client = self.client_of[request_id]
+                    assert reason is RefuseReason.STORE_FULL or client.attempt == 1
+                    self.end(request_id, "refused")
+                case DispatchBatch(batch=batch):
+                    requests = dispatched[batch.batch_id]
+                    for request in requests:
+                        self.dispatched[request.request_id] += 1
+                        # Under one leader a run is never sent twice.
+                        assert self.dispatched[request.request_id] == 1
+                        self.placed_at[request.request_id] = batch.worker_id
+                    if requests:
+                        self.to_worker(batch.worker_id, (batch, requests))
+                case PullKv():
+                    self.order_pull(command)
+                case PlaceRequest(request_id=request_id, worker_id=worker_id):
+                    self.placed_at[request_id] = worker_id
+                case SwitchRole(worker_id=worker_id, role=role):
+                    self.to_worker(worker_id, role)
+                case ForgetRequest(request_id=request_id):
+                    self.end(request_id, "cancelled")
+        for drop in decision.drops:
+            self.drop(drop)
+
+    def to_worker(self, worker_id: WorkerId, order: object) -> None:
+        if self.workers[worker_id].is_connected:
+            self.workers[worker_id].inbox.append(order)
+
+    def order_pull(self, pull: PullKv) -> None:
+        source, target = self.workers[pull.source_id], self.workers[pull.target_id]
+        assert source.fingerprint == target.fingerprint
+        if source.is_connected:
+            self.to_worker(pull.target_id, pull)
+        else:
+            failed = KvPulled(
+                request_id=pull.request_id, source_id=pull.source_id, target_id=pull.target_id, is_ok=False
+            )
+            self.own_events.append(failed)
+
+    def end(self, request_id: RequestId, outcome: str) -> None:
+        """Notes the end of a run, and of its client's request, unless that had ended by what was delivered."""
+        self.ends[request_id] += 1
+        assert self.ends[request_id] == 1
+        client = self.client_of[request_id]
+        assert client.request.request_id == request_id or not client.is_open
+        if client.is_open:
+            client.outcomes.append(outcome)
+
+    def drop(self, drop: Drop) -> None:
+        client = self.client_of[drop.request_id]
+        if drop.reason in RESUMABLE and client.is_open and not client.is_gone:
+            worker_id = self.placed_at.get(drop.request_id)
+            fingerprint = self.workers[worker_id].fingerprint if worker_id is not None else ""
+            if request := client.next_attempt(worker_id, fingerprint):
+                self.ends[drop.request_id] += 1
+                assert self.ends[drop.request_id] == 1
+                self.client_of[request.request_id] = client
+                self.resumptions.append(request)
+                return
+        self.end(drop.request_id, f"dropped: {drop.reason.value}")
+
+    def check_books(self) -> None:
+        """What the core's parts know of its requests agrees at every moment."""
+        core, lives = self.core, list(self.core._lives)
+        assert all(not self.ends[life.request.request_id] for life in lives)
+        in_time = [life for life in lives if life.request.deadline_s is None or life.request.deadline_s > self.now_s]
+        assert len(in_time) == len(lives)
+        waiting = {life.request.request_id for life in lives if life.state is State.WAITING}
+        assert waiting == {request.request_id for request in core._lanes}
+        assert set(core._orphans) <= {life.request.request_id for life in lives if life.state is State.PARKED}
+        assert core.status().num_running == sum(life.is_at_worker for life in lives)
+        for worker in core._fleet:
+            own = {life.request.request_id for life in lives if worker.worker_id in life.workers}
+            pulling = {life.request.request_id for life in lives if life.target_id == worker.worker_id}
+            assert worker.requests == own
+            assert set(worker.incoming) == pulling
+            assert set(worker.batch_of) <= own
+            assert set().union(*worker.outstanding.values()) == set(worker.batch_of)
+            assert worker.small <= set(worker.outstanding)
+            assert worker.saved_for is None or worker.saved_for in waiting
+
+    # --- what happens -------------------------------------------------------------------------------------------
+
+    def request(self, prompt_tokens: int, max_new_tokens: int, life_s: float | None = None, **more) -> Request:
+        """Returns a new client's request."""
+        name = f"r{len(self.clients):03}"
+        deadline_s = None if life_s is None else self.now_s + life_s
+        request = a_request(f"{name}.1", prompt_tokens, max_new_tokens, self.now_s, deadline_s=deadline_s, **more)
+        self.clients[name] = self.client_of[request.request_id] = Client(name, request)
+        return request
+
+    def submit(self, requests: list[Request]) -> None:
+        self.turn([RequestSubmitted(request) for request in requests])
+
+    def cancel(self, client: Client) -> None:
+        client.is_gone = True
+        if client.request in self.resumptions:
+            self.resumptions.remove(client.request)
+            client.outcomes.append("cancelled")
+        self.turn([RequestCancelled(client.request.request_id)])
+
+    def resume(self) -> None:
+        """Gateways say the next attempts of what was lost."""
+        events: list[Event] = [RequestResumed(request) for request in self.resumptions]
+        self.resumptions = []
+        self.turn(events)
+
+    def deliver(self, worker: Worker, elapsed_s: float = 0.1) -> None:
+        """Lets through what a worker was told and what it says."""
+        worker.obey()
+        events, worker.outbox = worker.outbox, []
+        self.turn(events, elapsed_s)
+
+    def connect(self, worker: Worker) -> None:
+        self.expected.discard(worker.worker_id)
+        events: list[Event] = [worker.connect()]
+        if worker.is_draining:
+            events.append(WorkerDraining(worker.worker_id))
+        self.context_tokens = max(self.context_tokens, worker.context_tokens)
+        self.turn(events)
+
+    def cut(self, worker: Worker) -> None:
+        worker.hang_up()
+        self.expected.add(worker.worker_id)
+        self.turn([WorkerDraining(worker.worker_id)])
+
+    def lose(self, worker_id: WorkerId) -> None:
+        self.workers[worker_id].hang_up()
+        self.expected.discard(worker_id)
+        self.turn([WorkerLost(worker_id)])
+
+    def extend(self, context_tokens: int) -> None:
+        self.context_tokens = max(self.context_tokens, context_tokens)
+        self.turn([ContextExtended(context_tokens)])
+
+    def end_pull(self, worker: Worker, *, is_ok: bool) -> None:
+        """Ends the first transfer; one whose source has nothing any more can't succeed."""
+        if (request_id := worker.first(Phase.PULLING)) is None:
+            return
+        source = self.workers[worker.runs[request_id].source_id or worker.worker_id]
+        kept = source.runs.get(request_id)
+        is_there = source is worker or (kept is not None and kept.phase is Phase.HELD)
+        worker.end_pull(request_id, is_ok=is_ok and is_there)
+
+    def take_over(self) -> None:
+        """Another scheduler leads: it knows what the store holds, without times; every stream breaks."""
+        self.own_events = []
+        for worker in self.workers.values():
+            worker.hang_up()
+        timeless = [
+            (replace(request, arrival_s=self.now_s, deadline_s=None), worker_id)
+            for request, worker_id in self.store.values()
+        ]
+        running = {request: worker_id for request, worker_id in timeless if worker_id is not None}
+        parked = tuple(request for request, worker_id in timeless if worker_id is None)
+        self.expected = set(running.values())
+        self.begin(parked, running, self.edges)
+
+    def say_again(self) -> None:
+        """Gateways say what is open to a new leader, and what nobody waits for any more."""
+        events: list[Event] = []
+        for client in self.clients.values():
+            request = client.request
+            if request in self.resumptions or not (client.is_open or request.request_id in self.store):
+                continue
+            life = self.core._lives.get(request.request_id)
+            if client.is_gone or not client.is_open:
+                events.append(RequestCancelled(request.request_id))
+                if life is None and client.is_open:
+                    client.outcomes.append("cancelled")
+            elif life is None or (life.state is State.PARKED and request.request_id not in self.core._orphans):
+                events.append(RequestResumed(request))
+        self.turn(events)
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Lets everything come to its end: all that was away comes back, and nothing goes wrong any more."""
+        self.num_not_stored = 0
+        for worker_id in sorted(self.expected):
+            self.lose(worker_id)
+        for worker in self.workers.values():
+            if worker.is_draining or not worker.is_connected:
+                worker.is_draining = False
+                self.connect(worker)
+        self.say_again()
+        for _ in range(4 * len(self.clients) + 200):
+            self.resume()
+            for worker in self.workers.values():
+                worker.obey()
+                for _ in range(4):
+                    worker.prefill_one()
+                    self.end_pull(worker, is_ok=True)
+                    worker.finish_one(ends_alone=False)
+                worker.report()
+                self.deliver(worker, elapsed_s=1.0)
+            if not list(self.core._lives) and not self.resumptions:
+                break
+
+    def check_end(self) -> None:
+        """Everything has ended, once, and no book remembers anything of it."""
+        assert {name: client.outcomes for name, client in self.clients.items() if len(client.outcomes) != 1} == {}
+        assert not self.store
+        for worker in self.workers.values():
+            self.deliver(worker)
+            assert worker.runs == {}
+        core, view = self.core, self.core.status()
+        assert (view.num_waiting, view.num_running, view.num_deferred) == (0, 0, 0)
+        assert sum(bucket.num_waiting for bucket in view.buckets) == 0
+        assert list(core._lives) == []
+        assert (len(core._tenants), core._tenants._charged) == (0, {})
+        assert (core._admission._batch_requests, core._admission._batch_tokens) == (0, 0)
+        assert (core._handover.waiting_tokens(), core._handover._ready) == (0, [])
+        assert [core._demand.tokens(lane) for lane in Lane] == [0, 0]
+        for worker in core._fleet:
+            books = (worker.requests, worker.incoming, worker.outstanding, worker.batch_of, worker.small)
+            assert not any(books)
+            assert (list(worker.unaccounted), worker.saved_for) == ([], None)
+
+    def check_replay(self) -> None:
+        """The same events at the same times bring the same decisions."""
+        for (context_tokens, parked, running, edges), steps in self.logs:
+            core = SchedulerCore(self.settings, context_tokens)
+            core.restore(parked=parked, running=running, edges=edges)
+            for now_s, events, decision in steps:
+                assert core.step(events, now_s) == decision

@@ -1,0 +1,231 @@
+"""What the random worlds of tests/property/core have found, on literal events."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bucketserve.core.messages import (
+    BatchPrefilled,
+    CancelAtWorker,
+    Command,
+    Decision,
+    DispatchBatch,
+    DispatchFailed,
+    Drop,
+    DropReason,
+    Event,
+    KvPulled,
+    PlaceRequest,
+    PullKv,
+    RefuseReason,
+    RefuseRequest,
+    RequestCancelled,
+    RequestFinished,
+    RequestResumed,
+    RequestSubmitted,
+    WorkerDraining,
+    WorkerJoined,
+    WorkerLost,
+)
+from bucketserve.core.scheduler import PATIENCE_S, SchedulerCore
+from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
+from bucketserve.core.types import BatchId, FinishReason, RequestId, WorkerId, WorkerRole
+from tests.builders import a_request, at, joined
+
+A = RequestId("a")
+BOTH, PREFILL, DECODE = WorkerRole.BOTH, WorkerRole.PREFILL, WorkerRole.DECODE
+
+
+def core(**settings) -> SchedulerCore:
+    return SchedulerCore(CoreSettings(**{"edges": EdgeRule.NONE, **settings}), 4096)
+
+
+def worker(name: str, fingerprint: str = "", role: WorkerRole = BOTH, **more) -> WorkerJoined:
+    tokenizer, context_tokens = more.pop("tokenizer", ""), more.pop("context_tokens", 4096)
+    return replace(
+        joined(name, **more),
+        fingerprint=fingerprint,
+        role=role,
+        tokenizer=tokenizer,
+        context_tokens=context_tokens,
+    )
+
+
+def submitted(name: str = "a", **more) -> RequestSubmitted:
+    return RequestSubmitted(a_request(name, **more))
+
+
+def resumed(name: str, **more) -> RequestResumed:
+    return RequestResumed(a_request(name, is_resumed=True, **more))
+
+
+def of_type(decision: Decision, kind: type[Command]) -> list:
+    return [command for command in decision.commands if isinstance(command, kind)]
+
+
+def sent(decision: Decision) -> list[tuple[str, tuple[str, ...]]]:
+    return [(c.batch.worker_id, c.batch.request_ids) for c in of_type(decision, DispatchBatch)]
+
+
+def held_at(name: str) -> BatchPrefilled:
+    return BatchPrefilled(worker_id=WorkerId(name), batch_id=BatchId("b"), request_ids=(A,), duration_s=0.1, held=(A,))
+
+
+def ended_at(name: str, reason: FinishReason) -> RequestFinished:
+    return RequestFinished(request_id=A, worker_id=WorkerId(name), output_tokens=1, reason=reason)
+
+
+# --- who may serve whom -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event", [submitted(tokenizer="T2"), resumed("a", tokenizer="T2")])
+def test_a_prompt_whose_tokenizer_has_gone_ends(event: Event) -> None:
+    under_test = core()
+    # Admitted while nobody is here to say that there is no such tokenizer.
+    under_test.step([event], 0.0)
+    under_test.step([worker("w", tokenizer="T1")], 0.1)
+    drops = [under_test.step([], 3.0 + i * (PATIENCE_S + 1)).drops for i in range(2)]
+    assert drops == [(), (Drop(A, DropReason.NO_LIKE_WORKER),)]
+
+
+def test_a_bound_request_ends_while_its_like_only_decode() -> None:
+    under_test = core()
+    under_test.step([worker("w", "B"), worker("d", "A", DECODE), resumed("a", fingerprint="A")], 0.0)
+    assert under_test.step([], PATIENCE_S + 1).drops == (Drop(A, DropReason.NO_LIKE_WORKER),)
+
+
+def test_a_request_that_only_workers_of_another_kind_could_hold_ends() -> None:
+    under_test = core()
+    fleet = [worker("small", "A", free=100), worker("large", "B", free=4000)]
+    decision = under_test.step([*fleet, resumed("a", prompt_tokens=500, fingerprint="A")], 0.1)
+    assert decision.drops == (Drop(A, DropReason.TOO_LARGE),)
+    fleet = [worker("small", tokenizer="T1", free=100), worker("large", tokenizer="T2", free=4000)]
+    decision = core().step([*fleet, submitted(prompt_tokens=500, tokenizer="T1")], 0.0)
+    assert of_type(decision, RefuseRequest) == [RefuseRequest(A, RefuseReason.TOO_LARGE, 0.0)]
+
+
+@pytest.mark.parametrize("order", QueueOrder)
+def test_a_worker_to_avoid_is_taken_where_the_others_could_never_serve(order: QueueOrder) -> None:
+    avoid = frozenset({WorkerId("old")})
+    for other in (
+        worker("other", "B", free=1000),
+        worker("other", "A", free=1000, tokenizer="T2"),
+        worker("other", "A", free=15),
+        worker("other", "A", free=1000, context_tokens=15),
+    ):
+        under_test = core(queue_order=order)
+        bound = resumed("a", fingerprint="A", tokenizer="T1", avoid=avoid)
+        assert sent(under_test.step([worker("old", "A", tokenizer="T1"), other, bound], 0.0)) == [("old", ("a",))]
+
+
+def test_a_batch_has_nothing_beyond_its_worker_s_context() -> None:
+    under_test = core()
+    events = [worker("w", free=4000, context_tokens=512), worker("large", context_tokens=4096, free=600)]
+    under_test.step([*events, WorkerDraining(WorkerId("large"))], 0.0)
+    decision = under_test.step([submitted("a", prompt_tokens=500), submitted("b", prompt_tokens=510)], 0.1)
+    assert sent(decision) == [("w", ("a",))]
+
+
+def test_workers_that_do_both_take_over_what_is_held_whoever_else_decodes() -> None:
+    under_test = core()
+    under_test.step([worker("p", "A", PREFILL), submitted()], 0.0)
+    under_test.step([worker("b", "A"), worker("d", "B", DECODE)], 0.1)
+    pulls = of_type(under_test.step([held_at("p")], 0.2), PullKv)
+    assert [(pull.source_id, pull.target_id) for pull in pulls] == [("p", "b")]
+
+
+# --- what waits for its like ------------------------------------------------------------------------------------
+
+
+def test_what_its_worker_brings_back_is_not_queued_beside_that() -> None:
+    under_test = core()
+    under_test.step([worker("other", "B"), resumed("a", fingerprint="A")], 0.0)
+    decision = under_test.step([worker("w", "A", running=(at("a"),))], 0.1)
+    assert of_type(decision, PlaceRequest) == [PlaceRequest(A, WorkerId("w"))]
+    assert sent(decision) == []
+    assert (under_test.status().num_waiting, under_test.status().num_running) == (0, 1)
+
+
+def test_what_waits_for_its_like_has_its_deadline_too() -> None:
+    under_test = core()
+    decision = under_test.step([worker("w", "B"), resumed("a", fingerprint="A", deadline_s=5.0)], 0.0)
+    assert decision.wake_s == 5.0
+    assert under_test.step([], 5.0).drops == (Drop(A, DropReason.DEADLINE),)
+
+
+def test_what_is_said_again_counts_from_then_on_and_not_what_a_store_knew() -> None:
+    under_test = core()
+    under_test.restore(parked=[a_request("a", arrival_s=9.0, fingerprint="A")], running={}, edges=())
+    under_test.step([worker("w", "B"), resumed("a", fingerprint="A", deadline_s=50.0)], 9.0)
+    assert sent(under_test.step([worker("like", "A")], 10.0)) == [("like", ("a",))]
+    assert Drop(A, DropReason.DEADLINE) in under_test.step([], 50.0).drops
+
+
+# --- cancelled, and nobody heard it -----------------------------------------------------------------------------
+
+
+def test_a_cancellation_is_said_again_to_a_worker_that_was_away() -> None:
+    under_test = core()
+    under_test.step([worker("w"), submitted()], 0.0)
+    under_test.step([WorkerDraining(WorkerId("w")), RequestCancelled(A)], 0.1)
+    decision = under_test.step([worker("w", running=(at("a"),))], 0.2)
+    assert decision.commands == (CancelAtWorker(WorkerId("w"), A),)
+    under_test = core()
+    under_test.restore(parked=[], running={a_request("a"): WorkerId("w")}, edges=())
+    under_test.step([RequestCancelled(A)], 0.1)
+    decision = under_test.step([worker("w", running=(at("a"),))], 0.2)
+    assert decision.commands == (CancelAtWorker(WorkerId("w"), A),)
+
+
+def test_what_is_cancelled_before_it_was_known_not_to_be_sent_ends() -> None:
+    under_test = core()
+    under_test.step([worker("w"), submitted()], 0.0)
+    under_test.step([RequestCancelled(A)], 0.1)
+    decision = under_test.step([DispatchFailed(worker_id=WorkerId("w"), request_ids=(A,))], 0.2)
+    assert (sent(decision), decision.drops) == ([], (Drop(A, DropReason.CANCELLED),))
+
+
+@pytest.mark.parametrize("end", [WorkerLost(WorkerId("p")), ended_at("p", FinishReason.ERROR)])
+def test_what_was_cancelled_is_not_said_to_be_lost(end: Event) -> None:
+    under_test = core()
+    under_test.step([worker("p"), submitted()], 0.0)
+    assert under_test.step([RequestCancelled(A), end], 0.1).drops == (Drop(A, DropReason.CANCELLED),)
+
+
+def test_what_is_cancelled_is_not_pulled() -> None:
+    under_test = core()
+    under_test.step([worker("p", role=PREFILL), submitted()], 0.0)
+    under_test.step([held_at("p"), RequestCancelled(A)], 0.1)
+    assert of_type(under_test.step([worker("d", role=DECODE)], 0.2), PullKv) == []
+
+
+def test_what_its_source_ended_its_target_stops_to_pull() -> None:
+    under_test = core()
+    under_test.step([worker("p", role=PREFILL), worker("d", role=DECODE), submitted()], 0.0)
+    assert of_type(under_test.step([held_at("p")], 0.1), PullKv)
+    decision = under_test.step([ended_at("p", FinishReason.CANCELLED)], 0.2)
+    assert CancelAtWorker(WorkerId("d"), A) in decision.commands
+
+
+def test_a_worker_that_comes_back_with_what_it_was_to_pull_from_itself_is_told_again() -> None:
+    under_test = core()
+    under_test.step([worker("w", role=PREFILL), submitted()], 0.0)
+    under_test.step([held_at("w")], 0.1)
+    # It does both now, and so it is to take over what it holds; the order is lost with its stream.
+    again = worker("w", running=(at("a", is_held=True),))
+    for now_s in (0.2, 0.3):
+        (pull,) = of_type(under_test.step([again], now_s), PullKv)
+        assert (pull.source_id, pull.target_id) == ("w", "w")
+    pulled = KvPulled(request_id=A, source_id=WorkerId("w"), target_id=WorkerId("w"), is_ok=True)
+    assert under_test.step([pulled], 0.4).drops == ()
+    assert under_test.status().num_running == 1
+
+
+def test_a_batch_of_which_nothing_was_sent_leaves_no_trace() -> None:
+    under_test = core()
+    under_test.step([worker("w"), submitted()], 0.0)
+    under_test.step([RequestCancelled(A), DispatchFailed(worker_id=WorkerId("w"), request_ids=(A,))], 0.1)
+    (known,) = under_test._fleet
+    assert not known.unaccounted
