@@ -100,6 +100,9 @@ class BatchFormer:
             assert first is not None  # a head waits
             worker = place(first, candidates, self._settings)
             if worker is None and _is_bound(first, candidates):
+                # Those that may serve it are not among the least loaded.
+                worker = place(first, [able for able in self._fleet if able.could_serve(first)], self._settings)
+            if worker is None and _is_bound(first, candidates):
                 first, worker = self._behind_bound(lane, bucket, candidates, first)
             # Else those behind it in the lane could go before it for ever, each time that one of them fits.
             is_overdue = lane is Lane.DEFERRED and key[0] + self._settings.batch_patience_s <= now_s

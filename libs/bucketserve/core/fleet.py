@@ -84,6 +84,8 @@ class Fleet:
         """The same of those that only decode, by fingerprint."""
         self._open: set[WorkerId] = set()
         self._num_generations = 0
+        self.fingerprints: set[str] = set()
+        """Those of its workers."""
         self.num_counted = 0
         """Changes so far of who is there, and in which role."""
 
@@ -206,6 +208,7 @@ class Fleet:
 
     def _count_all(self) -> None:
         self.num_counted += 1
+        self.fingerprints = {worker.fingerprint for worker in self._workers.values()}
         self.kv_total_tokens, self._starting, self._decoding = 0, {}, {}
         for worker in self._workers.values():
             size = min(worker.headroom.kv_total_tokens, worker.context_tokens)

@@ -47,28 +47,34 @@ class Handover:
             still_at: (request, source) -> the request if it is held there and nobody pulls it yet, else None.
         """
         pulls: list[PullKv] = []
-        too_large: list[Entry] = []
-        while self._ready:
-            _, request_id, source_id, tokens = self._ready[0]
-            request = still_at(request_id, source_id)
-            if request is not None:
-                source = self._fleet.get(source_id)
-                fingerprint = source.fingerprint if source is not None else ""
-                target = self._target(request, source_id, fingerprint)
-                if target is not None:
-                    target.expect(request_id, _needs(request, source_id, target))
-                    self._fleet.changed(target)
-                    pulls.append(PullKv(request_id=request_id, source_id=source_id, target_id=target.worker_id))
-                elif self._fleet.could_decode(request, fingerprint):
-                    break
-                else:
-                    too_large.append(self._ready[0])
-                    self._waiting_tokens += tokens
-            heapq.heappop(self._ready)
+        too_large: list[RequestId] = []
+        passed_over: list[Entry] = []
+        full: set[str] = set()
+        while self._ready and full != self._fleet.fingerprints:
+            entry = heapq.heappop(self._ready)
+            _, request_id, source_id, tokens = entry
             self._waiting_tokens -= tokens
-        for entry in too_large:
+            request = still_at(request_id, source_id)
+            if request is None:
+                continue
+            source = self._fleet.get(source_id)
+            fingerprint = source.fingerprint if source is not None else ""
+            target = self._target(request, source_id, fingerprint) if fingerprint not in full else None
+            if target is not None:
+                target.expect(request_id, _needs(request, source_id, target))
+                self._fleet.changed(target)
+                pulls.append(PullKv(request_id=request_id, source_id=source_id, target_id=target.worker_id))
+                continue
+            passed_over.append(entry)
+            if self._fleet.could_decode(request, fingerprint):
+                # Nothing larger or younger of the same weights goes before it.
+                full.add(fingerprint)
+            else:
+                too_large.append(request_id)
+        for entry in passed_over:
             heapq.heappush(self._ready, entry)
-        return pulls, [entry[1] for entry in too_large]
+            self._waiting_tokens += entry[3]
+        return pulls, too_large
 
     def _target(self, request: Request, source_id: WorkerId, fingerprint: str) -> WorkerState | None:
         for worker in self._fleet.decoders(fingerprint):

@@ -120,7 +120,9 @@ class SchedulerCore:
         self._waste = WasteBook()
         self._deadlines: list[tuple[float, RequestId]] = []
         self._orphans: dict[RequestId, float] = {}
-        """Parked requests that no worker here may serve, by fingerprint or tokenizer, and since when; in that order."""
+        """Parked requests that no worker here may serve, or could hold if empty, and since when; in that order."""
+        self._stuck: dict[RequestId, float] = {}
+        """Prefilled requests that no worker here could decode, and since when without a break."""
         self._num_counted = 0
         """Changes of the fleet after which they were looked at."""
         self._commands: list[Command] = []
@@ -402,12 +404,17 @@ class SchedulerCore:
             self._num_counted = self._fleet.num_counted
             for request_id in list(self._orphans):
                 life = self._lives.get(request_id)
-                if life is not None and self._fleet.serves(life.request):
+                if life is not None and self._fits(life.request):
                     self._enqueue(life.request, now_s)
         while (oldest := next(iter(self._orphans.items()), None)) and now_s - oldest[1] > PATIENCE_S:
             del self._orphans[oldest[0]]
             if life := self._lives.get(oldest[0]):
-                self._drop(life, DropReason.NO_LIKE_WORKER, now_s)
+                is_served = self._fleet.serves(life.request)
+                self._drop(life, DropReason.TOO_LARGE if is_served else DropReason.NO_LIKE_WORKER, now_s)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether some worker may serve the request and could hold it if it were empty."""
+        return self._fleet.serves(request) and self._fleet.could_hold(request)
 
     def _enqueue(self, request: Request, now_s: float) -> None:
         prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
@@ -478,7 +485,7 @@ class SchedulerCore:
         if not len(self._lanes):
             return
         self._lanes.defer_late(now_s)
-        self._give_up_what_nobody_takes(now_s)
+        self._set_aside_what_nobody_takes(now_s)
         while len(self._lanes) and (formed := self._former.form(now_s)) is not None:
             batch = formed.command.batch
             for request in formed.requests:
@@ -497,12 +504,13 @@ class SchedulerCore:
         slot = worker.headroom.kv_total_tokens // max(worker.headroom.max_sequences, 1) if worker else 0
         return sum(max(request.reserved_tokens, slot) for request in formed.requests)
 
-    def _give_up_what_nobody_takes(self, now_s: float) -> None:
-        """Ends requests that are late and that no worker here could hold even if it were empty.
+    def _set_aside_what_nobody_takes(self, now_s: float) -> None:
+        """Parks requests that are late and that no worker here may serve, or could hold even if it were empty.
 
-        They were admitted while there was another worker, or none: until they are late one may still come. Those that
-        no worker here may serve at all wait apart for one that may.
+        They were admitted while there was another worker, or none: one may still come, and they are in nobody's way.
         """
+        if not len(self._fleet):
+            return
         for lane in Lane:
             cells = self._lanes.of(lane)
             if not len(cells):
@@ -510,15 +518,10 @@ class SchedulerCore:
             for bucket in self._edges.buckets:
                 while (key := cells.head(bucket)) is not None and key[0] < now_s:
                     request = cells.get(RequestId(key[2]))
-                    if request is None:
+                    if request is None or self._fits(request):
                         break
-                    if not self._fleet.serves(request):
-                        self._dequeue(request.request_id)
-                        self._orphan(request, now_s)
-                    elif self._fleet.could_hold(request):
-                        break
-                    elif life := self._lives.get(request.request_id):
-                        self._drop(life, DropReason.TOO_LARGE, now_s)
+                    self._dequeue(request.request_id)
+                    self._orphan(request, now_s)
 
     def _hand_over(self, now_s: float) -> None:
         pulls, too_large = self._handover.pulls(self._held_at)
@@ -526,9 +529,10 @@ class SchedulerCore:
             if life := self._lives.get(pull.request_id):
                 self._lives.pull(life, pull.target_id)
                 self._commands.append(pull)
-        for request_id in too_large:
+        self._stuck = {request_id: self._stuck.get(request_id, now_s) for request_id in too_large}
+        for request_id, since_s in self._stuck.items():
             life = self._lives.get(request_id)
-            if life is not None and now_s - (life.prefilled_s or 0.0) > PATIENCE_S:
+            if life is not None and now_s - since_s > PATIENCE_S:
                 self._drop(life, DropReason.TOO_LARGE, now_s)
 
     def _held_at(self, request_id: RequestId, source_id: WorkerId) -> Request | None:
