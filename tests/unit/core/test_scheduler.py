@@ -26,7 +26,7 @@ from bucketserve.core.messages import (
     WorkerJoined,
     WorkerLost,
 )
-from bucketserve.core.scheduler import SchedulerCore
+from bucketserve.core.scheduler import PATIENCE_S, SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
 from bucketserve.core.types import (
     Batch,
@@ -408,11 +408,14 @@ def test_an_empty_worker_may_be_filled_by_one_request() -> None:
     assert batch.reserved_kv_tokens == 100
 
 
-def test_what_no_worker_could_ever_hold_is_dropped_once_it_is_late() -> None:
+def test_what_no_worker_could_ever_hold_waits_for_one_and_ends() -> None:
     under_test = core()
     under_test.step(submitted("large", prompt_tokens=500), 0.0)
     assert under_test.step([joined(free=100)], 1.0).drops == ()
-    assert under_test.step([], 3.0).drops == (Drop(RequestId("large"), DropReason.TOO_LARGE),)
+    # It is late from here on, and in nobody's way.
+    assert batches(under_test.step(submitted("small"), 3.0))[0].request_ids == ("small",)
+    assert under_test.step([], 3.0 + PATIENCE_S - 1).drops == ()
+    assert under_test.step([], 3.0 + PATIENCE_S + 1).drops == (Drop(RequestId("large"), DropReason.TOO_LARGE),)
 
 
 def test_a_late_large_request_is_not_starved_by_small_ones() -> None:

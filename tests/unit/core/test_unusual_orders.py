@@ -99,11 +99,63 @@ def test_a_bound_request_ends_while_its_like_only_decode() -> None:
 def test_a_request_that_only_workers_of_another_kind_could_hold_ends() -> None:
     under_test = core()
     fleet = [worker("small", "A", free=100), worker("large", "B", free=4000)]
-    decision = under_test.step([*fleet, resumed("a", prompt_tokens=500, fingerprint="A")], 0.1)
-    assert decision.drops == (Drop(A, DropReason.TOO_LARGE),)
+    assert under_test.step([*fleet, resumed("a", prompt_tokens=500, fingerprint="A")], 0.1).drops == ()
+    assert under_test.step([], PATIENCE_S + 1).drops == (Drop(A, DropReason.TOO_LARGE),)
     fleet = [worker("small", tokenizer="T1", free=100), worker("large", tokenizer="T2", free=4000)]
     decision = core().step([*fleet, submitted(prompt_tokens=500, tokenizer="T1")], 0.0)
     assert of_type(decision, RefuseRequest) == [RefuseRequest(A, RefuseReason.TOO_LARGE, 0.0)]
+
+
+def test_a_resumption_that_only_the_lost_worker_could_hold_waits_for_it() -> None:
+    under_test = core()
+    under_test.step([worker("small", free=500), resumed("a", prompt_tokens=2000)], 100.0)
+    # A newcomer does not wait behind it.
+    assert sent(under_test.step([submitted("b")], 100.1)) == [("small", ("b",))]
+    assert sent(under_test.step([worker("large", free=4000)], 110.0)) == [("large", ("a",))]
+
+
+def test_a_bound_request_finds_its_like_behind_many_idle_others() -> None:
+    under_test = core()
+    others = [worker(f"n{number:02}", "B", free=10_000) for number in range(20)]
+    like = worker("old", "A", free=4000, total=10_000, num_running=5)
+    assert sent(under_test.step([*others, like, resumed("a", fingerprint="A")], 0.0)) == [("old", ("a",))]
+
+
+def test_what_is_held_after_a_takeover_waits_for_the_decode_side() -> None:
+    under_test = core()
+    under_test.restore(parked=[], running={a_request("a", 100, 300, 5000.0): WorkerId("p")}, edges=())
+    held = worker("p", role=PREFILL, free=500, running=(at("a", is_held=True),))
+    other = worker("small", role=DECODE, free=10)
+    assert under_test.step([held, other], 5000.2).drops == ()
+    pulls = of_type(under_test.step([worker("d", role=DECODE, free=500)], 5010.0), PullKv)
+    assert [pull.target_id for pull in pulls] == ["d"]
+
+
+def test_patience_with_what_is_held_begins_when_its_decoder_has_gone() -> None:
+    under_test = core()
+    under_test.step([worker("p", role=PREFILL), worker("d", role=DECODE, free=100, total=500), submitted()], 0.0)
+    under_test.step([held_at("p")], 0.2)
+    # It waited for room in the only decoder for longer than anybody has patience.
+    late_s = 2 * PATIENCE_S
+    assert under_test.step([WorkerDraining(WorkerId("d"))], late_s).drops == ()
+    assert under_test.step([], late_s + PATIENCE_S - 1).drops == ()
+    assert under_test.step([], late_s + PATIENCE_S + 1).drops == (Drop(A, DropReason.TOO_LARGE),)
+
+
+def test_a_full_decode_side_of_some_weights_holds_no_others_back() -> None:
+    under_test = core()
+    requests = {name: a_request(name, 100, 300, arrival_s) for arrival_s, name in enumerate("abc")}
+    sources = {"a": "p1", "b": "p1", "c": "p2"}
+    running = {requests[name]: WorkerId(source) for name, source in sources.items()}
+    under_test.restore(parked=[], running=running, edges=())
+    fleet = [
+        worker("p1", "A", PREFILL, running=(at("a", is_held=True), at("b", is_held=True))),
+        worker("p2", "B", PREFILL, running=(at("c", is_held=True),)),
+        worker("d1", "A", DECODE, free=450),
+        worker("d2", "B", DECODE),
+    ]
+    pulls = of_type(under_test.step(fleet, 4.0), PullKv)
+    assert [(pull.request_id, pull.target_id) for pull in pulls] == [("a", "d1"), ("c", "d2")]
 
 
 @pytest.mark.parametrize("order", QueueOrder)
