@@ -133,7 +133,8 @@ def test_what_is_held_after_a_takeover_waits_for_the_decode_side() -> None:
 
 def test_patience_with_what_is_held_begins_when_its_decoder_has_gone() -> None:
     under_test = core()
-    under_test.step([worker("p", role=PREFILL), worker("d", role=DECODE, free=100, total=500), submitted()], 0.0)
+    fleet = [worker("p", role=PREFILL), worker("d", role=DECODE, free=100, total=500)]
+    under_test.step([*fleet, submitted(prompt_tokens=200)], 0.0)
     under_test.step([held_at("p")], 0.2)
     # It waited for room in the only decoder for longer than anybody has patience.
     late_s = 2 * PATIENCE_S
