@@ -124,9 +124,13 @@ def say_again(world: World, worker: Worker, rng: random.Random) -> None:
 
 
 def evict(world: World, worker: Worker, rng: random.Random) -> None:
-    """The store loses a ticket."""
-    if world.store:
-        del world.store[rng.choice(list(world.store))]
+    """The store loses a ticket that waits.
+
+    Of one at a worker a new leader would know nothing: it cancels that run, is told the same run again by its gateway,
+    and can't tell the end of the older life from that of the newer one if both were at one worker.
+    """
+    if waiting := [request_id for request_id, (_, worker_id) in world.store.items() if worker_id is None]:
+        del world.store[rng.choice(waiting)]
 
 
 def fill_store(world: World, worker: Worker, rng: random.Random) -> None:
