@@ -354,6 +354,8 @@ class SchedulingLoop:
                 if lost := tuple(rid for rid in write.request_ids if rid not in effect and rid not in refused):
                     self._deps.telemetry.dispatch_failed(self.model, len(lost))
                     self._own_events.append(DispatchFailed(worker_id=write.worker_id, request_ids=lost))
+        # A full store may have a ticket of an earlier leader: that was dispatched, and is not to be refused.
+        refused.difference_update(*dispatched.values())
         if refused:
             self._own_events.append(AdmitFailed(tuple(sorted(refused))))
         return Written(dispatched, frozenset(refused))

@@ -117,6 +117,9 @@ class World:
                 case ChangeEdges(edges=edges):
                     assert list(edges) == sorted(set(edges))
                     self.edges = edges
+        # A full store may have a ticket of an earlier leader: that was dispatched, and is not to be refused.
+        sent = {request.request_id for requests in dispatched.values() for request in requests}
+        refused = [request_id for request_id in refused if request_id not in sent]
         if refused:
             self.own_events.append(AdmitFailed(tuple(refused)))
         return dispatched
