@@ -62,8 +62,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
 def pytest_configure(config: pytest.Config) -> None:
     """Sets, in the process that gives out the tests, what those which run them inherit."""
     if not hasattr(config, "workerinput"):
-        # A shell that runs the suite in the background lets it ignore Ctrl-C, and with it every service that it starts.
+        # Run in the background, it would ignore these, and with it every service that it starts.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
         # Several processes share the cores: none is to keep one busy with waiting for its other threads.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         if config.getoption("numprocesses", None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -29,6 +30,7 @@ STORE = "connection to the store, or to whoever collects spans"
 PEER_AREA = "KV area of another worker"
 UNTRACED = ("traceparent", f"00-{'1' * 32}-{'1' * 16}-00")
 """Says that spans of this request are not wanted."""
+WARM_UP_ROUNDS = 5
 ESTABLISHED, LISTEN = "01", "0A"
 
 
@@ -112,20 +114,40 @@ def _kind(name: str) -> str:
     return name.partition("-")[0]
 
 
+async def _reach_all(stack: LocalStack, gateway: str, client: BucketServeClient) -> None:
+    """Sends requests through a gateway until every worker has brought it something.
+
+    Raises:
+        TimeoutError: it takes long; those that came first may have ended meanwhile.
+    """
+    async with asyncio.timeout(20), contextlib.AsyncExitStack() as streams:
+        # Each stays until all workers have one: who has none is given the next.
+        while _open_files(stack)[gateway]["connection of worker"] < len(stack.worker_names()):
+            events = client.generate(token_ids=[5], max_tokens=400, ignore_eos=True, metadata=[UNTRACED])
+            await streams.enter_async_context(contextlib.aclosing(events))
+            num_tokens = 0
+            # The second token comes from a decode worker, if prefill and decode are apart.
+            async for event in events:
+                num_tokens += len(event.token_ids) if isinstance(event, Chunk) else 0
+                if num_tokens >= 2:
+                    break
+
+
 async def warm_up(stack: LocalStack) -> dict[str, Usage]:
-    """Opens every connection that a stack opens when first needed; returns what its services hold when quiet."""
-    for address in stack.gateway_addresses:
-        async with BucketServeClient(address) as client, contextlib.AsyncExitStack() as streams:
-            # Each stays until all have come: a worker that has one is not given the next while another has none.
-            for _ in stack.worker_names():
-                events = client.generate(token_ids=[5], max_tokens=400, ignore_eos=True, metadata=[UNTRACED])
-                await streams.enter_async_context(contextlib.aclosing(events))
-                num_tokens = 0
-                # The second token comes from a decode worker, if prefill and decode are apart.
-                async for event in events:
-                    num_tokens += len(event.token_ids) if isinstance(event, Chunk) else 0
-                    if num_tokens >= 2:
-                        break
+    """Opens every connection that a stack opens when first needed; returns what its services hold when quiet.
+
+    Raises:
+        AssertionError: some worker got nothing of some gateway, or it is not quiet after half a minute.
+    """
+    for index, address in enumerate(stack.gateway_addresses):
+        name = f"gateway-{index}" if index else "gateway"
+        async with BucketServeClient(address) as client:
+            for _ in range(WARM_UP_ROUNDS):
+                with contextlib.suppress(TimeoutError):
+                    await _reach_all(stack, name, client)
+                    break
+            else:
+                raise AssertionError(f"not every worker got something of {name}: {_open_files(stack)[name]}")
     seen: dict[str, Usage] = {}
 
     async def is_quiet() -> bool:

@@ -51,6 +51,10 @@ class Relay:
         try:
             await asyncio.gather(_pump(reader, back), _pump(there, writer))
         finally:
+            for end in (writer, back):
+                end.transport.abort()
+                with contextlib.suppress(OSError):
+                    await end.wait_closed()
             self._open -= {writer, back}
 
 

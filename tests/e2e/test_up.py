@@ -172,7 +172,7 @@ async def test_a_second_signal_cuts_what_still_runs(launch) -> None:
         # Draining would take 25 s.
         assert up.process.wait(12) == 0
         await stream.aclose()
-    until(lambda: are_gone(children), 5)
+    until(lambda: are_gone(children), 30)
 
 
 def test_a_port_in_use_is_named_before_anything_starts(launch) -> None:

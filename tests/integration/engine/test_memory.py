@@ -54,6 +54,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_reported_memory_is_true_within_ten_percent(kernels: str) -> None:
     if not Path("/proc/self/clear_refs").exists():

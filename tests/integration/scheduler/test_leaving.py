@@ -119,9 +119,12 @@ async def test_a_draining_worker_hears_when_nothing_more_will_come() -> None:
         peer = await loop.connect(scheduler_pb2.WorkerHello(worker_id="w", context_tokens=CONTEXT, report=report()))
         worker = asyncio.create_task(play_worker(loop, peer))
         submitting = asyncio.create_task(submit_for_ever(loop))
-        await asyncio.sleep(0.1)
+        while loop.num_batches < 2:
+            await asyncio.sleep(0.001)
         await loop.hear(peer, scheduler_pb2.WorkRequest(draining=scheduler_pb2.WorkerDraining()))
         # Requests keep coming, and wait.
+        while not loop.core.status().num_waiting:
+            await asyncio.sleep(0.001)
         await asyncio.sleep(0.1)
         submitting.cancel()
         loop.leave()
