@@ -184,6 +184,8 @@ class SequenceSpec:
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None
     batch_id: BatchId | None = None
+    tpot_slo_s: float | None = None
+    """Promised mean time per token after the first: no step of others' prompts is to break it."""
     hands_over: bool = False
     """Ends here with its first token: its KV goes to another engine. KV is reserved for the prompt alone."""
 

@@ -211,17 +211,25 @@ async def test_hostile_clients_harm_nobody_else(new_stack: NewStack) -> None:
         with limited(limits) as by:
             await asyncio.sleep(3)
             before_s = victims.longest_s()
-            seen: dict[str, tuple[dict[str, int], float]] = {}
+            seen: dict[str, tuple[dict[str, int], float, float]] = {}
             for kind in HOSTILE:
+                start_s = time.monotonic()
                 outcomes = await in_a_process(stack.gateway_address, kind)
-                seen[kind] = (outcomes, victims.longest_s())
-                print(f"{kind}: {outcomes}, others waited {seen[kind][1]:.2f} s (before: {before_s:.2f} s)")
+                took_s = time.monotonic() - start_s
+                # Whoever waits still waits for this kind, not for the next.
+                await asyncio.sleep(1)
+                seen[kind] = (outcomes, took_s, victims.longest_s())
+                print(
+                    f"{kind}: {outcomes} in {took_s:.1f} s, others waited {seen[kind][2]:.2f} s ({before_s:.2f} before)"
+                )
             peaks = {name: peak_bytes(service.pid) for name, service in stack.services.items()}
             print(f"memory limited by {by}; peaks in MiB:", {name: peak >> 20 for name, peak in peaks.items()})
     assert victims.failures == []
     assert all(peak < limits[stack.services[name].pid] for name, peak in peaks.items()), peaks
-    for kind, (outcomes, longest_s) in seen.items():
-        assert longest_s <= before_s + MORE_S, (kind, longest_s, before_s)
+    for kind, (outcomes, took_s, longest_s) in seen.items():
+        # gRPC takes calls in as they come: what comes behind a burst waits until the burst is in, and no longer.
+        more_s = MORE_S + (took_s if kind == "bursts" else 0.0)
+        assert longest_s <= before_s + more_s, (kind, longest_s, before_s)
         allowed = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
         allowed |= {"RESOURCE_EXHAUSTED?"} if kind in MAY_BE_BARE else set()
         # What grpc.aio's client makes of a refusal that comes while it is still sending.

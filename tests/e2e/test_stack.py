@@ -57,10 +57,9 @@ async def test_one_connected_trace_buckets_and_every_request_completed(new_stack
         assert finished.timings.total_ms >= finished.timings.ttft_ms > 0
     buckets = {(f.batch.bucket_low_tokens, f.batch.bucket_high_tokens) for _, f in results}
     assert len(buckets) >= 2
-    assert all(
-        f.batch.bucket_low_tokens <= length < f.batch.bucket_high_tokens
-        for length, (_, f) in zip(lengths, results, strict=True)
-    )
+    for length, (_, finished) in zip(lengths, results, strict=True):
+        batch = finished.batch
+        assert batch.bucket_low_tokens <= length < batch.bucket_high_tokens, (length, finished)
     # One trace per request; the first continues its caller's.
     traces = defaultdict(list)
     for span in spans:

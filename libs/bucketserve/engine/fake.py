@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from bucketserve.core.errors import EngineError
+from bucketserve.core.pace import StepPace
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS, plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId, StepSample
 from bucketserve.engine.fingerprint import settings_fingerprint
@@ -54,6 +55,12 @@ class _Sequence:
     num_prefilled: int = 0
     num_generated: int = 0
     max_chunk_tokens: int = 0
+    first_token_s: float = 0.0
+
+    @property
+    def pace(self) -> tuple[float, float, int] | None:
+        tpot_s = self.spec.tpot_slo_s
+        return None if tpot_s is None else (tpot_s, self.first_token_s, self.num_generated)
 
     @property
     def remaining(self) -> int:
@@ -71,6 +78,8 @@ class FakeEngine:
 
     settings: FakeSettings = field(default_factory=FakeSettings)
     sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.perf_counter
+    _pace: StepPace = field(default_factory=StepPace)
     _waiting: dict[RequestId, _Sequence] = field(default_factory=dict)
     _running: dict[RequestId, _Sequence] = field(default_factory=dict)
 
@@ -133,7 +142,7 @@ class FakeEngine:
             raise EngineError(f"{len(kv)} bytes are not the KV of {num_tokens} tokens")
         if spec.reserved_tokens > min(self._unreserved(), self.settings.context_tokens):
             raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
-        sequence = _Sequence(spec, int.from_bytes(state, "big"), num_tokens, len(generated))
+        sequence = _Sequence(spec, int.from_bytes(state, "big"), num_tokens, len(generated), first_token_s=self.clock())
         for token_id in generated:
             sequence.state = _mix(sequence.state ^ token_id)
         self._running[spec.request_id] = sequence
@@ -152,10 +161,10 @@ class FakeEngine:
         """See ports.Engine."""
         if not self.has_work():
             return StepOutput()
-        start_s = time.perf_counter()
+        start_s = self.clock()
         decoding = list(self._running.values())
         context = sum(len(s.spec.token_ids) + s.num_generated for s in decoding)
-        prefill_tokens, attention, prefilled, failed = self._prefill(len(decoding))
+        prefill_tokens, attention, prefilled, failed = self._prefill(decoding, context)
         settings = self.settings
         busy_s = (
             settings.step_s
@@ -165,17 +174,19 @@ class FakeEngine:
         if busy_s > 0:
             self.sleep(busy_s)
         tokens = [output for s in (*decoding, *prefilled) for output in [self._generate(s)]]
+        sample = StepSample(
+            prefill_tokens=prefill_tokens,
+            prefill_attention=attention,
+            decode_sequences=len(decoding),
+            decode_context_tokens=context,
+            duration_s=self.clock() - start_s,
+        )
+        self._pace.learn(sample)
         return StepOutput(
             tokens=tuple(tokens),
             prefilled=tuple(s.spec.request_id for s in prefilled),
             failures=tuple(failed),
-            sample=StepSample(
-                prefill_tokens=prefill_tokens,
-                prefill_attention=attention,
-                decode_sequences=len(decoding),
-                decode_context_tokens=context,
-                duration_s=time.perf_counter() - start_s,
-            ),
+            sample=sample,
         )
 
     def close(self) -> None:
@@ -208,13 +219,22 @@ class FakeEngine:
             ready.append(sequence)
         return ready
 
-    def _prefill(self, num_decoding: int) -> tuple[int, int, list[_Sequence], list[SequenceFailure]]:
+    def _prefill(
+        self, decoding: Sequence[_Sequence], context_tokens: int
+    ) -> tuple[int, int, list[_Sequence], list[SequenceFailure]]:
         """Computes prompt pieces; returns tokens, attention, and the sequences that are complete or have failed."""
         waiting = self._ready()
-        limits = [s.max_chunk_tokens for s in waiting if s.max_chunk_tokens]
+        paced = self._pace.prompt_tokens(
+            (pace for s in decoding if (pace := s.pace)),
+            num_decoding=len(decoding),
+            context_tokens=context_tokens,
+            prompt_end=max((len(s.spec.token_ids) for s in waiting), default=0),
+            now_s=self.clock(),
+        )
+        limits = [limit for limit in (*(s.max_chunk_tokens for s in waiting), paced) if limit]
         pieces = plan_prefill(
             ((s.spec.request_id, s.remaining) for s in waiting),
-            num_decoding=num_decoding,
+            num_decoding=len(decoding),
             max_step_tokens=self.settings.max_step_tokens,
             max_chunk_tokens=min(limits, default=0),
         )
@@ -249,6 +269,8 @@ class FakeEngine:
             )
         sequence.state = _mix(sequence.state ^ token_id)
         sequence.num_generated += 1
+        if sequence.num_generated == 1:
+            sequence.first_token_s = self.clock()
         is_last = sequence.num_generated == spec.max_new_tokens
         if is_last:
             del self._running[spec.request_id]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bucketserve.core.errors import EngineError
+from bucketserve.core.pace import StepPace
 from bucketserve.core.stepping import plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
@@ -79,6 +80,7 @@ class PackedEngine:
         self._kernels = kernels
         self._device = torch.device(info.device)
         self._pressure = MemoryPressure(limits.max_step_tokens, memory.num_tokens)
+        self._pace = StepPace()
         self._num_prefix_asked = self._num_prefix_reused = 0
         self._waiting: dict[RequestId, EngineSequence] = {}
         self._running: dict[RequestId, EngineSequence] = {}
@@ -156,7 +158,13 @@ class PackedEngine:
             raise EngineError(f"sequence {spec.request_id} is already here")
         num_tokens = len(spec.token_ids) + len(generated) - 1
         self._check_length(num_tokens, kv)
-        sequence = EngineSequence(spec, 0, [*spec.token_ids, *generated], num_generated=len(generated))
+        sequence = EngineSequence(
+            spec,
+            0,
+            [*spec.token_ids, *generated],
+            num_generated=len(generated),
+            first_token_s=time.perf_counter(),
+        )
         if spec.reserved_tokens > self._limits.context_tokens or not self._reserve(sequence) or sequence.kv is None:
             raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
         try:
@@ -208,11 +216,13 @@ class PackedEngine:
         failures: list[SequenceFailure] = []
         rows = self._run(entries, failures)
         prefilled = [row.sequence.spec.request_id for row in rows if self._begin_decoding(row.sequence)]
+        sample = sample_of(time.perf_counter() - start_s)
+        self._pace.learn(sample)
         return StepOutput(
             tokens=tuple(self._take(row) for row in rows),
             prefilled=tuple(prefilled),
             failures=tuple(failures),
-            sample=sample_of(time.perf_counter() - start_s),
+            sample=sample,
         )
 
     # --- composing ----------------------------------------------------------------------------------------------
@@ -225,14 +235,30 @@ class PackedEngine:
             if len(entries) + len(ready) >= self._limits.max_sequences or not self._reserve(sequence):
                 break
             ready.append(sequence)
-        chunks = [sequence.max_chunk_tokens for sequence in ready if sequence.max_chunk_tokens]
+        if not ready:
+            return entries
+        limits = [*(sequence.max_chunk_tokens for sequence in ready), self._paced_tokens(ready)]
         pieces = plan_prefill(
             ((sequence.spec.request_id, sequence.remaining) for sequence in ready),
             num_decoding=len(entries),
             max_step_tokens=self._pressure.max_step_tokens,
-            max_chunk_tokens=min(chunks, default=0),
+            max_chunk_tokens=min((limit for limit in limits if limit), default=0),
         )
         return entries + [Entry(self._waiting[piece.request_id], piece.num_tokens) for piece in pieces]
+
+    def _paced_tokens(self, ready: Sequence[EngineSequence]) -> int:
+        """Returns the most prompt tokens beside which those that decode keep their TPOT; 0 for no limit."""
+        running = self._running.values()
+        furthest = max(
+            min(sequence.num_cached + self._limits.max_step_tokens, len(sequence.tokens)) for sequence in ready
+        )
+        return self._pace.prompt_tokens(
+            (pace for sequence in running if (pace := sequence.pace)),
+            num_decoding=len(running),
+            context_tokens=sum(sequence.num_cached + 1 for sequence in running),
+            prompt_end=furthest,
+            now_s=time.perf_counter(),
+        )
 
     def _reserve(self, sequence: EngineSequence) -> bool:
         """Gives a sequence its KV range, and in it what is known of its prompt already."""
@@ -377,6 +403,8 @@ class PackedEngine:
             )
         sequence.tokens.append(token_id)
         sequence.num_generated += 1
+        if sequence.num_generated == 1:
+            sequence.first_token_s = time.perf_counter()
         is_last = sequence.num_generated >= spec.max_new_tokens
         if is_last:
             self.cancel([spec.request_id])

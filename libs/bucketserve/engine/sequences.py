@@ -27,12 +27,20 @@ class EngineSequence:
     num_reused: int = 0
     """Those of them that were copied from a sequence that began alike."""
     num_generated: int = 0
+    first_token_s: float = 0.0
+    """When it had its first token here, on time.perf_counter."""
     seen: SeenTokens = field(default_factory=SeenTokens)
 
     @property
     def remaining(self) -> int:
         """Prompt tokens still to compute."""
         return len(self.spec.token_ids) - self.num_cached
+
+    @property
+    def pace(self) -> tuple[float, float, int] | None:
+        """What StepPace has to know of it while it decodes; None if no TPOT was promised."""
+        tpot_s = self.spec.tpot_slo_s
+        return None if tpot_s is None else (tpot_s, self.first_token_s, self.num_generated)
 
 
 @dataclass(frozen=True, slots=True)

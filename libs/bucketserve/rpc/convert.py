@@ -171,6 +171,7 @@ def sequence_from_spec(
         stop_token_ids=frozenset(spec.stop_token_ids),
         num_logprobs=spec.num_logprobs if spec.HasField("num_logprobs") else None,
         batch_id=BatchId(batch_id),
+        tpot_slo_s=spec.tpot_ms / 1e3 if spec.HasField("tpot_ms") else None,
         hands_over=hands_over,
     )
 

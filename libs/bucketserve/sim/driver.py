@@ -303,6 +303,7 @@ class Simulation:
             max_new_tokens=request.max_new_tokens,
             batch_id=batch.batch_id,
             max_chunk_tokens=batch.max_chunk_tokens,
+            tpot_slo_s=request.tpot_slo_s,
         )
 
     def _move(self, command: PullKv) -> None:

@@ -43,11 +43,13 @@ class WorkerMode:
     """Most tokens of any kind in one step."""
     shares_steps: bool = True
     """Whether the first prompt in order gets only half of a step while others wait, as at the workers that serve."""
+    keeps_pace: bool = True
+    """Whether a step's prompt tokens are bounded by the TPOT targets of what decodes (core.pace)."""
     kv_watermark: float = 0.01
     """Paged: share of KV kept free when a prompt is let in, so that running sequences may grow."""
 
 
-TABLE_MODE = WorkerMode(max_sequences=256, max_step_tokens=8192, shares_steps=False)
+TABLE_MODE = WorkerMode(max_sequences=256, max_step_tokens=8192, shares_steps=False, keeps_pace=False)
 """Workers of docs/paper, ours and those of the rivals: one device's limits for all, prompts in order as in the paper.
 
 The one place where what is simulated there differs from what is served, with TABLE_SETTINGS (sim/policies.py).
@@ -76,6 +78,8 @@ class SimSequence:
     max_new_tokens: int
     batch_id: BatchId
     max_chunk_tokens: int = 0
+    tpot_slo_s: float | None = None
+    first_token_s: float = 0.0
     num_to_compute: int = 0
     """Tokens whose KV has to be computed before it can decode: the prompt, after an eviction also its output so far."""
     num_computed: int = 0

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 
+from bucketserve.core.pace import StepPace
 from bucketserve.core.stepping import PrefillPiece, plan_prefill
 from bucketserve.core.types import Headroom, RequestId, StepSample, WorkerRole
 from bucketserve.sim.errors import SimulationError
@@ -65,6 +66,7 @@ class SimWorker:
         self._pieces: list[PrefillPiece] = []
         self._is_run = False
         self._is_expecting = False
+        self._pace = StepPace()
 
     # --- what the driver brings ---------------------------------------------------------------------------------
 
@@ -144,7 +146,7 @@ class SimWorker:
             if self._num_slots:
                 self._decoded(self._num_planned if self._is_run else 1, outcome)
             for piece in self._pieces:
-                self._computed(piece, outcome)
+                self._computed(piece, outcome, self.end_s)
             self._pieces, self._is_run, self.end_s = [], False, None
         if self._cancelled:
             self._remove_cancelled(outcome)
@@ -163,7 +165,7 @@ class SimWorker:
             self._make_room_to_grow()
             self._admit_paged()
         latency = self.spec.latency
-        pieces = self._plan_pieces()
+        pieces = self._plan_pieces(now_s)
         if pieces:
             tokens, squares = self._prefill_cost(pieces)
             self.end_s = now_s + latency.step_s(tokens, squares, self._num_slots, self._context)
@@ -178,7 +180,7 @@ class SimWorker:
             self.end_s, self._num_planned = now_s, 0
         self._start_s = now_s
 
-    def _plan_pieces(self) -> list[PrefillPiece]:
+    def _plan_pieces(self, now_s: float) -> list[PrefillPiece]:
         if not self._prefilling:
             return []
         mode = self.spec.mode
@@ -188,12 +190,30 @@ class SimWorker:
             batch_id = next(iter(self._prefilling.values())).batch_id
             waiting = (sequence for sequence in waiting if sequence.batch_id == batch_id)
         chosen = list(islice(waiting, max(mode.max_sequences - self._num_slots, 0)))
+        limits = {s.max_chunk_tokens for s in chosen}
+        if mode.keeps_pace and chosen:
+            limits.add(self._paced_tokens(chosen, now_s))
         return plan_prefill(
             ((sequence.request_id, sequence.remaining) for sequence in chosen),
             num_decoding=self._num_slots,
             max_step_tokens=10**9 if self._is_static else mode.max_step_tokens,
-            max_chunk_tokens=min((s.max_chunk_tokens for s in chosen if s.max_chunk_tokens), default=0),
+            max_chunk_tokens=min((limit for limit in limits if limit), default=0),
             is_shared=mode.shares_steps,
+        )
+
+    def _paced_tokens(self, chosen: list[SimSequence], now_s: float) -> int:
+        """Returns the most prompt tokens beside which those that decode keep their TPOT; 0 for no limit."""
+        promised = (
+            (s.tpot_slo_s, s.first_token_s, self._count - s.join_count)
+            for s in self._running.values()
+            if s.tpot_slo_s is not None
+        )
+        return self._pace.prompt_tokens(
+            promised,
+            num_decoding=self._num_slots,
+            context_tokens=self._context,
+            prompt_end=max(min(s.num_computed + self.spec.mode.max_step_tokens, s.num_to_compute) for s in chosen),
+            now_s=now_s,
         )
 
     def _prefill_cost(self, pieces: list[PrefillPiece]) -> tuple[int, int]:
@@ -223,15 +243,15 @@ class SimWorker:
         attention = sum(
             p.num_tokens * (self._prefilling[p.request_id].num_computed + p.num_tokens) for p in self._pieces
         )
-        outcome.samples.append(
-            StepSample(
-                prefill_tokens=sum(piece.num_tokens for piece in self._pieces),
-                prefill_attention=attention,
-                decode_sequences=self._num_slots,
-                decode_context_tokens=self._context,
-                duration_s=latency.step_s(0, 0, self._num_slots, self._context) if self._is_run else duration_s,
-            )
+        sample = StepSample(
+            prefill_tokens=sum(piece.num_tokens for piece in self._pieces),
+            prefill_attention=attention,
+            decode_sequences=self._num_slots,
+            decode_context_tokens=self._context,
+            duration_s=latency.step_s(0, 0, self._num_slots, self._context) if self._is_run else duration_s,
         )
+        self._pace.learn(sample)
+        outcome.samples.append(sample)
 
     # --- progress of sequences ----------------------------------------------------------------------------------
 
@@ -246,7 +266,7 @@ class SimWorker:
                 self._leave(sequence)
                 outcome.finished.append(sequence)
 
-    def _computed(self, piece: PrefillPiece, outcome: StepOutcome) -> None:
+    def _computed(self, piece: PrefillPiece, outcome: StepOutcome, now_s: float) -> None:
         sequence = self._prefilling[piece.request_id]
         sequence.num_computed += piece.num_tokens
         if sequence.remaining:
@@ -254,6 +274,7 @@ class SimWorker:
         del self._prefilling[piece.request_id]
         sequence.num_generated += 1
         if sequence.num_generated == 1:
+            sequence.first_token_s = now_s
             outcome.prefilled.append(sequence)
         if sequence.num_generated >= sequence.output_tokens and not self._is_static:
             self._kv_used -= sequence.kv_tokens

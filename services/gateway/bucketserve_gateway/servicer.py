@@ -214,6 +214,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             stop_token_ids=valid.stop_token_ids,
             num_logprobs=valid.num_logprobs,
             delivery_address=self._parts.delivery_address,
+            tpot_ms=valid.slo.tpot_ms if valid.slo.HasField("tpot_ms") else None,
         )
         return ticket, spec
 
