@@ -22,9 +22,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from bucketserve.sim.capacity import find_capacity
 from bucketserve.sim.cluster import parse_cluster
-from bucketserve.sim.experiment import Experiment, best_layout, find_capacity, run_experiment
+from bucketserve.sim.experiment import Experiment, best_layout, run_experiment
 from bucketserve.sim.latency import CostMode, load_device
+from bucketserve.sim.limits import OutputLimits
 from bucketserve.sim.policies import POLICIES, as_in_the_table, find_policy, with_settings
 from bucketserve.sim.report import Report
 from bucketserve.sim.workload import Arrivals, read_trace
@@ -87,6 +89,7 @@ def run(job: Job) -> dict[str, object]:
         seed=job.seed,
         cost=CostMode(job.cost),
         arrivals=Arrivals.POISSON,
+        limits=OutputLimits.EXACT,
         stopwatch=time.perf_counter,
     )
     layouts = [parse_cluster(job.layout)] if job.layout else list(policy.layouts(NUM_WORKERS, 1))

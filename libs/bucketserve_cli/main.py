@@ -16,6 +16,7 @@ from bucketserve.client import BucketServeClient
 from bucketserve.core.errors import SettingsError
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import CostMode
+from bucketserve.sim.limits import OutputLimits
 from bucketserve.sim.policies import POLICIES
 from bucketserve.sim.workload import WORKLOADS, Arrivals
 from bucketserve_cli import demo as demo_command
@@ -273,7 +274,10 @@ def bench(
 def sim(
     policy: Annotated[str, typer.Option(help=", ".join(POLICIES))] = "adaptive",
     workload: Annotated[str, typer.Option(help=", ".join(WORKLOADS))] = "mixed",
-    trace: Annotated[Path | None, typer.Option(help="CSV (.gz) of arrival_s, prompt_tokens, output_tokens")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="CSV of arrival_s, prompt_tokens, output_tokens, or JSONL with block hashes (.gz)"),
+    ] = None,
     cost: Annotated[CostMode, typer.Option(help="what a step costs: padded to its longest prompt, or packed")] = (
         CostMode.PACKED
     ),
@@ -289,10 +293,14 @@ def sim(
         float | None,
         typer.Option(parser=in_range(0, 1, low_open=True), help="search the highest rate with this SLO attainment"),
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, max=10_000_000, help="requests per run, at least")] = 2000,
+    requests: Annotated[int, typer.Option(min=1, max=10_000_000, help="requests per run, at least")] = 1000,
     span: Annotated[
-        float, typer.Option(parser=in_range(0, 1e6), help="seconds over which they arrive, at least")
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            parser=in_range(0, 1e6),
+            help="seconds over which they arrive, at least; default: 10 times the longest request alone",
+        ),
+    ] = None,
     arrivals: Annotated[Arrivals, typer.Option(help="how requests arrive")] = Arrivals.POISSON,
     burstiness: Annotated[
         float, typer.Option(parser=in_range(0, 100, low_open=True), help="coefficient of variation of gamma gaps")
@@ -303,9 +311,12 @@ def sim(
         float, typer.Option(parser=in_range(0, 1e6), help="SLO: multiple of the unloaded prefill")
     ] = 3.0,
     tpot: Annotated[float, typer.Option(parser=SECONDS, help="SLO: seconds per further token")] = 0.1,
-    output_slack: Annotated[
-        float, typer.Option(parser=in_range(1, 1e6), help="max_tokens as a multiple of the true output")
-    ] = 1.0,
+    limits: Annotated[
+        OutputLimits, typer.Option(help="max_tokens as clients choose it, or exactly the output")
+    ] = OutputLimits.CLIENT,
+    batch_share: Annotated[
+        float, typer.Option(parser=in_range(0, 1), help="share of batch-class requests, which have no SLO")
+    ] = 0.0,
     reject_early: Annotated[bool, typer.Option(help="requests ask to be refused if their TTFT can't be met")] = False,
     seed: Annotated[int, typer.Option(min=0, max=SEED_MAX, help="of all draws")] = 0,
     turn_ms: Annotated[
@@ -334,8 +345,10 @@ def sim(
             min_span_s=span,
             arrivals=arrivals,
             burstiness_cv=burstiness,
+            limits=limits,
+            batch_share=batch_share,
             context_tokens=context,
-            slo=option_slo(ttft, ttft_factor, tpot, output_slack, reject_early),
+            slo=option_slo(ttft, ttft_factor, tpot, reject_early),
             seed=seed,
             turn_s=turn_ms / 1e3,
             settings=parse_settings(settings or []),

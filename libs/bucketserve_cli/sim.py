@@ -14,9 +14,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bucketserve.sim.capacity import find_capacity
 from bucketserve.sim.cluster import parse_cluster
-from bucketserve.sim.experiment import Experiment, best_layout, find_capacity
+from bucketserve.sim.experiment import Experiment, best_layout
 from bucketserve.sim.latency import CostMode, load_device
+from bucketserve.sim.limits import OutputLimits
 from bucketserve.sim.policies import find_policy, with_settings
 from bucketserve.sim.report import Report
 from bucketserve.sim.slo import Slo
@@ -40,9 +42,11 @@ class SimOptions:
     rate_rps: float | None
     find_capacity: float | None
     requests: int
-    min_span_s: float
+    min_span_s: float | None
     arrivals: Arrivals
     burstiness_cv: float
+    limits: OutputLimits
+    batch_share: float
     context_tokens: int
     slo: Slo
     seed: int
@@ -83,6 +87,8 @@ def _simulate(options: SimOptions, progress_console: Console) -> Report:
             cost=options.cost,
             arrivals=options.arrivals,
             burstiness_cv=options.burstiness_cv,
+            limits=options.limits,
+            batch_share=options.batch_share,
             slo=options.slo,
             context_tokens=options.context_tokens or None,
             turn_s=options.turn_s,
@@ -106,16 +112,18 @@ def report_table(report: Report) -> Table:
         ("arrivals", f"{report.num_requests} at {rate}, seed {report.seed}"),
         ("ended", f"{report.num_finished} finished, {report.num_refused} refused, {report.num_dropped} dropped"),
         ("changed to fit the context", f"{report.num_truncated_prompts} prompts, {report.num_cut_outputs} outputs"),
-        ("SLO attainment", f"{report.slo_attainment:.1%}"),
+        ("SLO attainment", f"{report.slo_attainment:.1%} of {report.num_measured} measured"),
         ("goodput", f"{report.goodput_rps:.2f} requests/s"),
         ("throughput", f"{report.tokens_per_s:.0f} output tokens/s, {report.total_tokens_per_s:.0f} with prompts"),
         ("TTFT p50 / p90 / p99", _three(report.ttft_s, 1.0, "s")),
+        ("TTFT of the worst tenth", f"{report.ttft_worst_tenth_s:.3g} s mean"),
         ("TPOT p50 / p90 / p99", _three(report.tpot_s, 1e3, "ms")),
         ("padding if padded", f"{report.waste_relative:.3f} per request, {report.waste_padded_share:.3f} of tokens"),
         ("batch", f"{report.mean_batch:.1f} requests; limited by " + _counts(report.limited_by)),
         ("utilisation", f"prefill {report.utilisation.prefill:.1%}, decode {report.utilisation.decode:.1%}"),
         ("KV peak", f"{report.utilisation.kv_peak:.1%}"),
-        ("evictions, edge changes", f"{report.num_evictions}, {report.num_edge_changes}"),
+        ("evictions", f"{report.num_evictions}, at most {report.max_evictions} of one request"),
+        ("edge changes", str(report.num_edge_changes)),
         ("deciding", f"{report.decision_ms_mean:.3f} ms mean, {report.decision_ms_max:.1f} ms max a call"),
         ("overhead", f"{report.overhead_share:.3%} of busy worker time"),
     ]
@@ -168,14 +176,13 @@ def _counts(limited_by: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in limited_by.items()) or "nothing"
 
 
-def option_slo(ttft_s: float, ttft_factor: float, tpot_s: float, output_slack: float, rejects_early: bool) -> Slo:
+def option_slo(ttft_s: float, ttft_factor: float, tpot_s: float, rejects_early: bool) -> Slo:
     """Returns the targets that the flags name."""
     return replace(
         Slo(),
         ttft_fixed_s=ttft_s,
         ttft_factor=ttft_factor,
         tpot_s=tpot_s,
-        output_slack=output_slack,
         rejects_early=rejects_early,
     )
 

@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from bucketserve.core.step_times import StepTimes
 from bucketserve.core.types import StepSample
 
-__all__ = ["StepPace"]
+__all__ = ["MOST_LENT", "StepPace"]
 
 MIN_TOKENS = 16
 """Prompts get on by so many tokens in every step, whatever was promised."""
 MOST_LENT = 2.0
-"""Targets that one step may take, however far ahead its sequences are: a stream should not stutter."""
+"""Targets that one step may take where streams should not stutter."""
 GROWTH = 2
 """A step takes at most so many times the prompt tokens of the largest one measured: further out nothing is known."""
 
@@ -28,8 +28,9 @@ INFINITY = float("inf")
 class StepPace:
     """Learns how long steps take on this worker, and bounds those that decode beside prompts."""
 
-    def __init__(self) -> None:
-        """Knows nothing of the worker."""
+    def __init__(self, most_lent: float = MOST_LENT) -> None:
+        """Knows nothing of the worker. A step takes at most so many targets, however far ahead its sequences are."""
+        self._most_lent = most_lent
         self._times = StepTimes()
         self._most_tokens = 0
 
@@ -63,7 +64,7 @@ class StepPace:
         step_s = INFINITY
         for tpot_s, first_s, num_tokens in promised:
             if tpot_s > decode_s:
-                step_s = min(step_s, max(first_s + num_tokens * tpot_s - now_s, tpot_s), MOST_LENT * tpot_s)
+                step_s = min(step_s, max(first_s + num_tokens * tpot_s - now_s, tpot_s), self._most_lent * tpot_s)
         if step_s == INFINITY:
             return 0
         token_s = self._times.step_s(1, prompt_end, num_decoding, context_tokens) - decode_s

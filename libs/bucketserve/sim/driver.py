@@ -33,12 +33,13 @@ from bucketserve.core.messages import (
     WorkerJoined,
     WorkerReported,
 )
-from bucketserve.core.types import Batch, BatchId, Request, RequestId, WorkerId
+from bucketserve.core.types import Batch, BatchId, Request, RequestClass, RequestId, WorkerId
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import CostMode, DeviceModel
 from bucketserve.sim.ledger import Ledger, Outcome, Record
 from bucketserve.sim.sequence import SimSequence, StepOutcome, WorkerSpec
 from bucketserve.sim.slo import Slo
+from bucketserve.sim.window import Window
 from bucketserve.sim.worker import SimWorker
 from bucketserve.sim.workload import SimRequest, Workload
 
@@ -46,6 +47,10 @@ __all__ = ["Policy", "RunStats", "Simulation"]
 
 MIN_WAKE_S = 1e-6
 MAX_IDLE_CALLS = 100_000
+STOP_CHECK_STEPS = 2048
+"""Calls of the policy between two looks at whether a run is lost."""
+FAR_S = 1e6
+"""Batch-class requests are due in the end."""
 
 
 class Policy(Protocol):
@@ -85,6 +90,7 @@ class Simulation:
         slo: Slo,
         *,
         turn_s: float = 0.0,
+        stop_below: float = 0.0,
         stopwatch: Callable[[], float] = lambda: 0.0,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -98,6 +104,8 @@ class Simulation:
             slo: targets of every request.
             turn_s: least virtual time between two calls of the policy; events in between are handed over together,
                 as the scheduler service does under load. 0: every instant.
+            stop_below: the run ends early once its attainment is certain to be below that share; a search for a
+                capacity needs to know no more of a rate that is too high. 0: it never does.
             stopwatch: real seconds, to time the policy with.
             on_progress: called now and then with (requests ended, requests in all).
         """
@@ -110,6 +118,11 @@ class Simulation:
         self._device = device
         self._slo = slo
         self._turn_s = turn_s
+        longest_s = max((device.alone_s(r.prompt_tokens, r.output_tokens) for r in workload.requests), default=0.0)
+        self.window = Window.of(workload.span_s, longest_s)
+        self.has_stopped = False
+        """It ended early: attainment is below stop_below, and most figures mean nothing."""
+        self._stop_below = stop_below
         self._stopwatch = stopwatch
         self._on_progress = on_progress
         self._requests: dict[RequestId, Request] = {}
@@ -150,8 +163,23 @@ class Simulation:
                 waiting_events, next_turn_s = [], now_s + self._turn_s
                 if self._on_progress is not None and self.stats.num_steps % 512 == 0:
                     self._on_progress(num_arrived - self.ledger.num_open, len(arrivals))
+                if self._stop_below and self.stats.num_steps % STOP_CHECK_STEPS == 0 and self._is_lost():
+                    self.has_stopped = True
+                    break
             self._plan_workers()
         return self.ledger
+
+    def _is_lost(self) -> bool:
+        measured = [
+            drawn
+            for drawn in self._workload.requests
+            if drawn.request_class is RequestClass.INTERACTIVE and drawn.arrival_s in self.window
+        ]
+        num_missed = sum(
+            record.is_interactive and record.request.arrival_s in self.window and record.is_missed(self.now_s)
+            for record in self.ledger.records.values()
+        )
+        return num_missed > (1 - self._stop_below) * len(measured) > 0
 
     def _next_s(
         self, arrivals: Sequence[SimRequest], num_arrived: int, waiting: Sequence[Event], turn_s: float
@@ -188,7 +216,7 @@ class Simulation:
     def _submitted(self, index: int, drawn: SimRequest) -> RequestSubmitted:
         request_id = RequestId(f"r{index:07d}")
         ttft_s = self._slo.ttft_s(self._device, drawn.prompt_tokens)
-        request = self._slo.request(request_id, drawn, ttft_s, self._device.context_tokens)
+        request = self._slo.request(request_id, drawn, ttft_s)
         self.ledger.open(request_id, Record(drawn, ttft_s, self._slo.tpot_s))
         self._requests[request_id] = request
         return RequestSubmitted(request)
@@ -234,6 +262,7 @@ class Simulation:
                 self._stopping.discard(sequence.request_id)
             else:
                 self.ledger.ended(sequence.request_id, Outcome.FINISHED, self.now_s)
+                self.ledger.records[sequence.request_id].num_evictions = sequence.num_evictions
             self._requests.pop(sequence.request_id, None)
             events.append(
                 RequestFinished(
@@ -295,7 +324,8 @@ class Simulation:
         self._touched[batch.worker_id] = worker
 
     def _sequence(self, request_id: RequestId, batch: Batch) -> SimSequence:
-        request, drawn = self._requests[request_id], self.ledger.records[request_id].request
+        request, record = self._requests[request_id], self.ledger.records[request_id]
+        drawn = record.request
         return SimSequence(
             request_id=request_id,
             prompt_tokens=drawn.prompt_tokens,
@@ -303,7 +333,9 @@ class Simulation:
             max_new_tokens=request.max_new_tokens,
             batch_id=batch.batch_id,
             max_chunk_tokens=batch.max_chunk_tokens,
-            tpot_slo_s=request.tpot_slo_s,
+            due_s=drawn.arrival_s + (record.ttft_slo_s if record.is_interactive else FAR_S),
+            tpot_slo_s=record.tpot_slo_s if record.is_interactive else inf,
+            block_hashes=drawn.block_hashes,
         )
 
     def _move(self, command: PullKv) -> None:

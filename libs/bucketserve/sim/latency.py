@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bucketserve.sim.errors import SimulationError
+from bucketserve.sim.roofline import DERIVED
 
 __all__ = ["CostMode", "DeviceModel", "StepLatency", "load_device", "parse_device"]
 
@@ -112,17 +113,25 @@ class DeviceModel:
     kv_link_bytes_per_s: float
     kv_link_latency_s: float
 
+    def alone_s(self, prompt_tokens: int, output_tokens: int) -> float:
+        """Returns how long a request takes that has one device to itself, in seconds."""
+        latency = self.latency[min(self.latency)]
+        first_s = latency.prefill_s(prompt_tokens)
+        return first_s + latency.decode_run_s(output_tokens - 1, 1, prompt_tokens + 1)
+
     def kv_transfer_s(self, num_tokens: int) -> float:
         """Returns how long the KV of that many tokens takes from worker to worker."""
         return self.kv_link_latency_s + num_tokens * self.kv_bytes_per_token / self.kv_link_bytes_per_s
 
 
 def load_device(name_or_path: str) -> DeviceModel:
-    """Returns a model by the name of a packaged data file, or from a JSON file.
+    """Returns a model by the name of a packaged data file or of a derived one (sim/roofline.py), or from a JSON file.
 
     Raises:
         SimulationError: there is no such model, or the file isn't one; names the packaged ones.
     """
+    if name_or_path in DERIVED:
+        return parse_device(DERIVED[name_or_path])
     folder = resources.files("bucketserve.sim") / "data"
     packaged = folder / f"{name_or_path}.json"
     path = Path(name_or_path)
@@ -131,7 +140,7 @@ def load_device(name_or_path: str) -> DeviceModel:
     elif path.is_file():
         text = path.read_text(encoding="utf-8")
     else:
-        names = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json"))
+        names = sorted([*DERIVED, *(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json"))])
         known = ", ".join(name for name in names if name != "workloads")
         raise SimulationError(f"no device model {name_or_path!r}: give a JSON file or one of {known}")
     try:

@@ -6,9 +6,10 @@ import enum
 from dataclasses import dataclass, field
 
 from bucketserve.core.messages import DropReason, RefuseReason
-from bucketserve.core.types import Batch, LimitedBy, RequestId
+from bucketserve.core.types import Batch, LimitedBy, RequestClass, RequestId
 from bucketserve.core.waste import Waste, WasteBook
 from bucketserve.sim.errors import SimulationError
+from bucketserve.sim.window import Window
 from bucketserve.sim.workload import SimRequest
 
 __all__ = ["BatchBook", "Ledger", "Outcome", "Record"]
@@ -33,8 +34,15 @@ class Record:
     dispatched_s: float | None = None
     first_token_s: float | None = None
     end_s: float | None = None
+    num_evictions: int = 0
+    """How often it lost its KV memory to others."""
     outcome: Outcome | None = None
     reason: RefuseReason | DropReason | None = None
+
+    @property
+    def is_interactive(self) -> bool:
+        """Whether it has targets at all."""
+        return self.request.request_class is RequestClass.INTERACTIVE
 
     @property
     def ttft_s(self) -> float | None:
@@ -56,6 +64,13 @@ class Record:
             return False
         tpot_s = self.tpot_s
         return self.ttft_s <= self.ttft_slo_s and (tpot_s is None or tpot_s <= self.tpot_slo_s)
+
+    def is_missed(self, now_s: float) -> bool:
+        """Whether it is certain by now that it misses a target."""
+        if self.outcome is not None:
+            return not self.is_within_slo
+        ttft_s = now_s - self.request.arrival_s if self.ttft_s is None else self.ttft_s
+        return ttft_s > self.ttft_slo_s
 
 
 @dataclass(slots=True)
@@ -124,6 +139,11 @@ class Ledger:
         record = self._open_record(request_id)
         record.outcome, record.end_s, record.reason = outcome, now_s, reason
         self.num_open -= 1
+
+    def measured(self, window: Window) -> list[Record]:
+        """Returns the interactive requests that arrived in the window; all interactive ones if none did."""
+        interactive = [record for record in self.records.values() if record.is_interactive]
+        return [record for record in interactive if record.request.arrival_s in window] or interactive
 
     def _open_record(self, request_id: RequestId) -> Record:
         record = self.records.get(request_id)

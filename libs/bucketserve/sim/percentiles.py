@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-__all__ = ["Percentiles", "nearest_rank"]
+__all__ = ["Percentiles", "nearest_rank", "worst_tenth"]
 
 
 def nearest_rank(values: Sequence[float], percent: int) -> float:
@@ -20,6 +20,14 @@ def nearest_rank(values: Sequence[float], percent: int) -> float:
         raise ValueError("no values")
     # Exact: 0.07 * 100 is more than 7.
     return sorted(values)[math.ceil(Fraction(percent, 100) * len(values)) - 1]
+
+
+def worst_tenth(values: Sequence[float]) -> float:
+    """Returns the mean of the largest tenth of the values, at least of one; 0 if there are none."""
+    if not values:
+        return 0.0
+    number = math.ceil(len(values) / 10)
+    return math.fsum(sorted(values)[-number:]) / number
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,60 +1,40 @@
-"""Every policy by name: how to build it, what it asks of its workers, which layouts it is tried on."""
+"""Every policy by name. A new rival is a file of its own in sim/baselines and a line in RIVALS."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings
-from bucketserve.core.types import RequestId
-from bucketserve.sim.baselines.chunked import Chunked, chunked_mode
-from bucketserve.sim.baselines.distserve import DISTSERVE_MODE, DistServe
-from bucketserve.sim.baselines.fcfs_static import FCFS_STATIC_MODE, FcfsStatic
-from bucketserve.sim.baselines.laps import Laps
-from bucketserve.sim.baselines.uellm import UELLM_CONTINUOUS_MODE, UELLM_MODE, Uellm
-from bucketserve.sim.cluster import WorkerGroup, aggregated, splits
-from bucketserve.sim.driver import Policy
+from bucketserve.sim.baselines import chunked, chunked_edf, distserve, fcfs_static, laps, lmetric, qoserve, uellm
 from bucketserve.sim.errors import SimulationError
+from bucketserve.sim.policy_spec import Layout, PolicySpec, either
 from bucketserve.sim.sequence import TABLE_MODE, WorkerMode
 
 __all__ = [
     "POLICIES",
+    "RIVALS",
     "TABLE_SETTINGS",
-    "PolicyContext",
-    "PolicySpec",
     "as_in_the_table",
     "core_policy",
     "find_policy",
     "with_settings",
 ]
 
-Layout = tuple[WorkerGroup, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyContext:
-    """What a policy may be built from."""
-
-    context_tokens: int
-    seed: int
-    true_output: Callable[[RequestId], int]
-    """Only for simulated output predictors."""
-
-
-@dataclass(frozen=True, slots=True)
-class PolicySpec:
-    """A policy that can be simulated."""
-
-    name: str
-    summary: str
-    build: Callable[[PolicyContext], Policy]
-    mode: WorkerMode
-    layouts: Callable[[int, int], Sequence[Layout]]
-    """(workers, devices per worker) -> splits into roles to choose the best of."""
-    settings: CoreSettings | None = None
-    """Of the production core; None for a policy that is not it."""
+RIVALS: Sequence[Callable[[], PolicySpec]] = (
+    chunked.rival,
+    chunked_edf.rival,
+    qoserve.rival,
+    lmetric.rival,
+    laps.rival,
+    distserve.rival,
+    uellm.rival,
+    uellm.continuous,
+    fcfs_static.rival,
+)
+"""Each with its authors' step size; `PolicySpec.sized` has it with another."""
 
 
 def core_policy(
@@ -115,58 +95,25 @@ def _parse(text: str, kind: type) -> object:
     return kind(text)
 
 
-def _aggregated_only(num_workers: int, devices: int) -> Sequence[Layout]:
-    return [aggregated(num_workers, devices)]
-
-
-def _splits_only(num_workers: int, devices: int) -> Sequence[Layout]:
-    return splits(num_workers, devices)
-
-
-def _any(num_workers: int, devices: int) -> Sequence[Layout]:
-    return [aggregated(num_workers, devices), *splits(num_workers, devices)]
-
-
 _CORE = CoreSettings(max_queued_requests=10_000_000, max_queued_tokens=10**12)
 """As served, but queues without bounds: a refusal would spare a policy the requests that it can't serve."""
 TABLE_SETTINGS: Mapping[str, Any] = {"small_batch_tokens": 0}
 """Of the core in docs/paper, whose workers do not share steps (TABLE_MODE)."""
 
+
+def _algorithm_1(chunk_tokens: int = _CORE.max_chunk_tokens) -> PolicySpec:
+    """Algorithm 1 with chunks of that many prompt tokens beside running decodes."""
+    settings = replace(_CORE.as_in_the_paper(), max_chunk_tokens=chunk_tokens)
+    spec = core_policy("paper", "Algorithm 1, earliest arrival first", settings, either)
+    return replace(spec, sized=_algorithm_1)
+
+
 POLICIES: Mapping[str, PolicySpec] = {
     spec.name: spec
     for spec in (
-        core_policy("adaptive", "the default: exact edges, slack order, time-aware batches", _CORE, _any),
-        core_policy("paper", "Algorithm 1, earliest arrival first", _CORE.as_in_the_paper(), _any),
-        PolicySpec(
-            "fcfs-static",
-            "static batches in order of arrival",
-            lambda _: FcfsStatic(),
-            FCFS_STATIC_MODE,
-            _aggregated_only,
-        ),
-        PolicySpec(
-            "chunked",
-            "continuous batching, chunked prefill (Sarathi)",
-            lambda _: Chunked(),
-            chunked_mode(),
-            _aggregated_only,
-        ),
-        PolicySpec("distserve", "prefill and decode apart, FCFS", lambda _: DistServe(), DISTSERVE_MODE, _splits_only),
-        PolicySpec(
-            "uellm",
-            "UELLM with static batches",
-            lambda context: Uellm(context.true_output, context.seed, is_static=True),
-            UELLM_MODE,
-            _aggregated_only,
-        ),
-        PolicySpec(
-            "uellm-continuous",
-            "UELLM's order with continuous batching",
-            lambda context: Uellm(context.true_output, context.seed, is_static=False),
-            UELLM_CONTINUOUS_MODE,
-            _aggregated_only,
-        ),
-        PolicySpec("laps", "short and long prompts prefilled apart", lambda _: Laps(), DISTSERVE_MODE, _splits_only),
+        core_policy("adaptive", "what is served: exact edges, slack order, time-aware batches", _CORE, either),
+        _algorithm_1(),
+        *(rival() for rival in RIVALS),
     )
 }
 

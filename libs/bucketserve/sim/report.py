@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from bucketserve.core.types import WorkerRole
 from bucketserve.sim.driver import Simulation
 from bucketserve.sim.ledger import Outcome
-from bucketserve.sim.percentiles import Percentiles
+from bucketserve.sim.percentiles import Percentiles, worst_tenth
 
 __all__ = ["Report", "Utilisation", "make_report"]
 
@@ -28,7 +28,10 @@ class Utilisation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """One run's figures. Rates are per second of virtual time, over the time from start to the last end."""
+    """One run's figures. Rates are per second of virtual time, over the time from start to the last end.
+
+    What is said to be measured is of the interactive requests that arrived in the measured window (sim/window.py).
+    """
 
     policy: str
     workload: str
@@ -44,23 +47,34 @@ class Report:
     num_truncated_prompts: int
     num_cut_outputs: int
     duration_s: float
+    num_measured: int
     slo_attainment: float
-    """Share of all arrivals that finished within both targets."""
+    """Share of those measured that finished within both targets."""
     goodput_rps: float
-    """Such requests per second of arrivals' span."""
+    """Such requests per second of the measured window."""
+    completed_rps: float
+    """Requests of any class that ended in the measured window, per second of it. Under overload: the saturation."""
+    batch_tokens_per_s: float
+    """Generated tokens of batch-class requests that ended in the measured window, per second of it."""
     throughput_rps: float
     tokens_per_s: float
     """Generated tokens."""
     total_tokens_per_s: float
     """Prompt and generated tokens."""
     ttft_s: Percentiles
+    """Measured."""
+    ttft_worst_tenth_s: float
+    """Mean of the longest tenth of measured TTFTs."""
     tpot_s: Percentiles
+    """Measured."""
     waste_relative: float
     waste_padded_share: float
     mean_batch: float
     limited_by: dict[str, int]
     utilisation: Utilisation
     num_evictions: int
+    max_evictions: int
+    """Of a single request."""
     num_edge_changes: int
     num_decisions: int
     decisions_per_s: float | None
@@ -93,10 +107,13 @@ def make_report(
     """Returns the figures of a run that is over."""
     ledger, stats = simulation.ledger, simulation.stats
     records = list(ledger.records.values())
+    window, measured = simulation.window, ledger.measured(simulation.window)
+    window_s = window.length_s or 1.0
+    ended = [record for record in records if record.outcome is Outcome.FINISHED and (record.end_s or 0.0) in window]
     finished = [record for record in records if record.outcome is Outcome.FINISHED]
     duration_s = max((record.end_s or 0.0 for record in records), default=0.0) or 1.0
-    span_s = max((record.request.arrival_s for record in records), default=0.0) or 1.0
-    good = sum(record.is_within_slo for record in records)
+    good = sum(record.is_within_slo for record in measured)
+    ttft_s = [record.ttft_s for record in measured if record.ttft_s is not None]
     output_tokens = sum(record.request.output_tokens for record in finished)
     prompt_tokens = sum(record.request.prompt_tokens for record in finished)
     busy_s = sum(worker.prefill_busy_s + worker.decode_busy_s for worker in simulation.workers.values())
@@ -116,19 +133,24 @@ def make_report(
         num_truncated_prompts=num_truncated_prompts,
         num_cut_outputs=num_cut_outputs,
         duration_s=duration_s,
-        slo_attainment=good / len(records) if records else 1.0,
-        goodput_rps=good / span_s,
+        num_measured=len(measured),
+        slo_attainment=good / len(measured) if measured else 1.0,
+        goodput_rps=good / window_s,
+        completed_rps=len(ended) / window_s,
+        batch_tokens_per_s=sum(r.request.output_tokens for r in ended if not r.is_interactive) / window_s,
         throughput_rps=len(finished) / duration_s,
         tokens_per_s=output_tokens / duration_s,
         total_tokens_per_s=(output_tokens + prompt_tokens) / duration_s,
-        ttft_s=Percentiles.of([record.ttft_s for record in records if record.ttft_s is not None]),
-        tpot_s=Percentiles.of([record.tpot_s for record in finished if record.tpot_s is not None]),
+        ttft_s=Percentiles.of(ttft_s),
+        ttft_worst_tenth_s=worst_tenth(ttft_s),
+        tpot_s=Percentiles.of([record.tpot_s for record in measured if record.tpot_s is not None]),
         waste_relative=ledger.batches.waste.relative,
         waste_padded_share=ledger.batches.waste.padded_share,
         mean_batch=ledger.batches.num_requests / max(ledger.batches.num_batches, 1),
         limited_by={limit.value: number for limit, number in sorted(ledger.batches.limited_by.items(), key=str)},
         utilisation=_utilisation(simulation, duration_s),
         num_evictions=sum(worker.num_evictions for worker in simulation.workers.values()),
+        max_evictions=max((record.num_evictions for record in records), default=0),
         num_edge_changes=stats.num_edge_changes,
         num_decisions=stats.num_steps,
         decisions_per_s=stats.num_steps / stats.policy_wall_s if stats.policy_wall_s else None,

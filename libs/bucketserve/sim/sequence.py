@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
+from bucketserve.core.pace import MOST_LENT
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS
 from bucketserve.core.types import BatchId, RequestId, StepSample, WorkerId, WorkerRole
 from bucketserve.sim.latency import CostMode, StepLatency
@@ -43,13 +46,15 @@ class WorkerMode:
     """Most tokens of any kind in one step."""
     shares_steps: bool = True
     """Whether the first prompt in order gets only half of a step while others wait, as at the workers that serve."""
-    keeps_pace: bool = True
-    """Whether a step's prompt tokens are bounded by the TPOT targets of what decodes (core.pace)."""
+    most_lent: float = MOST_LENT
+    """TPOT targets that a step beside decodes may take (core.pace); 0 for steps that know no targets."""
     kv_watermark: float = 0.01
     """Paged: share of KV kept free when a prompt is let in, so that running sequences may grow."""
+    urgency: Callable[[SimSequence, float], float] | None = None
+    """(sequence, now) -> the least goes first among prompts, the greatest is evicted first. None: order of arrival."""
 
 
-TABLE_MODE = WorkerMode(max_sequences=256, max_step_tokens=8192, shares_steps=False, keeps_pace=False)
+TABLE_MODE = WorkerMode(max_sequences=256, max_step_tokens=8192, shares_steps=False, most_lent=0)
 """Workers of docs/paper, ours and those of the rivals: one device's limits for all, prompts in order as in the paper.
 
 The one place where what is simulated there differs from what is served, with TABLE_SETTINGS (sim/policies.py).
@@ -78,8 +83,14 @@ class SimSequence:
     max_new_tokens: int
     batch_id: BatchId
     max_chunk_tokens: int = 0
-    tpot_slo_s: float | None = None
+    due_s: float = 0.0
+    """When its first token is due; far away for batch class."""
+    tpot_slo_s: float = inf
+    block_hashes: tuple[int, ...] = ()
+    holds_blocks: bool = False
+    """Whether its blocks are noted in its worker's prefix cache as held."""
     first_token_s: float = 0.0
+    num_evictions: int = 0
     num_to_compute: int = 0
     """Tokens whose KV has to be computed before it can decode: the prompt, after an eviction also its output so far."""
     num_computed: int = 0

@@ -1,11 +1,10 @@
-"""Targets of simulated requests: the same for every policy."""
+"""Targets of simulated interactive requests: the same for every policy."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from bucketserve.core.types import Request, RequestId
+from bucketserve.core.types import Request, RequestClass, RequestId
 from bucketserve.sim.latency import DeviceModel
 from bucketserve.sim.workload import SimRequest
 
@@ -23,9 +22,6 @@ class Slo:
     ttft_fixed_s: float = 0.25
     ttft_factor: float = 3.0
     tpot_s: float = 0.1
-    output_slack: float = 1.0
-    """max_new_tokens as a multiple of the true output. 1: exact, as published benchmarks have it (they make the model
-    ignore its end token); above 1 a policy that reserves output reserves too much."""
     rejects_early: bool = False
     """Requests ask to be refused at once when their TTFT can't be met."""
 
@@ -33,15 +29,16 @@ class Slo:
         """Returns a prompt's target, in seconds."""
         return self.ttft_fixed_s + self.ttft_factor * device.latency[min(device.latency)].prefill_s(prompt_tokens)
 
-    def request(self, request_id: RequestId, drawn: SimRequest, ttft_s: float, context_tokens: int) -> Request:
-        """Returns the request as the policy sees it: a limit instead of the true output."""
-        limit = math.ceil(drawn.output_tokens * self.output_slack)
+    def request(self, request_id: RequestId, drawn: SimRequest, ttft_s: float) -> Request:
+        """Returns the request as the policy sees it: a limit instead of the true output. Batch class has no targets."""
+        is_batch = drawn.request_class is RequestClass.BATCH
         return Request(
             request_id=request_id,
             prompt_tokens=drawn.prompt_tokens,
-            max_new_tokens=max(min(limit, context_tokens - drawn.prompt_tokens), drawn.output_tokens),
+            max_new_tokens=drawn.max_new_tokens,
             arrival_s=drawn.arrival_s,
-            ttft_slo_s=ttft_s,
-            tpot_slo_s=self.tpot_s,
-            reject_if_unattainable=self.rejects_early,
+            request_class=drawn.request_class,
+            ttft_slo_s=None if is_batch else ttft_s,
+            tpot_slo_s=None if is_batch else self.tpot_s,
+            reject_if_unattainable=self.rejects_early and not is_batch,
         )

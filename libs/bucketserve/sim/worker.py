@@ -11,12 +11,14 @@ import heapq
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
+from math import inf
 
 from bucketserve.core.pace import StepPace
 from bucketserve.core.stepping import PrefillPiece, plan_prefill
 from bucketserve.core.types import Headroom, RequestId, StepSample, WorkerRole
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import CostMode
+from bucketserve.sim.prefix_cache import PrefixCache
 from bucketserve.sim.sequence import Discipline, KvPolicy, SimSequence, StepOutcome, WorkerSpec
 
 __all__ = ["SimWorker"]
@@ -66,7 +68,8 @@ class SimWorker:
         self._pieces: list[PrefillPiece] = []
         self._is_run = False
         self._is_expecting = False
-        self._pace = StepPace()
+        self._pace = StepPace(spec.mode.most_lent)
+        self._prefixes = PrefixCache()
 
     # --- what the driver brings ---------------------------------------------------------------------------------
 
@@ -104,7 +107,7 @@ class SimWorker:
 
     def release(self, request_id: RequestId, kv_tokens: int) -> None:
         """Frees a held sequence's KV after it was pulled."""
-        del self._held[request_id]
+        self._release_blocks(self._held.pop(request_id))
         self._kv_used -= kv_tokens
 
     def cancel(self, request_id: RequestId) -> None:
@@ -162,7 +165,7 @@ class SimWorker:
         if self._is_static:
             self._admit_static()
         elif self._is_paged:
-            self._make_room_to_grow()
+            self._make_room_to_grow(now_s)
             self._admit_paged()
         latency = self.spec.latency
         pieces = self._plan_pieces(now_s)
@@ -184,14 +187,16 @@ class SimWorker:
         if not self._prefilling:
             return []
         mode = self.spec.mode
-        waiting: Iterator[SimSequence] = iter(self._prefilling.values())
+        waiting: Iterator[SimSequence] = iter(self._by_urgency(self._prefilling.values(), now_s))
         if self.spec.cost is CostMode.PADDED:
             # An engine that pads prefills one batch at a time, or it would pad short prompts to another bucket.
             batch_id = next(iter(self._prefilling.values())).batch_id
             waiting = (sequence for sequence in waiting if sequence.batch_id == batch_id)
         chosen = list(islice(waiting, max(mode.max_sequences - self._num_slots, 0)))
+        for sequence in chosen:
+            self._skip_known(sequence)
         limits = {s.max_chunk_tokens for s in chosen}
-        if mode.keeps_pace and chosen:
+        if mode.most_lent and chosen:
             limits.add(self._paced_tokens(chosen, now_s))
         return plan_prefill(
             ((sequence.request_id, sequence.remaining) for sequence in chosen),
@@ -203,18 +208,29 @@ class SimWorker:
 
     def _paced_tokens(self, chosen: list[SimSequence], now_s: float) -> int:
         """Returns the most prompt tokens beside which those that decode keep their TPOT; 0 for no limit."""
-        promised = (
-            (s.tpot_slo_s, s.first_token_s, self._count - s.join_count)
-            for s in self._running.values()
-            if s.tpot_slo_s is not None
-        )
+        running = self._running.values()
         return self._pace.prompt_tokens(
-            promised,
+            ((s.tpot_slo_s, s.first_token_s, self._count - s.join_count) for s in running if s.tpot_slo_s < inf),
             num_decoding=self._num_slots,
             context_tokens=self._context,
             prompt_end=max(min(s.num_computed + self.spec.mode.max_step_tokens, s.num_to_compute) for s in chosen),
             now_s=now_s,
         )
+
+    def _by_urgency(self, sequences: Iterable[SimSequence], now_s: float) -> Iterable[SimSequence]:
+        urgency = self.spec.mode.urgency
+        return sequences if urgency is None else sorted(sequences, key=lambda one: urgency(one, now_s))
+
+    def _skip_known(self, sequence: SimSequence) -> None:
+        """Leaves out what a prefix cache has of a prompt that hasn't begun; its last token is always computed."""
+        if sequence.block_hashes and not sequence.num_computed:
+            known = self._prefixes.num_tokens_of(sequence.block_hashes)
+            sequence.num_computed = min(known, sequence.num_to_compute - 1)
+
+    def _release_blocks(self, sequence: SimSequence) -> None:
+        if sequence.holds_blocks:
+            self._prefixes.release(sequence.block_hashes)
+            sequence.holds_blocks = False
 
     def _prefill_cost(self, pieces: list[PrefillPiece]) -> tuple[int, int]:
         """Returns (tokens, sum of end^2 - start^2) that the step computes."""
@@ -275,9 +291,15 @@ class SimWorker:
         sequence.num_generated += 1
         if sequence.num_generated == 1:
             sequence.first_token_s = now_s
+            assert self.end_s is not None  # a step is ending
+            sequence.first_token_s = self.end_s
             outcome.prefilled.append(sequence)
+        if sequence.block_hashes:
+            self._prefixes.hold(sequence.block_hashes)
+            sequence.holds_blocks = True
         if sequence.num_generated >= sequence.output_tokens and not self._is_static:
             self._kv_used -= sequence.kv_tokens
+            self._release_blocks(sequence)
             outcome.finished.append(sequence)
         elif self.role is WorkerRole.PREFILL:
             self._held[piece.request_id] = sequence
@@ -285,6 +307,7 @@ class SimWorker:
             self._decode_from_here(sequence)
             if sequence.num_generated >= sequence.output_tokens:
                 del self._running[sequence.request_id]
+                self._release_blocks(sequence)
                 outcome.finished.append(sequence)
 
     def _decode_from_here(self, sequence: SimSequence) -> None:
@@ -304,6 +327,7 @@ class SimWorker:
     def _leave(self, sequence: SimSequence) -> None:
         """Takes a sequence out of the decodes; in a static batch it keeps its slot and its memory."""
         del self._running[sequence.request_id]
+        self._release_blocks(sequence)
         sequence.num_generated = self._count - sequence.join_count
         if self._is_static:
             return
@@ -327,6 +351,7 @@ class SimWorker:
                 sequence = self._prefilling.pop(request_id, None) or self._held.pop(request_id, None)
                 if sequence is not None:
                     self._kv_used -= sequence.kv_tokens
+                    self._release_blocks(sequence)
                 else:
                     sequence = self._pop_queued(request_id)
             if sequence is not None:
@@ -354,6 +379,7 @@ class SimWorker:
     def _use_kv(self, tokens: int) -> None:
         self._kv_used += tokens
         self.max_kv_used = max(self.max_kv_used, self._kv_used)
+        self._prefixes.shrink(self.spec.kv_total_tokens - self._kv_used)
         if self._kv_used > self.spec.kv_total_tokens and not self._is_expecting:
             raise SimulationError(
                 f"{self.spec.worker_id}: {self._kv_used} KV tokens in a memory of {self.spec.kv_total_tokens}"
@@ -380,14 +406,17 @@ class SimWorker:
             self._prefilling[head.request_id] = head
             budget -= head.remaining
 
-    def _make_room_to_grow(self) -> None:
-        """Evicts the sequence that joined last until every other one can grow by a token."""
+    def _make_room_to_grow(self, now_s: float) -> None:
+        """Evicts the least urgent sequence, else the one that joined last, until every other can grow by a token."""
         while self._num_slots and self._kv_used + self._num_slots > self.spec.kv_total_tokens:
             sequence = self._running[next(reversed(self._running))]
+            if self.spec.mode.urgency is not None:
+                sequence = list(self._by_urgency(self._running.values(), now_s))[-1]
             if self._kv_used == sequence.context_tokens:
                 raise SimulationError(f"{self.spec.worker_id}: one sequence outgrows the whole KV memory")
             self._leave(sequence)
             self.num_evictions += 1
+            sequence.num_evictions += 1
             if self.spec.mode.kv is KvPolicy.PAGED_SWAP:
                 self._swapped.appendleft(sequence)
             else:

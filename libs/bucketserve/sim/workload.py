@@ -1,6 +1,7 @@
 """Requests to simulate: lengths from published percentiles or a trace file, arrivals drawn or recorded.
 
-Everything is drawn from a seeded random.Random: the same seed gives the same workload, whatever the policy.
+Lengths, arrivals, output limits and classes are drawn from random generators of their own, seeded alike: the same seed
+gives the same workload whatever the policy, and a longer workload begins with the shorter one.
 """
 
 from __future__ import annotations
@@ -17,14 +18,29 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import TextIO, cast
 
+from bucketserve.core.types import RequestClass
 from bucketserve.sim.errors import SimulationError
+from bucketserve.sim.limits import OutputLimits, draw_limit
 
-__all__ = ["WORKLOADS", "Arrivals", "Lengths", "SimRequest", "Workload", "make_workload", "read_trace"]
+__all__ = [
+    "BLOCK_TOKENS",
+    "WORKLOADS",
+    "Arrivals",
+    "Lengths",
+    "SimRequest",
+    "Workload",
+    "largest_request",
+    "make_workload",
+    "read_trace",
+]
 
 WORKLOADS = ("alpaca", "longbench", "mixed")
 
 MIXED_PARTS = ("alpaca", "longbench")
+BLOCK_TOKENS = 512
+"""Prompt tokens per block hash, as in Mooncake's traces."""
 
 
 class Arrivals(enum.Enum):
@@ -44,6 +60,8 @@ class Lengths:
     prompt_tokens: int
     output_tokens: int
     arrival_s: float | None = None
+    block_hashes: tuple[int, ...] = ()
+    """A hash per BLOCK_TOKENS of the prompt, each of everything up to its block's end; empty: shares nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +72,11 @@ class SimRequest:
     prompt_tokens: int
     output_tokens: int
     """True output; a policy sees only a limit on it."""
+    max_new_tokens: int
+    """The limit that its client asks for; at least the true output."""
+    request_class: RequestClass = RequestClass.INTERACTIVE
+    block_hashes: tuple[int, ...] = ()
+    """Of the prompt's whole blocks, as in Lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +103,8 @@ def make_workload(
     seed: int,
     arrivals: Arrivals = Arrivals.POISSON,
     burstiness_cv: float = 2.0,
+    limits: OutputLimits = OutputLimits.CLIENT,
+    batch_share: float = 0.0,
 ) -> Workload:
     """Returns a workload.
 
@@ -91,36 +116,92 @@ def make_workload(
         seed: of all draws.
         arrivals: drawn lengths have no recorded times.
         burstiness_cv: coefficient of variation of gamma gaps.
+        limits: how max_new_tokens is chosen; never beyond the context.
+        batch_share: share of the requests that are batch class.
 
     Raises:
         SimulationError: the combination makes no sense.
     """
-    rng = random.Random(seed)
-    name = source if isinstance(source, str) else "trace"
-    rows = _draw(source, num_requests, rng) if isinstance(source, str) else _rows(source, num_requests, arrivals, rng)
+    lengths, gaps, asked, classes = (random.Random(f"{seed}/{what}") for what in ("lengths", "gaps", "limits", "class"))
+    if isinstance(source, str):
+        name, rows = source, _draw(source, num_requests, lengths)
+    else:
+        name, rows = "trace", _rows(source, num_requests, arrivals, lengths)
     if arrivals is Arrivals.RECORDED:
         times = _recorded(rows, rate_rps)
     else:
         if rate_rps is None or rate_rps <= 0:
             raise SimulationError("drawn arrivals need a positive rate")
-        times = _drawn(len(rows), rate_rps, 1.0 if arrivals is Arrivals.POISSON else burstiness_cv, rng)
+        times = _drawn(len(rows), rate_rps, 1.0 if arrivals is Arrivals.POISSON else burstiness_cv, gaps)
     requests, num_truncated, num_cut = [], 0, 0
     for arrival_s, row in zip(times, rows, strict=True):
         prompt, output = _fit(row, context_tokens)
         num_truncated += prompt < row.prompt_tokens
         num_cut += output < row.output_tokens
-        requests.append(SimRequest(arrival_s, prompt, output))
+        limit = draw_limit(output, asked) if limits is OutputLimits.CLIENT else output
+        requests.append(
+            SimRequest(
+                arrival_s,
+                prompt,
+                output,
+                max_new_tokens=min(limit, context_tokens - prompt),
+                request_class=RequestClass.BATCH if classes.random() < batch_share else RequestClass.INTERACTIVE,
+                block_hashes=row.block_hashes[: prompt // BLOCK_TOKENS],
+            )
+        )
     return Workload(name, tuple(requests), num_truncated, num_cut)
 
 
+def largest_request(source: str | Sequence[Lengths], context_tokens: int) -> tuple[int, int]:
+    """Returns (prompt, output) tokens of the request with the longest output that a source may give, as it fits."""
+    if isinstance(source, str):
+        _check_name(source)
+        parts = MIXED_PARTS if source == "mixed" else (source,)
+        outputs = [int(_published()[part]["output_tokens"][-1]) for part in parts]
+        prompts = [int(_published()[part]["prompt_tokens"][0]) for part in parts]
+        rows: Sequence[Lengths] = [Lengths(min(prompts), max(outputs))]
+    else:
+        rows = source
+    return max((_fit(row, context_tokens) for row in rows), key=lambda fitted: (fitted[1], fitted[0]))
+
+
 def read_trace(path: Path) -> list[Lengths]:
-    """Returns the rows of a CSV (may be gzipped) with columns arrival_s, prompt_tokens, output_tokens.
+    """Returns the rows of a trace file, which may be gzipped.
+
+    Either a CSV with columns arrival_s, prompt_tokens, output_tokens, or (a name with .jsonl) an object per line with
+    t (arrival, seconds), in and out (tokens) and h (block hashes, see Lengths).
 
     Raises:
         SimulationError: the file can't be read as such; names the line.
     """
+    rows = _read_jsonl(path) if ".jsonl" in path.suffixes else _read_csv(path)
+    if not rows:
+        raise SimulationError(f"{path}: no rows")
+    return rows
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return cast(TextIO, gzip.open(path, "rt", newline="", encoding="utf-8"))
+    return path.open(newline="", encoding="utf-8")
+
+
+def _read_jsonl(path: Path) -> list[Lengths]:
     rows: list[Lengths] = []
-    with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                hashes = tuple(int(value) for value in row.get("h", ()))
+                rows.append(Lengths(max(int(row["in"]), 1), max(int(row["out"]), 1), float(row["t"]), hashes))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise SimulationError(f"{path}, line {number}: {error!r}") from error
+    return rows
+
+
+def _read_csv(path: Path) -> list[Lengths]:
+    rows: list[Lengths] = []
+    with _open(path) as file:
         reader = csv.DictReader(file)
         missing = {"prompt_tokens", "output_tokens"} - set(reader.fieldnames or ())
         if missing:
@@ -137,8 +218,6 @@ def read_trace(path: Path) -> list[Lengths]:
                 )
             except (TypeError, ValueError) as error:
                 raise SimulationError(f"{path}, line {reader.line_num}: {error}") from error
-    if not rows:
-        raise SimulationError(f"{path}: no rows")
     return rows
 
 
@@ -192,9 +271,13 @@ def _published() -> dict[str, dict[str, list[float]]]:
     }
 
 
-def _draw(name: str, number: int, rng: random.Random) -> list[Lengths]:
+def _check_name(name: str) -> None:
     if name not in WORKLOADS:
         raise SimulationError(f"no workload {name!r}: one of {', '.join(WORKLOADS)}")
+
+
+def _draw(name: str, number: int, rng: random.Random) -> list[Lengths]:
+    _check_name(name)
     rows = []
     for _ in range(number):
         part = _published()[rng.choice(MIXED_PARTS) if name == "mixed" else name]

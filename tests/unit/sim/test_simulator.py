@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from bucketserve.core.step_times import StepTimes
 from bucketserve.core.types import StepSample
+from bucketserve.sim.capacity import find_capacities, find_capacity
 from bucketserve.sim.cluster import aggregated, layout_name, parse_cluster, splits
 from bucketserve.sim.errors import SimulationError
-from bucketserve.sim.experiment import Experiment, find_capacity, run_experiment
+from bucketserve.sim.experiment import Experiment, run_experiment
 from bucketserve.sim.fit import fit_steps, fitted_device
 from bucketserve.sim.latency import load_device, parse_device
 from bucketserve.sim.policies import find_policy, with_settings
@@ -27,7 +28,14 @@ A100_80 = load_device("a100-80gb-13b")
 
 
 def experiment(policy: str = "adaptive", **more) -> Experiment:
-    values = {"source": "mixed", "source_name": "mixed", "device": DEVICE, "num_requests": 150, **more}
+    values = {
+        "source": "mixed",
+        "source_name": "mixed",
+        "device": DEVICE,
+        "num_requests": 150,
+        "min_span_s": 0.0,
+        **more,
+    }
     return Experiment(policy=find_policy(policy), **values)
 
 
@@ -56,10 +64,19 @@ def test_the_same_seed_gives_the_same_report_and_another_seed_another() -> None:
 
 def test_capacity_is_a_rate_that_keeps_the_target_and_more_is_too_much() -> None:
     what = experiment("chunked", num_requests=300)
-    found = find_capacity(what, [aggregated(2)], 0.9)
+    found = find_capacity(what, [aggregated(2)], 0.9, start_rps=4.0)
     assert found.slo_attainment >= 0.9
     assert found.capacity_rps is not None
     assert run_experiment(what, aggregated(2), found.capacity_rps * 1.5).slo_attainment < 0.9
+
+
+def test_one_search_finds_the_capacities_of_several_targets() -> None:
+    what = experiment("chunked", num_requests=300)
+    found = find_capacities(what, [aggregated(2)], [0.99, 0.8], start_rps=4.0)
+    assert [found[target].slo_attainment >= target for target in (0.8, 0.99)] == [True, True]
+    assert (found[0.8].capacity_rps or 0.0) > (found[0.99].capacity_rps or 0.0) > 0
+    # Stopping early changes no answer: a search for the higher target alone is given up later.
+    assert find_capacity(what, [aggregated(2)], 0.99, start_rps=4.0).capacity_rps == found[0.99].capacity_rps
 
 
 def test_a_longer_span_means_more_requests_at_a_higher_rate() -> None:
@@ -184,7 +201,7 @@ def test_settings_as_text_and_what_is_wrong_with_them() -> None:
 
 def test_the_command_writes_the_figures_and_explains_errors(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    arguments = ["sim", "--policy", "adaptive", "--rate", "2", "--requests", "80", "--json", str(out)]
+    arguments = ["sim", "--policy", "adaptive", "--rate", "2", "--requests", "80", "--span", "0", "--json", str(out)]
     result = CliRunner().invoke(app, [*arguments, "--cluster", "1xprefill+3xdecode"])
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())

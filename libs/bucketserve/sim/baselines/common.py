@@ -85,6 +85,7 @@ class Baseline:
                 case WorkerReported():
                     worker = self.workers[event.worker_id]
                     worker.headroom, worker.unaccounted_tokens = event.headroom, 0
+                    self.on_reported(event)
                 case BatchPrefilled():
                     self.workers[event.worker_id].unfilled.difference_update(event.request_ids)
                     self.on_prefilled(event)
@@ -102,6 +103,9 @@ class Baseline:
 
     def on_prefilled(self, event: BatchPrefilled) -> None:
         """Takes note of computed prompts."""
+
+    def on_reported(self, event: WorkerReported) -> None:
+        """Takes note of measured steps."""
 
     def on_finished(self, event: RequestFinished) -> None:
         """Takes note of a request's end."""

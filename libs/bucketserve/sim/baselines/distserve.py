@@ -14,9 +14,13 @@ from dataclasses import replace
 from bucketserve.core.types import LimitedBy, Request, WorkerRole
 from bucketserve.sim.baselines.common import KnownWorker
 from bucketserve.sim.baselines.decode_pull import Disaggregated
+from bucketserve.sim.policy_spec import PolicySpec, apart
 from bucketserve.sim.sequence import TABLE_MODE, KvPolicy
 
-__all__ = ["DISTSERVE_MODE", "DistServe"]
+__all__ = ["DISTSERVE_MODE", "DistServe", "rival"]
+
+BATCH_TOKENS = 512
+"""About the prompt length that saturates the device, as the paper chooses it."""
 
 DISTSERVE_MODE = replace(TABLE_MODE, kv=KvPolicy.PAGED_SWAP, max_sequences=1024)
 
@@ -24,7 +28,9 @@ DISTSERVE_MODE = replace(TABLE_MODE, kv=KvPolicy.PAGED_SWAP, max_sequences=1024)
 class DistServe(Disaggregated):
     """See the module."""
 
-    def __init__(self, prefill_batch_tokens: int = 512, max_batch: int = 128, decode_watermark: float = 0.05) -> None:
+    def __init__(
+        self, prefill_batch_tokens: int = BATCH_TOKENS, max_batch: int = 128, decode_watermark: float = 0.05
+    ) -> None:
         """prefill_batch_tokens: a batch stops growing beyond it; a longer prompt runs alone."""
         super().__init__(decode_watermark)
         self._queue: deque[Request] = deque()
@@ -60,3 +66,15 @@ class DistServe(Disaggregated):
             batch.append(self._queue.popleft())
             tokens += head.prompt_tokens
         return batch, LimitedBy.SUPPLY
+
+
+def rival(batch_tokens: int = BATCH_TOKENS) -> PolicySpec:
+    """Returns the policy with prefill batches of that many tokens."""
+    return PolicySpec(
+        "distserve",
+        "prefill and decode apart, each in order of arrival (DistServe)",
+        lambda _: DistServe(batch_tokens),
+        DISTSERVE_MODE,
+        apart,
+        sized=rival,
+    )

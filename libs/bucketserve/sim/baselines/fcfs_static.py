@@ -11,9 +11,10 @@ from dataclasses import replace
 
 from bucketserve.core.types import LimitedBy, Request
 from bucketserve.sim.baselines.common import Baseline, KnownWorker
+from bucketserve.sim.policy_spec import PolicySpec, together
 from bucketserve.sim.sequence import TABLE_MODE, Discipline
 
-__all__ = ["FCFS_STATIC_MODE", "FcfsStatic"]
+__all__ = ["FCFS_STATIC_MODE", "FcfsStatic", "rival"]
 
 FCFS_STATIC_MODE = replace(TABLE_MODE, discipline=Discipline.STATIC)
 
@@ -49,3 +50,10 @@ class FcfsStatic(Baseline):
                 return batch, LimitedBy.COUNT
             batch.append(self._queue.popleft())
         return batch, LimitedBy.SUPPLY
+
+
+def rival() -> PolicySpec:
+    """Returns the policy."""
+    return PolicySpec(
+        "fcfs-static", "static batches in order of arrival", lambda _: FcfsStatic(), FCFS_STATIC_MODE, together
+    )

@@ -12,8 +12,10 @@ from collections import deque
 from bucketserve.core.types import Bucket, LimitedBy, Request, WorkerId, WorkerRole
 from bucketserve.sim.baselines.common import KnownWorker
 from bucketserve.sim.baselines.decode_pull import Disaggregated
+from bucketserve.sim.baselines.distserve import DISTSERVE_MODE
+from bucketserve.sim.policy_spec import PolicySpec, apart
 
-__all__ = ["Laps"]
+__all__ = ["Laps", "rival"]
 
 BOUNDARY_TOKENS = 256
 SHORT_BATCH_TOKENS = 512
@@ -27,9 +29,15 @@ EWMA = 0.1
 class Laps(Disaggregated):
     """See the module."""
 
-    def __init__(self, boundary_tokens: int = BOUNDARY_TOKENS, decode_watermark: float = 0.05) -> None:
-        """Prompts below boundary_tokens are short."""
+    def __init__(
+        self,
+        short_batch_tokens: int = SHORT_BATCH_TOKENS,
+        boundary_tokens: int = BOUNDARY_TOKENS,
+        decode_watermark: float = 0.05,
+    ) -> None:
+        """Prompts below boundary_tokens are short, and batched up to short_batch_tokens."""
         super().__init__(decode_watermark)
+        self._batch_tokens = short_batch_tokens
         self._boundary = boundary_tokens
         self._short: deque[Request] = deque()
         self._long: deque[Request] = deque()
@@ -107,7 +115,7 @@ class Laps(Disaggregated):
         total, limited_by = 0, LimitedBy.SUPPLY
         while self._short:
             head = self._short[0]
-            if batch and total + head.prefill_tokens > SHORT_BATCH_TOKENS:
+            if batch and total + head.prefill_tokens > self._batch_tokens:
                 limited_by = LimitedBy.TIME
                 break
             if not self._fits(worker, total + head.prefill_tokens, len(batch) + 1):
@@ -122,9 +130,9 @@ class Laps(Disaggregated):
     def _is_held(self, tokens: int, now_s: float) -> bool:
         """Whether the short batch should still fill; sets wake_s to the end of the wait."""
         head = self._short[0]
-        fill_s = max(SHORT_BATCH_TOKENS - tokens, 0) * self._token_gap_s
+        fill_s = max(self._batch_tokens - tokens, 0) * self._token_gap_s
         until_s = head.arrival_s + min(SLACK_SHARE * (head.ttft_slo_s or 0.0), fill_s)
-        if tokens >= SHORT_BATCH_TOKENS or until_s <= now_s:
+        if tokens >= self._batch_tokens or until_s <= now_s:
             return False
         self.wake_s = until_s if self.wake_s is None else min(self.wake_s, until_s)
         return True
@@ -136,3 +144,15 @@ class Laps(Disaggregated):
 def _latest_s(request: Request) -> float:
     """When its first token is due."""
     return request.arrival_s + (request.ttft_slo_s or 0.0)
+
+
+def rival(short_batch_tokens: int = SHORT_BATCH_TOKENS) -> PolicySpec:
+    """Returns the policy with batches of short prompts of that many tokens."""
+    return PolicySpec(
+        "laps",
+        "short and long prompts prefilled apart (LAPS)",
+        lambda _: Laps(short_batch_tokens),
+        DISTSERVE_MODE,
+        apart,
+        sized=rival,
+    )

@@ -14,9 +14,10 @@ from dataclasses import replace
 
 from bucketserve.core.types import LimitedBy, Request, RequestId
 from bucketserve.sim.baselines.common import Baseline, KnownWorker
+from bucketserve.sim.policy_spec import PolicyContext, PolicySpec, together
 from bucketserve.sim.sequence import TABLE_MODE, Discipline
 
-__all__ = ["UELLM_CONTINUOUS_MODE", "UELLM_MODE", "Uellm", "predict_output"]
+__all__ = ["UELLM_CONTINUOUS_MODE", "UELLM_MODE", "Uellm", "continuous", "predict_output", "rival"]
 
 UELLM_MODE = replace(TABLE_MODE, discipline=Discipline.STATIC)
 UELLM_CONTINUOUS_MODE = TABLE_MODE
@@ -97,3 +98,26 @@ class Uellm(Baseline):
             batch.append(request)
             reserved, largest = reserved + request.reserved_tokens, max(largest, predicted)
         return batch, LimitedBy.SUPPLY
+
+
+def _build(context: PolicyContext, *, is_static: bool) -> Uellm:
+    return Uellm(lambda request_id: context.drawn(request_id).output_tokens, context.seed, is_static=is_static)
+
+
+def rival() -> PolicySpec:
+    """Returns the policy as it is published."""
+    return PolicySpec(
+        "uellm", "UELLM with static batches", lambda context: _build(context, is_static=True), UELLM_MODE, together
+    )
+
+
+def continuous(step_tokens: int = UELLM_CONTINUOUS_MODE.max_step_tokens) -> PolicySpec:
+    """Returns its order with continuous batching, in steps of that many tokens."""
+    return PolicySpec(
+        "uellm-continuous",
+        "UELLM's order with continuous batching",
+        lambda context: _build(context, is_static=False),
+        replace(UELLM_CONTINUOUS_MODE, max_step_tokens=step_tokens),
+        together,
+        sized=continuous,
+    )
