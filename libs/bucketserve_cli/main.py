@@ -18,6 +18,7 @@ from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import CostMode
 from bucketserve.sim.limits import OutputLimits
 from bucketserve.sim.policies import POLICIES
+from bucketserve.sim.scenarios import SCENARIOS
 from bucketserve.sim.workload import WORKLOADS, Arrivals
 from bucketserve_cli import demo as demo_command
 from bucketserve_cli.bench import BenchOptions, run_bench
@@ -25,6 +26,7 @@ from bucketserve_cli.generate import GenerateOptions, stream_generation
 from bucketserve_cli.job import job_app
 from bucketserve_cli.services import config_app, gateway, scheduler, worker
 from bucketserve_cli.sim import SimOptions, option_slo, parse_settings, run_simulation
+from bucketserve_cli.sim_tables import run_comparison, run_scenarios
 from bucketserve_cli.stack import LocalStack, StackError, StackSpec
 from bucketserve_cli.status import show_status
 from bucketserve_cli.supervise import interrupted_by_signals, keep_running
@@ -325,6 +327,11 @@ def sim(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="a setting of the core, NAME=VALUE; may be repeated")
     ] = None,
+    compare: Annotated[
+        str, typer.Option(help="capacities at 80, 95, 99% of these policies side by side: adaptive,chunked or all")
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="with --compare: runs from --seed on")] = 1,
+    scenario: Annotated[str, typer.Option(help="a public complaint: " + ", ".join([*SCENARIOS, "all"]))] = "",
     json_path: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
 ) -> None:
     """Simulate a cluster in virtual time: the production core or a rival policy under a workload."""
@@ -354,7 +361,12 @@ def sim(
             settings=parse_settings(settings or []),
             json_path=json_path,
         )
-        run_simulation(options, console, errors)
+        if scenario:
+            run_scenarios(scenario, options, console)
+        elif compare:
+            run_comparison(compare, seeds, options, console, errors)
+        else:
+            run_simulation(options, console, errors)
     except (SimulationError, ValueError, EOFError, csv.Error) as error:
         raise InputError(str(error)) from None
 

@@ -16,8 +16,8 @@ __all__ = ["PRECISION", "find_capacities", "find_capacity"]
 PRECISION = 0.02
 """Relative distance of neighbouring rates: capacities are known no better."""
 MAX_RATE_RPS = 1e6
-UP, DOWN = 20, -35
-"""Grid steps of a search that has no bracket yet: times 1.5, and half."""
+FIRST_STRIDE = 8
+"""Grid steps of a search that has no bracket yet; doubled until it has."""
 MAX_DECLINE = 210
 """Grid steps below the start at which a search gives up: a 64th of it."""
 
@@ -67,14 +67,24 @@ class _Search:
         """Returns the highest good rate's index; None if none is good, or none above the floor."""
         if floor is not None and not self._is_good(floor + 1, target):
             return None
+        stride = FIRST_STRIDE
         while True:
             good = max((i for i in self.reports if self._is_good(i, target)), default=None)
-            bad = min((i for i in self.reports if i > (-(10**9) if good is None else good)), default=None)
-            if good is not None and bad == good + 1:
-                return good
-            if good is None and bad is not None and bad < start - MAX_DECLINE:
+            bad = min((i for i in self.reports if good is None or i > good), default=None)
+            if good is not None and bad is not None:
+                if bad == good + 1:
+                    return good
+                self._is_good((good + bad) // 2, target)
+                continue
+            if good is not None:
+                self._is_good(good + stride, target)
+            elif bad is None:
+                self._is_good(start, target)
+            elif bad < start - MAX_DECLINE:
                 return None
-            self._is_good(_next(good, bad, start), target)
+            else:
+                self._is_good(bad - stride, target)
+            stride *= 2
 
     def _is_good(self, index: int, target: float) -> bool:
         if index not in self.reports:
@@ -83,10 +93,3 @@ class _Search:
                 raise SimulationError(f"{self._experiment.num_requests} requests are too few to find the capacity")
             self.reports[index] = run_experiment(self._experiment, self._layout, rate_rps, stop_below=self._stop_below)
         return self.reports[index].slo_attainment >= target
-
-
-def _next(good: int | None, bad: int | None, start: int) -> int:
-    """Returns the rate to try next, between the highest good and the lowest bad one above it."""
-    if good is None:
-        return start if bad is None else bad + DOWN
-    return good + UP if bad is None else (good + bad) // 2
