@@ -121,6 +121,15 @@ bench-path: $(READY) ## Requests/s, tokens/s and added TTFT through gateway and 
 bench-core: $(READY) ## core.step at growing queues
 	$(BIN)/python benchmarks/core_step.py
 
+RIVALS ?= adaptive,paper,chunked,chunked-edf,qoserve,lmetric,laps,distserve,uellm-continuous
+SEEDS ?= 3
+
+operators: $(READY) ## Capacities at 80, 95 and 99% of the core and its rivals, every device, Poisson and bursts, into OUT
+	mkdir -p $(OUT)
+	for device in a100-40gb-13b a100-80gb-13b h100-80gb-8b; do for arrivals in poisson gamma; do \
+		$(BIN)/bucketserve sim --compare $(RIVALS) --seeds $(SEEDS) --device $$device --arrivals $$arrivals \
+			--burstiness 3 --json $(OUT)/operators-$$device-$$arrivals.json || exit 1; done; done
+
 paper: $(READY) ## Reproduce the paper's evaluation into docs/paper
 	$(BIN)/python benchmarks/paper.py
 
@@ -137,4 +146,4 @@ clean: ## Remove what was built
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
 .PHONY: help setup demo up test test-fast test-e2e fuzz abuse chaos soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path \
-	bench-core paper compose-check k8s-render images clean
+	bench-core operators paper compose-check k8s-render images clean

@@ -229,9 +229,15 @@ def _fit(row: Lengths, context_tokens: int) -> tuple[int, int]:
 
 
 def _rows(rows: Sequence[Lengths], number: int, arrivals: Arrivals, rng: random.Random) -> list[Lengths]:
-    """Recorded rows in order; otherwise rows in random order, all once before any twice."""
+    """Recorded rows in order; otherwise rows in random order, all once before any twice.
+
+    Rows with block hashes keep their order, from a random one on: those that share a prefix come close to each other.
+    """
     if arrivals is Arrivals.RECORDED:
         return list(rows[:number])
+    if any(row.block_hashes for row in rows):
+        first = rng.randrange(len(rows))
+        return [rows[(first + i) % len(rows)] for i in range(number)]
     drawn: list[Lengths] = []
     while len(drawn) < number:
         shuffled = list(rows)
