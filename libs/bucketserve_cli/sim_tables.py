@@ -99,7 +99,7 @@ def comparison_table(measured: Sequence[Measured], saturation_rps: float | None)
         rows = [one for one in measured if one.case.policy == policy]
         table.add_row(
             policy,
-            str(rows[0].case.step_tokens or "served"),
+            str(rows[0].case.step_tokens or ("served" if find_policy(policy).settings else "")),
             *(_capacity(rows, ours, target) for target in TARGETS),
             f"{fmean(row.at[0.95].ttft_p99_s for row in rows):.2f} s",
             f"{fmean(row.at[0.95].ttft_worst_tenth_s for row in rows):.2f} s",
@@ -140,8 +140,11 @@ def _capacity(rows: Sequence[Measured], ours: Sequence[Measured], target: float)
 
 def _check_comparable(options: SimOptions) -> None:
     """A comparison chooses layouts by itself and has the default targets, so that its tables can be compared."""
-    if options.slo != Slo() or options.cluster or options.settings or options.cost is not CostMode.PACKED:
-        raise ValueError("--compare has targets, cost mode and layouts of its own, and the core as it is served")
+    own = (options.cluster, options.settings, options.context_tokens, options.turn_s, options.find_capacity)
+    if options.slo != Slo() or any(own) or options.cost is not CostMode.PACKED:
+        raise ValueError(
+            "--compare has targets, cost mode, context and layouts of its own, and the core as it is served"
+        )
     if options.arrivals is Arrivals.RECORDED:
         raise ValueError("--compare searches rates: draw poisson or gamma arrivals")
 
