@@ -22,6 +22,8 @@ from xdist.scheduler import LoadScopeScheduling
 # No deadline: how long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("suite", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("suite")
+# xdist tells its processes how wide the terminal is; what the commands print here is for tests, which have none.
+os.environ.pop("COLUMNS", None)
 
 LOCK = "PYTEST_NEIGHBOURS_LOCK"
 """Variable with the name of the lock file."""
