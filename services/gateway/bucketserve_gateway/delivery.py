@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 
 import grpc
@@ -11,6 +10,7 @@ import grpc
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.interceptors import first_message
 from bucketserve.rpc.outbox import Outbox
+from bucketserve.rpc.tasks import end_task
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
 
@@ -57,9 +57,7 @@ class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
         finally:
             if self._outboxes.get(first.worker_id) is outbox:
                 del self._outboxes[first.worker_id]
-            reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
-                await reader
+            await end_task(reader, grpc.RpcError)
 
     async def _read(self, deliveries: Deliveries, outbox: Outbox[Response]) -> None:
         num_received = 0

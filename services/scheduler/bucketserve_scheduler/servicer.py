@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
@@ -15,6 +14,7 @@ from bucketserve.rpc.convert import role_from_pb, role_to_pb
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.interceptors import first_message
 from bucketserve.rpc.outbox import Outbox
+from bucketserve.rpc.tasks import end_task
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_scheduler.loop import SchedulingLoop
 from bucketserve_scheduler.peers import GatewayPeer, GatewayPeers, WorkerPeer
@@ -86,7 +86,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         finally:
             beat.cancel()
             self._gateways.disconnect(peer, self._clock())
-            await _end(reader)
+            await end_task(reader, grpc.RpcError)
 
     async def Work(
         self, request_iterator: WorkRequests, context: WorkContext
@@ -114,7 +114,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         finally:
             beat.cancel()
             try:
-                await _end(reader)
+                await end_task(reader, grpc.RpcError)
             finally:
                 await loop.disconnect(peer)
 
@@ -221,10 +221,3 @@ async def _beat(outbox: Outbox[M], heartbeat: Callable[[], M]) -> None:
     while not outbox.is_closed:
         await asyncio.sleep(HEARTBEAT_S)
         outbox.send(heartbeat())
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    """Cancels a reader and waits for it; its stream's own end is no news."""
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError, grpc.RpcError, grpc.aio.AioRpcError):
-        await task

@@ -19,6 +19,7 @@ from bucketserve.addresses import AddressError
 from bucketserve.rpc.channel import open_channel
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.listening import hang_up
+from bucketserve.rpc.tasks import end_task
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
 
 __all__ = ["DeliveryPool"]
@@ -231,10 +232,8 @@ class _GatewayStream:
             await reader
             return True
         finally:
-            reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await reader
             hang_up(call)
+            await end_task(reader, grpc.aio.AioRpcError, asyncio.InvalidStateError)
 
     async def _wait(self, reader: asyncio.Task[None]) -> bool:
         """Waits until there is something to send and, unless it is urgent, until its time to share is over."""

@@ -12,6 +12,7 @@ from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.leader import LeaderSearch
 from bucketserve.rpc.listening import hang_up, messages_while_alive
 from bucketserve.rpc.outbox import Outbox
+from bucketserve.rpc.tasks import end_task
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 __all__ = ["SchedulerLink"]
@@ -123,9 +124,7 @@ class SchedulerLink:
             outbox.close()
             hang_up(call)
             if reporter is not None:
-                reporter.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await reporter
+                await end_task(reporter)
 
     async def _report_for_ever(self, interval_s: float) -> None:
         while True:
