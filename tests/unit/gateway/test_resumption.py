@@ -1,0 +1,45 @@
+"""When the next attempt of a request is submitted."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2
+from bucketserve_gateway import servicer as servicer_module
+from bucketserve_gateway.requests import OpenRequests
+from bucketserve_gateway.servicer import InferenceServicer
+from bucketserve_gateway.validation import validate
+from tests.unit.gateway.builders import an_open_request, catalog
+
+
+async def test_the_second_attempt_goes_at_once_and_a_further_one_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servicer_module, "RETRY_S", 0.2)
+    submitted: list[str] = []
+    scheduler = SimpleNamespace(
+        cancel=lambda model, run_id: None, submit=lambda opened: submitted.append(opened.run_id)
+    )
+    requests = OpenRequests()
+    parts: Any = SimpleNamespace(
+        requests=requests, scheduler=scheduler, telemetry=SimpleNamespace(resumed=lambda opened: None)
+    )
+    servicer = InferenceServicer(parts)
+    valid = validate(inference_pb2.GenerateRequest(prompt="the"), catalog(), max_prompt_bytes=1000)
+    fails = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_ERROR, is_retryable=True)
+    for is_closed in (False, True):
+        submitted.clear()
+        request = an_open_request(valid, [5, 6], 8, servicer._resume)
+        requests.add(request)
+        request.deliver(delivery_pb2.TokenDelivery(run_id=request.run_id, finished=fails))
+        assert submitted == [request.run_id]
+        request.deliver(delivery_pb2.TokenDelivery(run_id=request.run_id, finished=fails))
+        assert request.attempt == 3
+        await asyncio.sleep(0.05)
+        assert len(submitted) == 1
+        if is_closed:
+            requests.remove(request)
+        await asyncio.sleep(0.4)
+        assert submitted[1:] == ([] if is_closed else [request.run_id])
