@@ -117,8 +117,13 @@ class Bench:
             self.running[index], self.running[-1] = self.running[-1], self.running[index]
             batch, request_id = self.running.pop()
             self.used[batch.worker_id] -= self.requests.pop(request_id).reserved_tokens
-            events.append(RequestFinished(request_id=request_id, worker_id=batch.worker_id, output_tokens=100))
-            events.append(WorkerReported(worker_id=batch.worker_id, headroom=self.headroom(batch.worker_id)))
+            worker_id = batch.worker_id
+            events += [
+                RequestFinished(
+                    request_id=request_id, worker_id=worker_id, assignment=batch.assignment, output_tokens=100
+                ),
+                WorkerReported(worker_id=worker_id, headroom=self.headroom(worker_id)),
+            ]
         return events
 
     def step(self, events: list[Event]) -> tuple[float, int]:
@@ -133,8 +138,7 @@ class Bench:
             self.assigned[batch.worker_id] = batch.assignment
             self.running += [(batch, request_id) for request_id in batch.request_ids]
         self.pending = [
-            BatchPrefilled(worker_id=b.worker_id, batch_id=b.batch_id, request_ids=b.request_ids, duration_s=0.1)
-            for b in batches
+            BatchPrefilled(worker_id=b.worker_id, assignment=b.assignment, request_ids=b.request_ids) for b in batches
         ]
         return took_s, len(batches)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bucketserve.core.messages import WorkerJoined, WorkerReported
+from bucketserve.core.messages import RequestFinished, WorkerJoined, WorkerReported
 from bucketserve.core.types import Headroom, Request, RequestId, RunningRequest, WorkerId, WorkerRole
 
 
@@ -25,6 +25,7 @@ def headroom(free: int = 1000, total: int | None = None, **more) -> Headroom:
 
 def joined(name: str = "w", free: int = 1000, total: int | None = None, **more) -> WorkerJoined:
     running = more.pop("running", ())
+    more.setdefault("last_assignment", max((each.assignment for each in running), default=0))
     return WorkerJoined(
         worker_id=WorkerId(name),
         role=WorkerRole.BOTH,
@@ -35,8 +36,13 @@ def joined(name: str = "w", free: int = 1000, total: int | None = None, **more) 
     )
 
 
-def at(name: str, *, is_held: bool = False) -> RunningRequest:
-    return RunningRequest(request_id=RequestId(name), is_held=is_held)
+def at(name: str, *, assignment: int = 1, is_held: bool = False) -> RunningRequest:
+    return RunningRequest(request_id=RequestId(name), assignment=assignment, is_held=is_held)
+
+
+def finished(name: str = "r", worker: str = "w", assignment: int = 1, **more) -> RequestFinished:
+    values = {"output_tokens": 5, **more}
+    return RequestFinished(request_id=RequestId(name), worker_id=WorkerId(worker), assignment=assignment, **values)
 
 
 def reported(name: str = "w", free: int = 1000, total: int = 1000, **more) -> WorkerReported:

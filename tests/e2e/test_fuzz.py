@@ -115,7 +115,6 @@ UNARY = [
     ("gateway", "JobService/GetJob", job_pb2.GetJobRequest),
     ("gateway", "JobService/CancelJob", job_pb2.CancelJobRequest),
     ("scheduler", "SchedulerService/GetStatus", scheduler_pb2.GetStatusRequest),
-    ("worker", "WorkerService/GetWorkerInfo", worker_pb2.GetWorkerInfoRequest),
 ]
 STREAMED = [("gateway", "InferenceService/Generate", inference_pb2.GenerateRequest)] * 4
 STREAMED += [

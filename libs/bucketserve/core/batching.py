@@ -254,12 +254,11 @@ class BatchFormer:
 
     def _dispatch(self, bucket: Bucket, worker: WorkerState, cut: _Cut, limited_by: LimitedBy) -> DispatchBatch:
         self._num_formed += 1
-        worker.num_assigned += 1
         chosen = cut.chosen
         batch = Batch(
             batch_id=BatchId(f"{worker.worker_id}/{self._num_formed}"),
             worker_id=worker.worker_id,
-            assignment=worker.num_assigned,
+            assignment=worker.next_assignment(),
             bucket=bucket,
             request_ids=tuple(request.request_id for request in chosen),
             prefill_tokens=cut.prefill_tokens,

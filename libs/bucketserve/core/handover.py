@@ -63,7 +63,14 @@ class Handover:
             if target is not None:
                 target.expect(request_id, _needs(request, source_id, target))
                 self._fleet.changed(target)
-                pulls.append(PullKv(request_id=request_id, source_id=source_id, target_id=target.worker_id))
+                pulls.append(
+                    PullKv(
+                        request_id=request_id,
+                        source_id=source_id,
+                        target_id=target.worker_id,
+                        assignment=target.next_assignment(),
+                    )
+                )
                 continue
             passed_over.append(entry)
             if self._fleet.could_decode(request, fingerprint):

@@ -66,8 +66,12 @@ class Life:
     state: State
     worker_id: WorkerId | None = None
     """The worker that it is at; None while it waits."""
+    assignment: int = 0
+    """The order that brought it there (Batch.assignment); 0 until its worker names it to a new leader."""
     target_id: WorkerId | None = None
     """While PULLING: the decode worker."""
+    target_assignment: int = 0
+    """The order to pull."""
     lane: Lane = Lane.IN_TIME
     """The one that it was dispatched from."""
     prefilled_s: float | None = None
@@ -83,6 +87,10 @@ class Life:
     def workers(self) -> tuple[WorkerId, ...]:
         """The workers that have something of it."""
         return tuple(worker_id for worker_id in (self.worker_id, self.target_id) if worker_id is not None)
+
+    def is_of(self, worker_id: WorkerId, assignment: int) -> bool:
+        """Whether what its worker says of that order's requests is about this life."""
+        return self.worker_id == worker_id and self.assignment == assignment
 
     def go(self, state: State) -> None:
         """Makes a legal step.
@@ -144,12 +152,12 @@ class Lifecycle:
     def dispatch(self, batch: Batch, lane: Lane, now_s: float) -> None:
         """Gives a batch's requests to its worker, which has it in its books already (WorkerState.assign)."""
         for request_id in batch.request_ids:
-            self.place(self._lives[request_id], batch.worker_id, now_s, lane)
+            self.place(self._lives[request_id], batch.worker_id, batch.assignment, now_s, lane)
 
-    def place(self, life: Life, worker_id: WorkerId, now_s: float, lane: Lane = Lane.IN_TIME) -> None:
+    def place(self, life: Life, worker_id: WorkerId, assignment: int, now_s: float, lane: Lane = Lane.IN_TIME) -> None:
         """Gives a request to a worker, or believes one that says it has it."""
         life.go(State.PREFILL)
-        life.worker_id, life.lane = worker_id, lane
+        life.worker_id, life.assignment, life.lane = worker_id, assignment, lane
         self.num_at_workers += 1
         self._demand.took(lane, life.request.reserved_tokens, now_s)
 
@@ -172,10 +180,10 @@ class Lifecycle:
         """Its KV waits for a decode worker."""
         life.go(State.HELD)
 
-    def pull(self, life: Life, target_id: WorkerId) -> None:
+    def pull(self, life: Life, target_id: WorkerId, assignment: int) -> None:
         """A decode worker, which expects it in its books already, pulls its KV."""
         life.go(State.PULLING)
-        life.target_id = target_id
+        life.target_id, life.target_assignment = target_id, assignment
 
     def call_off(self, life: Life) -> None:
         """The worker that holds its KV was to pull it from itself, and begins anew (WorkerJoined)."""
@@ -186,7 +194,7 @@ class Lifecycle:
         """It decodes at its target from now on; returns the worker that still holds its KV, if that is another."""
         source_id, target_id = life.worker_id, life.target_id
         life.go(State.DECODE)
-        life.worker_id, life.target_id = target_id, None
+        life.worker_id, life.assignment, life.target_id = target_id, life.target_assignment, None
         if target_id is not None and (target := self._fleet.get(target_id)):
             target.incoming.pop(life.request.request_id, None)
             self._fleet.changed(target)
@@ -197,9 +205,9 @@ class Lifecycle:
         self._fleet.changed(source)
         return source_id
 
-    def move(self, life: Life, worker_id: WorkerId) -> None:
+    def move(self, life: Life, worker_id: WorkerId, assignment: int) -> None:
         """Believes a worker that it has a request whose own worker is not here to say otherwise."""
-        life.worker_id, life.target_id = worker_id, None
+        life.worker_id, life.assignment, life.target_id = worker_id, assignment, None
         if life.state is State.PULLING:
             life.go(State.DECODE)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from bucketserve.core.types import (
     Batch,
-    BatchId,
     FinishReason,
     Headroom,
     Request,
@@ -178,9 +177,8 @@ class BatchPrefilled:
     """The prompts of a batch (or a part of it) are computed."""
 
     worker_id: WorkerId
-    batch_id: BatchId
+    assignment: int
     request_ids: tuple[RequestId, ...]
-    duration_s: float
     held: tuple[RequestId, ...] = ()
     """Those among them whose KV now waits for a decode worker."""
 
@@ -191,6 +189,8 @@ class RequestFinished:
 
     request_id: RequestId
     worker_id: WorkerId
+    assignment: int
+    """Of the order that brought it."""
     output_tokens: int
     reason: FinishReason = FinishReason.LENGTH
     is_retryable: bool = True
@@ -202,8 +202,8 @@ class KvPulled:
     """The transfer that PullKv asked for is over; until then both workers count the request's KV."""
 
     request_id: RequestId
-    source_id: WorkerId
     target_id: WorkerId
+    assignment: int
     is_ok: bool
 
 
@@ -270,6 +270,8 @@ class ForgetRequest:
     """The request finished at its worker: remove its record."""
 
     request_id: RequestId
+    was_cancelled: bool = False
+    """Its worker stopped it before it was complete: a gateway that waits for it all the same has to try again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,6 +281,8 @@ class PullKv:
     request_id: RequestId
     source_id: WorkerId
     target_id: WorkerId
+    assignment: int
+    """Number of the order to the target (Batch.assignment)."""
 
 
 @dataclass(frozen=True, slots=True)

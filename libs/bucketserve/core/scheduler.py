@@ -133,7 +133,7 @@ class SchedulerCore:
         for request in parked:
             self._lives.park(request)
         for request, worker_id in running.items():
-            self._lives.place(self._lives.park(request), worker_id, 0.0)
+            self._lives.place(self._lives.park(request), worker_id, 0, 0.0)
         if edges:
             self._extend(edges[-1] - 1)
             self._edges.restore(edges, self._lanes)
@@ -281,7 +281,7 @@ class SchedulerCore:
 
     def _finish(self, event: RequestFinished, now_s: float) -> None:
         life = self._lives.get(event.request_id)
-        if life is None or life.worker_id != event.worker_id:
+        if life is None or not life.is_of(event.worker_id, event.assignment):
             return
         if event.reason is FinishReason.ERROR and event.is_retryable:
             self._drop(life, DropReason.WORKER_FAILED, now_s, at=(life.target_id,))
@@ -292,7 +292,7 @@ class SchedulerCore:
         self._layout.finished(life.request, life.prefilled_s, event.output_tokens, now_s)
         self._end(life, now_s, event.output_tokens)
         self._admission.drain.finished(life.request.prefill_tokens, now_s)
-        self._commands.append(ForgetRequest(event.request_id))
+        self._commands.append(ForgetRequest(event.request_id, event.reason is FinishReason.CANCELLED))
 
     def _report(self, event: WorkerReported) -> None:
         worker = self._fleet.get(event.worker_id)
@@ -308,24 +308,24 @@ class SchedulerCore:
         if worker is None:
             return
         for request_id in event.request_ids:
-            worker.prefilled(request_id)
             life = self._lives.in_state(request_id, State.PREFILL, State.DECODE)
-            if life is not None and life.worker_id == event.worker_id:
+            if life is not None and life.is_of(event.worker_id, event.assignment):
+                worker.prefilled(request_id)
                 self._lives.prefilled(life, now_s)
         for request_id in event.held:
-            self._hold(request_id, event.worker_id)
+            self._hold(request_id, event.worker_id, event.assignment)
         self._fleet.changed(worker)
 
-    def _hold(self, request_id: RequestId, worker_id: WorkerId) -> None:
+    def _hold(self, request_id: RequestId, worker_id: WorkerId, assignment: int) -> None:
         """Notes that a worker holds the KV of a request for a decode worker."""
         life = self._lives.in_state(request_id, State.PREFILL, State.DECODE)
-        if life is not None and life.worker_id == worker_id:
+        if life is not None and life.is_of(worker_id, assignment):
             self._lives.hold(life)
             self._handover.ready(life.request, worker_id)
 
     def _pulled(self, event: KvPulled, now_s: float) -> None:
         life = self._lives.in_state(event.request_id, State.PULLING)
-        if life is None or life.target_id != event.target_id:
+        if life is None or (life.target_id, life.target_assignment) != (event.target_id, event.assignment):
             return
         if event.is_ok:
             self._arrived(life)
@@ -350,42 +350,45 @@ class SchedulerCore:
             self._former.worker_left(older)
         self._extend(event.context_tokens)
         worker = WorkerState.joined(event)
-        still = {at.request_id for at in event.running}
-        for at in event.running:
-            self._adopt(at, event.worker_id, now_s)
-        here = {life.request.request_id for life in self._lives.at(event.worker_id)}
-        worker.requests = here & still
+        worker.requests = {at.request_id for at in event.running if self._adopt(at, event.worker_id, now_s)}
         self._fleet.join(worker)
-        for request_id in sorted(here - still):
-            if life := self._lives.get(request_id):
+        for life in self._lives.at(event.worker_id):
+            if life.request.request_id not in worker.requests:
                 self._drop(life, DropReason.WORKER_LOST, now_s)
-        for request_id in sorted(still):
-            life = self._lives.get(request_id)
-            # One that was cancelled while its worker was away has to be cancelled again.
-            if request_id not in here or (life is not None and life.is_cancelled):
-                self._commands.append(CancelAtWorker(event.worker_id, request_id))
         for at in event.running:
+            adopted = self._lives.get(at.request_id) if at.request_id in worker.requests else None
+            # One that was cancelled while its worker was away has to be cancelled again.
+            if adopted is None or adopted.is_cancelled:
+                self._commands.append(CancelAtWorker(event.worker_id, at.request_id))
             if at.is_held:
-                self._hold(at.request_id, event.worker_id)
+                self._hold(at.request_id, event.worker_id, at.assignment)
 
-    def _adopt(self, at: RunningRequest, worker_id: WorkerId, now_s: float) -> None:
-        """Believes a worker that it has a request that waits here, or whose worker is not here to say otherwise."""
+    def _adopt(self, at: RunningRequest, worker_id: WorkerId, now_s: float) -> bool:
+        """Believes a worker that it has a request that waits here, or whose worker is not here to say otherwise.
+
+        Returns whether the request is known to be there from now on. It is not if the worker speaks of an older life of
+        it, which nobody waits for.
+        """
         life = self._lives.get(at.request_id)
         if life is None:
-            return
+            return False
         if not life.is_at_worker:
             self._dequeue(at.request_id)
-            self._lives.place(life, worker_id, now_s)
+            self._lives.place(life, worker_id, at.assignment, now_s)
             self._place(life)
-        elif life.target_id == worker_id and at.is_held:
-            # It was to pull what it holds itself, after a change of its role; the order was lost with the stream.
-            self._lives.call_off(life)
-        elif life.target_id == worker_id:
+        elif life.target_id == worker_id and life.target_assignment == at.assignment:
             # Its KV has come; the word of it was lost with the stream.
             self._arrived(life)
+        elif life.worker_id == worker_id:
+            # Not known: it was taken over from a store.
+            life.assignment = life.assignment or at.assignment
+            if life.is_of(worker_id, at.assignment) and life.target_id == worker_id:
+                # It was to pull what it holds itself, after a change of its role; the order was lost with the stream.
+                self._lives.call_off(life)
         elif worker_id not in life.workers and (life.worker_id is None or self._fleet.get(life.worker_id) is None):
-            self._lives.move(life, worker_id)
+            self._lives.move(life, worker_id, at.assignment)
             self._place(life)
+        return life.is_of(worker_id, at.assignment)
 
     # --- the queue ----------------------------------------------------------------------------------------------
 
@@ -527,7 +530,7 @@ class SchedulerCore:
         pulls, too_large = self._handover.pulls(self._held_at)
         for pull in pulls:
             if life := self._lives.get(pull.request_id):
-                self._lives.pull(life, pull.target_id)
+                self._lives.pull(life, pull.target_id, pull.assignment)
                 self._commands.append(pull)
         self._stuck = {request_id: self._stuck.get(request_id, now_s) for request_id in too_large}
         for request_id, since_s in self._stuck.items():

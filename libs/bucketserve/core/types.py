@@ -130,6 +130,8 @@ class RunningRequest:
     """A request that a worker says it has."""
 
     request_id: RequestId
+    assignment: int
+    """Of the order that brought it."""
     is_held: bool = False
     """Its prompt is computed and its KV waits for a decode worker."""
 
@@ -158,7 +160,7 @@ class Headroom:
     num_waiting: int = 0
     waiting_prefill_tokens: int = 0
     last_assignment: int = 0
-    """Sequence number of the last batch that this report accounts for."""
+    """Of the last batch that this report accounts for; of a worker that joins, of the last order that it received."""
     kv_bytes_per_token: int = 0
     device_total_bytes: int = 0
     device_reserved_bytes: int = 0
@@ -190,7 +192,12 @@ class Batch:
     batch_id: BatchId
     worker_id: WorkerId
     assignment: int
-    """Counts up per worker; a report whose last_assignment is lower does not account for this batch yet."""
+    """Number of the order to its worker; a report whose last_assignment is lower does not account for it yet.
+
+    The numbers of a worker's orders, batches and pulls, count up as long as its process lives. Whatever it says of a
+    request names the order that brought the request: the scheduler may have lost a request and sent it once more, and
+    what is late of its older life there says nothing about the newer one.
+    """
     bucket: Bucket
     request_ids: tuple[RequestId, ...]
     prefill_tokens: int

@@ -46,7 +46,7 @@ class WorkerState:
     """Counts up with each fingerprint that is new to the fleet: new requests prefer the newest."""
     times: StepTimes = field(default_factory=StepTimes)
     num_assigned: int = 0
-    """Sequence number of the last batch given to it."""
+    """Number of the last order given to it (Batch.assignment)."""
     unaccounted: deque[_Unaccounted] = field(default_factory=deque)
     incoming: dict[RequestId, int] = field(default_factory=dict)
     """Requests whose KV is on its way here: tokens to hold, counted here and at the source until it has arrived."""
@@ -78,7 +78,13 @@ class WorkerState:
             pays_padding=event.pays_padding,
             fingerprint=event.fingerprint,
             tokenizer=event.tokenizer,
+            num_assigned=event.headroom.last_assignment,
         )
+
+    def next_assignment(self) -> int:
+        """Returns the number of a further order to it."""
+        self.num_assigned += 1
+        return self.num_assigned
 
     def report(self, headroom: Headroom) -> None:
         """Takes a report; batches that it accounts for are no longer subtracted from it."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from bucketserve.core.errors import FieldViolation, InvalidRequestError
-from bucketserve.core.messages import DropReason, RefuseReason
+from bucketserve.core.messages import DropReason, RefuseReason, WorkerJoined
 from bucketserve.core.types import (
     Batch,
     BatchId,
@@ -30,13 +30,13 @@ __all__ = [
     "finish_reason_to_pb",
     "headroom_from_pb",
     "headroom_to_pb",
+    "joined_from_pb",
     "logprobs_to_pb",
     "refuse_reason_to_pb",
     "request_class_from_pb",
     "request_from_ticket",
     "role_from_pb",
     "role_to_pb",
-    "running_from_pb",
     "sequence_from_spec",
     "steps_from_pb",
 ]
@@ -109,9 +109,25 @@ def role_from_pb(role: common_pb2.WorkerRole) -> WorkerRole:
     return _ROLES_BACK[role]
 
 
-def running_from_pb(hello: scheduler_pb2.WorkerHello) -> tuple[RunningRequest, ...]:
-    """Returns the requests that a worker says it has."""
-    return tuple(RunningRequest(request_id=RequestId(at.run_id), is_held=at.HasField("held")) for at in hello.running)
+def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
+    """Returns what a worker says of itself and of the requests that it has.
+
+    Raises:
+        InvalidRequestError: there is no such role.
+    """
+    return WorkerJoined(
+        worker_id=WorkerId(hello.worker_id),
+        role=role_from_pb(hello.role),
+        headroom=headroom_from_pb(hello.report),
+        context_tokens=hello.context_tokens,
+        pays_padding=hello.pays_padding,
+        fingerprint=hello.fingerprint,
+        tokenizer=hello.tokenizer,
+        running=tuple(
+            RunningRequest(request_id=RequestId(at.run_id), assignment=at.assignment, is_held=at.HasField("held"))
+            for at in hello.running
+        ),
+    )
 
 
 def refuse_reason_to_pb(reason: RefuseReason) -> scheduler_pb2.RefuseReason:

@@ -33,7 +33,7 @@ from bucketserve.core.messages import (
     WorkerJoined,
     WorkerReported,
 )
-from bucketserve.core.types import Batch, BatchId, Request, RequestClass, RequestId, WorkerId
+from bucketserve.core.types import Batch, Request, RequestClass, RequestId, WorkerId
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import CostMode, DeviceModel
 from bucketserve.sim.ledger import Ledger, Outcome, Record
@@ -126,7 +126,6 @@ class Simulation:
         self._stopwatch = stopwatch
         self._on_progress = on_progress
         self._requests: dict[RequestId, Request] = {}
-        self._batch_starts: dict[BatchId, float] = {}
         self._heap: list[tuple[float, int, SimWorker | _Move | None]] = []
         self._pushed = 0
         self._link_free_s: dict[WorkerId, float] = {}
@@ -242,18 +241,16 @@ class Simulation:
     def _tell(self, worker: SimWorker, outcome: StepOutcome, events: list[Event]) -> None:
         """Turns what a worker's step brought into what the worker would say."""
         worker_id = worker.spec.worker_id
-        by_batch: dict[BatchId, list[RequestId]] = {}
+        by_batch: dict[int, list[RequestId]] = {}
         for sequence in outcome.prefilled:
             self.ledger.first_token(sequence.request_id, self.now_s)
-            by_batch.setdefault(sequence.batch_id, []).append(sequence.request_id)
-        for batch_id, request_ids in by_batch.items():
-            took_s = self.now_s - self._batch_starts[batch_id]
+            by_batch.setdefault(sequence.assignment, []).append(sequence.request_id)
+        for assignment, request_ids in by_batch.items():
             events.append(
                 BatchPrefilled(
                     worker_id=worker_id,
-                    batch_id=batch_id,
+                    assignment=assignment,
                     request_ids=tuple(request_ids),
-                    duration_s=took_s,
                     held=tuple(request_id for request_id in request_ids if worker.held(request_id) is not None),
                 )
             )
@@ -268,6 +265,7 @@ class Simulation:
                 RequestFinished(
                     request_id=sequence.request_id,
                     worker_id=worker_id,
+                    assignment=sequence.assignment,
                     output_tokens=sequence.num_generated,
                 )
             )
@@ -278,6 +276,7 @@ class Simulation:
         command = move.command
         source, target = self.workers[command.source_id], self.workers[command.target_id]
         source.release(command.request_id, move.source_kv_tokens)
+        move.sequence.assignment = command.assignment
         target.join(move.sequence)
         del self._moving[command.request_id]
         if command.request_id in self._stopping:
@@ -285,8 +284,8 @@ class Simulation:
         events.append(
             KvPulled(
                 request_id=command.request_id,
-                source_id=command.source_id,
                 target_id=command.target_id,
+                assignment=command.assignment,
                 is_ok=True,
             )
         )
@@ -319,7 +318,6 @@ class Simulation:
     def _dispatch(self, batch: Batch) -> None:
         self.ledger.dispatched(batch, self.now_s)
         worker = self.workers[batch.worker_id]
-        self._batch_starts[batch.batch_id] = self.now_s
         worker.add((self._sequence(request_id, batch) for request_id in batch.request_ids), batch.assignment)
         self._touched[batch.worker_id] = worker
 
@@ -332,6 +330,7 @@ class Simulation:
             output_tokens=min(drawn.output_tokens, request.max_new_tokens),
             max_new_tokens=request.max_new_tokens,
             batch_id=batch.batch_id,
+            assignment=batch.assignment,
             max_chunk_tokens=batch.max_chunk_tokens,
             due_s=drawn.arrival_s + (record.ttft_slo_s if record.is_interactive else FAR_S),
             tpot_slo_s=record.tpot_slo_s if record.is_interactive else inf,

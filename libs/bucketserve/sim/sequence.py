@@ -82,6 +82,8 @@ class SimSequence:
     output_tokens: int
     max_new_tokens: int
     batch_id: BatchId
+    assignment: int
+    """Of the order that brought it to its worker."""
     max_chunk_tokens: int = 0
     due_s: float = 0.0
     """When its first token is due; far away for batch class."""

@@ -259,17 +259,18 @@ class WorkerHello(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class RunningRun(_message.Message):
-    __slots__ = ("run_id", "held")
+    __slots__ = ("run_id", "held", "assignment")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     held: HeldKv
-    def __init__(self, run_id: _Optional[str] = ..., held: _Optional[_Union[HeldKv, _Mapping]] = ...) -> None: ...
+    assignment: int
+    def __init__(self, run_id: _Optional[str] = ..., held: _Optional[_Union[HeldKv, _Mapping]] = ..., assignment: _Optional[int] = ...) -> None: ...
 
 class HeldKv(_message.Message):
-    __slots__ = ("run_id", "num_tokens", "layout", "kv_bytes", "num_bytes", "checksum", "prefill_us", "shared_memory", "secret")
+    __slots__ = ("run_id", "layout", "kv_bytes", "num_bytes", "checksum", "prefill_us", "shared_memory", "secret")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
-    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -278,7 +279,6 @@ class HeldKv(_message.Message):
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     SECRET_FIELD_NUMBER: _ClassVar[int]
     run_id: str
-    num_tokens: int
     layout: str
     kv_bytes: int
     num_bytes: int
@@ -286,7 +286,7 @@ class HeldKv(_message.Message):
     prefill_us: int
     shared_memory: SharedMemory
     secret: bytes
-    def __init__(self, run_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., layout: _Optional[str] = ..., kv_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., prefill_us: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., secret: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., layout: _Optional[str] = ..., kv_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., prefill_us: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., secret: _Optional[bytes] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("locality", "path", "offset")
@@ -347,38 +347,38 @@ class StepSample(_message.Message):
     def __init__(self, prefill_tokens: _Optional[int] = ..., prefill_attention: _Optional[int] = ..., decode_sequences: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ..., duration_us: _Optional[int] = ...) -> None: ...
 
 class BatchPrefilled(_message.Message):
-    __slots__ = ("batch_id", "duration_us", "run_ids", "held")
-    BATCH_ID_FIELD_NUMBER: _ClassVar[int]
-    DURATION_US_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("assignment", "run_ids", "held")
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     RUN_IDS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
-    batch_id: str
-    duration_us: int
+    assignment: int
     run_ids: _containers.RepeatedScalarFieldContainer[str]
     held: _containers.RepeatedCompositeFieldContainer[HeldKv]
-    def __init__(self, batch_id: _Optional[str] = ..., duration_us: _Optional[int] = ..., run_ids: _Optional[_Iterable[str]] = ..., held: _Optional[_Iterable[_Union[HeldKv, _Mapping]]] = ...) -> None: ...
+    def __init__(self, assignment: _Optional[int] = ..., run_ids: _Optional[_Iterable[str]] = ..., held: _Optional[_Iterable[_Union[HeldKv, _Mapping]]] = ...) -> None: ...
 
 class KvPulled(_message.Message):
-    __slots__ = ("run_id", "source_worker_id", "is_ok")
+    __slots__ = ("run_id", "assignment", "is_ok")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
-    SOURCE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     IS_OK_FIELD_NUMBER: _ClassVar[int]
     run_id: str
-    source_worker_id: str
+    assignment: int
     is_ok: bool
-    def __init__(self, run_id: _Optional[str] = ..., source_worker_id: _Optional[str] = ..., is_ok: _Optional[bool] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., assignment: _Optional[int] = ..., is_ok: _Optional[bool] = ...) -> None: ...
 
 class RunFinished(_message.Message):
-    __slots__ = ("run_id", "reason", "output_tokens", "is_retryable")
+    __slots__ = ("run_id", "reason", "output_tokens", "is_retryable", "assignment")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     IS_RETRYABLE_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     reason: _common_pb2.FinishReason
     output_tokens: int
     is_retryable: bool
-    def __init__(self, run_id: _Optional[str] = ..., reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., output_tokens: _Optional[int] = ..., is_retryable: _Optional[bool] = ...) -> None: ...
+    assignment: int
+    def __init__(self, run_id: _Optional[str] = ..., reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., output_tokens: _Optional[int] = ..., is_retryable: _Optional[bool] = ..., assignment: _Optional[int] = ...) -> None: ...
 
 class WorkerDraining(_message.Message):
     __slots__ = ()
@@ -407,20 +407,22 @@ class NoMoreWork(_message.Message):
     def __init__(self) -> None: ...
 
 class PullKv(_message.Message):
-    __slots__ = ("run_id", "batch", "source_worker_id", "source_address", "kv", "epoch")
+    __slots__ = ("run_id", "batch", "source_worker_id", "source_address", "kv", "epoch", "assignment")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     batch: _common_pb2.BatchInfo
     source_worker_id: str
     source_address: str
     kv: HeldKv
     epoch: int
-    def __init__(self, run_id: _Optional[str] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ..., source_worker_id: _Optional[str] = ..., source_address: _Optional[str] = ..., kv: _Optional[_Union[HeldKv, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    assignment: int
+    def __init__(self, run_id: _Optional[str] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ..., source_worker_id: _Optional[str] = ..., source_address: _Optional[str] = ..., kv: _Optional[_Union[HeldKv, _Mapping]] = ..., epoch: _Optional[int] = ..., assignment: _Optional[int] = ...) -> None: ...
 
 class SwitchRole(_message.Message):
     __slots__ = ("role",)

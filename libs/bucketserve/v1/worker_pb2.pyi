@@ -7,26 +7,6 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class GetWorkerInfoRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
-class GetWorkerInfoResponse(_message.Message):
-    __slots__ = ("worker_id", "model", "role", "device", "dtype", "kv_bytes_per_token")
-    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    ROLE_FIELD_NUMBER: _ClassVar[int]
-    DEVICE_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    worker_id: str
-    model: str
-    role: _common_pb2.WorkerRole
-    device: str
-    dtype: str
-    kv_bytes_per_token: int
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
-
 class FetchKvRequest(_message.Message):
     __slots__ = ("run_id", "secret")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]

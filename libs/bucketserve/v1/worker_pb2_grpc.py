@@ -35,11 +35,6 @@ class WorkerServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.GetWorkerInfo = channel.unary_unary(
-                '/bucketserve.v1.WorkerService/GetWorkerInfo',
-                request_serializer=bucketserve_dot_v1_dot_worker__pb2.GetWorkerInfoRequest.SerializeToString,
-                response_deserializer=bucketserve_dot_v1_dot_worker__pb2.GetWorkerInfoResponse.FromString,
-                _registered_method=True)
         self.FetchKv = channel.unary_stream(
                 '/bucketserve.v1.WorkerService/FetchKv',
                 request_serializer=bucketserve_dot_v1_dot_worker__pb2.FetchKvRequest.SerializeToString,
@@ -50,13 +45,6 @@ class WorkerServiceStub:
 class WorkerServiceServicer:
     """Served by each worker.
     """
-
-    def GetWorkerInfo(self, request, context):
-        """Returns what the worker is and holds.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
 
     def FetchKv(self, request, context):
         """Gives the KV of a prefilled request to a decode worker on another host; it stays held until the
@@ -69,11 +57,6 @@ class WorkerServiceServicer:
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'GetWorkerInfo': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetWorkerInfo,
-                    request_deserializer=bucketserve_dot_v1_dot_worker__pb2.GetWorkerInfoRequest.FromString,
-                    response_serializer=bucketserve_dot_v1_dot_worker__pb2.GetWorkerInfoResponse.SerializeToString,
-            ),
             'FetchKv': grpc.unary_stream_rpc_method_handler(
                     servicer.FetchKv,
                     request_deserializer=bucketserve_dot_v1_dot_worker__pb2.FetchKvRequest.FromString,
@@ -90,33 +73,6 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 class WorkerService:
     """Served by each worker.
     """
-
-    @staticmethod
-    def GetWorkerInfo(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/bucketserve.v1.WorkerService/GetWorkerInfo',
-            bucketserve_dot_v1_dot_worker__pb2.GetWorkerInfoRequest.SerializeToString,
-            bucketserve_dot_v1_dot_worker__pb2.GetWorkerInfoResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
 
     @staticmethod
     def FetchKv(request,

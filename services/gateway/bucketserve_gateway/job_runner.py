@@ -18,7 +18,6 @@ from bucketserve.core.errors import (
     BucketServeError,
     NotFoundError,
     OverloadedError,
-    RequestCancelledError,
     UnavailableError,
 )
 from bucketserve.store.job_room import JobRoom
@@ -140,10 +139,6 @@ class JobRunner:
                     await asyncio.sleep(max(error.retry_delay_s, LOOK_S))
                     continue
                 result.error_reason, result.error_message = error.reason, str(error)
-            except RequestCancelledError:
-                # By the scheduler, to which this gateway was lost for a while; nobody has called off the job.
-                await asyncio.sleep(LOOK_S)
-                continue
             except BucketServeError as error:
                 result.error_reason, result.error_message = error.reason, str(error)
             except Exception as error:

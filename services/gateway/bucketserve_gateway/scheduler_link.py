@@ -14,7 +14,6 @@ from bucketserve.core.errors import (
     FieldViolation,
     InvalidRequestError,
     OverloadedError,
-    RequestCancelledError,
     UnavailableError,
 )
 from bucketserve.rpc.deployment import Deployment
@@ -155,7 +154,8 @@ def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
         case scheduler_pb2.DROP_REASON_DEADLINE:
             opened.fail(DeadlineError("the deadline passed before the request was served"))
         case scheduler_pb2.DROP_REASON_CANCELLED:
-            opened.fail(RequestCancelledError("cancelled"))
+            # Not by us, or it would not be open: this gateway was away, and its runs were stopped.
+            opened.restart("it was stopped while its gateway was away")
         case scheduler_pb2.DROP_REASON_NO_LIKE_WORKER:
             message = "no worker is left with the weights that the answer was begun with, or with its tokenizer"
             opened.fail(UnavailableError(message, reason="NO_LIKE_WORKER"))

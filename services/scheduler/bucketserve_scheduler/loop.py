@@ -27,7 +27,6 @@ from bucketserve.core.messages import (
     RequestResumed,
     RequestSubmitted,
     WorkerDraining,
-    WorkerJoined,
     WorkerLost,
     WorkerReported,
 )
@@ -37,9 +36,8 @@ from bucketserve.ports import Admit, Dispatch, Leadership, QueueStore
 from bucketserve.rpc.convert import (
     finish_reason_from_pb,
     headroom_from_pb,
+    joined_from_pb,
     request_from_ticket,
-    role_from_pb,
-    running_from_pb,
     steps_from_pb,
 )
 from bucketserve.rpc.outbox import Outbox
@@ -87,7 +85,8 @@ class SchedulingLoop:
         self._context_tokens = context_tokens
         self._store = store
         self._deps = deps
-        self._inbox: asyncio.Queue[Event | scheduler_pb2.SubmitRun] = asyncio.Queue(INBOX_LIMIT)
+        self._inbox: asyncio.Queue[Event | scheduler_pb2.SubmitRun | WorkerPeer] = asyncio.Queue(INBOX_LIMIT)
+        """What has happened; a peer has joined."""
         self._tickets = TicketTable(deps.gateways)
         self._own_events: list[Event] = []
         """What came of telling peers, for the next turn."""
@@ -114,7 +113,7 @@ class SchedulingLoop:
         await self._inbox.put(RequestCancelled(run_id))
 
     async def connect(self, hello: scheduler_pb2.WorkerHello) -> WorkerPeer:
-        """Registers a worker; batches come through the returned peer's outbox.
+        """Registers a worker; batches come through the returned peer's outbox once the core has taken it in.
 
         Raises:
             PeerRefusedError: another process is connected under the same id.
@@ -137,18 +136,7 @@ class SchedulingLoop:
         self._deps.telemetry.worker_joined(self.model, worker_id, len(hello.running))
         self._expected.pop(worker_id, None)
         await self._know_context(hello.context_tokens)
-        await self._inbox.put(
-            WorkerJoined(
-                worker_id=worker_id,
-                role=role_from_pb(hello.role),
-                headroom=headroom_from_pb(hello.report),
-                context_tokens=hello.context_tokens,
-                pays_padding=hello.pays_padding,
-                fingerprint=hello.fingerprint,
-                tokenizer=hello.tokenizer,
-                running=running_from_pb(hello),
-            )
-        )
+        await self._inbox.put(peer)
         if hello.is_draining:
             await self._drain(peer)
         return peer
@@ -182,9 +170,8 @@ class SchedulingLoop:
                 await self._inbox.put(
                     BatchPrefilled(
                         worker_id=peer.worker_id,
-                        batch_id=BatchId(message.prefilled.batch_id),
+                        assignment=message.prefilled.assignment,
                         request_ids=tuple(RequestId(run_id) for run_id in message.prefilled.run_ids),
-                        duration_s=message.prefilled.duration_us / 1e6,
                         held=tuple(RequestId(kv.run_id) for kv in message.prefilled.held),
                     )
                 )
@@ -198,6 +185,7 @@ class SchedulingLoop:
                     RequestFinished(
                         request_id=run_id,
                         worker_id=peer.worker_id,
+                        assignment=message.finished.assignment,
                         output_tokens=message.finished.output_tokens,
                         reason=reason,
                         is_retryable=message.finished.is_retryable,
@@ -207,8 +195,8 @@ class SchedulingLoop:
                 await self._inbox.put(
                     KvPulled(
                         request_id=RequestId(message.kv_pulled.run_id),
-                        source_id=WorkerId(message.kv_pulled.source_worker_id),
                         target_id=peer.worker_id,
+                        assignment=message.kv_pulled.assignment,
                         is_ok=message.kv_pulled.is_ok,
                     )
                 )
@@ -265,7 +253,9 @@ class SchedulingLoop:
 
     async def _turn(self, leadership: Leadership, wake_s: float | None) -> float | None:
         """One round: take events, decide, write, tell. Returns when the core wants the next one."""
-        events = [*await self._take(wake_s), *self._own_events, *self._watch_leases()]
+        taken = await self._take(wake_s)
+        # What came of the last turn comes first: a worker that joined since is not the one that it was about.
+        events = [*self._own_events, *taken, *self._watch_leases()]
         self._own_events.clear()
         now_s = self._deps.clock()
         with self._deps.telemetry.step(self.model, self.core):
@@ -285,14 +275,14 @@ class SchedulingLoop:
         for event in events:
             if isinstance(event, WorkerDraining):
                 peer = self.workers.get(event.worker_id)
-                if peer is not None and peer.is_draining:
+                if peer is not None and peer.is_joined and peer.is_draining:
                     peer.outbox.send(scheduler_pb2.WorkResponse(no_more_work=scheduler_pb2.NoMoreWork()))
 
     async def _take(self, wake_s: float | None) -> list[Event]:
         """Waits for events until the core wants to wake, and takes all there are."""
         now_s = self._deps.clock()
         timeout_s = TICK_S if wake_s is None else min(max(wake_s - now_s, 0.0), TICK_S)
-        items: list[Event | scheduler_pb2.SubmitRun] = []
+        items: list[Event | scheduler_pb2.SubmitRun | WorkerPeer] = []
         if self._inbox.empty() and timeout_s > 0 and not self._own_events:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
@@ -303,14 +293,19 @@ class SchedulingLoop:
             items.append(self._inbox.get_nowait())
         return [event for item in items if (event := self._as_event(item)) is not None]
 
-    def _as_event(self, item: Event | scheduler_pb2.SubmitRun) -> Event | None:
-        """Returns what the core is to know; a run that is already here is only answered again.
+    def _as_event(self, item: Event | scheduler_pb2.SubmitRun | WorkerPeer) -> Event | None:
+        """Returns what the core is to know."""
+        if isinstance(item, WorkerPeer):
+            item.is_joined = True
+            return joined_from_pb(item.hello)
+        return self._look_at(item) if isinstance(item, scheduler_pb2.SubmitRun) else item
+
+    def _look_at(self, item: scheduler_pb2.SubmitRun) -> Event | None:
+        """Returns what the core is to know of a run; one that is already here is only answered again.
 
         Runs are looked at here rather than on arrival, since after a restart gateways submit theirs again while the
         store's tickets are still being read.
         """
-        if not isinstance(item, scheduler_pb2.SubmitRun):
-            return item
         now_s, run_id = self._deps.clock(), RequestId(item.ticket.run_id)
         arrival_s = now_s - item.age_us / 1e6
         entry = self._tickets.get(run_id)

@@ -33,6 +33,8 @@ class WorkerPeer:
     outbox: Outbox[scheduler_pb2.WorkResponse]
     report: scheduler_pb2.WorkerReport
     reported_s: float
+    is_joined: bool = False
+    """Whether the core knows of this stream. Until then it gets nothing: what is decided may be for the one before."""
     is_draining: bool = False
     held: dict[RequestId, scheduler_pb2.HeldKv] = field(default_factory=dict)
     """KV that it has told us of and that nobody was ordered to pull yet."""

@@ -116,13 +116,19 @@ class Announcer:
                     switch = scheduler_pb2.SwitchRole(role=role_to_pb(role))
                     self._to_worker(worker_id, scheduler_pb2.WorkResponse(switch_role=switch))
                     self._telemetry.role_switched(worker_id, role)
-                case ForgetRequest(request_id=request_id):
-                    if entry := self._tickets.pop(request_id):
-                        self._gateways.served(entry.ticket.gateway_id, request_id)
+                case ForgetRequest():
+                    self._forget(command)
                 case _:
                     pass
         for drop in decision.drops:
             self._drop(drop.request_id, drop.reason)
+
+    def _forget(self, end: ForgetRequest) -> None:
+        if entry := self._tickets.pop(end.request_id):
+            self._gateways.served(entry.ticket.gateway_id, end.request_id)
+            if end.was_cancelled:
+                # It was away for so long that its runs were stopped, and is back: it waits for this one.
+                self._gateways.tell_end(end.request_id)
 
     def repeat(self, entry: Entry) -> None:
         """Answers a run that was submitted again with what became of it."""
@@ -201,7 +207,9 @@ class Announcer:
         if entry is None or source is None or kv is None:
             # The source has gone meanwhile, or has nothing any more.
             self._on_undeliverable(
-                KvPulled(request_id=order.request_id, source_id=order.source_id, target_id=order.target_id, is_ok=False)
+                KvPulled(
+                    request_id=order.request_id, target_id=order.target_id, assignment=order.assignment, is_ok=False
+                )
             )
             return
         pull = scheduler_pb2.PullKv(
@@ -210,6 +218,7 @@ class Announcer:
             source_address=source.hello.address,
             kv=kv,
             epoch=leadership.epoch,
+            assignment=order.assignment,
         )
         if entry.dispatched is not None:
             pull.batch.CopyFrom(entry.dispatched.batch)
@@ -234,6 +243,7 @@ class Announcer:
         return peer.hello.fingerprint if peer is not None else ""
 
     def _to_worker(self, worker_id: WorkerId, message: scheduler_pb2.WorkResponse) -> None:
-        # A worker that is gone or does not read has its WorkerLost on the way: its requests come back through that.
-        if peer := self._workers.get(worker_id):
+        # A worker that is gone or does not read has its WorkerLost on the way, one that is back its WorkerJoined: what
+        # it was not told of comes back through that.
+        if (peer := self._workers.get(worker_id)) and peer.is_joined:
             peer.outbox.send(message)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
@@ -14,6 +13,7 @@ from bucketserve.ports import Engine
 from bucketserve.process import default_instance_id, unless_stopped
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.server import RpcServer
+from bucketserve.rpc.tasks import end_task
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import worker_pb2, worker_pb2_grpc
@@ -70,7 +70,7 @@ async def serve(
         try:
             started = await unless_stopped(stop, engine.started)
             worker.attach(engine, started)
-            servicer = WorkerServicer(worker, ours, model=settings.model_name, info=started.info)
+            servicer = WorkerServicer(worker.holder, ours)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server.grpc_server)
             await server.start()
             link = asyncio.create_task(worker.link.run(), name="scheduler-link")
@@ -137,6 +137,4 @@ async def _while_healthy(
             raise EngineError(f"the engine ended: {error!r}") from error
         raise EngineError("the engine ended without being asked to")
     finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await end_task(task)

@@ -62,6 +62,7 @@ class EngineTurn:
     cancelled: tuple[RequestId, ...]
     headroom: Headroom
     last_assignment: int
+    """Number of the last batch that the headroom accounts for."""
     handed_over: tuple[HandedOver, ...] = ()
     resumed: tuple[Resumed, ...] = ()
 
@@ -159,11 +160,6 @@ class EngineThread:
         took_s = time.monotonic() - began_s
         slack = SLOWER_AT_FIRST if not self._longest_turn_s else 1
         return took_s if took_s > max(limit_s * slack, SLOWER_THAN_EVER * self._longest_turn_s) else 0.0
-
-    def reset_assignments(self) -> None:
-        """Starts counting again, for a new scheduler stream."""
-        with self._wake:
-            self._last_assignment = 0
 
     async def stop(self) -> None:
         """Ends the thread after the current step and frees the device."""

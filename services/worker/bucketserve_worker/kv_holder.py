@@ -36,7 +36,6 @@ class Held:
         prefilled_s = running.prefilled_s if running.prefilled_s is not None else running.received_s
         kv = scheduler_pb2.HeldKv(
             run_id=running.run_id,
-            num_tokens=handed_over.num_tokens,
             layout=layout,
             kv_bytes=handed_over.kv_bytes,
             num_bytes=len(handed_over.block.data),

@@ -129,7 +129,7 @@ class KvPuller:
         self._tell(pull, is_ok=resumed.error is None)
 
     def _tell(self, pull: scheduler_pb2.PullKv, *, is_ok: bool) -> None:
-        self._on_pulled(scheduler_pb2.KvPulled(run_id=pull.run_id, source_worker_id=pull.source_worker_id, is_ok=is_ok))
+        self._on_pulled(scheduler_pb2.KvPulled(run_id=pull.run_id, assignment=pull.assignment, is_ok=is_ok))
 
     def _forget(self, run_id: str, task: asyncio.Task[None]) -> None:
         if self._tasks.get(run_id) is task:

@@ -21,6 +21,8 @@ class Running:
     run_id: str
     spec: scheduler_pb2.RunSpec
     batch: common_pb2.BatchInfo
+    assignment: int
+    """Number of the order that brought it, a batch or a pull."""
     received_s: float
     prefilled_s: float | None = None
     num_output_tokens: int = 0
@@ -83,7 +85,8 @@ class RunningTable:
         now_s = self.clock()
         added = []
         for run in assignment.runs:
-            running = Running(run.run_id, scheduler_pb2.RunSpec.FromString(run.spec), assignment.batch, now_s)
+            spec = scheduler_pb2.RunSpec.FromString(run.spec)
+            running = Running(run.run_id, spec, assignment.batch, assignment.assignment, now_s)
             added.append((self._name(running), running))
         return added
 
@@ -94,6 +97,7 @@ class RunningTable:
             pull.run_id,
             scheduler_pb2.RunSpec.FromString(trailer.spec),
             pull.batch,
+            pull.assignment,
             received_s=now_s - pull.kv.prefill_us / 1e6,
             prefilled_s=now_s,
             num_output_tokens=len(trailer.token_ids),

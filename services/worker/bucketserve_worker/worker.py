@@ -78,7 +78,10 @@ class Worker:
             on_state=telemetry.scheduler_state,
         )
         self._steps: deque[StepSample] = deque(maxlen=MAX_STEP_SAMPLES)
-        self._last_assignment = 0
+        self._last_received = 0
+        """Number of the last order, batch or pull; they count up as long as this process lives."""
+        self._last_accounted = 0
+        """Number of the last batch that the headroom accounts for."""
 
     def attach(self, engine: EngineThread, started: EngineStarted) -> None:
         """Takes the warm engine."""
@@ -129,7 +132,7 @@ class Worker:
 
     def on_turn(self, turn: EngineTurn) -> None:
         """Takes what one turn of the engine brought."""
-        self._headroom, self._last_assignment = turn.headroom, turn.last_assignment
+        self._headroom, self._last_accounted = turn.headroom, turn.last_assignment
         output = turn.output
         if turn.resumed:
             # The report that counts them comes first: there is no moment in which nobody does.
@@ -166,13 +169,10 @@ class Worker:
             self.link.report_soon()
 
     def _tell_prefilled(self, prefilled: Sequence[tuple[RequestId, Running]]) -> None:
-        batches: dict[str, scheduler_pb2.BatchPrefilled] = {}
+        batches: dict[int, scheduler_pb2.BatchPrefilled] = {}
         for key, running in prefilled:
-            batch_id = running.batch.batch_id
-            duration_us = round((self.running.clock() - running.received_s) * 1e6)
-            message = batches.setdefault(
-                batch_id, scheduler_pb2.BatchPrefilled(batch_id=batch_id, duration_us=duration_us)
-            )
+            number = running.assignment
+            message = batches.setdefault(number, scheduler_pb2.BatchPrefilled(assignment=number))
             message.run_ids.append(running.run_id)
             if held := self.holder.get(key):
                 message.held.append(self._describe(held))
@@ -184,6 +184,7 @@ class Worker:
             self.link.finished(
                 scheduler_pb2.RunFinished(
                     run_id=done.running.run_id,
+                    assignment=done.running.assignment,
                     reason=finish_reason_to_pb(done.reason),
                     output_tokens=done.running.num_output_tokens,
                     is_retryable=done.is_retryable,
@@ -193,6 +194,7 @@ class Worker:
     # --- from the scheduler and the gateways ----------------------------------------------------------------------
 
     def _on_batch(self, assignment: scheduler_pb2.BatchAssignment) -> None:
+        self._last_received = assignment.assignment
         older = [key for run in assignment.runs for key in self.running.replace(run.run_id)]
         if older:
             self._engine.cancel(older)
@@ -209,6 +211,7 @@ class Worker:
         )
 
     def _on_pull(self, pull: scheduler_pb2.PullKv) -> None:
+        self._last_received = pull.assignment
         held = self.holder.find(pull.run_id)
         # What is to be pulled may be here already: a role switch may order that.
         older = self.running.replace(pull.run_id, except_key=held.key if held is not None else None)
@@ -249,10 +252,9 @@ class Worker:
     # --- what the scheduler is told -------------------------------------------------------------------------------
 
     def _hello(self) -> scheduler_pb2.WorkerHello:
-        # A new stream counts assignments from one again.
-        self._engine.reset_assignments()
-        self._last_assignment = 0
         self._puller.cancel_all()
+        report = self._report()
+        report.last_assignment = self._last_received
         return scheduler_pb2.WorkerHello(
             worker_id=self.worker_id,
             model=self._settings.model_name,
@@ -261,7 +263,7 @@ class Worker:
             engine=self._info.name,
             pays_padding=self._info.pays_padding,
             context_tokens=self._info.context_tokens,
-            report=self._report(),
+            report=report,
             running=[self._running_run(key, running) for key, running in self.running],
             is_draining=self.link.is_draining,
             fingerprint=self._info.fingerprint,
@@ -271,7 +273,9 @@ class Worker:
 
     def _running_run(self, key: RequestId, running: Running) -> scheduler_pb2.RunningRun:
         held = self.holder.get(key)
-        return scheduler_pb2.RunningRun(run_id=running.run_id, held=self._describe(held) if held else None)
+        return scheduler_pb2.RunningRun(
+            run_id=running.run_id, assignment=running.assignment, held=self._describe(held) if held else None
+        )
 
     def _describe(self, held: Held) -> scheduler_pb2.HeldKv:
         return held.describe(self._info.kv_layout, self._engine.staging.path)
@@ -280,6 +284,6 @@ class Worker:
         held_tokens = self.holder.num_tokens
         self._telemetry.held(held_tokens)
         headroom = replace(self._headroom, kv_free_tokens=self._headroom.kv_free_tokens - held_tokens)
-        report = headroom_to_pb(headroom, self._steps, last_assignment=self._last_assignment)
+        report = headroom_to_pb(headroom, self._steps, last_assignment=self._last_accounted)
         self._steps.clear()
         return report

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 
 import pytest
 
-from bucketserve.core.errors import RequestCancelledError
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.jobs import JobInfo, JobStore
 from bucketserve.store.redis import connect
@@ -105,15 +104,6 @@ async def results(store: JobStore, number: int) -> list[job_pb2.FetchJobResultsR
     await eventually(is_completed, 20)
     found = await store.results("j", range(number))
     return [job_pb2.FetchJobResultsResponse.FromString(result or b"") for result in found]
-
-
-async def test_a_request_called_off_by_the_scheduler_is_run_again(store: JobStore) -> None:
-    model, heard = Model(), Heard()
-    model.failures["b"] = [RequestCancelledError("the gateway was lost"), RequestCancelledError("and again")]
-    await submit(store, ["a", "b", "c"])
-    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
-        found = await results(store, 3)
-    assert [(result.text, result.error_reason) for result in found] == [("a", ""), ("b", ""), ("c", "")]
 
 
 async def test_a_request_that_fails_as_nobody_foresaw_has_a_result_and_is_not_run_for_ever(store: JobStore) -> None:

@@ -5,61 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import time
 from collections.abc import AsyncIterator
 
 import pytest
 
-from bucketserve.rpc.outbox import Outbox
 from bucketserve.store.embedded import EmbeddedServer
-from bucketserve.telemetry.names import Service
-from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import scheduler_pb2
-from bucketserve_scheduler.adapters import new_core, stores
-from bucketserve_scheduler.loop import LoopDeps, SchedulingLoop
-from bucketserve_scheduler.peers import GatewayPeer, GatewayPeers, WorkerPeer
-from bucketserve_scheduler.settings import SchedulerSettings
-from bucketserve_scheduler.telemetry import LoopTelemetry
-
-CONTEXT = 2048
-
-
-def report(last_assignment: int = 0) -> scheduler_pb2.WorkerReport:
-    return scheduler_pb2.WorkerReport(
-        kv_total_tokens=100_000, kv_free_tokens=100_000, max_sequences=512, last_assignment=last_assignment
-    )
+from bucketserve_scheduler.adapters import stores
+from bucketserve_scheduler.loop import SchedulingLoop
+from bucketserve_scheduler.peers import WorkerPeer
+from tests.integration.scheduler.builders import CONTEXT, a_loop, a_run, report
 
 
 @contextlib.asynccontextmanager
 async def loop_over_valkey() -> AsyncIterator[SchedulingLoop]:
-    settings = SchedulerSettings()
     async with contextlib.AsyncExitStack() as stack:
-        outlets = stack.enter_context(open_telemetry(Service.SCHEDULER, "s", metrics_address=None))
         server = stack.enter_context(EmbeddedServer())
-        gateways = GatewayPeers()
-        gateways.connect(GatewayPeer("g", Outbox(10_000)))
-        deps = LoopDeps(
-            settings=settings,
-            scheduler_id="s",
-            gateways=gateways,
-            telemetry=LoopTelemetry(outlets.log, outlets.metrics, outlets.tracing),
-            clock=time.monotonic,
-            new_core=lambda context_tokens: new_core(settings, context_tokens),
-        )
-        yield SchedulingLoop("m", CONTEXT, (await stores(server.url, "default", stack))("m"), deps)
-
-
-def a_run(number: int) -> scheduler_pb2.SubmitRun:
-    ticket = scheduler_pb2.Ticket(
-        run_id=f"r{number}.1",
-        model="m",
-        prompt_tokens=1 + number % 50,
-        max_new_tokens=5,
-        tenant="a",
-        gateway_id="g",
-        context_tokens=CONTEXT,
-    )
-    return scheduler_pb2.SubmitRun(ticket=ticket, spec=b"opaque")
+        store = (await stores(server.url, "default", stack))("m")
+        yield stack.enter_context(a_loop(store))
 
 
 async def submit_for_ever(loop: SchedulingLoop) -> None:
@@ -75,9 +38,8 @@ async def play_worker(loop: SchedulingLoop, peer: WorkerPeer) -> list[scheduler_
         messages.append(message)
         if message.WhichOneof("message") == "batch":
             done = scheduler_pb2.BatchPrefilled(
-                batch_id=message.batch.batch.batch_id,
+                assignment=message.batch.assignment,
                 run_ids=[run.run_id for run in message.batch.runs],
-                duration_us=1000,
             )
             await loop.hear(peer, scheduler_pb2.WorkRequest(prefilled=done))
             await loop.hear(peer, scheduler_pb2.WorkRequest(report=report(message.batch.assignment)))

@@ -83,12 +83,14 @@ async def play_worker(loop: SchedulingLoop, name: str) -> None:
         ids = [run.run_id for run in assignment.runs]
         await tell(report=report())
         await asyncio.sleep(0.003)
-        done = scheduler_pb2.BatchPrefilled(batch_id=assignment.batch.batch_id, run_ids=ids, duration_us=3000)
+        done = scheduler_pb2.BatchPrefilled(assignment=last, run_ids=ids)
         await tell(prefilled=done)
         await asyncio.sleep(0.005)
         for run_id in ids:
             used -= sizes.pop(run_id)
-            finished = scheduler_pb2.RunFinished(run_id=run_id, output_tokens=3, reason=common_pb2.FINISH_REASON_LENGTH)
+            finished = scheduler_pb2.RunFinished(
+                run_id=run_id, assignment=last, output_tokens=3, reason=common_pb2.FINISH_REASON_LENGTH
+            )
             await tell(finished=finished)
         await tell(report=report())
 

@@ -30,7 +30,7 @@ def held_in(staging: KvStaging) -> Held:
     block = staging.take(len(DATA))
     block.data[:] = DATA
     handed_over = HandedOver(KEY, 7, KV_BYTES, block, checksum(block.data))
-    return Held(KEY, Running("r.1", SPEC, common_pb2.BatchInfo(), 1.0, 1.5), handed_over)
+    return Held(KEY, Running("r.1", SPEC, common_pb2.BatchInfo(), 1, 1.0, 1.5), handed_over)
 
 
 class Source(worker_pb2_grpc.WorkerServiceServicer):

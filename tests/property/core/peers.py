@@ -16,7 +16,6 @@ from bucketserve.core.messages import (
 )
 from bucketserve.core.types import (
     Batch,
-    BatchId,
     FinishReason,
     Headroom,
     Request,
@@ -45,12 +44,13 @@ class Run:
     """A run at a worker."""
 
     request: Request
-    batch_id: BatchId
+    assignment: int
+    """Of the order that brought it."""
     phase: Phase
     hands_over: bool = False
     num_generated: int = 0
-    source_id: WorkerId | None = None
-    """Where its KV is pulled from."""
+    pull: PullKv | None = None
+    """While PULLING."""
 
     @property
     def reserved_tokens(self) -> int:
@@ -117,11 +117,12 @@ class Worker:
     def connect(self) -> WorkerJoined:
         """A new stream: what was under way on the older one is lost, and pulls are called off."""
         self.hang_up()
-        self.is_connected, self.last_assignment = True, 0
+        self.is_connected = True
         for request_id in [rid for rid, run in self.runs.items() if run.phase is Phase.PULLING]:
             self.call_off(request_id)
         running = tuple(
-            RunningRequest(request_id=rid, is_held=run.phase is Phase.HELD) for rid, run in self.runs.items()
+            RunningRequest(request_id=rid, assignment=run.assignment, is_held=run.phase is Phase.HELD)
+            for rid, run in self.runs.items()
         )
         return WorkerJoined(
             worker_id=self.worker_id,
@@ -175,7 +176,7 @@ class Worker:
                     self.last_assignment = batch.assignment
                     for request in requests:
                         hands_over = self.role is WorkerRole.PREFILL
-                        run = Run(request, batch.batch_id, Phase.QUEUED, hands_over=hands_over)
+                        run = Run(request, batch.assignment, Phase.QUEUED, hands_over=hands_over)
                         self.runs[request.request_id] = run
                 case PullKv() as pull:
                     self.begin_pull(pull)
@@ -190,30 +191,32 @@ class Worker:
             self.report()
 
     def begin_pull(self, pull: PullKv) -> None:
+        self.last_assignment = pull.assignment
         request = self.clients[pull.request_id].request
         run = self.runs.get(pull.request_id)
-        if pull.source_id == self.worker_id and (run is None or run.phase is not Phase.HELD):
-            self.say_pulled(pull.request_id, pull.source_id, is_ok=False)
+        is_own = pull.source_id == self.worker_id
+        if is_own and (run is None or run.phase is not Phase.HELD):
+            self.say_pulled(pull, is_ok=False)
             return
-        batch_id = run.batch_id if run is not None else BatchId("")
-        self.runs[pull.request_id] = Run(request, batch_id, Phase.PULLING, source_id=pull.source_id)
+        # What it pulls from itself goes by its older name until it has come.
+        assignment = run.assignment if is_own and run is not None else pull.assignment
+        self.runs[pull.request_id] = Run(request, assignment, Phase.PULLING, pull=pull)
 
     def cancel(self, request_id: RequestId) -> None:
         run = self.runs.get(request_id)
         if run is None:
             return
-        if run.phase is Phase.PULLING:
-            is_here = run.source_id == self.worker_id
-            self.say_pulled(request_id, run.source_id or self.worker_id, is_ok=False)
-            if not is_here:
+        if run.pull is not None:
+            self.say_pulled(run.pull, is_ok=False)
+            if run.pull.source_id != self.worker_id:
                 del self.runs[request_id]
                 return
         self.say_finished(request_id, FinishReason.CANCELLED)
 
     def call_off(self, request_id: RequestId) -> None:
         run = self.runs[request_id]
-        if run.source_id == self.worker_id:
-            run.phase, run.hands_over = Phase.HELD, True
+        if run.pull is not None and run.pull.source_id == self.worker_id:
+            run.phase, run.hands_over, run.pull = Phase.HELD, True, None
         else:
             del self.runs[request_id]
 
@@ -233,9 +236,8 @@ class Worker:
         self.outbox.append(
             BatchPrefilled(
                 worker_id=self.worker_id,
-                batch_id=run.batch_id,
+                assignment=run.assignment,
                 request_ids=(request_id,),
-                duration_s=0.1,
                 held=held,
             )
         )
@@ -269,17 +271,20 @@ class Worker:
 
     def end_pull(self, request_id: RequestId, *, is_ok: bool) -> None:
         run = self.runs[request_id]
-        source_id = run.source_id or self.worker_id
+        pull = run.pull
+        assert pull is not None
         if is_ok:
-            run.phase, run.num_generated, run.source_id = Phase.DECODING, 1, None
+            run.phase, run.num_generated, run.pull, run.assignment = Phase.DECODING, 1, None, pull.assignment
             # The report that counts it comes before the word of it.
             self.report()
         else:
             self.call_off(request_id)
-        self.say_pulled(request_id, source_id, is_ok=is_ok)
+        self.say_pulled(pull, is_ok=is_ok)
 
-    def say_pulled(self, request_id: RequestId, source_id: WorkerId, *, is_ok: bool) -> None:
-        self.outbox.append(KvPulled(request_id=request_id, source_id=source_id, target_id=self.worker_id, is_ok=is_ok))
+    def say_pulled(self, pull: PullKv, *, is_ok: bool) -> None:
+        self.outbox.append(
+            KvPulled(request_id=pull.request_id, target_id=self.worker_id, assignment=pull.assignment, is_ok=is_ok)
+        )
 
     def say_finished(self, request_id: RequestId, reason: FinishReason) -> None:
         run, client = self.runs.pop(request_id), self.clients[request_id]
@@ -288,6 +293,10 @@ class Worker:
             client.outcomes.append("finished")
         self.outbox.append(
             RequestFinished(
-                request_id=request_id, worker_id=self.worker_id, output_tokens=run.num_generated, reason=reason
+                request_id=request_id,
+                worker_id=self.worker_id,
+                assignment=run.assignment,
+                output_tokens=run.num_generated,
+                reason=reason,
             )
         )

@@ -24,7 +24,7 @@ from bucketserve.core.messages import (
 )
 from bucketserve.core.order import order_key
 from bucketserve.core.settings import BatchBudget, BatchOrder, CoreSettings, EdgeRule, QueueOrder
-from bucketserve.core.types import BatchId, FinishReason, Request, RequestClass, RequestId, WorkerId, WorkerRole
+from bucketserve.core.types import FinishReason, Request, RequestClass, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request, headroom
 from tests.property.core.peers import Worker
 from tests.property.core.world import CONTEXT, World
@@ -124,13 +124,22 @@ def say_again(world: World, worker: Worker, rng: random.Random) -> None:
 
 
 def evict(world: World, worker: Worker, rng: random.Random) -> None:
-    """The store loses a ticket that waits.
+    """The store loses a ticket.
 
-    Of one at a worker a new leader would know nothing: it cancels that run, is told the same run again by its gateway,
-    and can't tell the end of the older life from that of the newer one if both were at one worker.
+    Of one at a worker a new leader knows nothing: it cancels that run and is told the same run again by its gateway, so
+    that the end of the older life may come after the newer one has begun, at the same worker as well.
     """
-    if waiting := [request_id for request_id, (_, worker_id) in world.store.items() if worker_id is None]:
-        del world.store[rng.choice(waiting)]
+    if world.store:
+        del world.store[rng.choice(list(world.store))]
+
+
+def lose_sight(world: World, worker: Worker, rng: random.Random) -> None:
+    """The store loses the tickets of a worker's runs and another scheduler leads, which hears of them all the same."""
+    for request_id in [request_id for request_id, (_, at) in world.store.items() if at == worker.worker_id]:
+        del world.store[request_id]
+    world.take_over()
+    world.connect(worker)
+    world.say_again()
 
 
 def fill_store(world: World, worker: Worker, rng: random.Random) -> None:
@@ -150,7 +159,7 @@ def repeat(world: World, worker: Worker, rng: random.Random) -> None:
     ended = [request_id for request_id in world.client_of if world.ends[request_id]]
     strangers = [RequestId("nobody.1"), *ended]
     ids = tuple(rng.choices(strangers, k=2))
-    here, there = worker.worker_id, rng.choice(list(world.workers))
+    here = worker.worker_id
     other = [rid for rid, client in world.client_of.items() if rid not in worker.runs and client.is_open]
     # A live run is spoken of only by a worker that it has never been at.
     foreign = next((rid for rid in other if world.placed_at.get(rid) is None), ids[0])
@@ -158,12 +167,13 @@ def repeat(world: World, worker: Worker, rng: random.Random) -> None:
         RequestFinished(
             request_id=rng.choice([*ids, foreign]),
             worker_id=here,
+            assignment=rng.randint(1, 3),
             output_tokens=3,
             reason=rng.choice(list(FinishReason)),
         ),
-        BatchPrefilled(worker_id=here, batch_id=BatchId("x"), request_ids=ids, duration_s=1.0, held=ids),
-        BatchPrefilled(worker_id=WorkerId("stranger"), batch_id=BatchId("x"), request_ids=ids, duration_s=1.0),
-        KvPulled(request_id=rng.choice([*ids, foreign]), source_id=there, target_id=here, is_ok=rng.random() < 0.5),
+        BatchPrefilled(worker_id=here, assignment=1, request_ids=ids, held=ids),
+        BatchPrefilled(worker_id=WorkerId("stranger"), assignment=1, request_ids=ids),
+        KvPulled(request_id=rng.choice([*ids, foreign]), target_id=here, assignment=1, is_ok=rng.random() < 0.5),
         RequestCancelled(ids[0]),
         DispatchFailed(worker_id=here, request_ids=ids),
         AdmitFailed(ids),
@@ -179,9 +189,11 @@ ACTIONS: list[Callable[[World, Worker, random.Random], None]] = [
     *[work] * 9,
     *[connect] * 4,
     *[deliver, resume, cancel] * 2,
-    *(fail, cut, die, lose, drain, take_over, say_again, evict, fill_store, extend, wait, repeat),
+    *(fail, cut, die, lose, drain, take_over, say_again, evict, lose_sight, fill_store, extend, wait, repeat),
 ]
-actions = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 3), st.integers(0, 1000)), max_size=50)
+actions = st.lists(
+    st.tuples(st.sampled_from(ACTIONS), st.integers(0, 3), st.integers(0, 1000)), min_size=20, max_size=50
+)
 core_settings = st.builds(
     CoreSettings,
     edges=st.sampled_from(list(EdgeRule)),

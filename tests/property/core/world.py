@@ -37,7 +37,7 @@ from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.types import Batch, Request, RequestId, WorkerId
 from tests.builders import a_request
-from tests.property.core.peers import Client, Phase, Worker
+from tests.property.core.peers import MAX_ATTEMPTS, Client, Phase, Worker
 
 CONTEXT = 2048
 RESUMABLE = (DropReason.WORKER_LOST, DropReason.WORKER_FAILED)
@@ -86,7 +86,7 @@ class World:
 
     def turn(self, events: list[Event] = (), elapsed_s: float = 0.1) -> None:
         self.now_s += elapsed_s
-        events = [*events, *self.own_events]
+        events = [*self.own_events, *events]
         self.own_events = []
         decision = self.core.step(events, self.now_s)
         self.logs[-1][1].append((self.now_s, events, decision))
@@ -94,6 +94,7 @@ class World:
         dispatched = self.write(decision)
         self.tell(decision, dispatched)
         self.check_books()
+        self.check_workers()
 
     def write(self, decision: Decision) -> dict[str, list[Request]]:
         """Does what the store does; returns the requests of each batch that it had as waiting."""
@@ -165,24 +166,27 @@ class World:
                     assert reason is RefuseReason.STORE_FULL or client.attempt == 1
                     self.end(request_id, "refused")
                 case DispatchBatch(batch=batch):
-                    requests = dispatched[batch.batch_id]
-                    for request in requests:
-                        self.dispatched[request.request_id] += 1
-                        # Under one leader a run is never sent twice.
-                        assert self.dispatched[request.request_id] == 1
-                        self.placed_at[request.request_id] = batch.worker_id
-                    if requests:
-                        self.to_worker(batch.worker_id, (batch, requests))
+                    self.send(batch, dispatched[batch.batch_id])
                 case PullKv():
                     self.order_pull(command)
                 case PlaceRequest(request_id=request_id, worker_id=worker_id):
                     self.placed_at[request_id] = worker_id
                 case SwitchRole(worker_id=worker_id, role=role):
                     self.to_worker(worker_id, role)
-                case ForgetRequest(request_id=request_id):
-                    self.end(request_id, "cancelled")
+                case ForgetRequest(request_id=request_id, was_cancelled=was_cancelled):
+                    if not was_cancelled or not self.resume_later(request_id):
+                        self.end(request_id, "given up")
         for drop in decision.drops:
             self.drop(drop)
+
+    def send(self, batch: Batch, requests: list[Request]) -> None:
+        for request in requests:
+            self.dispatched[request.request_id] += 1
+            # Under one leader a run is never sent twice.
+            assert self.dispatched[request.request_id] == 1
+            self.placed_at[request.request_id] = batch.worker_id
+        if requests:
+            self.to_worker(batch.worker_id, (batch, requests))
 
     def to_worker(self, worker_id: WorkerId, order: object) -> None:
         if self.workers[worker_id].is_connected:
@@ -195,7 +199,7 @@ class World:
             self.to_worker(pull.target_id, pull)
         else:
             failed = KvPulled(
-                request_id=pull.request_id, source_id=pull.source_id, target_id=pull.target_id, is_ok=False
+                request_id=pull.request_id, target_id=pull.target_id, assignment=pull.assignment, is_ok=False
             )
             self.own_events.append(failed)
 
@@ -205,21 +209,30 @@ class World:
         assert self.ends[request_id] == 1
         client = self.client_of[request_id]
         assert client.request.request_id == request_id or not client.is_open
+        # A client that waits hears how it ended, and it is not over before the last attempt.
+        assert not client.is_open or client.is_gone or outcome != "given up" or client.attempt == MAX_ATTEMPTS
         if client.is_open:
             client.outcomes.append(outcome)
 
     def drop(self, drop: Drop) -> None:
-        client = self.client_of[drop.request_id]
-        if drop.reason in RESUMABLE and client.is_open and not client.is_gone:
-            worker_id = self.placed_at.get(drop.request_id)
-            fingerprint = self.workers[worker_id].fingerprint if worker_id is not None else ""
-            if request := client.next_attempt(worker_id, fingerprint):
-                self.ends[drop.request_id] += 1
-                assert self.ends[drop.request_id] == 1
-                self.client_of[request.request_id] = client
-                self.resumptions.append(request)
-                return
-        self.end(drop.request_id, f"dropped: {drop.reason.value}")
+        if drop.reason not in RESUMABLE or not self.resume_later(drop.request_id):
+            self.end(drop.request_id, f"dropped: {drop.reason.value}")
+
+    def resume_later(self, request_id: RequestId) -> bool:
+        """Ends a run whose client goes on with the next attempt; returns False if nobody waits, or it was the last."""
+        client = self.client_of[request_id]
+        if not client.is_open or client.is_gone or client.request.request_id != request_id:
+            return False
+        worker_id = self.placed_at.get(request_id)
+        fingerprint = self.workers[worker_id].fingerprint if worker_id is not None else ""
+        request = client.next_attempt(worker_id, fingerprint)
+        if request is None:
+            return False
+        self.ends[request_id] += 1
+        assert self.ends[request_id] == 1
+        self.client_of[request.request_id] = client
+        self.resumptions.append(request)
+        return True
 
     def check_books(self) -> None:
         """What the core's parts know of its requests agrees at every moment."""
@@ -240,6 +253,14 @@ class World:
             assert set().union(*worker.outstanding.values()) == set(worker.batch_of)
             assert worker.small <= set(worker.outstanding)
             assert worker.saved_for is None or worker.saved_for in waiting
+
+    def check_workers(self) -> None:
+        """What runs at a worker is known to be there, or is told to stop."""
+        for worker in self.workers.values():
+            for request_id in worker.runs if worker.is_connected else ():
+                life = self.core._lives.get(request_id)
+                is_known = life is not None and worker.worker_id in life.workers
+                assert is_known or request_id in worker.inbox
 
     # --- what happens -------------------------------------------------------------------------------------------
 
@@ -299,7 +320,9 @@ class World:
         """Ends the first transfer; one whose source has nothing any more can't succeed."""
         if (request_id := worker.first(Phase.PULLING)) is None:
             return
-        source = self.workers[worker.runs[request_id].source_id or worker.worker_id]
+        pull = worker.runs[request_id].pull
+        assert pull is not None
+        source = self.workers[pull.source_id]
         kept = source.runs.get(request_id)
         is_there = source is worker or (kept is not None and kept.phase is Phase.HELD)
         worker.end_pull(request_id, is_ok=is_ok and is_there)

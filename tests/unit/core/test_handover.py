@@ -18,7 +18,6 @@ from bucketserve.core.messages import (
     RefuseRequest,
     ReleaseKv,
     RequestCancelled,
-    RequestFinished,
     RequestResumed,
     RequestSubmitted,
     WorkerLost,
@@ -26,7 +25,7 @@ from bucketserve.core.messages import (
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
 from bucketserve.core.types import Batch, RequestId, WorkerId, WorkerRole
-from tests.builders import a_request, at, joined, reported
+from tests.builders import a_request, at, finished, joined, reported
 
 P, D = WorkerId("p"), WorkerId("d")
 
@@ -46,11 +45,11 @@ def start(core: SchedulerCore, *names: str, prompt: int = 100, output: int = 300
 
 def prefilled(batch: Batch) -> BatchPrefilled:
     ids = batch.request_ids
-    return BatchPrefilled(worker_id=P, batch_id=batch.batch_id, request_ids=ids, duration_s=0.1, held=ids)
+    return BatchPrefilled(worker_id=P, assignment=batch.assignment, request_ids=ids, held=ids)
 
 
-def moved(name: str, is_ok: bool = True) -> KvPulled:
-    return KvPulled(request_id=RequestId(name), source_id=P, target_id=D, is_ok=is_ok)
+def moved(name: str, assignment: int = 1, *, is_ok: bool = True) -> KvPulled:
+    return KvPulled(request_id=RequestId(name), target_id=D, assignment=assignment, is_ok=is_ok)
 
 
 def test_prompts_are_computed_on_one_worker_and_go_on_at_the_other() -> None:
@@ -62,8 +61,8 @@ def test_prompts_are_computed_on_one_worker_and_go_on_at_the_other() -> None:
     # The decode worker has 900 safe tokens: two requests of 400. The rest stays where it is.
     assert [(m.request_id, m.source_id, m.target_id) for m in moves] == [("a", P, D), ("b", P, D)]
     assert not [c for c in core.step([reported("d", free=1000)], 0.3).commands if isinstance(c, PullKv)]
-    core.step([moved("a"), moved("b"), reported("d", free=200, num_running=2)], 0.4)
-    done = RequestFinished(request_id=RequestId("a"), worker_id=D, output_tokens=300)
+    core.step([moved("a"), moved("b", 2), reported("d", free=200, num_running=2)], 0.4)
+    done = finished("a", "d", output_tokens=300)
     later = core.step([done, reported("d", free=600, num_running=1)], 0.5)
     assert ForgetRequest(RequestId("a")) in later.commands
     assert [c.request_id for c in later.commands if isinstance(c, PullKv)] == ["c"]
@@ -125,7 +124,7 @@ def test_a_new_leader_hands_over_what_a_worker_says_it_holds() -> None:
     holder = replace(joined("p", running=(at("a", is_held=True),)), role=WorkerRole.PREFILL)
     decision = core.step([holder, replace(joined("d"), role=WorkerRole.DECODE)], 0.1)
     assert [c for c in decision.commands if isinstance(c, PullKv)] == [
-        PullKv(request_id=RequestId("a"), source_id=P, target_id=D)
+        PullKv(request_id=RequestId("a"), source_id=P, target_id=D, assignment=1)
     ]
     assert not decision.drops
 
@@ -136,7 +135,7 @@ def test_a_request_that_moved_while_nobody_led_is_believed_to_be_where_it_says()
     assert core.step([decode], 0.1).commands == (PlaceRequest(RequestId("a"), D),)
     # The worker that held it comes later and knows nothing of it any more: that is as it should be.
     assert not core.step([replace(joined("p"), role=WorkerRole.PREFILL)], 0.2).drops
-    done = RequestFinished(request_id=RequestId("a"), worker_id=D, output_tokens=300)
+    done = finished("a", "d", output_tokens=300)
     assert ForgetRequest(RequestId("a")) in core.step([done], 0.3).commands
 
 
@@ -196,7 +195,7 @@ def test_a_transfer_whose_end_was_lost_with_the_stream_has_ended_all_the_same() 
     back = core.step([replace(joined("d", running=(at("a"),)), role=WorkerRole.DECODE)], 0.3)
     assert PlaceRequest(RequestId("a"), D) in back.commands
     assert ReleaseKv(P, RequestId("a")) in back.commands
-    done = RequestFinished(request_id=RequestId("a"), worker_id=D, output_tokens=300)
+    done = finished("a", "d", output_tokens=300)
     assert ForgetRequest(RequestId("a")) in core.step([done], 0.4).commands
     assert core.status().num_running == 0
 
@@ -214,9 +213,11 @@ def test_what_a_prefill_worker_holds_goes_on_there_when_it_is_to_do_both() -> No
     (batch,) = start(core, "a", prompt=100, output=300)
     assert not [c for c in core.step([prefilled(batch)], 0.2).commands if isinstance(c, PullKv)]
     # Its prompt is there already: 300 tokens more are enough.
-    assert PullKv(request_id=RequestId("a"), source_id=P, target_id=P) in rejoined_for_both(core, free=350)
-    core.step([replace(moved("a"), target_id=P)], 0.4)
-    done = RequestFinished(request_id=RequestId("a"), worker_id=P, output_tokens=300)
+    assert PullKv(request_id=RequestId("a"), source_id=P, target_id=P, assignment=2) in rejoined_for_both(
+        core, free=350
+    )
+    core.step([replace(moved("a", 2), target_id=P)], 0.4)
+    done = finished("a", "p", 2, output_tokens=300)
     assert ForgetRequest(RequestId("a")) in core.step([done], 0.5).commands
     assert core.status().num_running == 0
 

@@ -12,7 +12,6 @@ from bucketserve.core.messages import (
     DispatchBatch,
     KvPulled,
     PullKv,
-    RequestFinished,
     RequestSubmitted,
     SwitchRole,
     WorkerLost,
@@ -20,7 +19,7 @@ from bucketserve.core.messages import (
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
 from bucketserve.core.types import RequestClass, WorkerId, WorkerRole
-from tests.builders import a_request, joined, reported
+from tests.builders import a_request, finished, joined, reported
 
 WINDOW_S = 10.0
 
@@ -57,19 +56,18 @@ class World:
         held = batch.request_ids if self.roles[batch.worker_id] is WorkerRole.PREFILL else ()
         done = BatchPrefilled(
             worker_id=batch.worker_id,
-            batch_id=batch.batch_id,
+            assignment=batch.assignment,
             request_ids=batch.request_ids,
-            duration_s=0.01,
             held=held,
         )
-        first_s, place = self.now_s + 0.02, batch.worker_id
+        first_s, place, assignment = self.now_s + 0.02, batch.worker_id, batch.assignment
         report = reported(place, free=8000, total=8000, last_assignment=batch.assignment)
         for move in [c for c in self.step([done, report], first_s) if isinstance(c, PullKv)]:
-            place = move.target_id
-            moved = KvPulled(request_id=move.request_id, source_id=move.source_id, target_id=place, is_ok=True)
+            place, assignment = move.target_id, move.assignment
+            moved = KvPulled(request_id=move.request_id, target_id=place, assignment=move.assignment, is_ok=True)
             self.step([moved, reported(place, free=8000, total=8000)], first_s)
         # Ends are in the future of the next arrival; the core only sees their times.
-        ended = RequestFinished(request_id=batch.request_ids[0], worker_id=place, output_tokens=10)
+        ended = finished(batch.request_ids[0], place, assignment, output_tokens=10)
         self.step([ended], first_s + 9 * tpot_s)
 
     def step(self, events: list[object], now_s: float) -> list[object]:

@@ -54,14 +54,14 @@ def test_books_are_as_before_once_a_request_has_ended_wherever_it_was() -> None:
             match step:
                 case "place":
                     fleet.get(W).requests.add(RequestId("r"))
-                    lives.place(life, W, 0.0)
+                    lives.place(life, W, 1, 0.0)
                 case "prefilled":
                     lives.prefilled(life, 0.0)
                 case "hold":
                     lives.hold(life)
                 case "pull":
                     fleet.get(D).expect(RequestId("r"), 40)
-                    lives.pull(life, D)
+                    lives.pull(life, D, 1)
                 case "pulled":
                     assert lives.pulled(life) == W
         assert lives.num_at_workers == 1

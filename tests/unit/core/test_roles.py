@@ -65,9 +65,7 @@ def test_nothing_switches_unless_it_is_asked_for_or_if_the_shortage_does_not_las
         now_s = 10.0 * (i + 1)
         (batch, *_) = flood(core, 1, now_s)
         assert switches(core, now_s + 1.0) == []
-        done = BatchPrefilled(
-            worker_id=batch.worker_id, batch_id=batch.batch_id, request_ids=batch.request_ids, duration_s=1.0
-        )
+        done = BatchPrefilled(worker_id=batch.worker_id, assignment=batch.assignment, request_ids=batch.request_ids)
         core.step([done, reported("p0", free=2000, total=2000, last_assignment=batch.assignment)], now_s + 1.6)
         assert switches(core, now_s + 3.0) == []
 
@@ -78,16 +76,14 @@ def test_a_prefill_worker_joins_a_decode_side_that_has_no_room() -> None:
     for i in range(6):
         for batch in flood(core, 1, 1.0 + i / 10, prompt=350):
             ids = batch.request_ids
-            held = BatchPrefilled(
-                worker_id=batch.worker_id, batch_id=batch.batch_id, request_ids=ids, duration_s=0.1, held=ids
-            )
+            held = BatchPrefilled(worker_id=batch.worker_id, assignment=batch.assignment, request_ids=ids, held=ids)
             report = reported(batch.worker_id, free=2000, total=2000, last_assignment=batch.assignment)
             moved = [c for c in core.step([held, report], 1.05 + i / 10).commands if isinstance(c, PullKv)]
             for move in moved:
                 moves += 1
                 done = KvPulled(
                     request_id=move.request_id,
-                    source_id=move.source_id,
+                    assignment=move.assignment,
                     target_id=WorkerId("d0"),
                     is_ok=True,
                 )

@@ -19,7 +19,6 @@ from bucketserve.core.messages import (
     RefuseReason,
     RefuseRequest,
     RequestCancelled,
-    RequestFinished,
     RequestResumed,
     RequestSubmitted,
     WorkerDraining,
@@ -30,7 +29,6 @@ from bucketserve.core.scheduler import PATIENCE_S, SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
 from bucketserve.core.types import (
     Batch,
-    BatchId,
     FinishReason,
     LimitedBy,
     RequestClass,
@@ -38,7 +36,7 @@ from bucketserve.core.types import (
     StepSample,
     WorkerId,
 )
-from tests.builders import a_request, at, joined, reported
+from tests.builders import a_request, at, finished, joined, reported
 
 W = WorkerId("w")
 
@@ -64,16 +62,12 @@ def refusals(decision: Decision) -> list[RefuseReason]:
 
 
 def prefilled(batch: Batch) -> BatchPrefilled:
-    return BatchPrefilled(worker_id=W, batch_id=batch.batch_id, request_ids=batch.request_ids, duration_s=0.1)
+    return BatchPrefilled(worker_id=W, assignment=batch.assignment, request_ids=batch.request_ids)
 
 
 def prefilled_at(worker: str, *names: str) -> BatchPrefilled:
     ids = tuple(RequestId(name) for name in names)
-    return BatchPrefilled(worker_id=WorkerId(worker), batch_id=BatchId("b"), request_ids=ids, duration_s=0.1)
-
-
-def finished(name: str, worker: str = "w", reason: FinishReason = FinishReason.LENGTH) -> RequestFinished:
-    return RequestFinished(request_id=RequestId(name), worker_id=WorkerId(worker), output_tokens=5, reason=reason)
+    return BatchPrefilled(worker_id=WorkerId(worker), assignment=1, request_ids=ids)
 
 
 def test_requests_wait_without_a_worker_and_go_when_one_joins() -> None:
@@ -264,8 +258,9 @@ def test_what_the_store_did_not_have_is_stored_and_sent_again() -> None:
     decision = under_test.step([failed], 0.1)
     assert [c.request.request_id for c in decision.commands if isinstance(c, AdmitRequest)] == ["b"]
     assert [again.request_ids for again in batches(decision)] == [("b",)]
-    for name in ("a", "b"):
-        assert under_test.step([finished(name)], 0.2).commands == (ForgetRequest(RequestId(name)),)
+    for name, assignment in (("a", 1), ("b", 2)):
+        done = finished(name, assignment=assignment)
+        assert under_test.step([done], 0.2).commands == (ForgetRequest(RequestId(name)),)
     # All of the worker's memory is free again.
     under_test.step([reported(free=100, total=100, last_assignment=2)], 0.3)
     assert batches(under_test.step(submitted("c", max_new_tokens=90), 0.4))[0].reserved_kv_tokens == 100

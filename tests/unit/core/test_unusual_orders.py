@@ -16,6 +16,7 @@ from bucketserve.core.messages import (
     Drop,
     DropReason,
     Event,
+    ForgetRequest,
     KvPulled,
     PlaceRequest,
     PullKv,
@@ -31,8 +32,8 @@ from bucketserve.core.messages import (
 )
 from bucketserve.core.scheduler import PATIENCE_S, SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
-from bucketserve.core.types import BatchId, FinishReason, RequestId, WorkerId, WorkerRole
-from tests.builders import a_request, at, joined
+from bucketserve.core.types import FinishReason, RequestId, WorkerId, WorkerRole
+from tests.builders import a_request, at, finished, joined
 
 A = RequestId("a")
 BOTH, PREFILL, DECODE = WorkerRole.BOTH, WorkerRole.PREFILL, WorkerRole.DECODE
@@ -70,11 +71,11 @@ def sent(decision: Decision) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def held_at(name: str) -> BatchPrefilled:
-    return BatchPrefilled(worker_id=WorkerId(name), batch_id=BatchId("b"), request_ids=(A,), duration_s=0.1, held=(A,))
+    return BatchPrefilled(worker_id=WorkerId(name), assignment=1, request_ids=(A,), held=(A,))
 
 
 def ended_at(name: str, reason: FinishReason) -> RequestFinished:
-    return RequestFinished(request_id=A, worker_id=WorkerId(name), output_tokens=1, reason=reason)
+    return finished("a", name, reason=reason)
 
 
 # --- who may serve whom -----------------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def test_a_worker_that_comes_back_with_what_it_was_to_pull_from_itself_is_told_a
     for now_s in (0.2, 0.3):
         (pull,) = of_type(under_test.step([again], now_s), PullKv)
         assert (pull.source_id, pull.target_id) == ("w", "w")
-    pulled = KvPulled(request_id=A, source_id=WorkerId("w"), target_id=WorkerId("w"), is_ok=True)
+    pulled = KvPulled(request_id=A, target_id=WorkerId("w"), assignment=pull.assignment, is_ok=True)
     assert under_test.step([pulled], 0.4).drops == ()
     assert under_test.status().num_running == 1
 
@@ -282,3 +283,53 @@ def test_a_batch_of_which_nothing_was_sent_leaves_no_trace() -> None:
     under_test.step([RequestCancelled(A), DispatchFailed(worker_id=WorkerId("w"), request_ids=(A,))], 0.1)
     (known,) = under_test._fleet
     assert not known.unaccounted
+
+
+# --- two lives of one request -----------------------------------------------------------------------------------
+
+
+def test_what_is_late_of_an_older_life_says_nothing_about_the_newer_one() -> None:
+    under_test = core()
+    # Nobody here knows of it: the store has lost its ticket. Then its gateway says it again.
+    decision = under_test.step([worker("w", running=(at("a", assignment=4),))], 0.0)
+    assert decision.commands == (CancelAtWorker(WorkerId("w"), A),)
+    (batch,) = [c.batch for c in of_type(under_test.step([RequestResumed(a_request("a"))], 0.1), DispatchBatch)]
+    # The worker's orders count on from the last one that it had.
+    assert batch.assignment == 5
+    late = [
+        BatchPrefilled(worker_id=WorkerId("w"), assignment=4, request_ids=(A,), held=(A,)),
+        finished("a", assignment=4, reason=FinishReason.CANCELLED),
+        finished("a", assignment=4, reason=FinishReason.ERROR),
+    ]
+    assert under_test.step(late, 0.2) == Decision()
+    assert under_test.step([finished("a", assignment=5)], 0.3).commands == (ForgetRequest(A),)
+
+
+def test_a_worker_that_is_back_with_an_older_life_has_lost_the_newer_one() -> None:
+    under_test = core()
+    under_test.step([worker("w", running=(at("a", assignment=4),))], 0.0)
+    assert sent(under_test.step([RequestResumed(a_request("a"))], 0.1)) == [("w", ("a",))]
+    # The batch was lost with the stream, as was the order to stop the older life.
+    decision = under_test.step([worker("w", running=(at("a", assignment=4),))], 0.2)
+    assert decision.drops == (Drop(A, DropReason.WORKER_LOST),)
+    assert decision.commands == (CancelAtWorker(WorkerId("w"), A),)
+    assert under_test.status().num_running == 0
+
+
+def test_a_decode_worker_that_is_back_with_an_older_life_has_not_pulled_the_newer_one() -> None:
+    under_test = core()
+    under_test.step([worker("p", role=PREFILL), worker("d", role=DECODE, last_assignment=6), submitted()], 0.0)
+    (pull,) = of_type(under_test.step([held_at("p")], 0.1), PullKv)
+    assert pull.assignment == 7
+    back = worker("d", role=DECODE, running=(at("a", assignment=3),), last_assignment=6)
+    decision = under_test.step([back], 0.2)
+    assert decision.drops == (Drop(A, DropReason.WORKER_LOST),)
+    assert set(decision.commands) == {CancelAtWorker(WorkerId("p"), A), CancelAtWorker(WorkerId("d"), A)}
+
+
+def test_a_new_leader_believes_the_worker_that_its_store_names() -> None:
+    under_test = core()
+    under_test.restore(parked=[], running={a_request("a"): WorkerId("w")}, edges=())
+    assert under_test.step([worker("w", running=(at("a", assignment=9),))], 0.0) == Decision()
+    assert under_test.step([finished("a", assignment=8)], 0.1) == Decision()
+    assert under_test.step([finished("a", assignment=9)], 0.2).commands == (ForgetRequest(A),)

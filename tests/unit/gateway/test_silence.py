@@ -57,3 +57,16 @@ async def test_silent_requests_are_asked_for_again() -> None:
     # What the scheduler answers changes nothing for one that it knows.
     silent.on_dispatched(scheduler_pb2.RunDispatched(run_id=silent.run_id))
     assert silent.attempt == 1
+
+
+async def test_a_request_that_was_stopped_while_its_gateway_was_away_goes_on_with_the_next_attempt() -> None:
+    requests, resumed = OpenRequests(), []
+    link = SchedulerLink(["127.0.0.1:1"], Deployment(), "gateway", requests, lambda is_connected, detail: None)
+    valid = validate(inference_pb2.GenerateRequest(prompt="the"), catalog(), max_prompt_bytes=1000)
+    request = an_open_request(valid, [5, 6], 8, lambda opened, former: resumed.append((opened.attempt, former)))
+    requests.add(request)
+    former = request.run_id
+    dropped = scheduler_pb2.RunDropped(run_id=former, reason=scheduler_pb2.DROP_REASON_CANCELLED)
+    link._take(scheduler_pb2.SubmitResponse(dropped=dropped))
+    assert resumed == [(2, former)]
+    assert not request.is_over

@@ -55,7 +55,10 @@ class Disaggregated(Baseline):
             best = max(able, key=lambda target: (target.free_tokens, target.worker_id))
             best.unaccounted_tokens += request.prompt_tokens + 1
             self._prefilled.popleft()
-            self.commands.append(PullKv(request_id=request_id, source_id=source_id, target_id=best.worker_id))
+            # Nobody here needs to tell one life of a request from another.
+            self.commands.append(
+                PullKv(request_id=request_id, source_id=source_id, target_id=best.worker_id, assignment=0)
+            )
 
     def _has_room(self, target: KnownWorker, request: Request) -> bool:
         reserve = int(self._watermark * target.headroom.kv_total_tokens) if target.headroom.num_running else 0
