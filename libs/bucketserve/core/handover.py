@@ -20,6 +20,8 @@ __all__ = ["Handover"]
 
 Entry = tuple[float, RequestId, WorkerId, int]
 """(arrival, request, source, reserved tokens)."""
+STALE_ENTRIES = 64
+"""Of the queue, before it is cleaned: beyond one for each request that waits."""
 
 
 class Handover:
@@ -28,7 +30,9 @@ class Handover:
     def __init__(self, fleet: Fleet) -> None:
         """Reads and books the fleet's workers."""
         self._fleet = fleet
+        self._waiting: dict[RequestId, Entry] = {}
         self._ready: list[Entry] = []
+        """Those that wait, in order; entries of others are out of date."""
         self._waiting_tokens = 0
 
     def waiting_tokens(self) -> int:
@@ -37,8 +41,21 @@ class Handover:
 
     def ready(self, request: Request, source_id: WorkerId) -> None:
         """Queues a request whose prompt is computed."""
-        heapq.heappush(self._ready, (request.arrival_s, request.request_id, source_id, request.reserved_tokens))
-        self._waiting_tokens += request.reserved_tokens
+        self._queue((request.arrival_s, request.request_id, source_id, request.reserved_tokens))
+
+    def forget(self, request_id: RequestId) -> None:
+        """Forgets a request, if it waits."""
+        if entry := self._waiting.pop(request_id, None):
+            self._waiting_tokens -= entry[3]
+
+    def _queue(self, entry: Entry) -> None:
+        self._waiting[entry[1]] = entry
+        self._waiting_tokens += entry[3]
+        heapq.heappush(self._ready, entry)
+        if len(self._ready) > STALE_ENTRIES + 2 * len(self._waiting):
+            # Behind entries that stay, those that are out of date would gather for ever.
+            self._ready = list(self._waiting.values())
+            heapq.heapify(self._ready)
 
     def pulls(self, still_at: Callable[[RequestId, WorkerId], Request | None]) -> tuple[list[PullKv], list[RequestId]]:
         """Returns the transfers to begin now, and the requests passed over since no decode worker could hold them.
@@ -52,8 +69,10 @@ class Handover:
         full: set[str] = set()
         while self._ready and full != self._fleet.fingerprints:
             entry = heapq.heappop(self._ready)
-            _, request_id, source_id, tokens = entry
-            self._waiting_tokens -= tokens
+            _, request_id, source_id, _ = entry
+            if self._waiting.get(request_id) is not entry:
+                continue
+            self.forget(request_id)
             request = still_at(request_id, source_id)
             if request is None:
                 continue
@@ -79,8 +98,7 @@ class Handover:
             else:
                 too_large.append(request_id)
         for entry in passed_over:
-            heapq.heappush(self._ready, entry)
-            self._waiting_tokens += entry[3]
+            self._queue(entry)
         return pulls, too_large
 
     def _target(self, request: Request, source_id: WorkerId, fingerprint: str) -> WorkerState | None:

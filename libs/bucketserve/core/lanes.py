@@ -9,10 +9,10 @@ waiting. If the queue's order is first come, first served, there is one lane.
 from __future__ import annotations
 
 import enum
-import heapq
 from collections.abc import Iterator
 
 from bucketserve.core.cells import WaitingCells
+from bucketserve.core.due import DueTimes
 from bucketserve.core.types import Bucket, Request, RequestId
 
 __all__ = ["Lane", "Lanes"]
@@ -33,7 +33,7 @@ class Lanes:
         self.context_tokens = context_tokens
         self._cells = {lane: WaitingCells(context_tokens) for lane in Lane}
         self._share = deferred_share
-        self._late: list[tuple[float, RequestId]] = []
+        self._late = DueTimes()
         self._owed = 0.0
         """Tokens that deferred requests are owed; below 0: had in advance."""
 
@@ -73,10 +73,11 @@ class Lanes:
         lane = Lane.DEFERRED if late_s is None else Lane.IN_TIME
         self._cells[lane].add(request, order_key)
         if late_s is not None and late_s < float("inf"):
-            heapq.heappush(self._late, (late_s, request.request_id))
+            self._late.set(request.request_id, late_s)
 
     def remove(self, request_id: RequestId) -> Request | None:
         """Removes a request, if it waits."""
+        self._late.forget(request_id)
         for cells in self._cells.values():
             if request := cells.remove(request_id):
                 return request
@@ -85,8 +86,8 @@ class Lanes:
     def defer_late(self, now_s: float) -> None:
         """Moves requests to the deferred lane that can't meet their target any more. O(log n) for each, once."""
         in_time = self._cells[Lane.IN_TIME]
-        while self._late and self._late[0][0] < now_s:
-            _, request_id = heapq.heappop(self._late)
+        while (late_s := self._late.next_s()) is not None and late_s < now_s:
+            request_id = self._late.pop()
             request, key = in_time.get(request_id), in_time.key(request_id)
             if request is not None and key is not None:
                 in_time.remove(request_id)

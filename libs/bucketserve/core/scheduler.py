@@ -6,13 +6,13 @@ and a recorded log of (time, events) replays to the same decisions.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bucketserve.core.admission import Admission
 from bucketserve.core.batching import BatchFormer, Formed
 from bucketserve.core.demand import Demand
+from bucketserve.core.due import DueTimes
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.handover import Handover
@@ -118,7 +118,7 @@ class SchedulerCore:
         self._tenants = TenantBook()
         self._admission = Admission(settings, self._lanes, self._fleet, self._tenants)
         self._waste = WasteBook()
-        self._deadlines: list[tuple[float, RequestId]] = []
+        self._deadlines = DueTimes()
         self._orphans: dict[RequestId, float] = {}
         """Parked requests that no worker here may serve, or could hold if empty, and since when; in that order."""
         self._stuck: dict[RequestId, float] = {}
@@ -423,7 +423,7 @@ class SchedulerCore:
         prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
         if request.deadline_s is not None:
             # From then on it can't have a token by its deadline any more.
-            heapq.heappush(self._deadlines, (request.deadline_s - prefill_s, request.request_id))
+            self._deadlines.set(request.request_id, request.deadline_s - prefill_s)
         if not self._fleet.serves(request):
             self._orphan(request, now_s)
             return
@@ -468,14 +468,13 @@ class SchedulerCore:
 
     def _expire(self, now_s: float) -> None:
         """Drops what can't be in time any more; what runs is stopped at its deadline."""
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, request_id = heapq.heappop(self._deadlines)
-            life = self._lives.get(request_id)
+        while (due_s := self._deadlines.next_s()) is not None and due_s <= now_s:
+            life = self._lives.get(request_id := self._deadlines.pop())
             if life is None:
                 continue
             deadline_s = life.request.deadline_s or 0.0
             if life.is_at_worker and deadline_s > now_s:
-                heapq.heappush(self._deadlines, (deadline_s, request_id))
+                self._deadlines.set(request_id, deadline_s)
             else:
                 self._drop(life, DropReason.DEADLINE, now_s, at=life.workers)
 
@@ -564,15 +563,16 @@ class SchedulerCore:
         self._drops.append(Drop(request_id, DropReason.CANCELLED if life.is_cancelled else reason))
 
     def _end(self, life: Life, now_s: float, output_tokens: int | None = None) -> None:
-        self._dequeue(life.request.request_id)
+        request_id = life.request.request_id
+        self._dequeue(request_id)
+        self._deadlines.forget(request_id)
+        self._handover.forget(request_id)
         self._tenants.ended(life.request, output_tokens, has_run=life.is_at_worker)
         self._lives.end(life, now_s)
 
     def _wake_s(self) -> float | None:
-        times = [self._deadlines[0][0]] if self._deadlines else []
-        if self._former.wake_s is not None:
-            times.append(self._former.wake_s)
-        return min(times, default=None)
+        times = (self._deadlines.next_s(), self._former.wake_s)
+        return min((at_s for at_s in times if at_s is not None), default=None)
 
 
 def _named_by(event: Event) -> tuple[RequestId, ...]:

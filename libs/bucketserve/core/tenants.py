@@ -112,6 +112,9 @@ class TenantBook:
             # Below entries that stay, those that are out of date would gather for ever.
             self._behind = [(t.counter, name) for name, t in self._tenants.items() if t.num_waiting]
             heapq.heapify(self._behind)
+        if len(self._ahead) > 64 + 4 * len(self._tenants):
+            self._ahead = [(t.counter, name) for name, t in self._tenants.items() if not t.num_open]
+            heapq.heapify(self._ahead)
 
     def _least(self, but_not: str = "") -> float | None:
         """Returns the least counter of the tenants that wait, of all but one; None if there is none."""

@@ -395,7 +395,7 @@ class World:
         assert list(core._lives) == []
         assert (len(core._tenants), core._tenants._charged) == (0, {})
         assert (core._admission._batch_requests, core._admission._batch_tokens) == (0, 0)
-        assert (core._handover.waiting_tokens(), core._handover._ready) == (0, [])
+        assert (core._handover.waiting_tokens(), core._handover._waiting) == (0, {})
         assert [core._demand.tokens(lane) for lane in Lane] == [0, 0]
         for worker in core._fleet:
             books = (worker.requests, worker.incoming, worker.outstanding, worker.batch_of, worker.small)
