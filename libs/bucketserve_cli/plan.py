@@ -60,6 +60,16 @@ class StackSpec:
     """Settings for all services, BUCKETSERVE_*; they win over the environment."""
     worker_environ: tuple[Mapping[str, str], ...] = ()
     """Further settings for each worker, by position."""
+    gateway_environ: tuple[Mapping[str, str], ...] = ()
+    scheduler_environ: tuple[Mapping[str, str], ...] = ()
+    worker_module: str = "bucketserve_worker"
+    """What each worker runs; another one for tests whose engine has to fail."""
+
+    def environ_of(self, name: str) -> Mapping[str, str]:
+        """Returns the further settings for the service of that name, such as worker-1 or gateway."""
+        kind, _, index = name.partition("-")
+        of_kind = {"worker": self.worker_environ, "gateway": self.gateway_environ, "scheduler": self.scheduler_environ}
+        return dict(enumerate(of_kind[kind])).get(int(index or 0), {})
 
     @property
     def worker_roles(self) -> tuple[str, ...]:

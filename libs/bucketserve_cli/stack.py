@@ -224,8 +224,7 @@ class LocalStack:
         return self.store.url
 
     def _worker_listen(self, index: int) -> Address:
-        extra = self.spec.worker_environ[index] if index < len(self.spec.worker_environ) else {}
-        given = extra.get("BUCKETSERVE_WORKER_LISTEN")
+        given = self.spec.environ_of(f"worker-{index}").get("BUCKETSERVE_WORKER_LISTEN")
         return Address.parse(given) if given else self.settings.listen("worker", "listen")
 
     def _start_worker(self, index: int, role: str) -> None:
@@ -238,8 +237,7 @@ class LocalStack:
             # Workers on one machine share its cores; each taking all of them would make all of them slow.
             "num_threads": str(threads),
         }
-        extra = spec.worker_environ[index] if index < len(spec.worker_environ) else {}
-        self._spawn(f"worker-{index}", flags, defaults, extra)
+        self._spawn(f"worker-{index}", flags, defaults)
 
     def _start_gateway(self, index: int) -> None:
         models = json.dumps({self.spec.model_name: self.spec.model})
@@ -258,9 +256,7 @@ class LocalStack:
         }
         self._spawn(_name("gateway", index), flags, defaults)
 
-    def _spawn(
-        self, name: str, flags: Mapping[str, str], defaults: Mapping[str, str], extra: Mapping[str, str] | None = None
-    ) -> None:
+    def _spawn(self, name: str, flags: Mapping[str, str], defaults: Mapping[str, str]) -> None:
         """Starts a service; its addresses were decided before."""
         section = name.partition("-")[0]
         listen = self._listens[name]
@@ -269,10 +265,10 @@ class LocalStack:
             **self.settings.environ("deployment", {"name": self.deployment.name, "token": self.deployment.token}, {}),
             **self.settings.environ("telemetry", {}, {"log_format": "json"}),
             **self.settings.environ(section, {"listen": str(listen), **flags}, defaults),
-            **(extra or {}),
+            **self.spec.environ_of(name),
             **self.spec.environ,
         }
-        module = f"bucketserve_{section}"
+        module = self.spec.worker_module if section == "worker" else f"bucketserve_{section}"
         self.services[name] = ServiceProcess(
             name, module, environ, str(listen.local()), self._log_dir, self.deployment.health_service
         )

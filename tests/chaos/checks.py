@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +32,10 @@ UNTRACED = ("traceparent", f"00-{'1' * 32}-{'1' * 16}-00")
 """Says that spans of this request are not wanted."""
 WARM_UP_ROUNDS = 5
 ESTABLISHED, LISTEN = "01", "0A"
+IPV4 = len("0100007F:1F90")
+
+Hops = Callable[[], Mapping[str, str]]
+"""Returns whom each end of a relay between services stands for; addresses as the kernel writes them."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,10 @@ class Usage:
     files: Counter[str]
 
 
-def usage(stack: LocalStack) -> dict[str, Usage]:
+def usage(stack: LocalStack, hops: Hops = dict) -> dict[str, Usage]:
     """Returns what each service of a stack holds."""
     # Before anybody is asked: that takes connections.
-    files = _open_files(stack)
+    files = _open_files(stack, hops)
     return {
         name: Usage(
             metric(stack, name, "process_asyncio_tasks"),
@@ -57,12 +61,13 @@ def usage(stack: LocalStack) -> dict[str, Usage]:
     }
 
 
-def _open_files(stack: LocalStack) -> dict[str, Counter[str]]:
+def _open_files(stack: LocalStack, hops: Hops) -> dict[str, Counter[str]]:
     """Open files of each service by kind; connections by the kind of service at their other end."""
     sockets, unix = _tcp_sockets(), _unix_sockets()
     links = {name: _links(service) for name, service in stack.services.items()}
     owner = {sockets[link][0]: _kind(name) for name in links for link in links[name] if link in sockets}
     listening = {local for local, _, state in sockets.values() if state == LISTEN}
+    beyond = hops()
 
     def kind(link: str) -> str:
         if link in unix:
@@ -71,6 +76,7 @@ def _open_files(stack: LocalStack) -> dict[str, Counter[str]]:
             # A connection that was cut is in no table. Clients of the store notice when they use it next.
             return STORE if link.startswith("socket:") else re.sub(r"pipe:.*", "pipe", link)
         local, remote, state = sockets[link]
+        remote = beyond.get(remote, remote)
         if state == LISTEN:
             return "listening"
         if local in listening:
@@ -97,10 +103,10 @@ def _is_read_only(entry: Path) -> bool:
 
 
 def _tcp_sockets() -> dict[str, tuple[str, str, str]]:
-    """Link of an open file -> local address, remote address and state, as the kernel writes them."""
+    """Link of an open file -> local address, remote address and state, as the kernel writes them for IPv4."""
     tables = (Path(f"/proc/net/{name}") for name in ("tcp", "tcp6"))
     rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
-    return {f"socket:[{row[9]}]": (row[1], row[2], row[3]) for row in rows}
+    return {f"socket:[{row[9]}]": (row[1][-IPV4:], row[2][-IPV4:], row[3]) for row in rows}
 
 
 def _unix_sockets() -> set[str]:
@@ -114,7 +120,7 @@ def _kind(name: str) -> str:
     return name.partition("-")[0]
 
 
-async def _reach_all(stack: LocalStack, gateway: str, client: BucketServeClient) -> None:
+async def _reach_all(stack: LocalStack, gateway: str, client: BucketServeClient, hops: Hops) -> None:
     """Sends requests through a gateway until every worker has brought it something.
 
     Raises:
@@ -122,7 +128,7 @@ async def _reach_all(stack: LocalStack, gateway: str, client: BucketServeClient)
     """
     async with asyncio.timeout(20), contextlib.AsyncExitStack() as streams:
         # Each stays until all workers have one: who has none is given the next.
-        while _open_files(stack)[gateway]["connection of worker"] < len(stack.worker_names()):
+        while _open_files(stack, hops)[gateway]["connection of worker"] < len(stack.worker_names()):
             events = client.generate(token_ids=[5], max_tokens=400, ignore_eos=True, metadata=[UNTRACED])
             await streams.enter_async_context(contextlib.aclosing(events))
             num_tokens = 0
@@ -133,7 +139,7 @@ async def _reach_all(stack: LocalStack, gateway: str, client: BucketServeClient)
                     break
 
 
-async def warm_up(stack: LocalStack) -> dict[str, Usage]:
+async def warm_up(stack: LocalStack, hops: Hops = dict) -> dict[str, Usage]:
     """Opens every connection that a stack opens when first needed; returns what its services hold when quiet.
 
     Raises:
@@ -144,17 +150,17 @@ async def warm_up(stack: LocalStack) -> dict[str, Usage]:
         async with BucketServeClient(address) as client:
             for _ in range(WARM_UP_ROUNDS):
                 with contextlib.suppress(TimeoutError):
-                    await _reach_all(stack, name, client)
+                    await _reach_all(stack, name, client, hops)
                     break
             else:
-                raise AssertionError(f"not every worker got something of {name}: {_open_files(stack)[name]}")
+                raise AssertionError(f"not every worker got something of {name}: {_open_files(stack, hops)[name]}")
     seen: dict[str, Usage] = {}
 
     async def is_quiet() -> bool:
         """Whether nothing runs, and nothing changes any more."""
         seen_before = dict(seen)
         try:
-            seen.update(usage(stack))
+            seen.update(usage(stack, hops))
             return not await _at_work(stack) and _compared(seen, seen_before) == []
         except (AssertionError, grpc.aio.AioRpcError, OSError):
             return False
@@ -163,9 +169,9 @@ async def warm_up(stack: LocalStack) -> dict[str, Usage]:
     return seen
 
 
-async def leaks(stack: LocalStack, before: Mapping[str, Usage]) -> list[str]:
+async def leaks(stack: LocalStack, before: Mapping[str, Usage], hops: Hops = dict) -> list[str]:
     """Returns what is left over though nobody asks for anything: KV, leases, keys, requests, files, tasks."""
-    after = usage(stack)
+    after = usage(stack, hops)
     found = await _at_work(stack)
     if not stack.redis_url.startswith("memory"):
         found += await _keys(stack.redis_url)
@@ -251,15 +257,19 @@ class _Run:
     ended_s: float = float("inf")
 
 
-def double_executions(stack: LocalStack) -> tuple[int, list[str]]:
+def double_executions(
+    stack: LocalStack, clock: Callable[[str], Callable[[float], float]] = lambda worker: float
+) -> tuple[int, list[str]]:
     """Returns (runs, violations): the same attempt at two workers at once under one fencing epoch.
+
+    clock(worker) is a function from what that worker's clock showed to the true time, called in order.
 
     The history is what workers log when a run is given to the engine and when it has left it. A process that ended took
     its runs with it: the next life's first line ends them.
     """
     runs: dict[str, list[_Run]] = defaultdict(list)
     for worker in stack.worker_names():
-        _read(worker, stack.services[worker].log_path, runs)
+        _read(worker, stack.services[worker].log_path, runs, clock(worker))
     bad = []
     for run_id, of_request in runs.items():
         of_request.sort(key=lambda run: run.began_s)
@@ -271,14 +281,14 @@ def double_executions(stack: LocalStack) -> tuple[int, list[str]]:
     return sum(len(of_request) for of_request in runs.values()), bad
 
 
-def _read(worker: str, log: Path, runs: dict[str, list[_Run]]) -> None:
+def _read(worker: str, log: Path, runs: dict[str, list[_Run]], true_time: Callable[[float], float]) -> None:
     open_runs: dict[str, _Run] = {}
     last_s = 0.0
     for line in log.read_text(errors="replace").splitlines():
         if not re.search(r'"event": "(run\.|worker\.ready)', line):
             continue
         entry = json.loads(line)
-        at_s = datetime.fromisoformat(entry["time"]).timestamp()
+        at_s = true_time(datetime.fromisoformat(entry["time"]).timestamp())
         match entry["event"]:
             case "worker.ready":
                 for run in open_runs.values():

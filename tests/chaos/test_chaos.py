@@ -23,6 +23,7 @@ async def test_the_books_balance_after_45_seconds_of_faults(tmp_path: Path) -> N
         seed=int(os.environ.get("CHAOS_SEED", "1")),
         clients=NUM_CLIENTS,
         faults="all",
+        engine="fake",
         json=None,
     )
     is_good = await chaos(options, Console(file=text, width=110), tmp_path)

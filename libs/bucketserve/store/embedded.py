@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from bucketserve.children import Child
@@ -46,14 +48,23 @@ def find_server() -> str:
 class EmbeddedServer:
     """Runs between entering and leaving, on 127.0.0.1 and a free port."""
 
-    def __init__(self, port: int = 0, *, is_durable: bool = False, replica_of: int = 0) -> None:
+    def __init__(
+        self,
+        port: int = 0,
+        *,
+        is_durable: bool = False,
+        replica_of: int = 0,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         """Starts nothing yet.
 
         Args:
             port: where to listen; 0 for any free one.
             is_durable: what was written is there again after stop and start, or kill and start.
             replica_of: port of the server on this machine whose data to copy; 0 for none.
+            environ: variables beside our own.
         """
+        self._environ = None if environ is None else {**os.environ, **environ}
         self._is_durable = is_durable
         self._replica_of = replica_of
         self._ports = ReservedPorts()
@@ -106,7 +117,7 @@ class EmbeddedServer:
         command += ["--appendonly", "yes", "--appendfsync", "always"] if self._is_durable else ["--appendonly", "no"]
         if self._replica_of:
             command += ["--replicaof", "127.0.0.1", str(self._replica_of), "--repl-diskless-sync-delay", "0"]
-        self._process = Child([*command, "--dir", self._folder.name], output=subprocess.DEVNULL)
+        self._process = Child([*command, "--dir", self._folder.name], environ=self._environ, output=subprocess.DEVNULL)
         deadline_s = time.monotonic() + START_S
         while not _answers(self._port):
             if self._process.poll() is not None or time.monotonic() > deadline_s:
