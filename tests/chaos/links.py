@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from bucketserve.store.embedded import ReservedPorts
 from bucketserve_cli.stack import LocalStack
@@ -18,11 +18,15 @@ KINDS = ("gateway to scheduler", "worker to scheduler", "workers to gateway", "w
 class Links:
     """The links by kind and by the service that they belong to."""
 
-    def __init__(self, roles: Sequence[str], num_gateways: int, num_schedulers: int) -> None:
-        """Knows no address yet. The environments are to be those of the stack; connect() fills them."""
+    def __init__(self, num_workers: int, num_gateways: int, num_schedulers: int, remote: Collection[int]) -> None:
+        """Knows no address yet. The environments are to be those of the stack; connect() fills them.
+
+        The workers of those numbers share no memory with others: their KV goes over the network.
+        """
+        self._remote = remote
         self.gateway_environ: tuple[dict[str, str], ...] = tuple({} for _ in range(num_gateways))
         self.scheduler_environ: tuple[dict[str, str], ...] = tuple({} for _ in range(num_schedulers))
-        self.worker_environ: tuple[dict[str, str], ...] = tuple({} for _ in roles)
+        self.worker_environ: tuple[dict[str, str], ...] = tuple({} for _ in range(num_workers))
         self.of: dict[str, dict[str, list[Relay]]] = {kind: defaultdict(list) for kind in KINDS}
         """Kind -> name of a service -> its relays."""
         self._ports = ReservedPorts()
@@ -44,7 +48,9 @@ class Links:
             name = f"worker-{index}"
             environ["BUCKETSERVE_WORKER_SCHEDULER_ADDRESS"] = self._all("worker to scheduler", name, stack)
             environ["BUCKETSERVE_WORKER_LISTEN"] = listen = f"127.0.0.1:{self._ports.take()}"
-            environ["BUCKETSERVE_WORKER_ADDRESS"] = self._relay("workers to worker", name, listen).address
+            if index in self._remote:
+                environ["CHAOS_REMOTE"] = "1"
+                environ["BUCKETSERVE_WORKER_ADDRESS"] = self._relay("workers to worker", name, listen).address
         for relay in self.relays:
             await relay.start()
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -116,7 +117,7 @@ async def _open_site(
 ) -> Site:
     """Starts everything; what is to be stopped goes to exits."""
     is_fake = options.engine == "fake"
-    links = Links(ROLES, num_gateways=2, num_schedulers=2)
+    links = Links(len(ROLES), num_gateways=2, num_schedulers=2, remote=(REMOTE,))
     exits.push_async_callback(links.close)
     services = ["scheduler", "scheduler-1", "gateway", "gateway-1", *(f"worker-{i}" for i in range(len(ROLES)))]
     clocks = None
@@ -140,9 +141,8 @@ async def _open_site(
     stack = LocalStack(spec, lambda line: console.print(f"  {line}", highlight=False))
     await links.connect(stack, f"127.0.0.1:{store.port}")
     orders = Path(exits.enter_context(tempfile.TemporaryDirectory()))
-    for index, environ in enumerate(links.worker_environ):
+    for environ in links.worker_environ:
         environ["CHAOS_ORDERS"] = str(orders)
-        environ["CHAOS_REMOTE"] = "1" if index == REMOTE else ""
     if clocks is not None:
         for name in services:
             links.environ_of(name).update(clocks.environ(name))
@@ -154,7 +154,8 @@ async def _open_site(
 async def _job(stack: LocalStack, oracle: Oracle, seed: int) -> list[str]:
     """Submits a job and fetches its results, however often it takes; returns what is wrong with them."""
     rng = random.Random(seed)
-    asked = [oracle.request(rng) for _ in range(JOB_REQUESTS)]
+    drawn = [oracle.request(rng) for _ in range(JOB_REQUESTS)]
+    asked = [replace(request, max_tokens=min(request.max_tokens, 5 + i % 30)) for i, request in enumerate(drawn)]
     requests = [
         request_from_json(
             {

@@ -22,8 +22,9 @@ HANG_S = 30.0
 async def _order(word: str, role: str, site: Site, rng: random.Random) -> str:
     """Lets an engine fail in a step; a worker that ends with it is started again, as anywhere."""
     with site.hold_one("worker", rng, among=site.workers_of(role)) as name:
-        order = site.orders / f"{name}.order"
-        order.write_text(word)
+        order, draft = site.orders / f"{name}.order", site.orders / f"{name}.draft"
+        draft.write_text(word)
+        draft.rename(order)
         deadline_s = time.monotonic() + OBEYED_S
         while order.exists():
             if time.monotonic() > deadline_s:
