@@ -102,6 +102,11 @@ class OpenRequest:
         return self._ticket.model
 
     @property
+    def is_admitted(self) -> bool:
+        """Whether its client was told that it is queued: then only a failure can end it, and no refusal."""
+        return self._accepted.is_set() and not self.is_over
+
+    @property
     def is_over(self) -> bool:
         """Whether it has its one terminal state."""
         return self.finished is not None or self.error is not None

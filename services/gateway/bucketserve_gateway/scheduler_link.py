@@ -28,6 +28,8 @@ __all__ = ["SchedulerLink"]
 OUTBOX_LIMIT = 65_536
 SILENCE_S = 20.0
 """A request of which nothing was heard for so long is submitted again."""
+FULL_S = 1.0
+"""One that was admitted is submitted again so long after a full store did not take its next attempt."""
 
 Submit = scheduler_pb2.SubmitRequest
 
@@ -126,6 +128,11 @@ class SchedulerLink:
             outbox.close()
             hang_up(call)
 
+    def _submit_again(self, run_id: str) -> None:
+        opened = self._requests.get(run_id)
+        if opened is not None and not opened.is_over:
+            self.submit(opened)
+
     def _take(self, response: scheduler_pb2.SubmitResponse) -> None:
         kind = response.WhichOneof("message")
         if kind is None:
@@ -139,6 +146,8 @@ class SchedulerLink:
                 opened.on_accepted()
             case "dispatched":
                 opened.on_dispatched(message)
+            case "refused" if opened.is_admitted and message.reason == scheduler_pb2.REFUSE_REASON_STORE_FULL:
+                asyncio.get_running_loop().call_later(FULL_S, self._submit_again, message.run_id)
             case "refused":
                 opened.fail(_refusal(message))
             case "dropped":

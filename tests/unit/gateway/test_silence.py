@@ -1,12 +1,15 @@
-"""A request of which nothing is heard any more is submitted again, as it is."""
+"""A request of which nothing is heard any more, or that a full store did not take, is submitted again, as it is."""
 
 from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2, scheduler_pb2
+from bucketserve_gateway import scheduler_link
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
 from bucketserve_gateway.scheduler_link import SILENCE_S, SchedulerLink
 from bucketserve_gateway.validation import validate
@@ -70,3 +73,29 @@ async def test_a_request_that_was_stopped_while_its_gateway_was_away_goes_on_wit
     link._take(scheduler_pb2.SubmitResponse(dropped=dropped))
     assert resumed == [(2, former)]
     assert not request.is_over
+
+
+async def test_a_full_store_refuses_what_is_new_and_delays_what_was_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_link, "FULL_S", 0.0)
+    requests, served = OpenRequests(), catalog()
+    link = SchedulerLink(["127.0.0.1:1"], Deployment(), "gateway", requests, lambda is_connected, detail: None)
+    outbox: Outbox[scheduler_pb2.SubmitRequest] = Outbox(10)
+    link._outbox = outbox
+    valid = validate(inference_pb2.GenerateRequest(prompt="the"), served, max_prompt_bytes=1000)
+    new, admitted, cancelled = (an_open_request(valid, [5, 6], 8) for _ in range(3))
+    for opened in (new, admitted, cancelled):
+        requests.add(opened)
+    for opened in (admitted, cancelled):
+        opened.on_accepted()
+        opened.restart("its worker was lost")
+        requests.resumed(opened, opened.run_id.replace(".2", ".1"))
+    for opened in (new, admitted, cancelled):
+        full = scheduler_pb2.RunRefused(run_id=opened.run_id, reason=scheduler_pb2.REFUSE_REASON_STORE_FULL)
+        link._take(scheduler_pb2.SubmitResponse(refused=full))
+    requests.remove(cancelled)
+    await asyncio.sleep(0.01)
+    assert new.error is not None
+    assert new.error.reason == "STORE_FULL"
+    assert not admitted.is_over
+    asyncio.get_running_loop().call_soon(outbox.close)
+    assert [message.run.ticket.run_id async for message in outbox.messages()] == [admitted.run_id]
