@@ -20,6 +20,8 @@ __all__ = ["EngineStarted", "EngineThread", "EngineTurn", "HandedOver", "Resumed
 
 STOP_S = 10.0
 SLOWER_THAN_EVER, SLOWER_AT_FIRST = 10, 4
+LOOK_S = 1.0
+"""Most that counts between two looks at a turn: who did not look for longer was stopped, and so was the engine."""
 MAX_TURNS_AHEAD = 64
 """Turns that the event loop may be behind before the engine waits for it."""
 
@@ -112,6 +114,9 @@ class EngineThread:
         self._turn_began_s: float | None = None
         """When the turn in hand began; None between turns."""
         self._longest_turn_s = 0.0
+        self._looked_s = time.monotonic()
+        self._watched = (0.0, 0.0)
+        """When the turn began that was looked at last, and for how long it has been seen, seconds."""
         self._last_assignment = 0
         self.started: asyncio.Future[EngineStarted] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -148,18 +153,28 @@ class EngineThread:
             self._wake.notify()
 
     def hangs_for_s(self, limit_s: float) -> float:
-        """Returns for how long the turn in hand has taken, if that is more than it may; else 0.
+        """Returns for how long the turn in hand has been seen, if that is more than it may take; else 0.
+
+        To be called at least every LOOK_S. The time in which a process was stopped is no turn's.
 
         Args:
             limit_s: what any turn may take; one that is known to be slower may take ten times its longest, and the
                 first ones, which may have to warm up, four times this.
         """
-        began_s = self._turn_began_s
+        now_s, began_s = time.monotonic(), self._turn_began_s
+        passed_s, self._looked_s = min(now_s - self._looked_s, LOOK_S), now_s
         if began_s is None:
             return 0.0
-        took_s = time.monotonic() - began_s
+        seen_s = self._watched[1] if self._watched[0] == began_s else 0.0
+        took_s = min(now_s - began_s, seen_s + passed_s)
+        self._watched = (began_s, took_s)
         slack = SLOWER_AT_FIRST if not self._longest_turn_s else 1
         return took_s if took_s > max(limit_s * slack, SLOWER_THAN_EVER * self._longest_turn_s) else 0.0
+
+    def _took_s(self, began_s: float) -> float:
+        """Returns how long a turn took that ends now, without the time in which the process was stopped."""
+        turn_s, seen_s = self._watched
+        return min(time.monotonic() - began_s, (seen_s if turn_s == began_s else 0.0) + LOOK_S)
 
     async def stop(self) -> None:
         """Ends the thread after the current step and frees the device."""
@@ -201,7 +216,7 @@ class EngineThread:
             )
             self._turn_began_s = None
             if output.sample is not None:
-                self._longest_turn_s = max(self._longest_turn_s, time.monotonic() - began_s)
+                self._longest_turn_s = max(self._longest_turn_s, self._took_s(began_s))
             self._ahead.acquire()
             self._loop.call_soon_threadsafe(self._deliver, turn)
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
+from types import SimpleNamespace
+
+import pytest
 
 from bucketserve.core.types import RequestId
 from bucketserve.engine.fake import FakeEngine, FakeSettings
 from bucketserve.ports import SequenceSpec
+from bucketserve_worker import engine_thread
 from bucketserve_worker.engine_thread import EngineThread, EngineTurn
 from tests.e2e.observe import eventually
 
@@ -32,4 +37,30 @@ async def test_a_step_that_does_not_end_is_noticed_and_idleness_is_none() -> Non
     may_go_on.set()
     await eventually(lambda: len(turns) >= 9, 10)
     assert engine.hangs_for_s(0.2) == 0.0
+    await engine.stop()
+
+
+async def test_the_time_in_which_the_process_was_stopped_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, steps, stopped_s = list[EngineTurn](), itertools.count(), 0.0
+    is_held, may_go_on = threading.Event(), threading.Event()
+
+    def sleep(seconds: float) -> None:
+        if next(steps) == 2:
+            is_held.set()
+            may_go_on.wait(30)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + stopped_s)
+    monkeypatch.setattr(engine_thread, "time", clock)
+    engine = EngineThread(lambda: FakeEngine(FakeSettings(step_s=0.001), sleep), turns.append)
+    engine.start()
+    await engine.started
+    engine.add(1, [SequenceSpec(request_id=RequestId("r"), token_ids=(1, 2), max_new_tokens=9)], 0, specs={})
+    await eventually(is_held.is_set, 10)
+    assert engine.hangs_for_s(20.0) == 0.0
+    stopped_s = 60.0
+    assert engine.hangs_for_s(20.0) == 0.0
+    may_go_on.set()
+    await eventually(lambda: len(turns) >= 9, 10)
+    # Nor does it make a later hang any less of one.
+    assert engine._longest_turn_s < 20.0
     await engine.stop()
