@@ -45,9 +45,14 @@ abuse: $(READY) ## Hostile clients in full against a stack of processes with lim
 
 DURATION ?= 600
 SEED ?= 1
+FAULTS ?= all
 
-chaos: $(READY) ## Seeded faults against a live local stack: make chaos DURATION=600 SEED=1
-	$(BIN)/python -m tests.chaos.run --duration $(DURATION) --seed $(SEED)
+chaos: $(READY) ## Seeded faults against a live local stack: make chaos DURATION=600 SEED=1 FAULTS=all
+	$(BIN)/python -m tests.chaos.run --duration $(DURATION) --seed $(SEED) --faults '$(FAULTS)'
+
+chaos-model: $(READY) ## The same with the demo model on every worker, beside what transformers generates
+	$(BIN)/python -m tests.chaos.run --duration $(DURATION) --seed $(SEED) --faults '$(FAULTS)' \
+		--engine transformers --clients 8
 
 soak: $(READY) ## The same load without faults: make soak DURATION=3600
 	$(BIN)/python -m tests.chaos.run --duration $(DURATION) --seed $(SEED) --faults none
@@ -145,5 +150,5 @@ images: ## Build the images (needs Docker)
 clean: ## Remove what was built
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
-.PHONY: help setup demo up test test-fast test-e2e fuzz abuse chaos soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path \
+.PHONY: help setup demo up test test-fast test-e2e fuzz abuse chaos chaos-model soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path \
 	bench-core operators paper compose-check k8s-render images clean
