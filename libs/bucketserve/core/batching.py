@@ -10,6 +10,7 @@ from bucketserve.core.demand import Demand
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.lanes import Lane, Lanes
+from bucketserve.core.lifecycle import Lifecycle
 from bucketserve.core.messages import DispatchBatch
 from bucketserve.core.placement import place
 from bucketserve.core.settings import BatchBudget, CoreSettings, QueueOrder
@@ -47,13 +48,22 @@ class _Cut:
 class BatchFormer:
     """Forms one batch at a time out of the waiting requests; removes nothing itself."""
 
-    def __init__(self, settings: CoreSettings, lanes: Lanes, fleet: Fleet, edges: EdgeChooser, demand: Demand) -> None:
+    def __init__(
+        self,
+        settings: CoreSettings,
+        lanes: Lanes,
+        fleet: Fleet,
+        edges: EdgeChooser,
+        demand: Demand,
+        lives: Lifecycle,
+    ) -> None:
         """Reads what its owner changes between calls."""
         self._settings = settings
         self._lanes = lanes
         self._fleet = fleet
         self._edges = edges
         self._demand = demand
+        self._lives = lives
         self._counts_longest = settings.batch_budget is BatchBudget.LONGEST
         self._num_formed = 0
         self._saving: tuple[RequestId, WorkerState] | None = None
@@ -187,7 +197,7 @@ class BatchFormer:
         self, lane: Lane, bucket: Bucket, first: Request, worker: WorkerState, now_s: float, room: int | None
     ) -> tuple[_Cut, LimitedBy]:
         """Takes requests from the bucket in order, from `first` on, until something stops it; that one fits."""
-        cut = _Cut()
+        cut = _Cut(tpot_s=self._lives.tpot_s(worker))
         safe_tokens = worker.safe_tokens(self._settings.memory_reserve)
         if room is not None:
             safe_tokens = min(safe_tokens, room)
@@ -265,7 +275,7 @@ class BatchFormer:
             padded_tokens=max(request.prefill_tokens for request in chosen) * len(chosen),
             reserved_kv_tokens=sum(request.reserved_tokens for request in chosen),
             limited_by=limited_by,
-            max_chunk_tokens=self._chunk_tokens(worker, cut),
+            max_chunk_tokens=self._settings.max_chunk_tokens,
         )
         is_small = cut.prefill_tokens <= self._settings.small_batch_tokens and worker.has_place(
             self._settings, small=True
@@ -275,16 +285,6 @@ class BatchFormer:
             self.forget(worker.saved_for)
         self._fleet.changed(worker)
         return DispatchBatch(batch)
-
-    def _chunk_tokens(self, worker: WorkerState, cut: _Cut) -> int:
-        """Prompt tokens per step that keep a step beside the running decodes within the tightest TPOT of the batch."""
-        limit = self._settings.max_chunk_tokens
-        per_token_s = worker.times.prefill_token_s()
-        if cut.tpot_s == INFINITY or not per_token_s or not self._settings.is_time_aware:
-            return limit
-        left_s = cut.tpot_s - worker.times.decode_s(worker.num_sequences(), worker.context_tokens_held())
-        wanted = max(int(left_s / per_token_s), 16)
-        return min(limit, wanted) if limit else wanted
 
 
 def _is_bound(request: Request, candidates: Sequence[WorkerState]) -> bool:

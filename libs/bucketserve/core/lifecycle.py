@@ -21,6 +21,7 @@ from bucketserve.core.errors import IllegalStepError
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.lanes import Lane
 from bucketserve.core.types import Batch, Request, RequestId, WorkerId
+from bucketserve.core.workers import WorkerState
 
 __all__ = ["NEXT_STATES", "Life", "Lifecycle", "State"]
 
@@ -129,6 +130,16 @@ class Lifecycle:
     def at(self, worker_id: WorkerId) -> list[Life]:
         """Returns what a worker has something of."""
         return [life for life in self._lives.values() if worker_id in (life.worker_id, life.target_id)]
+
+    def tpot_s(self, worker: WorkerState) -> float:
+        """Returns the least TPOT that was promised to what is at a worker, in seconds; infinity if none was.
+
+        A target that its decodes break already counts for nothing: no smaller batch would keep it.
+        """
+        decode_s = worker.times.decode_s(worker.num_sequences(), worker.context_tokens_held())
+        lives = (self._lives.get(request_id) for request_id in worker.requests)
+        targets = (life.request.tpot_slo_s for life in lives if life is not None)
+        return min((target for target in targets if target is not None and target >= decode_s), default=float("inf"))
 
     def park(self, request: Request) -> Life:
         """Takes a request, a new one or one that waits in no bucket any more, that cannot be dispatched yet."""

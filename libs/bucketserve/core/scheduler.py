@@ -111,7 +111,7 @@ class SchedulerCore:
         self._fleet = Fleet(settings)
         self._demand = Demand()
         self._lives = Lifecycle(self._fleet, self._demand)
-        self._former = BatchFormer(settings, self._lanes, self._fleet, self._edges, self._demand)
+        self._former = BatchFormer(settings, self._lanes, self._fleet, self._edges, self._demand, self._lives)
         self._handover = Handover(self._fleet)
         self._roles = RoleBalancer(settings, self._fleet, self._lanes, self._handover)
         self._layout = LayoutChooser(settings, self._fleet)

@@ -11,7 +11,8 @@ import time
 from bucketserve.core.messages import Decision, DispatchBatch
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.rpc.outbox import Outbox
-from bucketserve.sim.policies import PolicyContext, core_policy
+from bucketserve.sim.policies import core_policy
+from bucketserve.sim.policy_spec import PolicyContext
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
