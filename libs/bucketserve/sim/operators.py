@@ -31,6 +31,8 @@ LIGHT_LOAD = 0.7
 """Share of the capacity at 95% at which goodput is measured: where operators run."""
 OVERLOAD = 2.0
 """Multiple of that capacity at which a queue never empties: what ends then is the saturation."""
+LONG_SPAN = 3.0
+"""Arrivals last so much longer for it: long outputs take their time to show under overload."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,7 @@ def best_step(case: Case) -> int:
 def saturation(case: Case, capacity_rps: float) -> float:
     """Returns the requests per second that end while far more arrive than the policy can serve in time."""
     experiment = _experiment(case)
+    experiment = replace(experiment, min_span_s=LONG_SPAN * experiment.span_s())
     reports = [run_experiment(experiment, layout, OVERLOAD * capacity_rps) for layout in _layouts(case)]
     return max(report.completed_rps for report in reports)
 

@@ -125,7 +125,7 @@ def test_the_command_compares_policies(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     status, out, _ = run_command("sim", "--compare", "adaptive,chunked", *SHORT, "--seeds", "2", "--json", str(file))
     assert status == 0
-    for text in ("80%", "95%", "99%", "TTFT p99", "worst tenth", "served", "x 1.00", "saturation", "2 seeds"):
+    for text in ("80%", "95%", "99%", "TTFT p99", "worst tenth", "at 0.7", "served", "x 1.00", "saturation", "2 seeds"):
         assert text in out
     found = json.loads(file.read_text())
     assert [(row["case"]["policy"], row["case"]["seed"]) for row in found["measured"]] == [
