@@ -52,7 +52,7 @@ def run_comparison(names: str, num_seeds: int, options: SimOptions, console: Con
         jobs = [replace(case, seed=options.seed + i) for case in sized for i in range(num_seeds)]
         measured = list(track(pool.map(measure, jobs), "capacities", len(jobs), console=progress, transient=True))
         reference = next((one for one in measured if one.case.policy == REFERENCE), None)
-        most_rps = saturation(reference.case, reference.at[0.95].capacity_rps) if reference else None
+        most_rps = saturation(reference.case, reference.at[0.8].capacity_rps) if reference else None
         console.print(comparison_table(measured, most_rps))
         if file is not None:
             content = {"saturation_rps": most_rps, "measured": [_as_dict(one) for one in measured]}

@@ -29,8 +29,8 @@ SWEEP_TARGET = 0.95
 SWEEP_SEED = 1_000_003
 LIGHT_LOAD = 0.7
 """Share of the capacity at 95% at which goodput is measured: where operators run."""
-OVERLOAD = 2.0
-"""Multiple of that capacity at which a queue never empties: what ends then is the saturation."""
+SERVED_SHARE = 0.9
+"""Under overload less than this share of the arrivals ends."""
 LONG_SPAN = 3.0
 """Arrivals last so much longer for it: long outputs take their time to show under overload."""
 
@@ -109,11 +109,18 @@ def best_step(case: Case) -> int:
 
 
 def saturation(case: Case, capacity_rps: float) -> float:
-    """Returns the requests per second that end while far more arrive than the policy can serve in time."""
-    experiment = _experiment(case)
+    """Returns the requests per second that end while more arrive than the policy can serve at any delay.
+
+    Poisson arrivals in every case, at twice the capacity at first, and twice as many until a share is left waiting.
+    """
+    experiment = _experiment(replace(case, arrivals=Arrivals.POISSON))
     experiment = replace(experiment, min_span_s=LONG_SPAN * experiment.span_s())
-    reports = [run_experiment(experiment, layout, OVERLOAD * capacity_rps) for layout in _layouts(case)]
-    return max(report.completed_rps for report in reports)
+    rate_rps = capacity_rps or case.start_rps
+    while True:
+        rate_rps *= 2
+        most_rps = max(run_experiment(experiment, layout, rate_rps).completed_rps for layout in _layouts(case))
+        if most_rps < SERVED_SHARE * rate_rps:
+            return most_rps
 
 
 def _policy(case: Case) -> PolicySpec:
