@@ -113,7 +113,7 @@ def test_a_simulated_worker_hands_the_step_rule_what_an_engine_hands_it(
         )
     )
     worker.add(
-        (SimSequence(name, n, out, out, BatchId("b"), chunk) for name, n, out in wanted),
+        (SimSequence(name, n, out, out, BatchId("b"), 1, max_chunk_tokens=chunk) for name, n, out in wanted),
         1,
     )
     worker.plan(0.0)
