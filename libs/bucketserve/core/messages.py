@@ -48,6 +48,7 @@ __all__ = [
     "WorkerJoined",
     "WorkerLost",
     "WorkerReported",
+    "requests_named_by",
 ]
 
 
@@ -222,6 +223,21 @@ Event = (
     | RequestFinished
     | KvPulled
 )
+
+
+def requests_named_by(event: Event) -> tuple[RequestId, ...]:
+    """Returns the requests that an event is about; a worker's running ones are not its fault."""
+    match event:
+        case RequestSubmitted(request=request) | RequestResumed(request=request):
+            return (request.request_id,)
+        case BatchPrefilled(request_ids=ids) | AdmitFailed(request_ids=ids) | DispatchFailed(request_ids=ids):
+            return ids
+        case RequestCancelled(request_id=request_id):
+            return (request_id,)
+        case RequestFinished(request_id=request_id) | KvPulled(request_id=request_id):
+            return (request_id,)
+        case _:
+            return ()
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

@@ -7,12 +7,10 @@ and a recorded log of (time, events) replays to the same decisions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from bucketserve.core.admission import Admission
 from bucketserve.core.batching import BatchFormer, Formed
 from bucketserve.core.demand import Demand
-from bucketserve.core.due import DueTimes
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.handover import Handover
@@ -47,57 +45,25 @@ from bucketserve.core.messages import (
     WorkerJoined,
     WorkerLost,
     WorkerReported,
+    requests_named_by,
 )
-from bucketserve.core.order import latest_start_s, order_key
+from bucketserve.core.patience import Patience
+from bucketserve.core.queue import Queue
 from bucketserve.core.roles import RoleBalancer
-from bucketserve.core.settings import CoreSettings, QueueOrder
+from bucketserve.core.settings import CoreSettings
 from bucketserve.core.tenants import TenantBook
 from bucketserve.core.types import (
-    Bucket,
     FinishReason,
     Request,
-    RequestClass,
     RequestId,
     RunningRequest,
     WorkerId,
-    WorkerRole,
 )
-from bucketserve.core.waste import Waste, WasteBook
+from bucketserve.core.views import BucketView, CoreView
+from bucketserve.core.waste import WasteBook
 from bucketserve.core.workers import WorkerState
 
-__all__ = ["BucketView", "CoreView", "SchedulerCore"]
-
-
-@dataclass(frozen=True, slots=True)
-class BucketView:
-    """A bucket as it stands."""
-
-    bucket: Bucket
-    num_waiting: int
-    waiting_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class CoreView:
-    """The core as it stands, for status and metrics."""
-
-    buckets: tuple[BucketView, ...]
-    num_waiting: int
-    num_deferred: int
-    num_running: int
-    predicted_waste: Waste
-    """Of a batch padded to its bucket's edge, over the lengths that arrive."""
-    observed_waste: Waste
-    """Of the batches so far, if each were padded to its longest prompt."""
-    roles: Mapping[WorkerId, WorkerRole]
-    """Of the workers, as they are now."""
-
-
-HEAD_S = 1e6
-"""A resumed request comes before all that arrived less than this later: its client waits in the middle of a stream."""
-PATIENCE_S = 30.0
-"""How long a request in the middle of its output waits for a worker that could go on with it, when there is none: one
-of its fingerprint, or a decode worker large enough for the KV that is held."""
+__all__ = ["SchedulerCore"]
 
 
 class SchedulerCore:
@@ -117,14 +83,9 @@ class SchedulerCore:
         self._layout = LayoutChooser(settings, self._fleet)
         self._tenants = TenantBook()
         self._admission = Admission(settings, self._lanes, self._fleet, self._tenants)
+        self._queue = Queue(settings, self._lanes, self._fleet, self._tenants, self._admission)
         self._waste = WasteBook()
-        self._deadlines = DueTimes()
-        self._orphans: dict[RequestId, float] = {}
-        """Parked requests that no worker here may serve, or could hold if empty, and since when; in that order."""
-        self._stuck: dict[RequestId, float] = {}
-        """Prefilled requests that no worker here could decode, and since when without a break."""
-        self._num_counted = 0
-        """Changes of the fleet after which they were looked at."""
+        self._patience = Patience(self._lives, self._fleet)
         self._commands: list[Command] = []
         self._drops: list[Drop] = []
 
@@ -163,7 +124,8 @@ class SchedulerCore:
         """
         self._commands, self._drops = [], []
         faults = [fault for event in events if (fault := self._try(event, now_s))]
-        self._expire(now_s)
+        for life in self._patience.late(now_s):
+            self._drop(life, DropReason.DEADLINE, now_s, at=life.workers)
         if self._edges.update(self._lanes, self._fleet, now_s):
             self._commands.append(ChangeEdges(self._edges.edges))
         self._commands += self._layout.update(now_s)
@@ -182,7 +144,7 @@ class SchedulerCore:
         try:
             self._take(event, now_s)
         except Exception as error:
-            for request_id in _named_by(event):
+            for request_id in requests_named_by(event):
                 if life := self._lives.get(request_id):
                     self._drop(life, DropReason.INTERNAL, now_s)
                 elif isinstance(event, RequestSubmitted | RequestResumed):
@@ -396,87 +358,27 @@ class SchedulerCore:
         if context_tokens > self._lanes.context_tokens:
             self._edges.extend(context_tokens, self._lanes)
 
-    def _orphan(self, request: Request, now_s: float) -> None:
-        self._lives.park(request)
-        self._orphans.pop(request.request_id, None)
-        self._orphans[request.request_id] = now_s
-
-    def _mind_orphans(self, now_s: float) -> None:
-        """Queues those that a worker may serve now; ends those for which none has come in time."""
-        if self._num_counted != self._fleet.num_counted:
-            self._num_counted = self._fleet.num_counted
-            for request_id in list(self._orphans):
-                life = self._lives.get(request_id)
-                if life is not None and self._fits(life.request):
-                    self._enqueue(life.request, now_s)
-        while (oldest := next(iter(self._orphans.items()), None)) and now_s - oldest[1] > PATIENCE_S:
-            del self._orphans[oldest[0]]
-            if life := self._lives.get(oldest[0]):
-                is_served = self._fleet.serves(life.request)
-                self._drop(life, DropReason.TOO_LARGE if is_served else DropReason.NO_LIKE_WORKER, now_s)
-
-    def _fits(self, request: Request) -> bool:
-        """Whether some worker may serve the request and could hold it if it were empty."""
-        return self._fleet.serves(request) and self._fleet.could_hold(request)
-
     def _enqueue(self, request: Request, now_s: float) -> None:
+        """Queues a request; one that no worker here may serve is set aside."""
         prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
-        if request.deadline_s is not None:
-            # From then on it can't have a token by its deadline any more.
-            self._deadlines.set(request.request_id, request.deadline_s - prefill_s)
+        self._patience.set_deadline(request, prefill_s)
         if not self._fleet.serves(request):
-            self._orphan(request, now_s)
+            self._patience.orphan(request, now_s)
             return
-        self._orphans.pop(request.request_id, None)
-        lead_tokens = self._tenants.lead(request.tenant)
-        key = order_key(
-            request,
-            self._settings,
-            prefill_s=prefill_s,
-            cost_s=self._cost_s(request, prefill_s),
-            lead_s=self._admission.drain.seconds_for(round(lead_tokens)) if lead_tokens else 0.0,
-        )
-        late_s: float | None = float("inf")
-        if request.is_resumed:
-            key = request.arrival_s - HEAD_S
-        elif self._settings.queue_order is QueueOrder.SLACK:
-            is_batch = request.request_class is RequestClass.BATCH
-            late_s = None if is_batch else latest_start_s(request, self._settings, prefill_s)
+        self._patience.adopted(request.request_id)
         self._lives.wait(request)
-        self._lanes.add(request, key, late_s)
-        self._tenants.entered(request)
-        self._admission.entered(request)
-
-    def _cost_s(self, request: Request, prefill_s: float) -> float:
-        """Returns the delay that a request means to those that wait, in seconds, summed over them.
-
-        It takes the cluster's KV memory for tokens held x time held / all tokens, and everyone behind it waits as long.
-        """
-        if not self._fleet.kv_total_tokens:
-            return 0.0
-        held_s = prefill_s + request.max_new_tokens * self._fleet.tpot_s
-        memory_s = request.reserved_tokens * held_s / self._fleet.kv_total_tokens
-        return memory_s * (1 + len(self._lanes.of(Lane.IN_TIME)))
+        self._queue.enter(request, prefill_s)
 
     def _dequeue(self, request_id: RequestId) -> None:
-        self._orphans.pop(request_id, None)
-        request = self._lanes.remove(request_id)
-        if request is not None:
-            self._tenants.left(request)
-            self._admission.left(request)
+        self._patience.adopted(request_id)
+        if self._queue.leave(request_id):
             self._former.forget(request_id)
 
-    def _expire(self, now_s: float) -> None:
-        """Drops what can't be in time any more; what runs is stopped at its deadline."""
-        while (due_s := self._deadlines.next_s()) is not None and due_s <= now_s:
-            life = self._lives.get(request_id := self._deadlines.pop())
-            if life is None:
-                continue
-            deadline_s = life.request.deadline_s or 0.0
-            if life.is_at_worker and deadline_s > now_s:
-                self._deadlines.set(request_id, deadline_s)
-            else:
-                self._drop(life, DropReason.DEADLINE, now_s, at=life.workers)
+    def _mind_orphans(self, now_s: float) -> None:
+        for request in self._patience.adoptable():
+            self._enqueue(request, now_s)
+        for life, reason in self._patience.given_up(now_s):
+            self._drop(life, reason, now_s)
 
     # --- batches ------------------------------------------------------------------------------------------------
 
@@ -520,10 +422,10 @@ class SchedulerCore:
             for bucket in self._edges.buckets:
                 while (key := cells.head(bucket)) is not None and key[0] < now_s:
                     request = cells.get(RequestId(key[2]))
-                    if request is None or self._fits(request):
+                    if request is None or self._patience.fits(request):
                         break
                     self._dequeue(request.request_id)
-                    self._orphan(request, now_s)
+                    self._patience.orphan(request, now_s)
 
     def _hand_over(self, now_s: float) -> None:
         pulls, too_large = self._handover.pulls(self._held_at)
@@ -531,11 +433,8 @@ class SchedulerCore:
             if life := self._lives.get(pull.request_id):
                 self._lives.pull(life, pull.target_id, pull.assignment)
                 self._commands.append(pull)
-        self._stuck = {request_id: self._stuck.get(request_id, now_s) for request_id in too_large}
-        for request_id, since_s in self._stuck.items():
-            life = self._lives.get(request_id)
-            if life is not None and now_s - since_s > PATIENCE_S:
-                self._drop(life, DropReason.TOO_LARGE, now_s)
+        for life in self._patience.stuck(too_large, now_s):
+            self._drop(life, DropReason.TOO_LARGE, now_s)
 
     def _held_at(self, request_id: RequestId, source_id: WorkerId) -> Request | None:
         life = self._lives.in_state(request_id, State.HELD)
@@ -565,26 +464,11 @@ class SchedulerCore:
     def _end(self, life: Life, now_s: float, output_tokens: int | None = None) -> None:
         request_id = life.request.request_id
         self._dequeue(request_id)
-        self._deadlines.forget(request_id)
+        self._patience.forget(request_id)
         self._handover.forget(request_id)
         self._tenants.ended(life.request, output_tokens, has_run=life.is_at_worker)
         self._lives.end(life, now_s)
 
     def _wake_s(self) -> float | None:
-        times = (self._deadlines.next_s(), self._former.wake_s)
+        times = (self._patience.next_s(), self._former.wake_s)
         return min((at_s for at_s in times if at_s is not None), default=None)
-
-
-def _named_by(event: Event) -> tuple[RequestId, ...]:
-    """Returns the requests that an event is about; a worker's running ones are not its fault."""
-    match event:
-        case RequestSubmitted(request=request) | RequestResumed(request=request):
-            return (request.request_id,)
-        case BatchPrefilled(request_ids=ids) | AdmitFailed(request_ids=ids) | DispatchFailed(request_ids=ids):
-            return ids
-        case RequestCancelled(request_id=request_id):
-            return (request_id,)
-        case RequestFinished(request_id=request_id) | KvPulled(request_id=request_id):
-            return (request_id,)
-        case _:
-            return ()

@@ -242,7 +242,7 @@ class World:
         assert len(in_time) == len(lives)
         waiting = {life.request.request_id for life in lives if life.state is State.WAITING}
         assert waiting == {request.request_id for request in core._lanes}
-        assert set(core._orphans) <= {life.request.request_id for life in lives if life.state is State.PARKED}
+        assert set(core._patience._orphans) <= {life.request.request_id for life in lives if life.state is State.PARKED}
         assert core.status().num_running == sum(life.is_at_worker for life in lives)
         for worker in core._fleet:
             own = {life.request.request_id for life in lives if worker.worker_id in life.workers}
@@ -353,7 +353,9 @@ class World:
                 events.append(RequestCancelled(request.request_id))
                 if life is None and client.is_open:
                     client.outcomes.append("cancelled")
-            elif life is None or (life.state is State.PARKED and request.request_id not in self.core._orphans):
+            elif life is None or (
+                life.state is State.PARKED and request.request_id not in self.core._patience._orphans
+            ):
                 events.append(RequestResumed(request))
         self.turn(events)
 

@@ -47,7 +47,7 @@ def test_requests_that_have_ended_leave_nothing_behind_a_deadline_that_is_near()
         name = f"r{number}"
         core.step([RequestSubmitted(a_request(name, **slo)), RequestCancelled(RequestId(name))], 0.001 * number)
     assert core.status().num_waiting == 1
-    assert len(core._deadlines._heap) < FEW
+    assert len(core._patience._deadlines._heap) < FEW
     assert len(core._lanes._late._heap) < FEW
 
 

@@ -25,7 +25,8 @@ from bucketserve.core.messages import (
     WorkerJoined,
     WorkerLost,
 )
-from bucketserve.core.scheduler import PATIENCE_S, SchedulerCore
+from bucketserve.core.patience import PATIENCE_S
+from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
 from bucketserve.core.types import (
     Batch,

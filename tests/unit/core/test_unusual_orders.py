@@ -30,7 +30,8 @@ from bucketserve.core.messages import (
     WorkerJoined,
     WorkerLost,
 )
-from bucketserve.core.scheduler import PATIENCE_S, SchedulerCore
+from bucketserve.core.patience import PATIENCE_S
+from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
 from bucketserve.core.types import FinishReason, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request, at, finished, joined

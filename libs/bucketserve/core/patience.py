@@ -1,0 +1,100 @@
+"""For how long a request is waited for: until its deadline, and while no worker here could go on with it.
+
+Orphans are parked requests that no worker here may serve, or could hold if it were empty. What is stuck was prefilled,
+and no worker here could decode it. For both a worker may come, or come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from bucketserve.core.due import DueTimes
+from bucketserve.core.fleet import Fleet
+from bucketserve.core.lifecycle import Life, Lifecycle
+from bucketserve.core.messages import DropReason
+from bucketserve.core.types import Request, RequestId
+
+__all__ = ["PATIENCE_S", "Patience"]
+
+PATIENCE_S = 30.0
+"""How long a request in the middle of its output waits for a worker that could go on with it, when there is none: one
+of its fingerprint, or a decode worker large enough for the KV that is held."""
+
+
+class Patience:
+    """Owns deadlines, orphans and what is stuck. Ends nothing itself: it says what is to be dropped."""
+
+    def __init__(self, lives: Lifecycle, fleet: Fleet) -> None:
+        """Reads the workers; parks requests."""
+        self._lives = lives
+        self._fleet = fleet
+        self._deadlines = DueTimes()
+        self._orphans: dict[RequestId, float] = {}
+        """Since when they are; in that order."""
+        self._stuck: dict[RequestId, float] = {}
+        """Since when without a break."""
+        self._num_counted = 0
+        """Changes of the fleet after which orphans were looked at."""
+
+    def set_deadline(self, request: Request, prefill_s: float) -> None:
+        """Notes when a request that needs so many seconds to its first token can't have one by its deadline."""
+        if request.deadline_s is not None:
+            self._deadlines.set(request.request_id, request.deadline_s - prefill_s)
+
+    def orphan(self, request: Request, now_s: float) -> None:
+        """Parks a request until there is a worker for it."""
+        self._lives.park(request)
+        self._orphans.pop(request.request_id, None)
+        self._orphans[request.request_id] = now_s
+
+    def adopted(self, request_id: RequestId) -> None:
+        """There is a worker for a request, or it needs none any more."""
+        self._orphans.pop(request_id, None)
+
+    def forget(self, request_id: RequestId) -> None:
+        """Forgets a request that has ended."""
+        self._deadlines.forget(request_id)
+        self._orphans.pop(request_id, None)
+        self._stuck.pop(request_id, None)
+
+    def fits(self, request: Request) -> bool:
+        """Whether some worker may serve the request and could hold it if it were empty."""
+        return self._fleet.serves(request) and self._fleet.could_hold(request)
+
+    def next_s(self) -> float | None:
+        """Returns when the next request is late; None if none has a deadline."""
+        return self._deadlines.next_s()
+
+    def late(self, now_s: float) -> Iterator[Life]:
+        """Yields what can't be in time any more, to be dropped; what runs may do so until its deadline itself."""
+        while (due_s := self._deadlines.next_s()) is not None and due_s <= now_s:
+            life = self._lives.get(request_id := self._deadlines.pop())
+            if life is None:
+                continue
+            deadline_s = life.request.deadline_s or 0.0
+            if life.is_at_worker and deadline_s > now_s:
+                self._deadlines.set(request_id, deadline_s)
+            else:
+                yield life
+
+    def adoptable(self) -> list[Request]:
+        """Returns the orphans for which there is a worker now."""
+        if self._num_counted == self._fleet.num_counted:
+            return []
+        self._num_counted = self._fleet.num_counted
+        orphans = [life.request for request_id in self._orphans if (life := self._lives.get(request_id))]
+        return [request for request in orphans if self.fits(request)]
+
+    def given_up(self, now_s: float) -> Iterator[tuple[Life, DropReason]]:
+        """Yields the orphans for which no worker has come in time, to be dropped, and why."""
+        while (oldest := next(iter(self._orphans.items()), None)) and now_s - oldest[1] > PATIENCE_S:
+            del self._orphans[oldest[0]]
+            if life := self._lives.get(oldest[0]):
+                is_served = self._fleet.serves(life.request)
+                yield life, DropReason.TOO_LARGE if is_served else DropReason.NO_LIKE_WORKER
+
+    def stuck(self, request_ids: Iterable[RequestId], now_s: float) -> list[Life]:
+        """Takes all that is stuck now; returns what has been for too long, to be dropped."""
+        self._stuck = {request_id: self._stuck.get(request_id, now_s) for request_id in request_ids}
+        lives = [self._lives.get(rid) for rid, since_s in self._stuck.items() if now_s - since_s > PATIENCE_S]
+        return [life for life in lives if life is not None]
