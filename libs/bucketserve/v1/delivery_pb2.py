@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from bucketserve.v1 import common_pb2 as bucketserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62ucketserve/v1/delivery.proto\x12\x0e\x62ucketserve.v1\x1a\x1b\x62ucketserve/v1/common.proto\"V\n\x0e\x44\x65liverRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x31\n\ndeliveries\x18\x02 \x03(\x0b\x32\x1d.bucketserve.v1.TokenDelivery\"\xaf\x01\n\rTokenDelivery\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x32\n\x08logprobs\x18\x04 \x03(\x0b\x32 .bucketserve.v1.PositionLogprobs\x12\x32\n\x08\x66inished\x18\x05 \x01(\x0b\x32 .bucketserve.v1.DeliveryFinished\"\xf0\x01\n\x10\x44\x65liveryFinished\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.bucketserve.v1.FinishReason\x12\"\n\x15matched_stop_token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\x12\x12\n\nprefill_us\x18\x04 \x01(\x04\x12\x11\n\tdecode_us\x18\x05 \x01(\x04\x12\x15\n\rerror_message\x18\x06 \x01(\t\x12\x14\n\x0cis_retryable\x18\x07 \x01(\x08\x42\x18\n\x16_matched_stop_token_id\"@\n\x0f\x44\x65liverResponse\x12\x17\n\x0fstopped_run_ids\x18\x01 \x03(\t\x12\x14\n\x0cnum_received\x18\x02 \x01(\x04\x32\x61\n\x0f\x44\x65liveryService\x12N\n\x07\x44\x65liver\x12\x1e.bucketserve.v1.DeliverRequest\x1a\x1f.bucketserve.v1.DeliverResponse(\x01\x30\x01\x42HZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62ucketserve/v1/delivery.proto\x12\x0e\x62ucketserve.v1\x1a\x1b\x62ucketserve/v1/common.proto\"k\n\x0e\x44\x65liverRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x31\n\ndeliveries\x18\x02 \x03(\x0b\x32\x1d.bucketserve.v1.TokenDelivery\"\xd9\x01\n\rTokenDelivery\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x32\n\x08logprobs\x18\x04 \x03(\x0b\x32 .bucketserve.v1.PositionLogprobs\x12\x32\n\x08\x66inished\x18\x05 \x01(\x0b\x32 .bucketserve.v1.DeliveryFinished\x12(\n\x05\x62\x61tch\x18\x06 \x01(\x0b\x32\x19.bucketserve.v1.BatchInfo\"\xf0\x01\n\x10\x44\x65liveryFinished\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.bucketserve.v1.FinishReason\x12\"\n\x15matched_stop_token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\x12\x12\n\nprefill_us\x18\x04 \x01(\x04\x12\x11\n\tdecode_us\x18\x05 \x01(\x04\x12\x15\n\rerror_message\x18\x06 \x01(\t\x12\x14\n\x0cis_retryable\x18\x07 \x01(\x08\x42\x18\n\x16_matched_stop_token_id\"@\n\x0f\x44\x65liverResponse\x12\x17\n\x0fstopped_run_ids\x18\x01 \x03(\t\x12\x14\n\x0cnum_received\x18\x02 \x01(\x04\x32\x61\n\x0f\x44\x65liveryService\x12N\n\x07\x44\x65liver\x12\x1e.bucketserve.v1.DeliverRequest\x1a\x1f.bucketserve.v1.DeliverResponse(\x01\x30\x01\x42HZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'ZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1'
   _globals['_DELIVERREQUEST']._serialized_start=78
-  _globals['_DELIVERREQUEST']._serialized_end=164
-  _globals['_TOKENDELIVERY']._serialized_start=167
-  _globals['_TOKENDELIVERY']._serialized_end=342
-  _globals['_DELIVERYFINISHED']._serialized_start=345
-  _globals['_DELIVERYFINISHED']._serialized_end=585
-  _globals['_DELIVERRESPONSE']._serialized_start=587
-  _globals['_DELIVERRESPONSE']._serialized_end=651
-  _globals['_DELIVERYSERVICE']._serialized_start=653
-  _globals['_DELIVERYSERVICE']._serialized_end=750
+  _globals['_DELIVERREQUEST']._serialized_end=185
+  _globals['_TOKENDELIVERY']._serialized_start=188
+  _globals['_TOKENDELIVERY']._serialized_end=405
+  _globals['_DELIVERYFINISHED']._serialized_start=408
+  _globals['_DELIVERYFINISHED']._serialized_end=648
+  _globals['_DELIVERRESPONSE']._serialized_start=650
+  _globals['_DELIVERRESPONSE']._serialized_end=714
+  _globals['_DELIVERYSERVICE']._serialized_start=716
+  _globals['_DELIVERYSERVICE']._serialized_end=813
 # @@protoc_insertion_point(module_scope)

@@ -8,26 +8,30 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DeliverRequest(_message.Message):
-    __slots__ = ("worker_id", "deliveries")
+    __slots__ = ("worker_id", "fingerprint", "deliveries")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     DELIVERIES_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
+    fingerprint: str
     deliveries: _containers.RepeatedCompositeFieldContainer[TokenDelivery]
-    def __init__(self, worker_id: _Optional[str] = ..., deliveries: _Optional[_Iterable[_Union[TokenDelivery, _Mapping]]] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., deliveries: _Optional[_Iterable[_Union[TokenDelivery, _Mapping]]] = ...) -> None: ...
 
 class TokenDelivery(_message.Message):
-    __slots__ = ("run_id", "first_index", "token_ids", "logprobs", "finished")
+    __slots__ = ("run_id", "first_index", "token_ids", "logprobs", "finished", "batch")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     first_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.PositionLogprobs]
     finished: DeliveryFinished
-    def __init__(self, run_id: _Optional[str] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.PositionLogprobs, _Mapping]]] = ..., finished: _Optional[_Union[DeliveryFinished, _Mapping]] = ...) -> None: ...
+    batch: _common_pb2.BatchInfo
+    def __init__(self, run_id: _Optional[str] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.PositionLogprobs, _Mapping]]] = ..., finished: _Optional[_Union[DeliveryFinished, _Mapping]] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ...) -> None: ...
 
 class DeliveryFinished(_message.Message):
     __slots__ = ("reason", "matched_stop_token_id", "cached_prompt_tokens", "prefill_us", "decode_us", "error_message", "is_retryable")

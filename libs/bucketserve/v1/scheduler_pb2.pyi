@@ -191,18 +191,14 @@ class RunRefused(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., reason: _Optional[_Union[RefuseReason, str]] = ..., retry_delay_ms: _Optional[int] = ...) -> None: ...
 
 class RunDispatched(_message.Message):
-    __slots__ = ("run_id", "worker_id", "waited_us", "batch", "fingerprint")
+    __slots__ = ("run_id", "worker_id", "waited_us")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     WAITED_US_FIELD_NUMBER: _ClassVar[int]
-    BATCH_FIELD_NUMBER: _ClassVar[int]
-    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     worker_id: str
     waited_us: int
-    batch: _common_pb2.BatchInfo
-    fingerprint: str
-    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., waited_us: _Optional[int] = ..., batch: _Optional[_Union[_common_pb2.BatchInfo, _Mapping]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., waited_us: _Optional[int] = ...) -> None: ...
 
 class RunDropped(_message.Message):
     __slots__ = ("run_id", "reason")

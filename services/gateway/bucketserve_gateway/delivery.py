@@ -34,7 +34,7 @@ class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
 
     def stop(self, opened: OpenRequest) -> None:
         """Tells the worker that runs a request to stop it."""
-        if opened.dispatched is not None and (outbox := self._outboxes.get(opened.dispatched.worker_id)):
+        if outbox := self._outboxes.get(opened.worker_id):
             outbox.send(Response(stopped_run_ids=[opened.run_id]))
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
         if older := self._outboxes.get(first.worker_id):
             older.close()
         self._outboxes[first.worker_id] = outbox
-        reader = asyncio.create_task(self._read(request_iterator, outbox))
+        reader = asyncio.create_task(self._read(request_iterator, first, outbox))
         try:
             async for response in outbox.messages():
                 yield response
@@ -59,21 +59,21 @@ class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
                 del self._outboxes[first.worker_id]
             await end_task(reader, grpc.RpcError)
 
-    async def _read(self, deliveries: Deliveries, outbox: Outbox[Response]) -> None:
+    async def _read(self, deliveries: Deliveries, hello: delivery_pb2.DeliverRequest, outbox: Outbox[Response]) -> None:
         num_received = 0
         try:
             async for message in deliveries:
                 num_received += 1
-                stopped = [delivery.run_id for delivery in message.deliveries if not self._is_wanted(delivery)]
+                stopped = [delivery.run_id for delivery in message.deliveries if not self._is_wanted(delivery, hello)]
                 outbox.send(Response(stopped_run_ids=stopped, num_received=num_received))
         finally:
             outbox.close()
 
-    def _is_wanted(self, delivery: delivery_pb2.TokenDelivery) -> bool:
-        """Hands a delivery over; returns False if its worker should stop.
+    def _is_wanted(self, delivery: delivery_pb2.TokenDelivery, hello: delivery_pb2.DeliverRequest) -> bool:
+        """Hands a delivery of the worker that said hello over; returns False if its worker should stop.
 
         Whoever knows a run id was told it by the scheduler: nobody can deliver for a run that was not given to him.
         """
         opened = self._requests.get(delivery.run_id)
-        is_wanted = opened is not None and opened.deliver(delivery)
+        is_wanted = opened is not None and opened.deliver(delivery, hello.worker_id, hello.fingerprint)
         return is_wanted or delivery.HasField("finished")

@@ -64,7 +64,13 @@ class OpenRequest:
         """Everything generated so far, over all attempts."""
         self.attempt = 0
         """The attempt whose output counts."""
-        self.dispatched: scheduler_pb2.RunDispatched | None = None
+        self.worker_id = ""
+        """The worker that has the attempt, by the last word of it; empty while it waits."""
+        self._waited_us: int | None = None
+        """Until the attempt was dispatched, as the scheduler said; its word may come after the output."""
+        self._batch: common_pb2.BatchInfo | None = None
+        self._fingerprint = ""
+        """Of the engine that the attempt's tokens come from."""
         self.first_token_s: float | None = None
         self.arrival_s = time.monotonic()
         self.heard_s = self.arrival_s
@@ -170,7 +176,7 @@ class OpenRequest:
 
     def on_dispatched(self, dispatched: scheduler_pb2.RunDispatched) -> None:
         """It is at a worker."""
-        self.dispatched = dispatched
+        self.worker_id, self._waited_us = dispatched.worker_id, dispatched.waited_us or self._waited_us
         self.heard_s = time.monotonic()
 
     def fail(self, error: BucketServeError) -> None:
@@ -189,22 +195,21 @@ class OpenRequest:
             self.fail(UnavailableError(f"gave up after {self.attempt} attempts: {cause}", reason="ATTEMPTS_EXHAUSTED"))
             return
         former = self.run_id
-        if self.dispatched is not None:
-            if self.dispatched.worker_id not in self._ticket.avoid_worker_ids:
-                self._ticket.avoid_worker_ids.append(self.dispatched.worker_id)
-            self._keep_to_weights()
+        if self.worker_id and self.worker_id not in self._ticket.avoid_worker_ids:
+            self._ticket.avoid_worker_ids.append(self.worker_id)
+        self._keep_to_weights()
         self._begin()
         self._resume(self, former)
 
     def _keep_to_weights(self) -> None:
         """Lets only workers with the weights of the tokens that are here go on with them."""
-        if self.dispatched is not None and len(self.tokens) > self._attempt_start:
-            self._ticket.fingerprint = self.dispatched.fingerprint
+        if self._fingerprint:
+            self._ticket.fingerprint = self._fingerprint
 
     def _begin(self) -> None:
         """Makes ticket and spec those of the next attempt."""
         self.attempt += 1
-        self.dispatched = None
+        self.worker_id, self._waited_us, self._batch, self._fingerprint = "", None, None, ""
         self.heard_s = time.monotonic()
         self._attempt_start = len(self.tokens)
         # A copy: the one before may still be on its way.
@@ -222,8 +227,12 @@ class OpenRequest:
 
     # --- from workers -------------------------------------------------------------------------------------------
 
-    def deliver(self, delivery: delivery_pb2.TokenDelivery) -> bool:
-        """Takes output; returns whether more of this attempt is wanted."""
+    def deliver(self, delivery: delivery_pb2.TokenDelivery, worker_id: str, fingerprint: str) -> bool:
+        """Takes output of a worker with an engine of that fingerprint; returns whether more of the attempt is wanted.
+
+        Whose output it is says its worker itself: the scheduler's word of it may come later, or never, and an attempt
+        that a scheduler has lost may run at a second worker.
+        """
         if self.is_over or delivery.run_id != self.run_id:
             return False
         self.heard_s = time.monotonic()
@@ -231,7 +240,15 @@ class OpenRequest:
         if delivery.first_index > expected:
             self.restart("a gap in the worker's output")
             return False
+        if self._fingerprint and fingerprint != self._fingerprint:
+            self.restart("a worker with other weights went on with it")
+            return False
+        self.worker_id = worker_id
+        if delivery.HasField("batch") and self._batch is None:
+            self._batch = delivery.batch
         repeated = expected - delivery.first_index
+        if len(delivery.token_ids) > repeated:
+            self._fingerprint = fingerprint
         self._take(delivery, repeated)
         if not self.is_over and delivery.HasField("finished"):
             self._end_attempt(delivery.finished)
@@ -294,9 +311,8 @@ class OpenRequest:
         now_s = time.monotonic()
         total_ms = (now_s - self.arrival_s) * 1e3
         ttft_ms = total_ms if self.first_token_s is None else (self.first_token_s - self.arrival_s) * 1e3
-        queue_ms = 0.0
-        if self.dispatched is not None:
-            queue_ms = self.dispatched.waited_us / 1e3
+        waited_ms = max(ttft_ms - (end.prefill_us / 1e3 if end is not None else 0.0), 0.0)
+        queue_ms = waited_ms if self._waited_us is None else self._waited_us / 1e3
         timings = common_pb2.RequestTimings(queue_ms=queue_ms, ttft_ms=ttft_ms, total_ms=total_ms)
         timings.prefill_ms = end.prefill_us / 1e3 if end is not None else max(ttft_ms - queue_ms, 0.0)
         timings.decode_ms = end.decode_us / 1e3 if end is not None else total_ms - ttft_ms
@@ -313,8 +329,8 @@ class OpenRequest:
         )
         if end is not None and end.HasField("matched_stop_token_id"):
             self.finished.matched_stop_token_id = end.matched_stop_token_id
-        if self.dispatched is not None:
-            self.finished.batch.CopyFrom(self.dispatched.batch)
+        if self._batch is not None:
+            self.finished.batch.CopyFrom(self._batch)
         self._changed.set()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bucketserve.core.types import BatchId, Request, RequestId, WorkerId
 from bucketserve.ports import StoreSnapshot
 from bucketserve.rpc.convert import request_from_ticket
-from bucketserve.v1 import scheduler_pb2
+from bucketserve.v1 import common_pb2, scheduler_pb2
 from bucketserve_scheduler.peers import GatewayPeers
 
 __all__ = ["Entry", "TicketTable"]
@@ -26,6 +26,8 @@ class Entry:
     is_accepted: bool = False
     worker_id: WorkerId | None = None
     batch_id: BatchId | None = None
+    batch: common_pb2.BatchInfo | None = None
+    """The batch, as a worker that pulls its KV is told of it."""
     dispatched: scheduler_pb2.RunDispatched | None = None
     """What its gateway was told at dispatch, to be told again if it reconnects."""
 

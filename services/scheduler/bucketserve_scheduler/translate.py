@@ -190,13 +190,11 @@ class Announcer:
         for entry in entries:
             # Its worker has the prompt from here on, and hands it over with the KV.
             entry.spec = b""
-            entry.worker_id, entry.batch_id = batch.worker_id, batch.batch_id
+            entry.worker_id, entry.batch_id, entry.batch = batch.worker_id, batch.batch_id, info
             entry.dispatched = scheduler_pb2.RunDispatched(
                 run_id=entry.ticket.run_id,
                 worker_id=batch.worker_id,
                 waited_us=max(round((now_s - entry.arrival_s) * 1e6), 0),
-                batch=info,
-                fingerprint=self._fingerprint(batch.worker_id),
             )
             self._gateways.send(entry.ticket.gateway_id, Response(dispatched=entry.dispatched))
         self._telemetry.dispatched(batch, entries, now_s)
@@ -220,8 +218,8 @@ class Announcer:
             epoch=leadership.epoch,
             assignment=order.assignment,
         )
-        if entry.dispatched is not None:
-            pull.batch.CopyFrom(entry.dispatched.batch)
+        if entry.batch is not None:
+            pull.batch.CopyFrom(entry.batch)
         self._to_worker(order.target_id, scheduler_pb2.WorkResponse(pull=pull))
 
     def _place(self, run_id: RequestId, worker_id: WorkerId) -> None:
@@ -234,13 +232,9 @@ class Announcer:
         if entry.dispatched is not None:
             # A copy: the one before may still be on its way.
             dispatched.CopyFrom(entry.dispatched)
-        dispatched.worker_id, dispatched.fingerprint = worker_id, self._fingerprint(worker_id)
+        dispatched.worker_id = worker_id
         entry.dispatched = dispatched
         self._gateways.send(entry.ticket.gateway_id, Response(dispatched=dispatched))
-
-    def _fingerprint(self, worker_id: WorkerId) -> str:
-        peer = self._workers.get(worker_id)
-        return peer.hello.fingerprint if peer is not None else ""
 
     def _to_worker(self, worker_id: WorkerId, message: scheduler_pb2.WorkResponse) -> None:
         # A worker that is gone or does not read has its WorkerLost on the way, one that is back its WorkerJoined: what

@@ -41,13 +41,18 @@ class DeliveryPool:
         worker_id: str,
         deployment: Deployment,
         *,
+        fingerprint: Callable[[], str],
         flush_s: float,
         give_up_s: float,
         on_stop: Callable[[list[str]], None],
         on_lost: Callable[[str, set[str]], None],
     ) -> None:
-        """on_stop(run ids) when a gateway wants no more; on_lost(address, run ids) when their output is given up."""
+        """fingerprint() once there is output; on_stop(run ids) when a gateway wants no more.
+
+        on_lost(address, run ids) when their output is given up.
+        """
         self._worker_id = worker_id
+        self._fingerprint = fingerprint
         self._deployment = deployment
         self._flush_s = flush_s
         self._give_up_s = give_up_s
@@ -62,7 +67,7 @@ class DeliveryPool:
         if stream is None:
             stream = _GatewayStream(
                 address,
-                self._worker_id,
+                delivery_pb2.DeliverRequest(worker_id=self._worker_id, fingerprint=self._fingerprint()),
                 self._deployment,
                 self._flush_s,
                 self._give_up_s,
@@ -112,7 +117,7 @@ class _GatewayStream:
     def __init__(
         self,
         address: str,
-        worker_id: str,
+        hello: delivery_pb2.DeliverRequest,
         deployment: Deployment,
         flush_s: float,
         give_up_s: float,
@@ -124,7 +129,7 @@ class _GatewayStream:
         self._on_lost = on_lost
         self.drained = asyncio.Event()
         self.drained.set()
-        self._worker_id = worker_id
+        self._hello = hello
         self._flush_s = flush_s
         self._give_up_s = give_up_s
         self._on_stop = on_stop
@@ -215,7 +220,7 @@ class _GatewayStream:
         # Nothing is taken from the pending output before the gateway is known to be there.
         async with asyncio.timeout(STALL_S):
             await call.wait_for_connection()
-            await call.write(delivery_pb2.DeliverRequest(worker_id=self._worker_id))
+            await call.write(self._hello)
             self._num_acknowledged = 0
             for message in list(self._unacknowledged):
                 await call.write(message)

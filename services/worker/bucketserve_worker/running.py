@@ -105,7 +105,7 @@ class RunningTable:
             was_pulled=True,
         )
         delivery = delivery_pb2.TokenDelivery(
-            run_id=pull.run_id, token_ids=trailer.token_ids, logprobs=trailer.logprobs
+            run_id=pull.run_id, token_ids=trailer.token_ids, logprobs=trailer.logprobs, batch=pull.batch
         )
         self.delivery.send(running.spec.delivery_address, delivery)
         return self._name(running), running
@@ -163,6 +163,8 @@ class RunningTable:
         if running is None or running.is_replaced:
             return None
         delivery = delivery_pb2.TokenDelivery(run_id=running.run_id, first_index=running.num_output_tokens)
+        if not running.num_output_tokens:
+            delivery.batch.CopyFrom(running.batch)
         running.cached_prompt_tokens = max(running.cached_prompt_tokens, token.cached_prompt_tokens)
         if token.token_id is not None:
             delivery.token_ids.append(token.token_id)

@@ -58,6 +58,7 @@ class Worker:
         self.delivery = DeliveryPool(
             worker_id,
             deployment,
+            fingerprint=lambda: self._info.fingerprint,
             flush_s=settings.flush_ms / 1e3,
             give_up_s=settings.gateway_timeout_s,
             on_stop=self._on_stop,

@@ -54,7 +54,13 @@ async def test_every_token_arrives_once_though_streams_keep_ending(how: str) -> 
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     pool = DeliveryPool(
-        "w", Deployment(), flush_s=0.001, give_up_s=30.0, on_stop=lambda keys: None, on_lost=lambda a, _: lost.append(a)
+        "w",
+        Deployment(),
+        fingerprint=lambda: "f",
+        flush_s=0.001,
+        give_up_s=30.0,
+        on_stop=lambda keys: None,
+        on_lost=lambda a, _: lost.append(a),
     )
     for index in range(300):
         for name in ("a", "b", "c"):
@@ -79,7 +85,13 @@ async def test_a_stream_that_breaks_now_and_then_is_not_an_absence_that_goes_on(
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     pool = DeliveryPool(
-        "w", Deployment(), flush_s=0, give_up_s=1.0, on_stop=lambda keys: None, on_lost=lambda a, _: lost.append(a)
+        "w",
+        Deployment(),
+        fingerprint=lambda: "f",
+        flush_s=0,
+        give_up_s=1.0,
+        on_stop=lambda keys: None,
+        on_lost=lambda a, _: lost.append(a),
     )
     # For three times as long as an absence may last.
     for index in range(150):
@@ -97,7 +109,13 @@ async def test_output_for_a_gateway_that_takes_the_place_of_a_lost_one_is_not_lo
     port = free_port()
     address = f"127.0.0.1:{port}"
     pool = DeliveryPool(
-        "w", Deployment(), flush_s=0, give_up_s=2.0, on_stop=lambda keys: None, on_lost=lambda _, ids: lost.append(ids)
+        "w",
+        Deployment(),
+        fingerprint=lambda: "f",
+        flush_s=0,
+        give_up_s=2.0,
+        on_stop=lambda keys: None,
+        on_lost=lambda _, ids: lost.append(ids),
     )
     pool.send(address, output("of the former", 0))
     await asyncio.sleep(1.8)
@@ -121,7 +139,13 @@ async def test_a_gateway_that_stays_away_is_given_up_with_all_its_output() -> No
     lost: set[str] = set()
     address = f"127.0.0.1:{free_port()}"
     pool = DeliveryPool(
-        "w", Deployment(), flush_s=0, give_up_s=0.5, on_stop=lambda keys: None, on_lost=lambda _, ids: lost.update(ids)
+        "w",
+        Deployment(),
+        fingerprint=lambda: "f",
+        flush_s=0,
+        give_up_s=0.5,
+        on_stop=lambda keys: None,
+        on_lost=lambda _, ids: lost.update(ids),
     )
     for index in range(10):
         pool.send(address, output(f"r{index}", 0))
@@ -150,6 +174,7 @@ async def test_a_gateway_that_stops_answering_is_given_up(monkeypatch: pytest.Mo
     pool = DeliveryPool(
         "w",
         Deployment(),
+        fingerprint=lambda: "f",
         flush_s=0,
         give_up_s=0.3,
         on_stop=lambda keys: None,

@@ -27,7 +27,13 @@ async def test_a_worker_that_changed_sides_goes_on_with_what_it_holds_itself() -
     turns: list[EngineTurn] = []
     tokens: list[int] = []
     pool = DeliveryPool(
-        "w", Deployment(), flush_s=0.0, give_up_s=60.0, on_stop=lambda keys: None, on_lost=lambda address, ids: None
+        "w",
+        Deployment(),
+        fingerprint=lambda: "f",
+        flush_s=0.0,
+        give_up_s=60.0,
+        on_stop=lambda keys: None,
+        on_lost=lambda address, ids: None,
     )
     running = RunningTable(pool, time.monotonic)
     holder = KvHolder(30.0, time.monotonic)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2
+from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2, scheduler_pb2
 from bucketserve_gateway.requests import OpenRequest
 from bucketserve_gateway.validation import validate
 from tests.unit.gateway.builders import an_open_request, catalog
@@ -38,6 +38,10 @@ def delivery(
     )
 
 
+def deliver(request: OpenRequest, output: delivery_pb2.TokenDelivery, worker: str = "w", weights: str = "f") -> bool:
+    return request.deliver(output, worker, weights)
+
+
 async def text_of(request: OpenRequest) -> str:
     return "".join([chunk.text async for chunk in request.chunks()])
 
@@ -50,11 +54,11 @@ async def test_a_stop_string_ends_the_output_whatever_the_deliveries(size: int, 
     text = "the quick 😀 😀! and 😀"
     request, token_ids = opened([stop], encode("a ")), encode(text)
     for start in range(0, len(token_ids), size):
-        if not request.deliver(delivery(request, start, token_ids[start : start + size])):
+        if not deliver(request, delivery(request, start, token_ids[start : start + size])):
             break
     else:
         end = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_LENGTH)
-        request.deliver(delivery(request, len(token_ids), [], end))
+        deliver(request, delivery(request, len(token_ids), [], end))
     assert await text_of(request) == (text if sent is None else sent)
     assert request.finished is not None
     assert request.finished.matched_stop == ("" if sent is None else stop)
@@ -68,10 +72,10 @@ async def test_a_character_over_two_attempts_is_whole() -> None:
     token_ids = encode("x😀y")
     for cut in range(1, len(token_ids)):
         request = opened([], encode("a "))
-        request.deliver(delivery(request, 0, token_ids[:cut]))
+        deliver(request, delivery(request, 0, token_ids[:cut]))
         request.restart("its worker was lost")
         end = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_LENGTH)
-        request.deliver(delivery(request, 0, token_ids[cut:], end))
+        deliver(request, delivery(request, 0, token_ids[cut:], end))
         assert await text_of(request) == "x😀y"
 
 
@@ -80,7 +84,54 @@ async def test_a_special_token_as_stop_string_is_named_at_the_end() -> None:
     for stops, matched in ((["fox", "<|end|>"], "<|end|>"), (["fox"], "")):
         request = opened(stops, encode("a "))
         end = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_STOP, matched_stop_token_id=special_id)
-        request.deliver(delivery(request, 0, encode("the"), end))
+        deliver(request, delivery(request, 0, encode("the"), end))
         assert await text_of(request) == "the"
         assert request.finished is not None
         assert (request.finished.matched_stop, request.finished.matched_stop_token_id) == (matched, special_id)
+
+
+async def test_output_that_is_here_before_the_scheduler_s_word_of_it_is_whole() -> None:
+    # The two come from different peers: which is first is chance.
+    for says_first in (True, False):
+        request = opened([], encode("a "))
+        batch = common_pb2.BatchInfo(batch_id="w/1", bucket_low_tokens=1, bucket_high_tokens=8)
+        if says_first:
+            request.on_dispatched(scheduler_pb2.RunDispatched(run_id=request.run_id, worker_id="w", waited_us=2500))
+        first = delivery(request, 0, encode("the"))
+        first.batch.CopyFrom(batch)
+        deliver(request, first)
+        assert request.worker_id == "w"
+        end = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_LENGTH)
+        deliver(request, delivery(request, len(encode("the")), [], end))
+        assert request.finished is not None
+        assert request.finished.batch == batch
+        assert request.finished.timings.queue_ms >= 0
+        assert request.finished.timings.queue_ms == 2.5 or not says_first
+
+
+async def test_an_attempt_that_runs_twice_with_different_weights_is_not_put_together_of_both() -> None:
+    # The scheduler lost the attempt and gave it to a second worker, beside the first that still delivers.
+    former: list[str] = []
+    valid = validate(inference_pb2.GenerateRequest(prompt="the"), CATALOG, max_prompt_bytes=1000)
+    request = an_open_request(valid, [5, 6], 90, lambda _, run_id: former.append(run_id))
+    first_id = request.run_id
+    assert deliver(request, delivery(request, 0, [7, 8]), "old", "weights-1")
+    # A second worker with the same weights says the same.
+    assert deliver(request, delivery(request, 0, [7, 8, 9]), "twin", "weights-1")
+    assert not deliver(request, delivery(request, 0, [1, 2, 3, 4]), "new", "weights-2")
+    assert request.tokens == [7, 8, 9]
+    assert former == [first_id]
+    ticket = request.submission().ticket
+    assert (ticket.fingerprint, ticket.prompt_tokens, request.attempt) == ("weights-1", 5, 2)
+    # The next attempt has weights of its own until its first token; what comes late of the former is nobody's.
+    late = delivery_pb2.TokenDelivery(run_id=first_id, first_index=3, token_ids=[9])
+    assert not deliver(request, late, "new", "weights-2")
+    assert request.tokens == [7, 8, 9]
+
+
+async def test_an_attempt_that_broke_before_its_first_token_goes_to_any_weights() -> None:
+    request = opened([], encode("a "))
+    request.on_dispatched(scheduler_pb2.RunDispatched(run_id=request.run_id, worker_id="w"))
+    request.restart("its worker was lost")
+    ticket = request.submission().ticket
+    assert (ticket.fingerprint, list(ticket.avoid_worker_ids)) == ("", ["w"])

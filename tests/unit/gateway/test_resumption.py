@@ -33,9 +33,9 @@ async def test_the_second_attempt_goes_at_once_and_a_further_one_after_a_while(m
         submitted.clear()
         request = an_open_request(valid, [5, 6], 8, servicer._resume)
         requests.add(request)
-        request.deliver(delivery_pb2.TokenDelivery(run_id=request.run_id, finished=fails))
+        request.deliver(delivery_pb2.TokenDelivery(run_id=request.run_id, finished=fails), "w", "")
         assert submitted == [request.run_id]
-        request.deliver(delivery_pb2.TokenDelivery(run_id=request.run_id, finished=fails))
+        request.deliver(delivery_pb2.TokenDelivery(run_id=request.run_id, finished=fails), "w", "")
         assert request.attempt == 3
         await asyncio.sleep(0.05)
         assert len(submitted) == 1

@@ -46,7 +46,9 @@ async def test_silent_requests_are_asked_for_again() -> None:
             run_id=over.run_id,
             token_ids=[7],
             finished=delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_LENGTH),
-        )
+        ),
+        "w",
+        "",
     )
     # One that waits in the queue as well: the word of its dispatch may have been lost.
     assert link.ask_again(late_s) == 2
