@@ -114,6 +114,8 @@ class EngineThread:
         self._turn_began_s: float | None = None
         """When the turn in hand began; None between turns."""
         self._longest_turn_s = 0.0
+        self._hangs = False
+        """Whether it did at the last look."""
         self._looked_s = time.monotonic()
         self._watched = (0.0, 0.0)
         """When the turn began that was looked at last, and for how long it has been seen, seconds."""
@@ -163,13 +165,15 @@ class EngineThread:
         """
         now_s, began_s = time.monotonic(), self._turn_began_s
         passed_s, self._looked_s = min(now_s - self._looked_s, LOOK_S), now_s
+        self._hangs = False
         if began_s is None:
             return 0.0
         seen_s = self._watched[1] if self._watched[0] == began_s else 0.0
         took_s = min(now_s - began_s, seen_s + passed_s)
         self._watched = (began_s, took_s)
         slack = SLOWER_AT_FIRST if not self._longest_turn_s else 1
-        return took_s if took_s > max(limit_s * slack, SLOWER_THAN_EVER * self._longest_turn_s) else 0.0
+        self._hangs = took_s > max(limit_s * slack, SLOWER_THAN_EVER * self._longest_turn_s)
+        return took_s if self._hangs else 0.0
 
     def _took_s(self, began_s: float) -> float:
         """Returns how long a turn took that ends now, without the time in which the process was stopped."""
@@ -177,12 +181,12 @@ class EngineThread:
         return min(time.monotonic() - began_s, (seen_s if turn_s == began_s else 0.0) + LOOK_S)
 
     async def stop(self) -> None:
-        """Ends the thread after the current step and frees the device."""
+        """Ends the thread after the current step and frees the device; does not wait for one that is known to hang."""
         with self._wake:
             self._is_stopping = True
             self._wake.notify()
-        if self._thread.is_alive():
-            # One that hangs ends with the process.
+        # One that hangs ends with the process.
+        if self._thread.is_alive() and not self._hangs:
             await asyncio.wait([self.ended], timeout=STOP_S)
 
     def _main(self) -> None:

@@ -40,6 +40,25 @@ async def test_a_step_that_does_not_end_is_noticed_and_idleness_is_none() -> Non
     await engine.stop()
 
 
+async def test_an_engine_that_hangs_is_not_waited_for() -> None:
+    may_go_on = threading.Event()
+
+    def sleep(seconds: float) -> None:
+        may_go_on.wait(30)
+
+    engine = EngineThread(lambda: FakeEngine(FakeSettings(step_s=0.001), sleep), lambda turn: None)
+    engine.start()
+    await engine.started
+    engine.add(1, [SequenceSpec(request_id=RequestId("r"), token_ids=(1, 2), max_new_tokens=9)], 0, specs={})
+    await eventually(lambda: engine.hangs_for_s(0.05) > 0.0, 10)
+    async with asyncio.timeout(engine_thread.STOP_S / 2):
+        await engine.stop()
+    assert not engine.ended.done()
+    may_go_on.set()
+    await asyncio.wait([engine.ended], timeout=10)
+    assert engine.ended.done()
+
+
 async def test_the_time_in_which_the_process_was_stopped_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     turns, steps, stopped_s = list[EngineTurn](), itertools.count(), 0.0
     is_held, may_go_on = threading.Event(), threading.Event()
