@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -26,8 +27,13 @@ from bucketserve_gateway.requests import OpenRequest, OpenRequests
 __all__ = ["SchedulerLink"]
 
 OUTBOX_LIMIT = 65_536
-SILENCE_S = 20.0
+SILENCE_S = 8.0
 """A request of which nothing was heard for so long is submitted again."""
+LOOK_S = 0.5
+SPREAD_S = 4.0
+"""Many that became silent together are submitted again over so long, and so from then on: prompts are large."""
+FEW = 100
+"""So many at once are no burden."""
 FULL_S = 1.0
 """One that was admitted is submitted again so long after a full store did not take its next attempt."""
 
@@ -90,7 +96,9 @@ class SchedulerLink:
         """
         if not self.is_connected:
             return 0
+        most = max(math.ceil(len(self._requests) * LOOK_S / SPREAD_S), FEW)
         silent = [opened for opened in self._requests if not opened.is_over and now_s - opened.heard_s >= SILENCE_S]
+        del silent[most:]
         for opened in silent:
             opened.heard_s = now_s
             self.submit(opened)
@@ -99,7 +107,7 @@ class SchedulerLink:
     async def watch(self) -> None:
         """Asks again for what is silent; ends only by cancellation."""
         while True:
-            await asyncio.sleep(SILENCE_S / 4)
+            await asyncio.sleep(LOOK_S)
             self.ask_again(time.monotonic())
 
     async def run(self) -> None:

@@ -11,7 +11,7 @@ from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2, scheduler_pb2
 from bucketserve_gateway import scheduler_link
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
-from bucketserve_gateway.scheduler_link import SILENCE_S, SchedulerLink
+from bucketserve_gateway.scheduler_link import FEW, LOOK_S, SILENCE_S, SPREAD_S, SchedulerLink
 from bucketserve_gateway.validation import validate
 from tests.unit.gateway.builders import an_open_request, catalog
 
@@ -62,6 +62,26 @@ async def test_silent_requests_are_asked_for_again() -> None:
     # What the scheduler answers changes nothing for one that it knows.
     silent.on_dispatched(scheduler_pb2.RunDispatched(run_id=silent.run_id))
     assert silent.attempt == 1
+
+
+async def test_many_that_are_silent_are_asked_for_bit_by_bit_and_soon_enough() -> None:
+    requests, served = OpenRequests(), catalog()
+    link = SchedulerLink(["127.0.0.1:1"], Deployment(), "gateway", requests, lambda is_connected, detail: None)
+    valid = validate(inference_pb2.GenerateRequest(prompt="the"), served, max_prompt_bytes=1000)
+    number = 10 * FEW
+    for _ in range(number):
+        requests.add(an_open_request(valid, [5, 6], 8))
+    link._outbox = Outbox(2 * number)
+    now_s = max(opened.heard_s for opened in requests) + SILENCE_S
+    # The bound for a wait without a fault.
+    assert SILENCE_S + SPREAD_S + 2 * LOOK_S < 15.0
+    looks = [link.ask_again(now_s + look * LOOK_S) for look in range(int(SPREAD_S / LOOK_S))]
+    assert sum(looks) == number
+    assert max(looks) <= number * LOOK_S / SPREAD_S
+    # They stay spread, and none is left out.
+    assert link.ask_again(now_s + SPREAD_S) == 0
+    again = [link.ask_again(now_s + SILENCE_S + look * LOOK_S) for look in range(int(SPREAD_S / LOOK_S))]
+    assert again == looks
 
 
 async def test_a_request_that_was_stopped_while_its_gateway_was_away_goes_on_with_the_next_attempt() -> None:
