@@ -34,6 +34,8 @@ MAX_LOSSES = 2
 """A request that was being run as so many gateways ended is not given to another one."""
 MAX_RUNNING_BYTES = 64 << 20
 """Of requests that run here; however large one is, it may run alone."""
+GIVE_BACK_S = 2.0
+"""Most that giving back may take: a store that does not answer must not keep a gateway that is to end."""
 FOREVER = ("ATTEMPTS_EXHAUSTED", "TOO_LARGE")
 """Reasons of UNAVAILABLE that waiting does not help."""
 
@@ -201,7 +203,11 @@ class JobRunner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for job_id, indices in jobs.items():
-            # Without the store the leases run out by themselves.
-            with contextlib.suppress(UnavailableError, NotFoundError):
-                await self._store.release(job_id, self._owner, indices)
+        # Without the store the leases run out by themselves.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GIVE_BACK_S):
+                await asyncio.gather(*(self._release(job_id, indices) for job_id, indices in jobs.items()))
+
+    async def _release(self, job_id: str, indices: list[int]) -> None:
+        with contextlib.suppress(UnavailableError, NotFoundError):
+            await self._store.release(job_id, self._owner, indices)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import AsyncIterator, Iterator, Mapping
 
 import pytest
@@ -219,6 +221,27 @@ async def test_tenants_have_equal_shares_however_many_jobs_they_have(store: JobS
     # And none of a tenant's jobs is left out.
     assert len({job_id for job_id, _ in runner._tasks}) == 7
     await runner._give_back()
+
+
+async def test_a_store_that_does_not_answer_does_not_keep_a_gateway_that_ends(
+    store: JobStore, valkey: EmbeddedServer
+) -> None:
+    model, heard = Model(), Heard()
+    model.may_answer.clear()
+    for name in ("j", "k", "l"):
+        await submit(store, ["x", "y"], name)
+    runner = JobRunner(store, model.generate, "g", SETTINGS, heard)
+    task = asyncio.create_task(runner.run())
+    await eventually(lambda: len({job_id for job_id, _ in runner._tasks}) == 3, 10)
+    os.kill(valkey.pid, signal.SIGSTOP)
+    try:
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=job_runner.GIVE_BACK_S + 2)
+    finally:
+        os.kill(valkey.pid, signal.SIGCONT)
+    assert done
+    assert task.cancelled()
+    assert not model.num_open
 
 
 async def test_a_request_that_ends_its_gateways_is_given_up_and_the_others_run(store: JobStore) -> None:
