@@ -50,12 +50,16 @@ async def _answer(address: str) -> scheduler_pb2.GetStatusResponse:
 
 
 async def status(stack: LocalStack) -> scheduler_pb2.ModelStatus:
-    """What the scheduler that leads sees."""
+    """What the scheduler that leads sees of the model that is served."""
+    return next(model for model in await models(stack) if model.model == stack.spec.model_name)
+
+
+async def models(stack: LocalStack) -> list[scheduler_pb2.ModelStatus]:
+    """What the scheduler that leads sees. There may be models beside the served one: whoever may speak may name any."""
     for address in stack.scheduler_addresses:
-        # There may be others: who may speak to schedulers may name any model.
-        for model in (await _answer(address)).models:
-            if model.model == stack.spec.model_name:
-                return model
+        found = list((await _answer(address)).models)
+        if any(model.model == stack.spec.model_name for model in found):
+            return found
     raise AssertionError("nobody leads")
 
 
