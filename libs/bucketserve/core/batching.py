@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
+from bucketserve.core.cells import Key
 from bucketserve.core.demand import Demand
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
@@ -108,14 +109,16 @@ class BatchFormer:
         for key, bucket in heads:
             first = cells.get(RequestId(key[2]))
             assert first is not None  # a head waits
+            # What is behind it in the lane could go before it for ever, each time that one of them fits.
+            is_overdue = lane is Lane.DEFERRED and key[0] + self._settings.batch_patience_s <= now_s
+            if is_overdue:
+                self._save_for_none_behind(key)
             worker = place(first, candidates, self._settings)
             if worker is None and _is_bound(first, candidates):
                 # Those that may serve it are not among the least loaded.
                 worker = place(first, [able for able in self._fleet if able.could_serve(first)], self._settings)
             if worker is None and _is_bound(first, candidates):
                 first, worker = self._behind_bound(lane, bucket, candidates, first)
-            # Else those behind it in the lane could go before it for ever, each time that one of them fits.
-            is_overdue = lane is Lane.DEFERRED and key[0] + self._settings.batch_patience_s <= now_s
             if room is not None and first.reserved_tokens > room and not self._is_alone_in_turn():
                 # The room grows with time alone, as what was needed in time fades from the average.
                 self._wake_at(now_s + DEFERRED_RETRY_S)
@@ -154,6 +157,13 @@ class BatchFormer:
     def _is_alone_in_turn(self) -> bool:
         """Whether the deferred lane is owed something and has nothing running: then one goes, however large."""
         return self._lanes.may_save() and not self._demand.tokens(Lane.DEFERRED)
+
+    def _save_for_none_behind(self, key: Key) -> None:
+        """Gives up the worker saved for a deferred request that may not go before the one of that key any more."""
+        if self._saving is not None:
+            saved_key = self._lanes.of(Lane.DEFERRED).key(self._saving[0])
+            if saved_key is None or saved_key > key:
+                self.forget(self._saving[0])
 
     def _save_for(self, request: Request) -> None:
         """Lets the roomiest worker that could hold the request take nothing else until it does."""

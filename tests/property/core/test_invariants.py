@@ -315,6 +315,9 @@ def test_in_a_lane_nothing_that_arrives_after_a_request_s_key_goes_before_it(
 # Small batches beside the long ones took what the large one needed, each time that something became free.
 @example(1, 1603, [(38, 78)], 6)
 @example(1, 1552, [(69, 117), (256, 131), (387, 55), (143, 66), (316, 40), (146, 31), (163, 58), (175, 81)], 2)
+# A worker stayed saved for one behind it, which was not to go before it: nothing went at all.
+@example(1, 1516, [(300, 1), (87, 89), (299, 1)], 1)
+@example(1, 1450, [(300, 1), (87, 88), (292, 8)], 1)
 @example(1, 1522, [(116, 101), (307, 117), (262, 6), (285, 124), (359, 196), (282, 38)], 5)
 @settings(max_examples=60)
 def test_a_deferred_request_gets_its_turn_in_a_flood_of_urgent_ones(
