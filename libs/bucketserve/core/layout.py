@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.messages import SwitchRole
 from bucketserve.core.settings import CoreSettings
-from bucketserve.core.types import Request, RequestClass, WorkerRole
+from bucketserve.core.types import Request, RequestClass, WorkerId, WorkerRole
 from bucketserve.core.workers import WorkerState
 
 __all__ = ["LayoutChooser"]
@@ -136,16 +136,8 @@ class LayoutChooser:
         if not self.is_apart:
             wanted = dict.fromkeys(wanted, WorkerRole.BOTH)
         else:
-            sides = {role: [i for i, r in wanted.items() if r is role] for role in WorkerRole}
-            prefill, decode = sides[WorkerRole.PREFILL], sides[WorkerRole.DECODE]
-            for worker_id in sides[WorkerRole.BOTH]:
-                (prefill if len(prefill) <= len(decode) else decode).append(worker_id)
-            # A side whose last worker is gone gets one of the other's.
-            if not prefill:
-                prefill.append(decode.pop())
-            elif not decode:
-                decode.append(prefill.pop())
-            wanted = dict.fromkeys(prefill, WorkerRole.PREFILL) | dict.fromkeys(decode, WorkerRole.DECODE)
+            for fingerprint in {worker.fingerprint: None for worker in workers}:
+                wanted |= _apart([worker for worker in workers if worker.fingerprint == fingerprint])
         switches = []
         for worker in workers:
             role = wanted[worker.worker_id]
@@ -153,3 +145,19 @@ class LayoutChooser:
                 self._fleet.switch(worker, role)
                 switches.append(SwitchRole(worker.worker_id, role))
         return switches
+
+
+def _apart(workers: list[WorkerState]) -> dict[WorkerId, WorkerRole]:
+    """Returns roles of workers of one fingerprint, none of which can decode what those of another have prefilled."""
+    if len(workers) < 2:
+        return {worker.worker_id: WorkerRole.BOTH for worker in workers}
+    sides = {role: [worker.worker_id for worker in workers if worker.role is role] for role in WorkerRole}
+    prefill, decode = sides[WorkerRole.PREFILL], sides[WorkerRole.DECODE]
+    for worker_id in sides[WorkerRole.BOTH]:
+        (prefill if len(prefill) <= len(decode) else decode).append(worker_id)
+    # A side whose last worker is gone gets one of the other's.
+    if not prefill:
+        prefill.append(decode.pop())
+    elif not decode:
+        decode.append(prefill.pop())
+    return dict.fromkeys(prefill, WorkerRole.PREFILL) | dict.fromkeys(decode, WorkerRole.DECODE)

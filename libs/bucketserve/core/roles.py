@@ -3,10 +3,13 @@
 Prefill is short of workers when its queue takes long to compute, decode when KV waits for room. A worker changes sides
 if one side is short for a while and the other could spare one: two thresholds apart from each other, a time for which
 the shortage must last, and a pause after each switch keep workers from going to and fro. A worker that changes finishes
-what it has in its old role and takes new work in the new one; each side keeps at least one.
+what it has in its old role and takes new work in the new one; each side keeps at least one of each fingerprint, since
+nobody else could go on with what others of that fingerprint have begun.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.handover import Handover
@@ -58,8 +61,16 @@ class RoleBalancer:
             return []
         role = self._short[0]
         giver = WorkerRole.DECODE if role is WorkerRole.PREFILL else WorkerRole.PREFILL
+        side = self._side(giver)
+        number = Counter(worker.fingerprint for worker in side)
         # The one with the least to finish.
-        worker = min(self._side(giver), key=lambda worker: (len(worker.requests), worker.worker_id))
+        worker = min(
+            (worker for worker in side if number[worker.fingerprint] > 1),
+            key=lambda worker: (len(worker.requests), worker.worker_id),
+            default=None,
+        )
+        if worker is None:
+            return []
         self._fleet.switch(worker, role)
         self._short, self._switched_s = None, now_s
         return [SwitchRole(worker.worker_id, role)]

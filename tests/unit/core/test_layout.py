@@ -162,3 +162,18 @@ def test_both_sides_always_have_a_worker_and_one_alone_does_everything(num_worke
     world.roles["new"] = WorkerRole.BOTH
     world.step([replace(joined("new", free=8000), role=WorkerRole.PREFILL)], world.now_s)
     assert set(world.roles.values()) == {WorkerRole.BOTH}
+
+
+def test_prefill_and_decode_are_apart_within_one_fingerprint_only() -> None:
+    world = World()
+    world.run(60.0, together_s=0.2, apart_s=0.01)
+    assert world.is_apart
+    new = [replace(joined(name, free=8000), fingerprint="new") for name in ("x0", "x1")]
+    # One alone does both: nobody of other weights could decode what it prefills.
+    world.step(new[:1], world.now_s)
+    assert world.core.status().roles["x0"] is WorkerRole.BOTH
+    world.step(new[1:], world.now_s)
+    roles = world.core.status().roles
+    assert {roles["x0"], roles["x1"]} == {roles["w0"], roles["w1"]} == {WorkerRole.PREFILL, WorkerRole.DECODE}
+    world.step([WorkerLost(WorkerId("w0"))], world.now_s)
+    assert world.core.status().roles["w1"] is WorkerRole.BOTH

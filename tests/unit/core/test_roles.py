@@ -96,3 +96,25 @@ def test_a_prefill_worker_joins_a_decode_side_that_has_no_room() -> None:
     assert switch[1] is WorkerRole.DECODE
     # What waited goes to it.
     assert core.status().num_running == 6
+
+
+def test_the_last_decode_worker_of_a_fingerprint_stays() -> None:
+    core = SchedulerCore(
+        CoreSettings(edges=EdgeRule.NONE, role_hold_s=2.0, role_cooldown_s=10.0, switch_roles=True), 4096
+    )
+    workers = [
+        replace(joined(name, free=2000), role=role, fingerprint=fingerprint)
+        for name, role, fingerprint in (
+            ("p0", WorkerRole.PREFILL, "old"),
+            ("d0", WorkerRole.DECODE, "old"),
+            ("p1", WorkerRole.PREFILL, "new"),
+            ("d1", WorkerRole.DECODE, "new"),
+        )
+    ]
+    core.step([*workers, reported("p0", free=2000, total=2000, steps=SLOW_STEPS)], 0.0)
+    flood(core, 30, 1.0)
+    assert not any(switches(core, 2.0 + i) for i in range(20))
+    # With another of its weights one may go, and not one of the others.
+    more = replace(joined("d2", free=2000), role=WorkerRole.DECODE, fingerprint="new")
+    commands = [command for i in range(20) for command in core.step([more] if not i else [], 22.0 + i).commands]
+    assert [c for c in commands if isinstance(c, SwitchRole)] == [SwitchRole(WorkerId("d1"), WorkerRole.PREFILL)]
