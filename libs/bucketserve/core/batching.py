@@ -298,8 +298,8 @@ class BatchFormer:
 
 
 def _is_bound(request: Request, candidates: Sequence[WorkerState]) -> bool:
-    """Whether only some workers may serve a request, so that the others need not wait for it."""
-    return bool(request.fingerprint) or not any(worker.speaks(request) for worker in candidates)
+    """Whether only some workers could serve a request, so that the others need not wait for it."""
+    return bool(request.fingerprint) or not any(worker.could_serve(request) for worker in candidates)
 
 
 def _due_s(request: Request, now_s: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from bucketserve.core.placement import load_score
 from bucketserve.core.settings import CoreSettings
@@ -81,7 +81,9 @@ class Fleet:
         self._starting: dict[Kind, dict[WorkerRole, int]] = {}
         """Most tokens that a worker of a kind and role could hold if it were empty, of those that compute prompts."""
         self._decoding: dict[str, int] = {}
-        """The same of those that only decode, by fingerprint."""
+        """The same of those that decode what others prefilled, by fingerprint."""
+        self._decodable: dict[str, int] = {}
+        """The same of those that are not leaving: what drains takes nothing over."""
         self._open: set[WorkerId] = set()
         self._num_generations = 0
         self.fingerprints: set[str] = set()
@@ -126,7 +128,8 @@ class Fleet:
         worker.version = self._num_changes
         worker.room = worker.room_for_one(self._settings.memory_reserve)
         self._open.discard(worker.worker_id)
-        if worker.is_draining:
+        if worker.is_draining or (worker.role is WorkerRole.PREFILL and not worker.decodable_tokens):
+            # Nobody could go on with what it would prefill.
             return
         if worker.role is WorkerRole.DECODE:
             self._decoders.put(worker, worker.room)
@@ -141,6 +144,12 @@ class Fleet:
                 self._by_memory.put(worker, worker.room)
             elif worker.has_place(self._settings, small=True):
                 self._for_small.put(worker, worker.load)
+
+    def drain(self, worker: WorkerState) -> None:
+        """Notes that a worker takes nothing more."""
+        worker.is_draining = True
+        self._count_all()
+        self.changed(worker)
 
     def switch(self, worker: WorkerState, role: WorkerRole) -> None:
         """Gives a worker another role; what it has stays booked as it is."""
@@ -176,11 +185,20 @@ class Fleet:
     def serves(self, request: Request) -> bool:
         """Whether some worker that computes prompts may serve the request, by fingerprint and tokenizer.
 
-        True as well while nobody computes any, unless it is bound to a fingerprint that may never come back.
+        True as well while nobody computes any, or nobody decodes what is computed, unless it is bound to a fingerprint
+        that may never come back.
         """
         if not self._starting:
             return not request.fingerprint
-        return any(serves(request, *kind) for kind in self._starting)
+        return any(
+            serves(request, *kind)
+            and (not request.fingerprint or WorkerRole.BOTH in roles or self.decodes(request.fingerprint))
+            for kind, roles in self._starting.items()
+        )
+
+    def decodes(self, fingerprint: str) -> bool:
+        """Whether some worker takes over what others of its fingerprint prefilled."""
+        return fingerprint in self._decodable
 
     def could_decode(self, request: Request, fingerprint: str) -> bool:
         """Whether a worker that takes over what others of its fingerprint prefilled could hold the request if empty."""
@@ -209,16 +227,31 @@ class Fleet:
     def _count_all(self) -> None:
         self.num_counted += 1
         self.fingerprints = {worker.fingerprint for worker in self._workers.values()}
-        self.kv_total_tokens, self._starting, self._decoding = 0, {}, {}
+        self.kv_total_tokens, self._starting = 0, {}
         for worker in self._workers.values():
             size = min(worker.headroom.kv_total_tokens, worker.context_tokens)
-            if worker.role is WorkerRole.DECODE:
-                self._decoding[worker.fingerprint] = max(self._decoding.get(worker.fingerprint, 0), size)
-            else:
+            if worker.role is not WorkerRole.DECODE:
                 largest = self._starting.setdefault((worker.fingerprint, worker.tokenizer), {})
                 largest[worker.role] = max(largest.get(worker.role, 0), size)
             if worker.role is not WorkerRole.PREFILL:
                 self.kv_total_tokens += worker.headroom.kv_total_tokens
+        self._decoding = _decoded_by(self._workers.values())
+        self._decodable = _decoded_by(worker for worker in self._workers.values() if not worker.is_draining)
+        for worker in self._workers.values():
+            tokens = self._decodable.get(worker.fingerprint, 0)
+            if worker.decodable_tokens != tokens:
+                worker.decodable_tokens = tokens
+                self.changed(worker)
+
+
+def _decoded_by(workers: Iterable[WorkerState]) -> dict[str, int]:
+    """Returns the most tokens that one of the workers that decode what others prefilled could hold, by fingerprint."""
+    sizes: dict[WorkerRole, dict[str, int]] = {role: {} for role in WorkerRole}
+    for worker in workers:
+        of_role, size = sizes[worker.role], min(worker.headroom.kv_total_tokens, worker.context_tokens)
+        of_role[worker.fingerprint] = max(of_role.get(worker.fingerprint, 0), size)
+    # Those that do both take over only where nobody decodes alone (Fleet.decoders).
+    return sizes[WorkerRole.BOTH] | sizes[WorkerRole.DECODE]
 
 
 def _holds(largest: Mapping[WorkerRole, int], decode: int | None, request: Request) -> bool:
@@ -228,5 +261,5 @@ def _holds(largest: Mapping[WorkerRole, int], decode: int | None, request: Reque
         return True
     if prefill is None or request.prompt_tokens > prefill:
         return False
-    # The decode side may be on its way, unless there are workers that do both.
-    return both is None if decode is None else request.reserved_tokens <= decode
+    # The decode side may be on its way.
+    return decode is None or request.reserved_tokens <= decode

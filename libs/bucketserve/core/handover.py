@@ -58,13 +58,13 @@ class Handover:
             heapq.heapify(self._ready)
 
     def pulls(self, still_at: Callable[[RequestId, WorkerId], Request | None]) -> tuple[list[PullKv], list[RequestId]]:
-        """Returns the transfers to begin now, and the requests passed over since no decode worker could hold them.
+        """Returns the transfers to begin now, and the requests passed over since no worker there could ever take them.
 
         Args:
             still_at: (request, source) -> the request if it is held there and nobody pulls it yet, else None.
         """
         pulls: list[PullKv] = []
-        too_large: list[RequestId] = []
+        stuck: list[RequestId] = []
         passed_over: list[Entry] = []
         full: set[str] = set()
         while self._ready and full != self._fleet.fingerprints:
@@ -96,10 +96,10 @@ class Handover:
                 # Nothing larger or younger of the same weights goes before it.
                 full.add(fingerprint)
             else:
-                too_large.append(request_id)
+                stuck.append(request_id)
         for entry in passed_over:
             self._queue(entry)
-        return pulls, too_large
+        return pulls, stuck
 
     def _target(self, request: Request, source_id: WorkerId, fingerprint: str) -> WorkerState | None:
         for worker in self._fleet.decoders(fingerprint):

@@ -93,8 +93,13 @@ class Patience:
                 is_served = self._fleet.serves(life.request)
                 yield life, DropReason.TOO_LARGE if is_served else DropReason.NO_LIKE_WORKER
 
-    def stuck(self, request_ids: Iterable[RequestId], now_s: float) -> list[Life]:
-        """Takes all that is stuck now; returns what has been for too long, to be dropped."""
+    def stuck(self, request_ids: Iterable[RequestId], now_s: float) -> list[tuple[Life, DropReason]]:
+        """Takes all that is stuck now; returns what has been for too long, to be dropped, and why."""
         self._stuck = {request_id: self._stuck.get(request_id, now_s) for request_id in request_ids}
         lives = [self._lives.get(rid) for rid, since_s in self._stuck.items() if now_s - since_s > PATIENCE_S]
-        return [life for life in lives if life is not None]
+        return [(life, self._why_stuck(life)) for life in lives if life is not None]
+
+    def _why_stuck(self, life: Life) -> DropReason:
+        source = self._fleet.get(life.worker_id) if life.worker_id is not None else None
+        is_decoded = source is not None and self._fleet.decodes(source.fingerprint)
+        return DropReason.TOO_LARGE if is_decoded else DropReason.NO_LIKE_WORKER

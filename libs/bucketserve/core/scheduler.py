@@ -183,8 +183,7 @@ class SchedulerCore:
                 self._join(event, now_s)
             case WorkerDraining(worker_id=worker_id):
                 if worker := self._fleet.get(worker_id):
-                    worker.is_draining = True
-                    self._fleet.changed(worker)
+                    self._fleet.drain(worker)
                     self._former.worker_left(worker)
             case WorkerLost(worker_id=worker_id):
                 worker = self._fleet.leave(worker_id)
@@ -428,13 +427,13 @@ class SchedulerCore:
                     self._patience.orphan(request, now_s)
 
     def _hand_over(self, now_s: float) -> None:
-        pulls, too_large = self._handover.pulls(self._held_at)
+        pulls, stuck = self._handover.pulls(self._held_at)
         for pull in pulls:
             if life := self._lives.get(pull.request_id):
                 self._lives.pull(life, pull.target_id, pull.assignment)
                 self._commands.append(pull)
-        for life in self._patience.stuck(too_large, now_s):
-            self._drop(life, DropReason.TOO_LARGE, now_s)
+        for life, reason in self._patience.stuck(stuck, now_s):
+            self._drop(life, reason, now_s)
 
     def _held_at(self, request_id: RequestId, source_id: WorkerId) -> Request | None:
         life = self._lives.in_state(request_id, State.HELD)

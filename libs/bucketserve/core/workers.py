@@ -66,6 +66,8 @@ class WorkerState:
     """Weighted sum of the load scorers (core/placement.py)."""
     room: int = 0
     """KV tokens that a single request may take."""
+    decodable_tokens: int = 0
+    """Most tokens that a worker of its fingerprint could hold that decodes what others prefilled (core/fleet.py)."""
 
     @classmethod
     def joined(cls, event: WorkerJoined) -> WorkerState:
@@ -167,7 +169,12 @@ class WorkerState:
         return free if self._is_empty(free) else int(free * (1 - reserve))
 
     def could_serve(self, request: Request) -> bool:
-        """Whether it could be given the request if it were empty."""
+        """Whether it could be given the request if it were empty.
+
+        To one that only prefills it is of use only if another of its weights could go on with it.
+        """
+        if self.role is WorkerRole.PREFILL and request.reserved_tokens > self.decodable_tokens:
+            return False
         return self.speaks(request) and self.could_hold(request)
 
     def could_hold(self, request: Request) -> bool:

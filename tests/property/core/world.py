@@ -35,7 +35,7 @@ from bucketserve.core.messages import (
 )
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings
-from bucketserve.core.types import Batch, Request, RequestId, WorkerId
+from bucketserve.core.types import Batch, Request, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request
 from tests.property.core.peers import MAX_ATTEMPTS, Client, Phase, Worker
 
@@ -362,7 +362,7 @@ class World:
     # --- the end ------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Lets everything come to its end: all that was away comes back, and nothing goes wrong any more."""
+        """Lets everything come to its end: all that is away comes, and nothing goes wrong any more."""
         self.num_not_stored = 0
         for worker_id in sorted(self.expected):
             self.lose(worker_id)
@@ -370,6 +370,7 @@ class World:
             if worker.is_draining or not worker.is_connected:
                 worker.is_draining = False
                 self.connect(worker)
+        self.complete()
         self.say_again()
         for _ in range(4 * len(self.clients) + 200):
             self.resume()
@@ -383,6 +384,18 @@ class World:
                 self.deliver(worker, elapsed_s=1.0)
             if not list(self.core._lives) and not self.resumptions:
                 break
+
+    def complete(self) -> None:
+        """Brings the decode workers of those fingerprints that only prefill."""
+        roles = {worker.worker_id: worker.role for worker in self.core._fleet}
+        workers = list(self.workers.values())
+        able = {worker.fingerprint for worker in workers if roles[worker.worker_id] is not WorkerRole.PREFILL}
+        for fingerprint in sorted({worker.fingerprint for worker in workers} - able):
+            worker_id = WorkerId(f"decode-{fingerprint}")
+            self.workers[worker_id] = Worker(
+                worker_id, 9000, WorkerRole.DECODE, fingerprint, "", self.context_tokens, self.client_of
+            )
+            self.connect(self.workers[worker_id])
 
     def check_end(self) -> None:
         """Everything has ended, once, and no book remembers anything of it."""

@@ -20,6 +20,8 @@ from bucketserve.core.messages import (
     RequestCancelled,
     RequestResumed,
     RequestSubmitted,
+    WorkerDraining,
+    WorkerJoined,
     WorkerLost,
 )
 from bucketserve.core.scheduler import SchedulerCore
@@ -178,13 +180,16 @@ def test_a_run_that_the_store_forgot_goes_on_where_it_is() -> None:
 
 def test_a_request_waits_while_the_other_half_is_away_and_is_refused_only_if_no_half_can_hold_it() -> None:
     core = world()
-    core.step([WorkerLost(D)], 0.1)
-    (batch,) = start(core, "a", now_s=0.2)
+    (batch,) = start(core, "a", now_s=0.1)
+    core.step([WorkerLost(D)], 0.2)
     held = core.step([prefilled(batch)], 0.3)
     assert not held.drops
+    # What is new stays in the queue: nobody could go on with it.
+    assert start(core, "b", now_s=0.3) == []
     back = core.step([replace(joined("d"), role=WorkerRole.DECODE)], 0.4)
     assert [c.request_id for c in back.commands if isinstance(c, PullKv)] == ["a"]
-    too_large = core.step([RequestSubmitted(a_request("b", 600, 10, 0.5))], 0.5)
+    assert [c.batch.request_ids for c in back.commands if isinstance(c, DispatchBatch)] == [("b",)]
+    too_large = core.step([RequestSubmitted(a_request("c", 600, 10, 0.5))], 0.5)
     assert [c.reason for c in too_large.commands if isinstance(c, RefuseRequest)] == [RefuseReason.TOO_LARGE]
 
 
@@ -228,3 +233,82 @@ def test_a_decode_worker_comes_before_those_that_do_both() -> None:
     both = replace(joined("b", free=9000), role=WorkerRole.BOTH)
     (move,) = [c for c in core.step([both, prefilled(batch)], 0.2).commands if isinstance(c, PullKv)]
     assert move.target_id == D
+
+
+def of(name: str, role: WorkerRole, fingerprint: str, free: int = 1000) -> WorkerJoined:
+    return replace(joined(name, free=free), role=role, fingerprint=fingerprint)
+
+
+def rolling(*more: WorkerJoined) -> SchedulerCore:
+    """Prefill and decode workers of the old weights, and a prefill worker of the new ones."""
+    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
+    old = [of("p", WorkerRole.PREFILL, "old"), of("d", WorkerRole.DECODE, "old")]
+    core.step([*old, of("p2", WorkerRole.PREFILL, "new"), *more], 0.0)
+    return core
+
+
+def workers_of(batches: list[Batch]) -> set[str]:
+    return {batch.worker_id for batch in batches}
+
+
+def test_new_weights_get_requests_only_when_one_of_them_decodes() -> None:
+    core = rolling()
+    assert workers_of(start(core, "a")) == {"p"}
+    core.step([of("d2", WorkerRole.DECODE, "new")], 0.2)
+    assert workers_of(start(core, "b", now_s=0.3)) == {"p2"}
+    # One that leaves takes nothing over any more.
+    core.step([WorkerDraining(WorkerId("d2"))], 0.4)
+    assert workers_of(start(core, "c", now_s=0.5)) == {"p"}
+
+
+def test_new_weights_get_no_request_that_none_of_them_could_decode() -> None:
+    core = rolling(of("d2", WorkerRole.DECODE, "new", free=350))
+    assert workers_of(start(core, "large")) == {"p"}
+    assert workers_of(start(core, "small", output=200, now_s=0.2)) == {"p2"}
+    # However many of the new ones are idle.
+    core = rolling(
+        of("d2", WorkerRole.DECODE, "new", free=350),
+        *(of(f"q{i}", WorkerRole.PREFILL, "new", free=5000) for i in range(12)),
+    )
+    core.step([reported("p", free=500, total=1000)], 0.1)
+    assert workers_of(start(core, "large", now_s=0.2)) == {"p"}
+
+
+def test_a_worker_that_does_both_decodes_for_its_weights() -> None:
+    core = rolling(of("b2", WorkerRole.BOTH, "new"))
+    core.step([reported("b2", free=0)], 0.1)
+    assert workers_of(start(core, "a", now_s=0.2)) == {"p2"}
+
+
+def test_without_like_decode_workers_requests_wait_in_the_queue() -> None:
+    core = rolling()
+    core.step([WorkerLost(P), WorkerLost(D), of("d", WorkerRole.DECODE, "old")], 0.1)
+    assert start(core, "a", now_s=0.2) == []
+    # For as long as it takes, with not a token sent.
+    assert not core.step([], 100.0).drops
+    commands = core.step([of("d2", WorkerRole.DECODE, "new")], 101.0).commands
+    assert workers_of([c.batch for c in commands if isinstance(c, DispatchBatch)]) == {"p2"}
+
+
+def test_what_is_prefilled_waits_for_its_weights_and_ends_with_the_true_reason() -> None:
+    for rejoins in (True, False):
+        core = rolling()
+        core.step([reported("d", free=0)], 0.05)
+        (batch,) = start(core, "a")
+        core.step([prefilled(batch)], 0.2)
+        core.step([WorkerLost(D), of("d2", WorkerRole.DECODE, "new")], 1.0)
+        assert not core.step([], 30.0).drops
+        if rejoins:
+            commands = core.step([of("d", WorkerRole.DECODE, "old")], 30.5).commands
+            assert [c.request_id for c in commands if isinstance(c, PullKv)] == ["a"]
+        else:
+            assert core.step([], 32.0).drops == (Drop(RequestId("a"), DropReason.NO_LIKE_WORKER),)
+
+
+def test_an_output_whose_weights_nobody_decodes_waits_for_them_and_ends() -> None:
+    core = rolling()
+    core.step([WorkerLost(D)], 0.1)
+    resumed = replace(a_request("a.2", 100, 300, 0.2, is_resumed=True), fingerprint="old")
+    assert not core.step([RequestResumed(resumed)], 0.2).drops
+    assert not core.step([], 30.0).drops
+    assert core.step([], 31.0).drops == (Drop(RequestId("a.2"), DropReason.NO_LIKE_WORKER),)

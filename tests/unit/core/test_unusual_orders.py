@@ -142,7 +142,7 @@ def test_patience_with_what_is_held_begins_when_its_decoder_has_gone() -> None:
     late_s = 2 * PATIENCE_S
     assert under_test.step([WorkerDraining(WorkerId("d"))], late_s).drops == ()
     assert under_test.step([], late_s + PATIENCE_S - 1).drops == ()
-    assert under_test.step([], late_s + PATIENCE_S + 1).drops == (Drop(A, DropReason.TOO_LARGE),)
+    assert under_test.step([], late_s + PATIENCE_S + 1).drops == (Drop(A, DropReason.NO_LIKE_WORKER),)
 
 
 def test_a_full_decode_side_of_some_weights_holds_no_others_back() -> None:
@@ -185,8 +185,8 @@ def test_a_batch_has_nothing_beyond_its_worker_s_context() -> None:
 
 def test_workers_that_do_both_take_over_what_is_held_whoever_else_decodes() -> None:
     under_test = core()
-    under_test.step([worker("p", "A", PREFILL), submitted()], 0.0)
-    under_test.step([worker("b", "A"), worker("d", "B", DECODE)], 0.1)
+    under_test.step([worker("p", "A", PREFILL), worker("gone", "A", DECODE), submitted()], 0.0)
+    under_test.step([WorkerLost(WorkerId("gone")), worker("b", "A"), worker("d", "B", DECODE)], 0.1)
     pulls = of_type(under_test.step([held_at("p")], 0.2), PullKv)
     assert [(pull.source_id, pull.target_id) for pull in pulls] == [("p", "b")]
 
