@@ -227,3 +227,17 @@ async def test_a_runner_that_was_only_silent_has_not_ended(client: aioredis.Redi
     assert await store.losses("j", [0]) == [0]
     assert await store.renew("j", "a", [0], LEASE_S) == set()
     assert await store.losses("j", [0]) == [0]
+
+
+async def test_leases_given_before_the_server_s_clock_was_set_back_end_as_any_other(client: aioredis.Redis) -> None:
+    store = JobStore(client)
+    await submitted(store, number=2)
+    await store.claim("j", "a", 2, 0.2)
+    # As they are after the clock was set back by an hour: an hour ahead. The one of a runner that lives is renewed.
+    for index in (0, 1):
+        await client.zincrby("bs:{j}:lease", 3_600_000, str(index))
+    assert await store.claim("j", "b", 2, 0.2) == []
+    for _ in range(6):
+        await asyncio.sleep(0.05)
+        assert await store.renew("j", "a", [0], 0.2) == {0}
+    assert [index for index, _ in await store.claim("j", "b", 2, 0.2)] == [1]

@@ -38,6 +38,32 @@ async def test_scripts_are_loaded_again_after_the_server_forgot_them(valkey: Emb
     await client.aclose()
 
 
+async def test_a_lease_given_before_the_server_s_clock_was_set_back_ends_as_any_other(valkey: EmbeddedServer) -> None:
+    # The server keeps the time at which a key ends, on its wall clock: set back by an hour, that is an hour later.
+    client = connect(valkey.url)
+    store, other = RedisStore(client, "clocks"), RedisStore(client, "clocks")
+    first = await store.lead("a", 0.3)
+    assert first is not None
+    leader = store._keys.leader
+    await client.pexpire(leader, 3_600_000)
+    assert await other.lead("b", 0.3) is None
+    # Who lives renews it, and nobody else has it.
+    assert await store.lead("a", 0.3) == first
+    assert await other.lead("b", 0.3) is None
+    await client.pexpire(leader, 3_600_000)
+    for _ in range(10):
+        second = await other.lead("b", 0.3)
+        if second is not None:
+            break
+        await asyncio.sleep(0.1)
+    assert second is not None and second.epoch > first.epoch
+    # A lease that is only longer than ours, of a scheduler with another setting, is left alone.
+    await client.pexpire(leader, 500)
+    assert await store.lead("a", 0.3) is None
+    assert await client.pttl(leader) > 400
+    await client.aclose()
+
+
 async def test_a_cancellation_that_comes_as_a_call_is_done_is_not_lost() -> None:
     async def call() -> None:
         running.cancel()

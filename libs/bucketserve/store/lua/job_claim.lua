@@ -5,6 +5,11 @@
 if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return {} end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+-- Leases that end later than any could were given before the server's clock was set back.
+local latest = now + 2 * ARGV[3]
+for _, index in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '(' .. latest, '+inf', 'LIMIT', 0, 1000)) do
+  redis.call('ZADD', KEYS[4], now + ARGV[3], index)
+end
 for _, index in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'LIMIT', 0, 1000)) do
   redis.call('ZREM', KEYS[4], index)
   redis.call('HDEL', KEYS[5], index)
