@@ -20,6 +20,8 @@ class Relay:
         goodbyes too; the sender's own buffers fill up, and nobody is told."""
         self.is_refusing = False
         """Whether new connections are reset."""
+        self.delay_s = 0.0
+        """How long bytes take, in either direction."""
         self._hops: dict[asyncio.StreamWriter, tuple[str, str]] = {}
         self._open: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
@@ -75,7 +77,7 @@ class Relay:
         self._open.add(back)
         self._hops[back] = (_end(back, "sockname"), _end(writer, "peername"))
         try:
-            await asyncio.gather(_pump(reader, back, self.there), _pump(there, writer, self.back))
+            await asyncio.gather(self._pump(reader, back, self.there), self._pump(there, writer, self.back))
         finally:
             del self._hops[back]
             for end in (writer, back):
@@ -83,6 +85,17 @@ class Relay:
                 with contextlib.suppress(OSError):
                     await end.wait_closed()
             self._open -= {writer, back}
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passes: asyncio.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                await asyncio.sleep(self.delay_s)
+                await passes.wait()
+                writer.write(data)
+                await writer.drain()
+        await passes.wait()
+        with contextlib.suppress(OSError):
+            writer.close()
 
 
 def kernel_address(address: str) -> str:
@@ -94,14 +107,3 @@ def kernel_address(address: str) -> str:
 def _end(writer: asyncio.StreamWriter, which: str) -> str:
     host, port = writer.get_extra_info(which)
     return kernel_address(f"{host}:{port}")
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passes: asyncio.Event) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65536):
-            await passes.wait()
-            writer.write(data)
-            await writer.drain()
-    await passes.wait()
-    with contextlib.suppress(OSError):
-        writer.close()
