@@ -15,7 +15,7 @@ from bucketserve.core.lifecycle import Lifecycle
 from bucketserve.core.messages import DispatchBatch
 from bucketserve.core.placement import place
 from bucketserve.core.settings import BatchBudget, CoreSettings, QueueOrder
-from bucketserve.core.types import Batch, BatchId, Bucket, LimitedBy, Request, RequestClass, RequestId
+from bucketserve.core.types import Batch, BatchId, Bucket, LimitedBy, Request, RequestClass, RequestId, WorkerRole
 from bucketserve.core.workers import WorkerState
 
 __all__ = ["BatchFormer", "Formed"]
@@ -75,9 +75,11 @@ class BatchFormer:
         """Returns the next batch; None if no worker can take anything that may go now.
 
         Lanes are tried in turn, buckets in the order of their first requests. A first request that fits nowhere is
-        passed over, with two exceptions: if the order is first come, first served, nothing goes before it; and a
-        deferred one has a worker saved for it, or small requests would take each bit of memory as it becomes free.
+        passed over, with two exceptions as long as some worker here could take it: if the order is first come, first
+        served, nothing goes before it; and a deferred one has a worker saved for it, or small requests would take each
+        bit of memory as it becomes free.
         """
+        self._check_saving()
         candidates = self._fleet.candidates()
         if not candidates:
             return None
@@ -122,15 +124,15 @@ class BatchFormer:
             if room is not None and first.reserved_tokens > room and not self._is_alone_in_turn():
                 # The room grows with time alone, as what was needed in time fades from the average.
                 self._wake_at(now_s + DEFERRED_RETRY_S)
-                if is_overdue:
+                if is_overdue and self._is_served(first):
                     return None
                 continue
             if worker is None:
-                if self._settings.queue_order is QueueOrder.FCFS:
+                if self._settings.queue_order is QueueOrder.FCFS and self._is_served(first):
                     return None
                 if lane is Lane.DEFERRED and key[0] <= now_s:
                     self._save_for(first)
-                if is_overdue:
+                if is_overdue and self._is_served(first):
                     return None
                 continue
             if self._is_held(lane, bucket, first, worker, now_s):
@@ -158,6 +160,18 @@ class BatchFormer:
         """Whether the deferred lane is owed something and has nothing running: then one goes, however large."""
         return self._lanes.may_save() and not self._demand.tokens(Lane.DEFERRED)
 
+    def _is_served(self, request: Request) -> bool:
+        """Whether some worker here could be given the request: one that may only come, or leaves, holds nobody up."""
+        return any(_could_take(worker, request) for worker in self._fleet)
+
+    def _check_saving(self) -> None:
+        """Gives up a worker that can't take what it is saved for any more: its memory, role or place has changed."""
+        if self._saving is not None:
+            request_id, worker = self._saving
+            request = self._lanes.get(request_id)
+            if request is None or not _could_take(worker, request):
+                self.forget(request_id)
+
     def _save_for_none_behind(self, key: Key) -> None:
         """Gives up the worker saved for a deferred request that may not go before the one of that key any more."""
         if self._saving is not None:
@@ -170,7 +184,7 @@ class BatchFormer:
         if self._saving is not None or not self._lanes.may_save():
             return
         # Also where it waits for a place: small batches, which need none, would take the memory meanwhile.
-        able = [worker for worker in self._fleet.candidates() if worker.could_serve(request)]
+        able = [worker for worker in self._fleet.candidates() if _could_take(worker, request)]
         worker = max(able, key=lambda worker: (worker.free_tokens(), worker.worker_id), default=None)
         if worker is not None:
             worker.saved_for = request.request_id
@@ -208,6 +222,7 @@ class BatchFormer:
     ) -> tuple[_Cut, LimitedBy]:
         """Takes requests from the bucket in order, from `first` on, until something stops it; that one fits."""
         cut = _Cut(tpot_s=self._lives.tpot_s(worker))
+        alone_s = worker.times.decode_s(worker.num_sequences() + 1, worker.context_tokens_held())
         safe_tokens = worker.safe_tokens(self._settings.memory_reserve)
         if room is not None:
             safe_tokens = min(safe_tokens, room)
@@ -232,14 +247,15 @@ class BatchFormer:
                         return cut, LimitedBy.MEMORY
                     if cut.prefill_tokens + request.prefill_tokens > most_tokens:
                         return cut, LimitedBy.TIME
-                    if self._settings.is_time_aware and not self._is_in_time(cut, request, worker, now_s):
+                    tpot_s = min(cut.tpot_s, _tpot_s(request, alone_s))
+                    if self._settings.is_time_aware and not self._is_in_time(cut, request, worker, now_s, tpot_s):
                         return cut, LimitedBy.TIME
                 cut.chosen.append(request)
                 cut.kv_tokens, cut.longest_kv_tokens = kv_tokens, longest
                 cut.prefill_tokens += request.prefill_tokens
                 cut.attention += request.prefill_tokens * request.prompt_tokens
                 cut.due_s = min(cut.due_s, _due_s(request, now_s))
-                cut.tpot_s = min(cut.tpot_s, request.tpot_slo_s or INFINITY)
+                cut.tpot_s = min(cut.tpot_s, _tpot_s(request, alone_s))
         return cut, LimitedBy.SUPPLY
 
     def _fair_tokens(self, lane: Lane, bucket: Bucket) -> float:
@@ -252,8 +268,8 @@ class BatchFormer:
         _, tokens = self._lanes.of(lane).count(bucket)
         return max(tokens / self._fleet.num_open, self._settings.fill_tokens)
 
-    def _is_in_time(self, cut: _Cut, request: Request, worker: WorkerState, now_s: float) -> bool:
-        """Whether the batch with one more request still meets its tightest TTFT and the TPOT of what decodes there."""
+    def _is_in_time(self, cut: _Cut, request: Request, worker: WorkerState, now_s: float, tpot_s: float) -> bool:
+        """Whether the batch with one more request still meets its tightest TTFT, and that TPOT once it decodes."""
         due_s = min(cut.due_s, _due_s(request, now_s))
         if due_s < INFINITY:
             tokens = cut.prefill_tokens + request.prefill_tokens
@@ -265,7 +281,6 @@ class BatchFormer:
             )
             if now_s + took_s > due_s:
                 return False
-        tpot_s = min(cut.tpot_s, request.tpot_slo_s or INFINITY)
         if tpot_s == INFINITY:
             return True
         number = worker.num_sequences() + len(cut.chosen) + 1
@@ -300,6 +315,17 @@ class BatchFormer:
 def _is_bound(request: Request, candidates: Sequence[WorkerState]) -> bool:
     """Whether only some workers could serve a request, so that the others need not wait for it."""
     return bool(request.fingerprint) or not any(worker.could_serve(request) for worker in candidates)
+
+
+def _could_take(worker: WorkerState, request: Request) -> bool:
+    """Whether a worker may be given the request, now or when it has room."""
+    return worker.role is not WorkerRole.DECODE and not worker.is_draining and worker.could_serve(request)
+
+
+def _tpot_s(request: Request, alone_s: float) -> float:
+    """Returns its TPOT target, in seconds; one that it would miss alone beside what decodes now counts for nothing."""
+    target_s = request.tpot_slo_s
+    return INFINITY if target_s is None or target_s < alone_s else target_s
 
 
 def _due_s(request: Request, now_s: float) -> float:

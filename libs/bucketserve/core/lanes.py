@@ -9,7 +9,6 @@ waiting. If the queue's order is first come, first served, there is one lane.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
 
 from bucketserve.core.cells import WaitingCells
 from bucketserve.core.due import DueTimes
@@ -40,12 +39,6 @@ class Lanes:
     def __len__(self) -> int:
         """Number of waiting requests."""
         return sum(len(cells) for cells in self._cells.values())
-
-    def __iter__(self) -> Iterator[Request]:
-        """Yields the waiting requests, in no order."""
-        for cells in self._cells.values():
-            for waiting in cells:
-                yield waiting.request
 
     @property
     def num_tokens(self) -> int:

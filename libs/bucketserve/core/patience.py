@@ -17,8 +17,8 @@ from bucketserve.core.types import Request, RequestId
 __all__ = ["PATIENCE_S", "Patience"]
 
 PATIENCE_S = 30.0
-"""How long a request in the middle of its output waits for a worker that could go on with it, when there is none: one
-of its fingerprint, or a decode worker large enough for the KV that is held."""
+"""How long a request waits apart for a worker that could serve it, when there is none: one of its fingerprint or
+tokenizer, one that could hold it, or a decode worker large enough for the KV that is held."""
 
 
 class Patience:

@@ -31,6 +31,11 @@ DECODE_SHORT = 0.9
 DECODE_SPARE = 0.7
 
 
+SIDES = (WorkerRole.PREFILL, WorkerRole.DECODE)
+Short = tuple[WorkerRole, str | None]
+"""A side that is short of workers; of the fingerprint that has none there, if it is for want of them."""
+
+
 class RoleBalancer:
     """Looks at both sides twice a second."""
 
@@ -42,8 +47,8 @@ class RoleBalancer:
         self._handover = handover
         self._look_s = 0.0
         self._switched_s = float("-inf")
-        self._short: tuple[WorkerRole, float] | None = None
-        """The side that is short, and since when."""
+        self._short: tuple[Short, float] | None = None
+        """What is short, and since when."""
 
     def update(self, now_s: float) -> list[SwitchRole]:
         """Returns the switch to make now, if one."""
@@ -51,7 +56,7 @@ class RoleBalancer:
             return []
         self._look_s = now_s + LOOK_S
         short = self._short_side()
-        if short is None or self._short is None or self._short[0] is not short:
+        if short is None or self._short is None or self._short[0] != short:
             self._short = (short, now_s) if short is not None else None
         if (
             self._short is None
@@ -59,13 +64,13 @@ class RoleBalancer:
             or now_s - self._switched_s < self._settings.role_cooldown_s
         ):
             return []
-        role = self._short[0]
+        role, fingerprint = self._short[0]
         giver = WorkerRole.DECODE if role is WorkerRole.PREFILL else WorkerRole.PREFILL
         side = self._side(giver)
         number = Counter(worker.fingerprint for worker in side)
         # The one with the least to finish.
         worker = min(
-            (worker for worker in side if number[worker.fingerprint] > 1),
+            (w for w in side if number[w.fingerprint] > 1 and fingerprint in (None, w.fingerprint)),
             key=lambda worker: (len(worker.requests), worker.worker_id),
             default=None,
         )
@@ -87,7 +92,19 @@ class RoleBalancer:
         wanted = total - sum(worker.free_tokens() for worker in side) + self._handover.waiting_tokens()
         return wanted / max(total / len(side) * num_workers, 1) if side else 0.0
 
-    def _short_side(self) -> WorkerRole | None:
+    def _short_side(self) -> Short | None:
+        prefill, decode = (Counter(w.fingerprint for w in self._side(role)) for role in SIDES)
+        both = {worker.fingerprint for worker in self._side(WorkerRole.BOTH)}
+        for fingerprint in sorted((prefill.keys() | decode.keys()) - both):
+            # Nobody else could do the other half for those.
+            if not decode[fingerprint] and prefill[fingerprint] > 1:
+                return WorkerRole.DECODE, fingerprint
+            if not prefill[fingerprint] and decode[fingerprint] > 1:
+                return WorkerRole.PREFILL, fingerprint
+        role = self._loaded_side()
+        return None if role is None else (role, None)
+
+    def _loaded_side(self) -> WorkerRole | None:
         prefill, decode = len(self._side(WorkerRole.PREFILL)), len(self._side(WorkerRole.DECODE))
         if not prefill or not decode:
             return None

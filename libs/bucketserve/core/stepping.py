@@ -1,8 +1,8 @@
 """How a worker composes one forward pass: decodes ride along, prompts fill the rest in chunks.
 
 Used by the engines and by the simulator's workers, so that a step means the same in both. Chunked prefill beside
-running decodes follows Sarathi-Serve (arXiv 2403.02310); the budget comes from the scheduler, which knows the TPOT
-targets.
+running decodes follows Sarathi-Serve (arXiv 2403.02310); the budget comes from the scheduler and from the TPOT
+targets of what decodes (core/pace.py).
 """
 
 from __future__ import annotations

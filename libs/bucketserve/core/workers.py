@@ -138,10 +138,6 @@ class WorkerState:
         self.incoming.pop(request_id, None)
         self.prefilled(request_id)
 
-    def speaks(self, request: Request) -> bool:
-        """Whether its engine may serve the request at all."""
-        return serves(request, self.fingerprint, self.tokenizer)
-
     def suits(self, request: Request) -> bool:
         """Whether it may be given the request, others having the choice."""
         return self.worker_id not in request.avoid and self.could_serve(request)
@@ -175,7 +171,7 @@ class WorkerState:
         """
         if self.role is WorkerRole.PREFILL and request.reserved_tokens > self.decodable_tokens:
             return False
-        return self.speaks(request) and self.could_hold(request)
+        return serves(request, self.fingerprint, self.tokenizer) and self.could_hold(request)
 
     def could_hold(self, request: Request) -> bool:
         """Whether it could hold the request if it were empty."""

@@ -78,6 +78,8 @@ class OpenRequest:
         self.finished: inference_pb2.GenerateFinished | None = None
         self.error: BucketServeError | None = None
         self._max_attempts = max_attempts
+        self._num_faults = 0
+        """Attempts that ended by a fault."""
         self._max_pending_tokens = max_pending_tokens
         self._resume = resume
         self._name = uuid.uuid4().hex
@@ -187,15 +189,19 @@ class OpenRequest:
         self._accepted.set()
         self._changed.set()
 
-    def restart(self, cause: str) -> None:
-        """Starts the next attempt: the prompt and all tokens so far, on whatever worker comes."""
+    def restart(self, cause: str, *, is_fault: bool = True) -> None:
+        """Starts the next attempt: the prompt and all tokens so far, on whatever worker comes.
+
+        A fault counts, and its worker is avoided from now on.
+        """
         if self.is_over:
             return
-        if self.attempt >= self._max_attempts:
+        self._num_faults += is_fault
+        if self._num_faults >= self._max_attempts:
             self.fail(UnavailableError(f"gave up after {self.attempt} attempts: {cause}", reason="ATTEMPTS_EXHAUSTED"))
             return
         former = self.run_id
-        if self.worker_id and self.worker_id not in self._ticket.avoid_worker_ids:
+        if is_fault and self.worker_id and self.worker_id not in self._ticket.avoid_worker_ids:
             self._ticket.avoid_worker_ids.append(self.worker_id)
         self._keep_to_weights()
         self._begin()
@@ -236,14 +242,16 @@ class OpenRequest:
         if self.is_over or delivery.run_id != self.run_id:
             return False
         self.heard_s = time.monotonic()
+        # Whoever runs it was given it by a scheduler, whose word of having queued it may be lost.
+        self._accepted.set()
         expected = len(self.tokens) - self._attempt_start
+        if self._fingerprint and fingerprint != self._fingerprint:
+            self.restart("a worker with other weights went on with it", is_fault=False)
+            return False
+        self.worker_id = worker_id
         if delivery.first_index > expected:
             self.restart("a gap in the worker's output")
             return False
-        if self._fingerprint and fingerprint != self._fingerprint:
-            self.restart("a worker with other weights went on with it")
-            return False
-        self.worker_id = worker_id
         if delivery.HasField("batch") and self._batch is None:
             self._batch = delivery.batch
         repeated = expected - delivery.first_index

@@ -63,6 +63,8 @@ class SchedulerLink:
         self._search = LeaderSearch(addresses, on_state)
         self._problem = ""
         self._outbox: Outbox[Submit] | None = None
+        self._waiting_for_room: set[str] = set()
+        """Runs that a full store refused, and that are submitted again."""
 
     @property
     def is_connected(self) -> bool:
@@ -136,7 +138,15 @@ class SchedulerLink:
             outbox.close()
             hang_up(call)
 
+    def _wait_for_room(self, opened: OpenRequest) -> None:
+        """Submits an admitted request again after a while, however often it was refused meanwhile."""
+        opened.heard_s = time.monotonic()
+        if opened.run_id not in self._waiting_for_room:
+            self._waiting_for_room.add(opened.run_id)
+            asyncio.get_running_loop().call_later(FULL_S, self._submit_again, opened.run_id)
+
     def _submit_again(self, run_id: str) -> None:
+        self._waiting_for_room.discard(run_id)
         opened = self._requests.get(run_id)
         if opened is not None and not opened.is_over:
             self.submit(opened)
@@ -155,7 +165,7 @@ class SchedulerLink:
             case "dispatched":
                 opened.on_dispatched(message)
             case "refused" if opened.is_admitted and message.reason == scheduler_pb2.REFUSE_REASON_STORE_FULL:
-                asyncio.get_running_loop().call_later(FULL_S, self._submit_again, message.run_id)
+                self._wait_for_room(opened)
             case "refused":
                 opened.fail(_refusal(message))
             case "dropped":
@@ -172,7 +182,7 @@ def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
             opened.fail(DeadlineError("the deadline passed before the request was served"))
         case scheduler_pb2.DROP_REASON_CANCELLED:
             # Not by us, or it would not be open: this gateway was away, and its runs were stopped.
-            opened.restart("it was stopped while its gateway was away")
+            opened.restart("it was stopped while its gateway was away", is_fault=False)
         case scheduler_pb2.DROP_REASON_NO_LIKE_WORKER:
             message = "no worker is left that could go on with the answer: none has its weights, or its tokenizer"
             opened.fail(UnavailableError(message, reason="NO_LIKE_WORKER"))

@@ -13,7 +13,7 @@ from bucketserve.rpc.convert import sequence_from_spec
 from bucketserve.v1 import scheduler_pb2
 from bucketserve_worker.engine_thread import EngineThread, Resumed
 from bucketserve_worker.kv_source import Fetched, KvSources
-from bucketserve_worker.running import RunningTable
+from bucketserve_worker.running import Finished, RunningTable
 
 __all__ = ["KvPuller"]
 
@@ -120,13 +120,20 @@ class KvPuller:
         self._at_engine[key] = pull
         self._engine.resume(sequence, fetched.trailer.token_ids, fetched.block, pull.kv.kv_bytes)
 
-    def resumed(self, resumed: Resumed) -> None:
-        """Takes the engine's answer. The scheduler must hear of it before it hears that the request is over."""
+    def resumed(self, resumed: Resumed) -> list[Finished]:
+        """Takes the engine's answer; returns what has ended by it.
+
+        The scheduler hears of the transfer before it hears of the end, and is told of both: since the order was given
+        the stream to it may have been opened anew, and then it knows the run as one that is here.
+        """
         pull = self._at_engine.pop(resumed.key)
-        if resumed.error is not None:
-            self._running.drop(resumed.key)
-            self._on_transfer(pull, None, time.monotonic(), resumed.error)
-        self._tell(pull, is_ok=resumed.error is None)
+        # It may have been given up meanwhile, for want of its gateway.
+        is_here = self._running.get(resumed.key) is not None
+        self._tell(pull, is_ok=resumed.error is None and is_here)
+        if resumed.error is None:
+            return []
+        self._on_transfer(pull, None, time.monotonic(), resumed.error)
+        return self._running.fail([resumed.key], resumed.error)
 
     def _tell(self, pull: scheduler_pb2.PullKv, *, is_ok: bool) -> None:
         self._on_pulled(scheduler_pb2.KvPulled(run_id=pull.run_id, assignment=pull.assignment, is_ok=is_ok))

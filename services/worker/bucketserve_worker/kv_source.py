@@ -85,7 +85,11 @@ class KvSources:
             except BaseException:
                 block.release()
                 raise
-        trailer = worker_pb2.KvTrailer.FromString(bytes(block.data[pull.kv.kv_bytes :]))
+        try:
+            trailer = worker_pb2.KvTrailer.FromString(bytes(block.data[pull.kv.kv_bytes :]))
+        except BaseException:
+            block.release()
+            raise
         return Fetched(block, trailer, transport)
 
     async def close(self) -> None:

@@ -139,7 +139,7 @@ class Worker:
             # The report that counts them comes first: there is no moment in which nobody does.
             self.link.report(self._report())
             for resumed in turn.resumed:
-                self._puller.resumed(resumed)
+                self._tell_finished(self._puller.resumed(resumed))
                 if resumed.error is not None:
                     self._telemetry.run_ended(resumed.key, "refused")
         for handed_over in turn.handed_over:

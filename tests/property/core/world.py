@@ -241,7 +241,7 @@ class World:
         in_time = [life for life in lives if life.request.deadline_s is None or life.request.deadline_s > self.now_s]
         assert len(in_time) == len(lives)
         waiting = {life.request.request_id for life in lives if life.state is State.WAITING}
-        assert waiting == {request.request_id for request in core._lanes}
+        assert waiting == {entry.request.request_id for lane in Lane for entry in core._lanes.of(lane)}
         assert set(core._patience._orphans) <= {life.request.request_id for life in lives if life.state is State.PARKED}
         assert core.status().num_running == sum(life.is_at_worker for life in lives)
         for worker in core._fleet:

@@ -25,8 +25,8 @@ from bucketserve.core.messages import (
     WorkerLost,
 )
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.settings import CoreSettings, EdgeRule
-from bucketserve.core.types import Batch, RequestId, WorkerId, WorkerRole
+from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
+from bucketserve.core.types import Batch, RequestClass, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request, at, finished, joined, reported
 
 P, D = WorkerId("p"), WorkerId("d")
@@ -312,3 +312,24 @@ def test_an_output_whose_weights_nobody_decodes_waits_for_them_and_ends() -> Non
     assert not core.step([RequestResumed(resumed)], 0.2).drops
     assert not core.step([], 30.0).drops
     assert core.step([], 31.0).drops == (Drop(RequestId("a.2"), DropReason.NO_LIKE_WORKER),)
+
+
+def test_what_only_weights_without_a_decode_side_could_hold_holds_nobody_up() -> None:
+    for order in (QueueOrder.SLACK, QueueOrder.FCFS):
+        settings = CoreSettings(batch_patience_s=1.0, queue_order=order)
+        core = SchedulerCore(settings, 8192)
+        core.step([of("p2", WorkerRole.PREFILL, "new", free=3000), of("b", WorkerRole.BOTH, "old", free=1000)], 0.0)
+        large = a_request("large", 1500, 500, 0.1, request_class=RequestClass.BATCH)
+        assert not core.step([RequestSubmitted(large)], 0.1).drops
+        # Long overdue by now: those who could serve it may come at any time, and others go on meanwhile.
+        for i in range(5):
+            batch_class = a_request(f"small{i}", 100, 300, 100.0 + i, request_class=RequestClass.BATCH)
+            commands = core.step([RequestSubmitted(batch_class)], 100.0 + i).commands
+            [small] = [c.batch for c in commands if isinstance(c, DispatchBatch)]
+            assert (small.worker_id, small.request_ids) == ("b", (f"small{i}",)), order
+            core.step(
+                [finished(f"small{i}", "b", small.assignment), reported("b", last_assignment=small.assignment)],
+                100.5 + i,
+            )
+        commands = core.step([of("d2", WorkerRole.DECODE, "new", free=3000)], 110.0).commands
+        assert [c.batch.worker_id for c in commands if isinstance(c, DispatchBatch)] == ["p2"], order

@@ -11,6 +11,7 @@ from bucketserve.core.messages import (
     PullKv,
     RequestSubmitted,
     SwitchRole,
+    WorkerLost,
 )
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
@@ -118,3 +119,13 @@ def test_the_last_decode_worker_of_a_fingerprint_stays() -> None:
     more = replace(joined("d2", free=2000), role=WorkerRole.DECODE, fingerprint="new")
     commands = [command for i in range(20) for command in core.step([more] if not i else [], 22.0 + i).commands]
     assert [c for c in commands if isinstance(c, SwitchRole)] == [SwitchRole(WorkerId("d1"), WorkerRole.PREFILL)]
+
+
+def test_weights_that_have_lost_one_side_get_it_from_the_other() -> None:
+    core = world(3, 1)
+    core.step([replace(joined("old-d", free=2000), role=WorkerRole.DECODE, fingerprint="old")], 0.5)
+    core.step([WorkerLost(WorkerId("d0"))], 1.0)
+    # A worker that is only away for a moment comes back.
+    assert switches(core, 1.5) == switches(core, 2.5) == []
+    assert switches(core, 4.0) == [("p0", WorkerRole.DECODE)]
+    assert not any(switches(core, 5.0 + i) for i in range(40))

@@ -464,3 +464,31 @@ def test_a_restored_core_goes_on() -> None:
     assert decision.drops == ()
     assert [batch.request_ids for batch in batches(decision)] == [("waits",)]
     assert under_test.step([finished("runs")], 1.0).commands == (ForgetRequest(RequestId("runs")),)
+
+
+def test_a_worker_whose_memory_has_shrunk_is_kept_for_nobody_who_needs_more() -> None:
+    under_test = core(batch_patience_s=1.0, deferred_share=0.5)
+    [busy] = batches(under_test.step([joined(free=1000), *submitted("busy", prompt_tokens=600)], 0.0))
+    under_test.step(submitted("large", prompt_tokens=900, request_class=RequestClass.BATCH), 0.1)
+    under_test.step([], 10.0)
+    assert under_test._former._saving is not None
+    # Out of memory: its budget is a step smaller from now on, and it is empty.
+    smaller = reported(free=800, total=800, last_assignment=busy.assignment)
+    [small] = batches(under_test.step([finished("busy"), smaller, *submitted("small")], 10.1))
+    assert small.request_ids == ("small",)
+    as_before = reported(last_assignment=small.assignment)
+    [large] = batches(under_test.step([finished("small", assignment=small.assignment), as_before], 10.2))
+    assert large.request_ids == ("large",)
+
+
+def test_a_batch_heeds_the_tpot_of_what_decodes_and_no_target_that_nobody_could_keep() -> None:
+    # A decode step takes a millisecond for each sequence.
+    steps = [StepSample(decode_sequences=n, duration_s=0.001 * n) for n in range(1, 60)]
+    for promised, most in ((0.0055, 4), (None, 40), (0.0005, 40)):
+        under_test = core(is_time_aware=True)
+        under_test.step([joined(free=100_000, total=100_000), reported(steps=tuple(steps * 5))], 0.0)
+        [first] = batches(under_test.step(submitted("chat", prompt_tokens=10, tpot_slo_s=promised), 0.1))
+        report = reported(free=99_000, total=100_000, num_running=1, last_assignment=first.assignment)
+        under_test.step([prefilled(first), report], 0.2)
+        decision = under_test.step(submitted(*(f"r{i}" for i in range(40)), prompt_tokens=10), 0.3)
+        assert abs(len(batches(decision)[0].request_ids) - most) <= 1, promised

@@ -123,6 +123,8 @@ async def test_an_attempt_that_runs_twice_with_different_weights_is_not_put_toge
     assert former == [first_id]
     ticket = request.submission().ticket
     assert (ticket.fingerprint, ticket.prompt_tokens, request.attempt) == ("weights-1", 5, 2)
+    # Nobody is at fault who has the right weights.
+    assert list(ticket.avoid_worker_ids) == []
     # The next attempt has weights of its own until its first token; what comes late of the former is nobody's.
     late = delivery_pb2.TokenDelivery(run_id=first_id, first_index=3, token_ids=[9])
     assert not deliver(request, late, "new", "weights-2")
@@ -135,3 +137,24 @@ async def test_an_attempt_that_broke_before_its_first_token_goes_to_any_weights(
     request.restart("its worker was lost")
     ticket = request.submission().ticket
     assert (ticket.fingerprint, list(ticket.avoid_worker_ids)) == ("", ["w"])
+
+
+async def test_output_is_word_enough_that_a_request_was_queued() -> None:
+    # The scheduler dispatched it and died before it said so.
+    request = opened([], encode("a "))
+    deliver(request, delivery(request, 0, encode("the")))
+    await request.accepted(0.0, str)
+    request.restart("its worker was lost")
+    assert request.submission().is_admitted
+
+
+async def test_only_faults_count_towards_giving_up() -> None:
+    valid = validate(inference_pb2.GenerateRequest(prompt="the"), CATALOG, max_prompt_bytes=1000)
+    request = an_open_request(valid, [5, 6], 90, lambda _, former: None)
+    for _ in range(10):
+        request.restart("it was stopped while its gateway was away", is_fault=False)
+    assert not request.is_over
+    for _ in range(3):
+        request.restart("its worker was lost")
+    assert request.error is not None
+    assert request.error.reason == "ATTEMPTS_EXHAUSTED"

@@ -97,6 +97,10 @@ async def test_a_request_that_was_stopped_while_its_gateway_was_away_goes_on_wit
     assert not request.is_over
 
 
+def full_of(opened: OpenRequest) -> scheduler_pb2.RunRefused:
+    return scheduler_pb2.RunRefused(run_id=opened.run_id, reason=scheduler_pb2.REFUSE_REASON_STORE_FULL)
+
+
 async def test_a_full_store_refuses_what_is_new_and_delays_what_was_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_link, "FULL_S", 0.0)
     requests, served = OpenRequests(), catalog()
@@ -112,8 +116,10 @@ async def test_a_full_store_refuses_what_is_new_and_delays_what_was_admitted(mon
         opened.restart("its worker was lost")
         requests.resumed(opened, opened.run_id.replace(".2", ".1"))
     for opened in (new, admitted, cancelled):
-        full = scheduler_pb2.RunRefused(run_id=opened.run_id, reason=scheduler_pb2.REFUSE_REASON_STORE_FULL)
-        link._take(scheduler_pb2.SubmitResponse(refused=full))
+        link._take(scheduler_pb2.SubmitResponse(refused=full_of(opened)))
+    # However often it is refused meanwhile, it is said again once.
+    for _ in range(5):
+        link._take(scheduler_pb2.SubmitResponse(refused=full_of(admitted)))
     requests.remove(cancelled)
     await asyncio.sleep(0.01)
     assert new.error is not None
