@@ -22,6 +22,9 @@ MOST_LENT = 2.0
 GROWTH = 2
 """A step takes at most so many times the prompt tokens of the largest one measured: further out nothing is known."""
 
+DECODES_EACH = 8
+"""Of steps without prompts, which are many and alike, one of so many teaches: an update takes some 50 us."""
+
 INFINITY = float("inf")
 
 
@@ -33,9 +36,14 @@ class StepPace:
         self._most_lent = most_lent
         self._times = StepTimes()
         self._most_tokens = 0
+        self._num_decodes = 0
 
     def learn(self, sample: StepSample) -> None:
         """Takes a measured step."""
+        if not sample.prefill_tokens:
+            self._num_decodes += 1
+            if self._num_decodes % DECODES_EACH != 1:
+                return
         self._times.learn(sample)
         self._most_tokens = max(self._most_tokens, sample.prefill_tokens)
 
