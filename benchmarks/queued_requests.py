@@ -4,7 +4,7 @@ A stack as processes with a store of its own. The worker holds one running reque
 everything after it waits; then requests are queued, and cancelled again. Redis's used_memory and the scheduler's CPU
 time are taken before and after.
 
-    python benchmarks/queued_requests.py [--requests 400] [--rounds 3]
+    python benchmarks/queued_requests.py [--requests 200] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -105,7 +105,12 @@ async def run(options: argparse.Namespace, console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=400, help="requests that wait at once")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=200,
+        help="requests that wait at once; their prompts must fit the gateway's max_held_bytes",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     asyncio.run(run(parser.parse_args(), Console()))
 
