@@ -1,7 +1,8 @@
 """How long SchedulerCore.step takes as queues and clusters grow. Nothing here passes or fails.
 
 For each size the queue is filled, then steps like those of a loaded service are timed: a few arrivals, a few
-finished requests with their workers' reports, and the batches that follow. --plot draws the growth.
+finished requests with their workers' reports, and the batches that follow. --plot draws the growth. --shared lets that
+share of the prompts begin like some others, with block hashes that say so.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bucketserve.core.messages import (
     WorkerJoined,
     WorkerReported,
 )
+from bucketserve.core.prefixes import BLOCK_TOKENS
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.types import Batch, Headroom, Request, RequestClass, RequestId, WorkerId, WorkerRole
@@ -34,6 +36,7 @@ from bucketserve.sim.percentiles import nearest_rank
 
 CONTEXT = 4096
 KV_TOKENS = 60_000
+NUM_BEGINNINGS = 200
 SIZES = ((1_000, 8), (10_000, 64), (100_000, 64), (100_000, 1_000), (1_000_000, 1_000))
 
 
@@ -54,8 +57,9 @@ class Result:
 class Bench:
     """A core with workers that finish what they are given."""
 
-    def __init__(self, queued: int, workers: int, seed: int) -> None:
+    def __init__(self, queued: int, workers: int, seed: int, shared: float) -> None:
         self.random = random.Random(seed)
+        self.shared = shared
         self.pending: list[BatchPrefilled] = []
         self.core = SchedulerCore(
             CoreSettings(max_queued_requests=10_000_000, max_queued_tokens=10**12, default_ttft_s=1e6), CONTEXT
@@ -88,10 +92,20 @@ class Bench:
                 arrival_s=self.now_s,
                 request_class=RequestClass.BATCH if self.random.random() < 0.2 else RequestClass.INTERACTIVE,
                 tenant=f"t{self.random.randrange(8)}",
+                block_hashes=self.hashes(prompt),
             )
             self.requests[request.request_id] = request
             events.append(RequestSubmitted(request))
         return events
+
+    def hashes(self, prompt_tokens: int) -> tuple[int, ...]:
+        """Returns those of a prompt that begins, up to a random block, as all do of one of the beginnings."""
+        if not self.shared or self.random.random() >= self.shared:
+            return ()
+        number = min(prompt_tokens, 3000) // BLOCK_TOKENS
+        common, begins = self.random.randint(0, number), 1000 * self.random.randrange(NUM_BEGINNINGS)
+        own = [self.random.getrandbits(62) for _ in range(number - common)]
+        return (*(begins + i for i in range(common)), *own)
 
     def headroom(self, worker_id: WorkerId) -> Headroom:
         return Headroom(
@@ -143,10 +157,10 @@ class Bench:
         return took_s, len(batches)
 
 
-def measure(queued: int, workers: int, steps: int, seed: int) -> Result:
+def measure(queued: int, workers: int, steps: int, seed: int, shared: float) -> Result:
     gc.disable()
     try:
-        bench = Bench(queued, workers, seed)
+        bench = Bench(queued, workers, seed, shared)
         for _ in range(30):
             bench.step([*bench.pending, *bench.finished(4), *bench.submitted(4)])
         times, batches = [], 0
@@ -193,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shared", type=float, default=0.0, help="share of prompts with block hashes")
     parser.add_argument("--largest", type=int, default=1_000_000, help="skip longer queues")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -204,7 +219,7 @@ def main() -> None:
         if queued > arguments.largest:
             continue
         with console.status(f"{queued} queued, {workers} workers"):
-            result = measure(queued, workers, arguments.steps, arguments.seed)
+            result = measure(queued, workers, arguments.steps, arguments.seed, arguments.shared)
         results.append(result)
         table.add_row(
             str(queued),

@@ -43,12 +43,10 @@ ABLATIONS: Mapping[str, Mapping[str, str]] = {
     "everything on": {},
     "edges: one bucket": {"edges": "none"},
     "edges: Algorithm 1": {"edges": "paper"},
-    "N_max: by the longest": {"batch_budget": "longest"},
     "order: first come, first served": {"queue_order": "fcfs"},
     "order: slack without cost": {"cost_weight": "0"},
-    "waiting: up to a quarter of the slack": {"fill_wait_share": "0.25"},
     "time: batches by memory alone": {"is_time_aware": "false"},
-    "chunking off": {"max_chunk_tokens": "0"},
+    "chunks of 512 tokens": {"max_chunk_tokens": "512"},
     "deferred share 2%": {"deferred_share": "0.02"},
     "deferred share 30%": {"deferred_share": "0.3"},
 }

@@ -5,7 +5,7 @@ Adapters live in bucketserve.store and bucketserve.engine; composition roots (ap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +25,7 @@ __all__ = [
     "SequenceFailure",
     "SequenceSpec",
     "SetEdges",
+    "SetOutputs",
     "StepOutput",
     "StoreSnapshot",
     "StoredTicket",
@@ -82,7 +83,14 @@ class SetEdges:
     edges: tuple[int, ...]
 
 
-Write = Admit | Dispatch | Place | Remove | SetEdges
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetOutputs:
+    """Replaces these parts of what is known of output lengths; the others stay as they are."""
+
+    counts: Mapping[str, tuple[int, ...]]
+
+
+Write = Admit | Dispatch | Place | Remove | SetEdges | SetOutputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +109,8 @@ class StoreSnapshot:
     """Everything that is stored for a model."""
 
     edges: tuple[int, ...]
+    outputs: Mapping[str, tuple[int, ...]]
+    """What is known of output lengths, by part (SetOutputs)."""
     tickets: tuple[StoredTicket, ...]
 
 
@@ -188,6 +198,10 @@ class SequenceSpec:
     """Promised mean time per token after the first: no step of others' prompts is to break it."""
     hands_over: bool = False
     """Ends here with its first token: its KV goes to another engine. KV is reserved for the prompt alone."""
+    is_batch: bool = False
+    """Of batch class: an engine that has to let a sequence go takes these first."""
+    num_preemptions: int = 0
+    """How often it was let go before (Request.num_preemptions)."""
 
     @property
     def reserved_tokens(self) -> int:
@@ -243,6 +257,8 @@ class StepOutput:
     prefilled: tuple[RequestId, ...] = ()
     """Sequences whose prompt was completed by this step (their first token is among tokens)."""
     failures: tuple[SequenceFailure, ...] = ()
+    preempted: tuple[RequestId, ...] = ()
+    """Sequences that the engine let go before the step, to have KV for the others; theirs is free again."""
     sample: StepSample | None = None
 
 
@@ -257,6 +273,9 @@ class EngineInfo:
     kv_bytes_per_token: int
     pays_padding: bool
     """Whether it computes padding tokens (padded batches) or none (packed batches)."""
+    grows_kv: bool = False
+    """Whether sequences take KV as they use it, and the engine lets some go when it runs out (StepOutput.preempted).
+    Else all that a sequence may use is reserved when its prompt begins."""
     kv_layout: str
     """Number type and shape of the KV of a token; engines whose layouts agree may exchange KV."""
     fingerprint: str
@@ -276,7 +295,7 @@ class Engine(Protocol):
         """Memory and slots free now; last_assignment is 0 (the worker fills it in)."""
 
     def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
-        """Queues sequences for prefill, reserving KV for prompt and max_new_tokens as memory allows, in order.
+        """Queues sequences for prefill; they begin in order, as memory allows (EngineInfo.grows_kv).
 
         Args:
             sequences: a batch, to be prefilled together.

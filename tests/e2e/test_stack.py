@@ -85,6 +85,8 @@ async def test_batches_shrink_with_the_reported_headroom(new_stack: NewStack) ->
             environ={
                 "BUCKETSERVE_TELEMETRY_OTLP_ENDPOINT": receiver.endpoint,
                 "BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "4000",
+                # A request holds all that it may use from its beginning.
+                "BUCKETSERVE_WORKER_FAKE_GROWS_KV": "false",
                 # What gathers goes in batches as large as memory allows.
                 "BUCKETSERVE_SCHEDULER_SMALL_BATCH_TOKENS": "0",
                 # Slow prefill: requests gather while a batch is computed.

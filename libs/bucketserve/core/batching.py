@@ -6,22 +6,27 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
+from bucketserve.core.affinity import MAX_LOOKED_AT, Affinity
 from bucketserve.core.cells import Key
-from bucketserve.core.demand import Demand
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.lanes import Lane, Lanes
 from bucketserve.core.lifecycle import Lifecycle
-from bucketserve.core.messages import DispatchBatch
+from bucketserve.core.messages import DispatchBatch, PreemptAtWorker
+from bucketserve.core.order import latest_start_s
 from bucketserve.core.placement import place
-from bucketserve.core.settings import BatchBudget, CoreSettings, QueueOrder
+from bucketserve.core.reclaim import Reclaimer
+from bucketserve.core.settings import CoreSettings, QueueOrder
 from bucketserve.core.types import Batch, BatchId, Bucket, LimitedBy, Request, RequestClass, RequestId, WorkerRole
 from bucketserve.core.workers import WorkerState
 
 __all__ = ["BatchFormer", "Formed"]
 
 INFINITY = float("inf")
-DEFERRED_RETRY_S = 1.0
+RECLAIM_S = 0.2
+"""Batch-class requests go so long before one in time would be too late: until then others may end by themselves."""
+BESIDE_S = 0.1
+"""A request goes beside a long prompt so long before it would be too late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,6 @@ class _Cut:
     prefill_tokens: int = 0
     attention: int = 0
     kv_tokens: int = 0
-    longest_kv_tokens: int = 0
     due_s: float = INFINITY
     tpot_s: float = INFINITY
 
@@ -55,21 +59,23 @@ class BatchFormer:
         lanes: Lanes,
         fleet: Fleet,
         edges: EdgeChooser,
-        demand: Demand,
         lives: Lifecycle,
+        affinity: Affinity,
     ) -> None:
         """Reads what its owner changes between calls."""
+        self._affinity = affinity
         self._settings = settings
         self._lanes = lanes
         self._fleet = fleet
         self._edges = edges
-        self._demand = demand
         self._lives = lives
-        self._counts_longest = settings.batch_budget is BatchBudget.LONGEST
         self._num_formed = 0
         self._saving: tuple[RequestId, WorkerState] | None = None
+        self._reclaimer = Reclaimer(lives)
+        self.preemptions: list[PreemptAtWorker] = []
+        """Of this step."""
         self.wake_s: float | None = None
-        """When to look again without an event: a batch that is held back to fill goes then, or deferred ones may."""
+        """When to look again without an event: one is late then unless it goes beside a long prompt, or others go."""
 
     def form(self, now_s: float) -> Formed | None:
         """Returns the next batch; None if no worker can take anything that may go now.
@@ -82,6 +88,8 @@ class BatchFormer:
         self._check_saving()
         candidates = self._fleet.candidates()
         if not candidates:
+            if (first := self._first_in_time()) is not None:
+                self._reclaim(first, now_s)
             return None
         for lane in self._lanes.in_turn():
             formed = self._form_from(lane, candidates, now_s)
@@ -107,39 +115,67 @@ class BatchFormer:
     def _form_from(self, lane: Lane, candidates: Sequence[WorkerState], now_s: float) -> Formed | None:
         cells = self._lanes.of(lane)
         heads = sorted((key, bucket) for bucket in self._edges.buckets if (key := cells.head(bucket)) is not None)
-        room = self._deferred_room() if lane is Lane.DEFERRED else None
         for key, bucket in heads:
             first = cells.get(RequestId(key[2]))
             assert first is not None  # a head waits
+            # A resumed one is at the head of its lane, which is no reason yet to keep a worker for it.
+            due_s = first.arrival_s + self._settings.batch_patience_s if first.is_resumed else key[0]
             # What is behind it in the lane could go before it for ever, each time that one of them fits.
-            is_overdue = lane is Lane.DEFERRED and key[0] + self._settings.batch_patience_s <= now_s
+            is_overdue = lane is Lane.DEFERRED and due_s + self._settings.batch_patience_s <= now_s
             if is_overdue:
                 self._save_for_none_behind(key)
-            worker = place(first, candidates, self._settings)
-            if worker is None and _is_bound(first, candidates):
-                # Those that may serve it are not among the least loaded.
-                worker = place(first, [able for able in self._fleet if able.could_serve(first)], self._settings)
-            if worker is None and _is_bound(first, candidates):
-                first, worker = self._behind_bound(lane, bucket, candidates, first)
-            if room is not None and first.reserved_tokens > room and not self._is_alone_in_turn():
-                # The room grows with time alone, as what was needed in time fades from the average.
-                self._wake_at(now_s + DEFERRED_RETRY_S)
-                if is_overdue and self._is_served(first):
-                    return None
+            placed = self._placed(lane, bucket, first, candidates, now_s)
+            if placed is None:
                 continue
+            first, worker = placed
             if worker is None:
                 if self._settings.queue_order is QueueOrder.FCFS and self._is_served(first):
                     return None
-                if lane is Lane.DEFERRED and key[0] <= now_s:
+                if lane is Lane.IN_TIME:
+                    self._reclaim(first, now_s)
+                if lane is Lane.DEFERRED and due_s <= now_s:
                     self._save_for(first)
                 if is_overdue and self._is_served(first):
                     return None
                 continue
-            if self._is_held(lane, bucket, first, worker, now_s):
+            is_late = lane is Lane.DEFERRED and first.request_class is RequestClass.INTERACTIVE
+            if is_late and not worker.may_take_late(first, self._settings.late_kv_share):
                 continue
-            cut, limited_by = self._cut(lane, bucket, first, worker, now_s, room)
+            if not worker.has_place(self._settings, small=False) and not self._would_be_late(first, now_s):
+                if self._settings.queue_order is QueueOrder.FCFS:
+                    return None
+                continue
+            cut, limited_by = self._cut(lane, bucket, first, worker, now_s)
+            if is_late:
+                worker.late.update((request.request_id, worker.kv_tokens(request)) for request in cut.chosen)
             return Formed(self._dispatch(bucket, worker, cut, limited_by), cut.chosen, lane)
         return None
+
+    def _placed(
+        self, lane: Lane, bucket: Bucket, first: Request, candidates: Sequence[WorkerState], now_s: float
+    ) -> tuple[Request, WorkerState | None] | None:
+        """Returns who goes next out of a bucket that begins with `first`, and where; None if all should wait."""
+        if self._affinity.knows(first):
+            cells = self._lanes.of(lane)
+            with closing(cells.in_order(bucket)) as ordered:
+                keyed = ((key[0], request) for request in ordered if (key := cells.key(request.request_id)))
+                picked, wake_s = self._affinity.pick(keyed, candidates, now_s)
+            if wake_s is not None:
+                self._wake_at(wake_s)
+            if picked is None:
+                return None
+            first, worker = picked.request, picked.worker
+        else:
+            worker = self._place(first, candidates)
+        if worker is None and _is_bound(first, candidates):
+            # Those that may serve it are not among the least loaded.
+            worker = self._place(first, [able for able in self._fleet if able.could_serve(first)])
+        if worker is None and _is_bound(first, candidates):
+            return self._behind_bound(lane, bucket, candidates, first)
+        return first, worker
+
+    def _place(self, request: Request, candidates: Sequence[WorkerState]) -> WorkerState | None:
+        return place(self._affinity.cold(request), candidates, self._settings)
 
     def _behind_bound(
         self, lane: Lane, bucket: Bucket, candidates: Sequence[WorkerState], head: Request
@@ -147,18 +183,30 @@ class BatchFormer:
         """Returns the first request behind those that only some may serve, and its worker if one can take it."""
         with closing(self._lanes.of(lane).in_order(bucket)) as ordered:
             for request in ordered:
-                worker = place(request, candidates, self._settings)
+                worker = self._place(request, candidates)
                 if worker is not None or not _is_bound(request, candidates):
                     return (head if worker is None else request), worker
         return head, None
 
-    def _deferred_room(self) -> int:
-        """KV tokens that deferred requests may still take: what those in time leave, at least their share."""
-        return self._demand.deferred_room(self._fleet.kv_total_tokens, self._settings.deferred_share)
+    def _first_in_time(self) -> Request | None:
+        """Returns the first request of the lane of those in time."""
+        cells = self._lanes.of(Lane.IN_TIME)
+        keys = (key for bucket in self._edges.buckets if (key := cells.head(bucket)) is not None)
+        first = min(keys, default=None)
+        return None if first is None else cells.get(RequestId(first[2]))
 
-    def _is_alone_in_turn(self) -> bool:
-        """Whether the deferred lane is owed something and has nothing running: then one goes, however large."""
-        return self._lanes.may_save() and not self._demand.tokens(Lane.DEFERRED)
+    def _reclaim(self, request: Request, now_s: float) -> None:
+        """Lets batch-class requests go for an interactive one that fits nowhere and can't wait; for one in a step."""
+        if self.preemptions or request.request_class is not RequestClass.INTERACTIVE or request.is_resumed:
+            return
+        if not any(worker.batch_class for worker in self._fleet):
+            return
+        prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
+        until_s = latest_start_s(request, self._settings, prefill_s) - RECLAIM_S
+        if now_s < until_s:
+            self._wake_at(until_s)
+        else:
+            self.preemptions = self._reclaimer.room_for(request, self._fleet, self._settings.memory_reserve)
 
     def _is_served(self, request: Request) -> bool:
         """Whether some worker here could be given the request: one that may only come, or leaves, holds nobody up."""
@@ -183,67 +231,64 @@ class BatchFormer:
         """Lets the roomiest worker that could hold the request take nothing else until it does."""
         if self._saving is not None or not self._lanes.may_save():
             return
-        # Also where it waits for a place: small batches, which need none, would take the memory meanwhile.
         able = [worker for worker in self._fleet.candidates() if _could_take(worker, request)]
+        if any(worker.kv_tokens(request) <= worker.room for worker in able):
+            # It waits for a place, and that comes without saving.
+            return
         worker = max(able, key=lambda worker: (worker.free_tokens(), worker.worker_id), default=None)
         if worker is not None:
             worker.saved_for = request.request_id
             self._saving = (request.request_id, worker)
 
-    def _is_held(self, lane: Lane, bucket: Bucket, first: Request, worker: WorkerState, now_s: float) -> bool:
-        """Whether the bucket should still fill.
+    def _would_be_late(self, request: Request, now_s: float) -> bool:
+        """Whether a request would miss its TTFT if it waited until some worker has computed what it has.
 
-        It may for at most a share of its first request's slack, and no longer than filling takes at the rate at
-        which its tokens arrive.
+        Only then it goes beside a long prompt: it makes both slower, and elsewhere it would be alone in its steps.
         """
-        share, target = self._settings.fill_wait_share, self._settings.fill_tokens
-        if not share or lane is Lane.DEFERRED or first.ttft_slo_s is None:
+        if request.request_class is RequestClass.BATCH:
             return False
-        _, tokens = self._lanes.of(lane).count(bucket)
-        if tokens >= target:
-            return False
-        rate = self._edges.token_rate(bucket, now_s)
-        fill_s = (target - tokens) / rate if rate else INFINITY
-        slack_s = max(first.ttft_slo_s - worker.prefill_in_s(target, 0, self._settings.max_chunk_tokens), 0.0)
-        if fill_s > share * slack_s:
-            # It would not fill in time: waiting would only delay.
-            return False
-        until_s = min(first.arrival_s + share * slack_s, now_s + fill_s)
-        if until_s <= now_s:
-            return False
-        self._wake_at(until_s)
-        return True
+        tokens, most = request.prefill_tokens, self._settings.max_chunk_tokens
+        able = [worker for worker in self._fleet if _could_take(worker, request)]
+        takes_s = min((w.prefill_in_s(tokens, tokens * request.prompt_tokens, most) for w in able), default=0.0)
+        due_s = request.arrival_s + (request.ttft_slo_s or self._settings.default_ttft_s)
+        beside_s = due_s - takes_s - BESIDE_S
+        if beside_s <= now_s:
+            return True
+        self._wake_at(beside_s)
+        return False
 
     def _wake_at(self, at_s: float) -> None:
         self.wake_s = at_s if self.wake_s is None else min(self.wake_s, at_s)
 
     def _cut(
-        self, lane: Lane, bucket: Bucket, first: Request, worker: WorkerState, now_s: float, room: int | None
+        self, lane: Lane, bucket: Bucket, first: Request, worker: WorkerState, now_s: float
     ) -> tuple[_Cut, LimitedBy]:
         """Takes requests from the bucket in order, from `first` on, until something stops it; that one fits."""
         cut = _Cut(tpot_s=self._lives.tpot_s(worker))
         alone_s = worker.times.decode_s(worker.num_sequences() + 1, worker.context_tokens_held())
         safe_tokens = worker.safe_tokens(self._settings.memory_reserve)
-        if room is not None:
-            safe_tokens = min(safe_tokens, room)
         sequences = 1 if worker.saved_for is not None else worker.free_sequences()
         most_tokens = self._settings.max_batch_tokens
         if not worker.has_place(self._settings, small=False):
             most_tokens = min(most_tokens, self._settings.small_batch_tokens)
-        fair_tokens = self._fair_tokens(lane, bucket)
+        fair_tokens, num_passed = self._fair_tokens(lane, bucket), 0
         with closing(self._lanes.of(lane).in_order(bucket)) as ordered:
-            for request in ordered:
-                if request is not first and (not cut.chosen or not worker.suits(request)):
+            for waiting in ordered:
+                if waiting is not first and (not cut.chosen or not worker.suits(waiting)):
                     continue
+                if waiting is not first and self._affinity.belongs_elsewhere(waiting, worker):
+                    num_passed += 1
+                    if num_passed == MAX_LOOKED_AT:
+                        break
+                    continue
+                request = self._affinity.at(waiting, worker.worker_id)
                 kv_tokens = cut.kv_tokens + worker.kv_tokens(request)
-                longest = max(cut.longest_kv_tokens, worker.kv_tokens(request))
                 if cut.chosen:
                     if cut.prefill_tokens + request.prefill_tokens > fair_tokens:
                         return cut, LimitedBy.SUPPLY
                     if len(cut.chosen) >= sequences:
                         return cut, LimitedBy.COUNT
-                    counted = longest * (len(cut.chosen) + 1) if self._counts_longest else kv_tokens
-                    if counted > safe_tokens:
+                    if kv_tokens > safe_tokens:
                         return cut, LimitedBy.MEMORY
                     if cut.prefill_tokens + request.prefill_tokens > most_tokens:
                         return cut, LimitedBy.TIME
@@ -251,7 +296,7 @@ class BatchFormer:
                     if self._settings.is_time_aware and not self._is_in_time(cut, request, worker, now_s, tpot_s):
                         return cut, LimitedBy.TIME
                 cut.chosen.append(request)
-                cut.kv_tokens, cut.longest_kv_tokens = kv_tokens, longest
+                cut.kv_tokens = kv_tokens
                 cut.prefill_tokens += request.prefill_tokens
                 cut.attention += request.prefill_tokens * request.prompt_tokens
                 cut.due_s = min(cut.due_s, _due_s(request, now_s))
@@ -305,7 +350,7 @@ class BatchFormer:
         is_small = cut.prefill_tokens <= self._settings.small_batch_tokens and worker.has_place(
             self._settings, small=True
         )
-        worker.assign(batch, cut.kv_tokens, is_small=is_small)
+        worker.assign(batch, chosen, is_small=is_small)
         if worker.saved_for is not None:
             self.forget(worker.saved_for)
         self._fleet.changed(worker)

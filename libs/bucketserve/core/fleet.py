@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Mapping
 
+from bucketserve.core.outputs import OutputBook
 from bucketserve.core.placement import load_score
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.step_times import StepTimes
@@ -75,6 +76,8 @@ class Fleet:
         """Workers that do both."""
         self.times = StepTimes()
         """Of all workers together: for predictions before a worker is chosen."""
+        self.outputs = OutputBook(settings.output_quantile)
+        """How long outputs are."""
         self.tpot_s = 0.0
         """Duration of a step with decodes, exponentially weighted."""
         self.kv_total_tokens = 0

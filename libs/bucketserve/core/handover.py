@@ -1,9 +1,9 @@
 """From prefill to decode workers: who pulls which request's KV, and when.
 
-Decode pulls: a prefilled request's KV stays where it was computed until a decode worker has room for its prompt and all
-its output, so that a full decode side holds the prefill side back by itself. Requests go in the order of arrival; one
-is passed over that no decode worker of its prefill worker's fingerprint could hold even if it were empty. While the KV
-moves, both sides count it.
+Decode pulls: a prefilled request's KV stays where it was computed until a decode worker has room for its prompt and the
+output that is likely, so that a full decode side holds the prefill side back by itself. Requests go in the order of
+arrival; one is passed over that no decode worker of its prefill worker's fingerprint could hold even if it were empty.
+While the KV moves, both sides count it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Handover:
             fingerprint = source.fingerprint if source is not None else ""
             target = self._target(request, source_id, fingerprint) if fingerprint not in full else None
             if target is not None:
-                target.expect(request_id, _needs(request, source_id, target))
+                target.expect(request, _needs(request, source_id, target))
                 self._fleet.changed(target)
                 pulls.append(
                     PullKv(
@@ -110,4 +110,4 @@ class Handover:
 
 def _needs(request: Request, source_id: WorkerId, target: WorkerState) -> int:
     """KV tokens that a transfer takes at its target, which may hold the prompt's already: its role has changed."""
-    return request.reserved_tokens - (request.prompt_tokens if target.worker_id == source_id else 0)
+    return target.kv_tokens(request) - (request.prompt_tokens if target.worker_id == source_id else 0)

@@ -13,13 +13,11 @@ Whatever changes a state changes the books of the workers concerned with it, her
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from bucketserve.core.demand import Demand
 from bucketserve.core.errors import IllegalStepError
 from bucketserve.core.fleet import Fleet
-from bucketserve.core.lanes import Lane
 from bucketserve.core.types import Batch, Request, RequestId, WorkerId
 from bucketserve.core.workers import WorkerState
 
@@ -73,8 +71,8 @@ class Life:
     """While PULLING: the decode worker."""
     target_assignment: int = 0
     """The order to pull."""
-    lane: Lane = Lane.IN_TIME
-    """The one that it was dispatched from."""
+    is_leaving: bool = False
+    """Its worker was told to let it go."""
     prefilled_s: float | None = None
     is_cancelled: bool = False
     """Nobody waits for it any more, and it has not been heard yet that its worker has stopped."""
@@ -107,10 +105,9 @@ class Life:
 class Lifecycle:
     """All requests that have not ended, by id."""
 
-    def __init__(self, fleet: Fleet, demand: Demand) -> None:
-        """Keeps the books of both."""
+    def __init__(self, fleet: Fleet) -> None:
+        """Keeps the books of its workers."""
         self._fleet = fleet
-        self._demand = demand
         self._lives: dict[RequestId, Life] = {}
         self.num_at_workers = 0
 
@@ -137,9 +134,7 @@ class Lifecycle:
         A target that its decodes break already counts for nothing: no smaller batch would keep it.
         """
         decode_s = worker.times.decode_s(worker.num_sequences(), worker.context_tokens_held())
-        lives = (self._lives.get(request_id) for request_id in worker.requests)
-        targets = (life.request.tpot_slo_s for life in lives if life is not None)
-        return min((target for target in targets if target is not None and target >= decode_s), default=float("inf"))
+        return min((tpot_s for tpot_s in worker.promised.values() if tpot_s >= decode_s), default=float("inf"))
 
     def park(self, request: Request) -> Life:
         """Takes a request, a new one or one that waits in no bucket any more, that cannot be dispatched yet."""
@@ -160,24 +155,28 @@ class Lifecycle:
             life.go(State.WAITING)
             life.request = request
 
-    def dispatch(self, batch: Batch, lane: Lane, now_s: float) -> None:
-        """Gives a batch's requests to its worker, which has it in its books already (WorkerState.assign)."""
-        for request_id in batch.request_ids:
-            self.place(self._lives[request_id], batch.worker_id, batch.assignment, now_s, lane)
+    def dispatch(self, requests: Iterable[Request], batch: Batch) -> None:
+        """Gives a batch's requests, as they are there, to its worker, which has it in its books (WorkerState.assign).
 
-    def place(self, life: Life, worker_id: WorkerId, assignment: int, now_s: float, lane: Lane = Lane.IN_TIME) -> None:
+        What was expected of their prompts in the queue gives way to what the worker has of them.
+        """
+        for request in requests:
+            life = self._lives[request.request_id]
+            life.request = request
+            self.place(life, batch.worker_id, batch.assignment)
+
+    def place(self, life: Life, worker_id: WorkerId, assignment: int) -> None:
         """Gives a request to a worker, or believes one that says it has it."""
         life.go(State.PREFILL)
-        life.worker_id, life.assignment, life.lane = worker_id, assignment, lane
+        life.worker_id, life.assignment, life.is_leaving = worker_id, assignment, False
         self.num_at_workers += 1
-        self._demand.took(lane, life.request.reserved_tokens, now_s)
 
-    def take_back(self, life: Life, now_s: float) -> None:
+    def take_back(self, life: Life) -> None:
         """Takes a request back that was not sent to its worker after all: it waits again, but is in no bucket yet."""
         if life.worker_id is not None and (worker := self._fleet.get(life.worker_id)):
             worker.take_back(life.request)
             self._fleet.changed(worker)
-        self._leave_workers(life, now_s)
+        self.num_at_workers -= 1
         life.go(State.WAITING)
         life.worker_id = None
 
@@ -207,12 +206,12 @@ class Lifecycle:
         life.go(State.DECODE)
         life.worker_id, life.assignment, life.target_id = target_id, life.target_assignment, None
         if target_id is not None and (target := self._fleet.get(target_id)):
-            target.incoming.pop(life.request.request_id, None)
+            target.arrived(life.request.request_id)
             self._fleet.changed(target)
         source = self._fleet.get(source_id) if source_id is not None and source_id != target_id else None
         if source is None:
             return None
-        source.release(life.request.request_id)
+        source.release(life.request)
         self._fleet.changed(source)
         return source_id
 
@@ -222,18 +221,14 @@ class Lifecycle:
         if life.state is State.PULLING:
             life.go(State.DECODE)
 
-    def end(self, life: Life, now_s: float) -> None:
+    def end(self, life: Life) -> None:
         """Ends it; its workers' books are freed of it."""
         was_at_worker = life.is_at_worker
         life.go(State.ENDED)
         del self._lives[life.request.request_id]
         if was_at_worker:
-            self._leave_workers(life, now_s)
+            self.num_at_workers -= 1
             for worker_id in life.workers:
                 if worker := self._fleet.get(worker_id):
-                    worker.release(life.request.request_id)
+                    worker.release(life.request)
                     self._fleet.changed(worker)
-
-    def _leave_workers(self, life: Life, now_s: float) -> None:
-        self.num_at_workers -= 1
-        self._demand.took(life.lane, -life.request.reserved_tokens, now_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bucketserve.core.types import (
@@ -35,6 +36,7 @@ __all__ = [
     "ForgetRequest",
     "KvPulled",
     "PlaceRequest",
+    "PreemptAtWorker",
     "PullKv",
     "RefuseReason",
     "RefuseRequest",
@@ -43,6 +45,7 @@ __all__ = [
     "RequestFinished",
     "RequestResumed",
     "RequestSubmitted",
+    "SaveOutputs",
     "SwitchRole",
     "WorkerDraining",
     "WorkerJoined",
@@ -142,6 +145,9 @@ class WorkerJoined:
     headroom: Headroom
     context_tokens: int
     pays_padding: bool
+    grows_kv: bool = False
+    """Its sequences take KV as they use it, and some are let go when it runs out. Else all that a sequence may use is
+    taken when it comes."""
     fingerprint: str = ""
     """Of weights, number type and engine: workers with the same generate the same."""
     tokenizer: str = ""
@@ -182,6 +188,8 @@ class BatchPrefilled:
     request_ids: tuple[RequestId, ...]
     held: tuple[RequestId, ...] = ()
     """Those among them whose KV now waits for a decode worker."""
+    cached_tokens: tuple[int, ...] = ()
+    """Prompt tokens of each request that the worker had already; empty: it does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,6 +275,14 @@ class ChangeEdges:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveOutputs:
+    """Store these parts of what is known of output lengths, for the next leader (core/outputs.py)."""
+
+    counts: Mapping[str, tuple[int, ...]]
+    """Class and length cell -> requests by length cell of their output."""
+
+
+@dataclass(frozen=True, slots=True)
 class DispatchBatch:
     """Note in the store that the batch is at its worker, then send it; DispatchFailed names what the store lacked."""
 
@@ -276,6 +292,14 @@ class DispatchBatch:
 @dataclass(frozen=True, slots=True)
 class CancelAtWorker:
     """Tell a worker to stop a request at its next step."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptAtWorker:
+    """Tell a worker to let a request go at its next step; RequestFinished with PREEMPTED follows."""
 
     worker_id: WorkerId
     request_id: RequestId
@@ -329,12 +353,14 @@ Command = (
     AdmitRequest
     | RefuseRequest
     | ChangeEdges
+    | SaveOutputs
     | DispatchBatch
     | PullKv
     | PlaceRequest
     | ReleaseKv
     | SwitchRole
     | CancelAtWorker
+    | PreemptAtWorker
     | ForgetRequest
 )
 

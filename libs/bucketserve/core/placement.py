@@ -13,20 +13,19 @@ __all__ = ["LOAD_SCORERS", "can_take", "load_score", "place"]
 LoadScorer = Callable[[WorkerState], float]
 
 
-def can_take(request: Request, worker: WorkerState, settings: CoreSettings) -> bool:
-    """Whether a worker may be given the request now."""
+def can_take(request: Request, prefill_tokens: int, worker: WorkerState, settings: CoreSettings) -> bool:
+    """Whether a worker may be given the request now, of which it has to compute that many prompt tokens."""
     if worker.is_draining or worker.role is WorkerRole.DECODE:
         return False
-    if not worker.could_serve(request):
+    # What fails most often, and costs least to ask, comes first.
+    if worker.kv_tokens(request) > worker.room or worker.free_sequences() < 1:
         return False
     if worker.saved_for is not None and worker.saved_for != request.request_id:
         return False
-    is_small = request.prefill_tokens <= settings.small_batch_tokens
+    is_small = prefill_tokens <= settings.small_batch_tokens
     if not (worker.has_place(settings, small=False) or (is_small and worker.has_place(settings, small=True))):
         return False
-    if worker.free_sequences() < 1:
-        return False
-    return worker.kv_tokens(request) <= worker.room
+    return worker.could_serve(request)
 
 
 def by_queue(worker: WorkerState) -> float:
@@ -45,7 +44,7 @@ def by_decodes(worker: WorkerState) -> float:
 
 
 LOAD_SCORERS: tuple[tuple[float, LoadScorer], ...] = ((2.0, by_queue), (1.0, by_free_kv), (0.5, by_decodes))
-"""Weight and scorer of a worker's load. A scorer of request and worker, prefix affinity, has its place in `place`."""
+"""Weight and scorer of a worker's load."""
 
 
 def load_score(worker: WorkerState) -> float:
@@ -59,11 +58,18 @@ def load_score(worker: WorkerState) -> float:
 def place(request: Request, candidates: Sequence[WorkerState], settings: CoreSettings) -> WorkerState | None:
     """Returns the worker for a batch that begins with the request, if one can take it. Ties go to the lower id.
 
+    Of the request's prompt nothing is known to be computed anywhere; else core/affinity.py chooses.
+
     A worker that the request is to avoid is taken only if no other candidate could ever serve it, one of an older
-    fingerprint only if none of a newer one can take it. Candidates come ranked by their load as it was when they last
-    changed (core/fleet.py).
+    fingerprint only if none of a newer one can take it, one with a place for small batches only if none of its own has
+    one for any. Candidates come ranked by their load as it was when they last changed (core/fleet.py).
     """
     if request.avoid:
         candidates = [worker for worker in candidates if worker.suits(request)] or candidates
-    able = [worker for worker in candidates if can_take(request, worker, settings)]
-    return min(able, key=lambda worker: (-worker.generation, -worker.load, worker.worker_id), default=None)
+    able = [worker for worker in candidates if can_take(request, request.prefill_tokens, worker, settings)]
+
+    def rank(worker: WorkerState) -> tuple[int, bool, float, str]:
+        is_for_small = not worker.has_place(settings, small=False)
+        return -worker.generation, is_for_small, -worker.load, worker.worker_id
+
+    return min(able, key=rank, default=None)

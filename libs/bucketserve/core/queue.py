@@ -13,7 +13,7 @@ from bucketserve.core.types import Request, RequestClass, RequestId
 __all__ = ["Queue"]
 
 HEAD_S = 1e6
-"""A resumed request comes before all that arrived less than this later: its client waits in the middle of a stream."""
+"""A resumed request comes before all of its lane that arrived less than this later: it is in the middle of a stream."""
 
 
 class Queue:
@@ -47,8 +47,13 @@ class Queue:
 
     def _place(self, request: Request, prefill_s: float) -> tuple[float, float | None]:
         """Returns a request's key in the order, and when it is late: never (infinity) or from the start (None)."""
+        late_s: float | None = float("inf")
+        if self._settings.queue_order is QueueOrder.SLACK and request.request_class is RequestClass.BATCH:
+            late_s = None
+        elif self._settings.queue_order is QueueOrder.SLACK and not request.is_resumed:
+            late_s = latest_start_s(request, self._settings, prefill_s)
         if request.is_resumed:
-            return request.arrival_s - HEAD_S, float("inf")
+            return request.arrival_s - HEAD_S, late_s
         lead_tokens = self._tenants.lead(request.tenant)
         key = order_key(
             request,
@@ -57,10 +62,7 @@ class Queue:
             cost_s=self._cost_s(request, prefill_s),
             lead_s=self._admission.drain.seconds_for(round(lead_tokens)) if lead_tokens else 0.0,
         )
-        if self._settings.queue_order is not QueueOrder.SLACK:
-            return key, float("inf")
-        is_batch = request.request_class is RequestClass.BATCH
-        return key, None if is_batch else latest_start_s(request, self._settings, prefill_s)
+        return key, late_s
 
     def _cost_s(self, request: Request, prefill_s: float) -> float:
         """Returns the delay that a request means to those that wait, in seconds, summed over them.
@@ -69,6 +71,7 @@ class Queue:
         """
         if not self._fleet.kv_total_tokens:
             return 0.0
-        held_s = prefill_s + request.max_new_tokens * self._fleet.tpot_s
-        memory_s = request.reserved_tokens * held_s / self._fleet.kv_total_tokens
+        output = self._fleet.outputs.expected(request)
+        held_s = prefill_s + output * self._fleet.tpot_s
+        memory_s = (request.prompt_tokens + output) * held_s / self._fleet.kv_total_tokens
         return memory_s * (1 + len(self._lanes.of(Lane.IN_TIME)))

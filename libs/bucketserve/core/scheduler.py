@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from bucketserve.core.admission import Admission
+from bucketserve.core.affinity import Affinity
 from bucketserve.core.batching import BatchFormer, Formed
-from bucketserve.core.demand import Demand
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.handover import Handover
@@ -41,6 +41,7 @@ from bucketserve.core.messages import (
     RequestFinished,
     RequestResumed,
     RequestSubmitted,
+    SaveOutputs,
     WorkerDraining,
     WorkerJoined,
     WorkerLost,
@@ -75,9 +76,9 @@ class SchedulerCore:
         self._lanes = Lanes(context_tokens, settings.deferred_share)
         self._edges = EdgeChooser(settings, context_tokens)
         self._fleet = Fleet(settings)
-        self._demand = Demand()
-        self._lives = Lifecycle(self._fleet, self._demand)
-        self._former = BatchFormer(settings, self._lanes, self._fleet, self._edges, self._demand, self._lives)
+        self._lives = Lifecycle(self._fleet)
+        self._affinity = Affinity(settings, self._fleet)
+        self._former = BatchFormer(settings, self._lanes, self._fleet, self._edges, self._lives, self._affinity)
         self._handover = Handover(self._fleet)
         self._roles = RoleBalancer(settings, self._fleet, self._lanes, self._handover)
         self._layout = LayoutChooser(settings, self._fleet)
@@ -89,12 +90,20 @@ class SchedulerCore:
         self._commands: list[Command] = []
         self._drops: list[Drop] = []
 
-    def restore(self, *, parked: Iterable[Request], running: Mapping[Request, WorkerId], edges: Sequence[int]) -> None:
+    def restore(
+        self,
+        *,
+        parked: Iterable[Request],
+        running: Mapping[Request, WorkerId],
+        edges: Sequence[int],
+        outputs: Mapping[str, Sequence[int]],
+    ) -> None:
         """Takes over what a store holds: what waits is parked until its gateway says it again (RequestResumed)."""
         for request in parked:
             self._lives.park(request)
         for request, worker_id in running.items():
-            self._lives.place(self._lives.park(request), worker_id, 0, 0.0)
+            self._lives.place(self._lives.park(request), worker_id, 0)
+        self._fleet.outputs.restore(outputs)
         if edges:
             self._extend(edges[-1] - 1)
             self._edges.restore(edges, self._lanes)
@@ -128,6 +137,8 @@ class SchedulerCore:
             self._drop(life, DropReason.DEADLINE, now_s, at=life.workers)
         if self._edges.update(self._lanes, self._fleet, now_s):
             self._commands.append(ChangeEdges(self._edges.edges))
+        if counts := self._fleet.outputs.to_save(now_s):
+            self._commands.append(SaveOutputs(counts))
         self._commands += self._layout.update(now_s)
         self._commands += self._roles.update(now_s)
         self._mind_orphans(now_s)
@@ -187,6 +198,7 @@ class SchedulerCore:
                     self._former.worker_left(worker)
             case WorkerLost(worker_id=worker_id):
                 worker = self._fleet.leave(worker_id)
+                self._affinity.index.leave(worker_id)
                 if worker is not None:
                     self._former.worker_left(worker)
                 for life in self._lives.at(worker_id):
@@ -195,6 +207,7 @@ class SchedulerCore:
     def _submit(self, request: Request, now_s: float) -> None:
         if self._lives.get(request.request_id) is not None:
             return
+        request = self._affinity.expected(request)
         if refusal := self._admission.refusal(request, now_s):
             self._commands.append(RefuseRequest(request.request_id, *refusal))
             return
@@ -203,7 +216,7 @@ class SchedulerCore:
     def _resume(self, request: Request, now_s: float) -> None:
         life = self._lives.get(request.request_id)
         if life is None or life.state is State.PARKED:
-            self._admit(request, now_s)
+            self._admit(self._affinity.expected(request), now_s)
 
     def _admit(self, request: Request, now_s: float) -> None:
         self._edges.arrived(request.prefill_tokens, now_s)
@@ -225,7 +238,7 @@ class SchedulerCore:
         for request_id in request_ids:
             if life := self._lives.in_state(request_id, State.WAITING, State.PREFILL):
                 if life.state is State.PREFILL:
-                    self._lives.take_back(life, now_s)
+                    self._lives.take_back(life)
                 self._end(life, now_s)
                 self._commands.append(RefuseRequest(request_id, RefuseReason.STORE_FULL, self._admission.retry_s()))
 
@@ -233,7 +246,7 @@ class SchedulerCore:
         for request_id in event.request_ids:
             life = self._lives.in_state(request_id, State.PREFILL)
             if life is not None and life.worker_id == event.worker_id:
-                self._lives.take_back(life, now_s)
+                self._lives.take_back(life)
                 if life.is_cancelled:
                     self._drop(life, DropReason.CANCELLED, now_s)
                     continue
@@ -250,9 +263,16 @@ class SchedulerCore:
         if life.target_id is not None:
             # Its source ended it; what the target has of it is of no use.
             self._commands.append(CancelAtWorker(life.target_id, event.request_id))
-        self._layout.finished(life.request, life.prefilled_s, event.output_tokens, now_s)
-        self._end(life, now_s, event.output_tokens)
-        self._admission.drain.finished(life.request.prefill_tokens, now_s)
+        if event.reason is FinishReason.PREEMPTED:
+            # What it was charged with pays for its next attempt.
+            self._end(life, now_s)
+        else:
+            self._layout.finished(life.request, life.prefilled_s, event.output_tokens, now_s)
+            self._end(life, now_s, event.output_tokens)
+            self._admission.drain.finished(life.request.prefill_tokens, now_s)
+        if event.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._fleet.outputs.ended(life.request, event.output_tokens)
+        # That it was preempted its gateway hears from the worker, after all that was generated.
         self._commands.append(ForgetRequest(event.request_id, event.reason is FinishReason.CANCELLED))
 
     def _report(self, event: WorkerReported) -> None:
@@ -268,11 +288,13 @@ class SchedulerCore:
         worker = self._fleet.get(event.worker_id)
         if worker is None:
             return
+        cached = dict(zip(event.request_ids, event.cached_tokens, strict=False))
         for request_id in event.request_ids:
             life = self._lives.in_state(request_id, State.PREFILL, State.DECODE)
             if life is not None and life.is_of(event.worker_id, event.assignment):
                 worker.prefilled(request_id)
                 self._lives.prefilled(life, now_s)
+                self._affinity.computed(life.request, event.worker_id, cached.get(request_id))
         for request_id in event.held:
             self._hold(request_id, event.worker_id, event.assignment)
         self._fleet.changed(worker)
@@ -310,14 +332,20 @@ class SchedulerCore:
         if older := self._fleet.get(event.worker_id):
             self._former.worker_left(older)
         self._extend(event.context_tokens)
-        worker = WorkerState.joined(event)
-        worker.requests = {at.request_id for at in event.running if self._adopt(at, event.worker_id, now_s)}
+        worker = WorkerState.joined(event, self._fleet.outputs)
+        for at in event.running:
+            if self._adopt(at, event.worker_id, now_s) and (life := self._lives.get(at.request_id)):
+                worker.take(life.request)
         self._fleet.join(worker)
+        self._affinity.index.join(event.worker_id, event.headroom.kv_total_tokens)
         for life in self._lives.at(event.worker_id):
             if life.request.request_id not in worker.requests:
                 self._drop(life, DropReason.WORKER_LOST, now_s)
         for at in event.running:
             adopted = self._lives.get(at.request_id) if at.request_id in worker.requests else None
+            if adopted is not None:
+                # The order to let it go may be lost with the stream.
+                adopted.is_leaving = False
             # One that was cancelled while its worker was away has to be cancelled again.
             if adopted is None or adopted.is_cancelled:
                 self._commands.append(CancelAtWorker(event.worker_id, at.request_id))
@@ -335,7 +363,7 @@ class SchedulerCore:
             return False
         if not life.is_at_worker:
             self._dequeue(at.request_id)
-            self._lives.place(life, worker_id, at.assignment, now_s)
+            self._lives.place(life, worker_id, at.assignment)
             self._place(life)
         elif life.target_id == worker_id and life.target_assignment == at.assignment:
             # Its KV has come; the word of it was lost with the stream.
@@ -383,8 +411,7 @@ class SchedulerCore:
 
     def _dispatch(self, now_s: float) -> None:
         """Cuts batches while a worker has room and a bucket has requests that fit."""
-        self._former.wake_s = None
-        self._demand.advance(now_s)
+        self._former.wake_s, self._former.preemptions = None, []
         if not len(self._lanes):
             return
         self._lanes.defer_late(now_s)
@@ -393,10 +420,11 @@ class SchedulerCore:
             batch = formed.command.batch
             for request in formed.requests:
                 self._dequeue(request.request_id)
-            self._lives.dispatch(batch, formed.lane, now_s)
+            self._lives.dispatch(formed.requests, batch)
             self._lanes.dispatched(formed.lane, self._share_tokens(formed))
             self._waste.add(batch)
             self._commands.append(formed.command)
+        self._commands += self._former.preemptions
 
     def _share_tokens(self, formed: Formed) -> int:
         """Returns what a batch takes of its worker, in tokens; a request takes at least what belongs to its slot.
@@ -404,8 +432,10 @@ class SchedulerCore:
         Where slots are scarcer than memory, a flood of tiny requests would otherwise pay back nothing for all it takes.
         """
         worker = self._fleet.get(formed.command.batch.worker_id)
-        slot = worker.headroom.kv_total_tokens // max(worker.headroom.max_sequences, 1) if worker else 0
-        return sum(max(request.reserved_tokens, slot) for request in formed.requests)
+        if worker is None:
+            return 0
+        slot = worker.headroom.kv_total_tokens // max(worker.headroom.max_sequences, 1)
+        return sum(max(worker.kv_tokens(request), slot) for request in formed.requests)
 
     def _set_aside_what_nobody_takes(self, now_s: float) -> None:
         """Parks requests that are late and that no worker here may serve, or could hold even if it were empty.
@@ -466,7 +496,7 @@ class SchedulerCore:
         self._patience.forget(request_id)
         self._handover.forget(request_id)
         self._tenants.ended(life.request, output_tokens, has_run=life.is_at_worker)
-        self._lives.end(life, now_s)
+        self._lives.end(life)
 
     def _wake_s(self) -> float | None:
         times = (self._patience.next_s(), self._former.wake_s)

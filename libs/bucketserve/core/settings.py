@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from bucketserve.core.errors import SettingsError
 
-__all__ = ["BatchBudget", "BatchOrder", "CoreSettings", "EdgeRule", "QueueOrder"]
+__all__ = ["BatchOrder", "CoreSettings", "EdgeRule", "QueueOrder"]
 
 
 class EdgeRule(enum.Enum):
@@ -19,15 +19,6 @@ class EdgeRule(enum.Enum):
     """Algorithm 1 of arXiv 2507.17120 (core/paper.py)."""
     NONE = "none"
     """One bucket."""
-
-
-class BatchBudget(enum.Enum):
-    """How the most requests of a batch follow from free memory (N_max)."""
-
-    RESERVED = "reserved"
-    """Each request counts with its own prompt and output: a budget per bucket by what is in it."""
-    LONGEST = "longest"
-    """Each counts as the batch's longest does (paper, formulas 1 and 6 with S_max): for engines that allocate so."""
 
 
 class QueueOrder(enum.Enum):
@@ -72,23 +63,24 @@ class CoreSettings:
     """Adaptive: least share of the arriving requests in a bucket."""
     histogram_half_life_s: float = 30.0
 
-    memory_reserve: float = 0.1
-    """Share of a worker's free KV that is never planned with (paper, formula 5)."""
-    batch_budget: BatchBudget = BatchBudget.RESERVED
-    max_batch_tokens: int = 8192
-    """Most prompt tokens in a batch: beyond it the device is saturated and batches only delay each other."""
-    max_outstanding_batches: int = 2
-    """Batches at a worker whose prompts aren't computed: one runs, one is ready."""
-    small_batch_tokens: int = 256
-    """Batches of up to so many prompt tokens are counted apart: as many of them again may be outstanding, so that short
-    prompts get into a worker that has long ones to do. For engines that share their steps (core/stepping.py); 0: no."""
-    max_chunk_tokens: int = 512
+    output_quantile: float = 0.6
+    """Requests count with this quantile of what outputs like theirs were, where KV grows as it is used."""
+    memory_reserve: float = 0.03
+    """Share of a worker's free KV that is never planned with (paper, formula 5): more than an engine keeps for growth
+    (core/preemption.py), so that what is sent begins at once."""
+    max_batch_tokens: int = 2048
+    """Most prompt tokens in a batch, about what one step computes: what is not sent yet can still be overtaken."""
+    max_outstanding_batches: int = 1
+    """Batches at a worker whose prompts aren't computed."""
+    small_batch_tokens: int = 1024
+    """Batches of up to so many prompt tokens are counted apart: as many of them again may be outstanding at a worker
+    that has a long prompt to do, where a short one would be late if it waited. For engines that share their steps
+    (core/stepping.py); 0: no."""
+    max_chunk_tokens: int = 0
     """Most prompt tokens per step beside running decodes, unless a TPOT target asks for fewer; 0: no limit."""
 
     is_time_aware: bool = True
     """Batches end where a larger one would miss its tightest TTFT, or a running decode's TPOT."""
-    fill_wait_share: float = 0.0
-    """Share of its slack that a bucket's most urgent request may be held back for the batch to fill; 0: never."""
     fill_tokens: int = 256
     """Prompt tokens at which a batch is full: up to here a larger one takes hardly longer, since reading the weights
     takes most of the time."""
@@ -98,10 +90,13 @@ class CoreSettings:
     """How much later a request counts per second of delay that it means to all others that wait."""
     deferred_share: float = 0.1
     """Share of dispatched tokens owed to deferred requests while others wait as well."""
+    late_kv_share: float = 1.0
+    """Most of a worker's KV that late interactive requests may hold. Less means that more are in time under overload,
+    and that the late ones wait for minutes."""
     batch_order: BatchOrder = BatchOrder.SJF
     default_ttft_s: float = 2.0
     """Target of interactive requests that name none."""
-    batch_patience_s: float = 60.0
+    batch_patience_s: float = 600.0
     """A batch-class request comes before interactive ones that arrive this much later."""
     batch_order_s_per_token: float = 0.002
     """SJF/LJF: how much later or earlier a prompt token makes a batch-class request count."""
@@ -148,15 +143,16 @@ class CoreSettings:
                 ("edge_gain", "in [0, 1)", 0 <= self.edge_gain < 1),
                 ("min_bucket_share", "in [0, 1)", 0 <= self.min_bucket_share < 1),
                 ("histogram_half_life_s", "positive", self.histogram_half_life_s > 0),
+                ("output_quantile", "in (0, 1)", 0 < self.output_quantile < 1),
                 ("memory_reserve", "in [0, 1)", 0 <= self.memory_reserve < 1),
                 ("max_batch_tokens", "at least 1", self.max_batch_tokens >= 1),
                 ("max_outstanding_batches", "at least 1", self.max_outstanding_batches >= 1),
                 ("small_batch_tokens", "at least 0", self.small_batch_tokens >= 0),
                 ("max_chunk_tokens", "at least 0", self.max_chunk_tokens >= 0),
-                ("fill_wait_share", "in [0, 1]", 0 <= self.fill_wait_share <= 1),
                 ("fill_tokens", "at least 1", self.fill_tokens >= 1),
                 ("cost_weight", "at least 0", self.cost_weight >= 0),
                 ("deferred_share", "in (0, 1)", 0 < self.deferred_share < 1),
+                ("late_kv_share", "in (0, 1]", 0 < self.late_kv_share <= 1),
                 ("default_ttft_s", "positive", self.default_ttft_s > 0),
                 ("batch_patience_s", "at least 0", self.batch_patience_s >= 0),
                 ("batch_order_s_per_token", "at least 0", self.batch_order_s_per_token >= 0),

@@ -14,7 +14,7 @@ from bucketserve.core.types import RequestId
 
 __all__ = ["MAX_SEQUENCES", "STEP_TOKENS", "PrefillPiece", "plan_prefill"]
 
-MAX_SEQUENCES = 64
+MAX_SEQUENCES = 256
 """Sequences that a worker runs at once unless it is told otherwise, simulated ones as well."""
 STEP_TOKENS = 2048
 """Most tokens of any kind in one of its steps."""

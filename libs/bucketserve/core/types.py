@@ -7,10 +7,11 @@ lengths are tokens.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NewType
 
 __all__ = [
+    "MAX_PREEMPTIONS",
     "Batch",
     "BatchId",
     "Bucket",
@@ -31,6 +32,8 @@ RequestId = NewType("RequestId", str)
 
 The next attempt has another name, so that nothing that arrives late can touch what came after.
 """
+MAX_PREEMPTIONS = 2
+"""Of a request, over all its attempts."""
 WorkerId = NewType("WorkerId", str)
 BatchId = NewType("BatchId", str)
 
@@ -58,6 +61,8 @@ class FinishReason(enum.Enum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     ERROR = "error"
+    PREEMPTED = "preempted"
+    """Its worker let it go to make room; its gateway goes on with it as the next attempt, and no client sees this."""
 
 
 class LimitedBy(enum.Enum):
@@ -89,11 +94,15 @@ class Request:
     arrival_s: float
     """When the gateway received it."""
     cached_tokens: int = 0
-    """Prompt tokens that a prefix cache is known to hold."""
+    """Prompt tokens that need not be computed: at the worker that has most of them while it waits, at its own later."""
+    block_hashes: tuple[int, ...] = field(default=(), repr=False)
+    """Chain hashes of the prompt's blocks (core/prefixes.py); empty: nothing of it is known."""
     request_class: RequestClass = RequestClass.INTERACTIVE
     tenant: str = "default"
     is_resumed: bool = False
-    """An earlier attempt was lost with its worker: its client waits in the middle of its output."""
+    """An earlier attempt was lost with its worker or preempted: its client waits in the middle of its output."""
+    num_preemptions: int = 0
+    """How often its earlier attempts were preempted."""
     avoid: frozenset[WorkerId] = frozenset()
     """Workers that lost or failed earlier attempts: taken only if there is no other."""
     fingerprint: str = ""
@@ -123,6 +132,11 @@ class Request:
     def reserved_tokens(self) -> int:
         """KV tokens to reserve for the whole life of the request: prompt and output."""
         return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def may_be_preempted(self) -> bool:
+        """Whether a worker may let it go to make room. One that may not has its KV reserved in full."""
+        return self.num_preemptions < MAX_PREEMPTIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +170,8 @@ class Headroom:
     kv_free_tokens: int
     """Neither used nor reserved by the sequences that the worker knows of."""
     max_sequences: int
+    num_decode_steps: int = 0
+    """Steps with decodes since it started: how far its sequences have got, without naming them."""
     num_running: int = 0
     num_waiting: int = 0
     waiting_prefill_tokens: int = 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from bucketserve.core.kv_book import KvBook
 from bucketserve.core.messages import WorkerJoined
+from bucketserve.core.outputs import OutputBook
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.step_times import StepTimes
-from bucketserve.core.types import Batch, BatchId, Headroom, Request, RequestId, WorkerId, WorkerRole
+from bucketserve.core.types import Batch, BatchId, Headroom, Request, RequestClass, RequestId, WorkerId, WorkerRole
 
 __all__ = ["WorkerState", "serves"]
 
@@ -40,6 +43,11 @@ class WorkerState:
     headroom: Headroom
     context_tokens: int
     pays_padding: bool
+    outputs: OutputBook
+    """Of the model; shared by its workers."""
+    kv: KvBook
+    """What its sequences are likely to need, if they take KV as they use it."""
+    grows_kv: bool = False
     fingerprint: str = ""
     tokenizer: str = ""
     generation: int = 0
@@ -57,6 +65,14 @@ class WorkerState:
     batch_of: dict[RequestId, BatchId] = field(default_factory=dict)
     """The outstanding batch of each such request."""
     requests: set[RequestId] = field(default_factory=set)
+    promised: dict[RequestId, float] = field(default_factory=dict)
+    """TPOT targets of those of them that have one, in seconds."""
+    batch_class: set[RequestId] = field(default_factory=set)
+    """Those of them that are of batch class: they may be let go for others (core/reclaim.py)."""
+    late: dict[RequestId, int] = field(default_factory=dict)
+    """KV tokens that interactive ones among them are likely to need that were late when they were sent."""
+    released: list[int] = field(default_factory=list)
+    """KV tokens of each request that has left since its report, which may not say yet that they are free."""
     saved_for: RequestId | None = None
     """Takes nothing but this request, so that its memory becomes free."""
     is_draining: bool = False
@@ -70,9 +86,9 @@ class WorkerState:
     """Most tokens that a worker of its fingerprint could hold that decodes what others prefilled (core/fleet.py)."""
 
     @classmethod
-    def joined(cls, event: WorkerJoined) -> WorkerState:
+    def joined(cls, event: WorkerJoined, outputs: OutputBook) -> WorkerState:
         """Returns the state of a worker that has just connected."""
-        return cls(
+        state = cls(
             worker_id=event.worker_id,
             role=event.role,
             headroom=event.headroom,
@@ -81,7 +97,12 @@ class WorkerState:
             fingerprint=event.fingerprint,
             tokenizer=event.tokenizer,
             num_assigned=event.headroom.last_assignment,
+            outputs=outputs,
+            kv=KvBook(outputs),
+            grows_kv=event.grows_kv,
         )
+        state.kv.at_step(event.headroom.num_decode_steps)
+        return state
 
     def next_assignment(self) -> int:
         """Returns the number of a further order to it."""
@@ -91,39 +112,63 @@ class WorkerState:
     def report(self, headroom: Headroom) -> None:
         """Takes a report; batches that it accounts for are no longer subtracted from it."""
         self.headroom = headroom
+        self.released.clear()
+        self.kv.at_step(headroom.num_decode_steps)
         while self.unaccounted and self.unaccounted[0].assignment <= headroom.last_assignment:
             self.unaccounted.popleft()
 
-    def assign(self, batch: Batch, kv_tokens: int, *, is_small: bool = False) -> None:
+    def assign(self, batch: Batch, requests: Sequence[Request], *, is_small: bool = False) -> None:
         """Notes a batch given to it."""
         if is_small:
             self.small.add(batch.batch_id)
-        number = len(batch.request_ids)
-        self.unaccounted.append(_Unaccounted(batch.batch_id, batch.assignment, kv_tokens, batch.prefill_tokens, number))
+        kv_tokens = sum(self._kv_tokens_at_first(request) for request in requests)
+        self.unaccounted.append(
+            _Unaccounted(batch.batch_id, batch.assignment, kv_tokens, batch.prefill_tokens, len(requests))
+        )
         self.outstanding[batch.batch_id] = set(batch.request_ids)
-        for request_id in batch.request_ids:
-            self.batch_of[request_id] = batch.batch_id
-        self.requests.update(batch.request_ids)
+        for request in requests:
+            self.batch_of[request.request_id] = batch.batch_id
+            self.take(request)
+
+    def take(self, request: Request) -> None:
+        """Notes a request that is there or about to be."""
+        self.requests.add(request.request_id)
+        if request.tpot_slo_s is not None:
+            self.promised[request.request_id] = request.tpot_slo_s
+        if request.request_class is RequestClass.BATCH:
+            self.batch_class.add(request.request_id)
+        if self.role is WorkerRole.PREFILL:
+            self.kv.hold(request, request.prompt_tokens)
+        else:
+            self.kv.add(request)
 
     def take_back(self, request: Request) -> None:
         """Undoes the assignment of one request of a batch: it was not sent."""
         batch_id = self.batch_of.get(request.request_id)
         for batch in self.unaccounted:
             if batch.batch_id == batch_id:
-                batch.kv_tokens -= self.kv_tokens(request)
+                batch.kv_tokens -= self._kv_tokens_at_first(request)
                 batch.prefill_tokens -= request.prefill_tokens
                 batch.num_requests -= 1
         # A batch of which nothing was sent is in no report.
         self.unaccounted = deque(batch for batch in self.unaccounted if batch.num_requests)
-        self.release(request.request_id)
+        # Nothing of it was here.
+        self.requests.discard(request.request_id)
+        self.release(request)
 
-    def expect(self, request_id: RequestId, kv_tokens: int) -> None:
-        """Notes a request whose KV it is to pull."""
-        self.incoming[request_id] = kv_tokens
-        self.requests.add(request_id)
+    def expect(self, request: Request, kv_tokens: int) -> None:
+        """Notes a request whose KV it is to pull, which takes that many tokens from the start."""
+        self.incoming[request.request_id] = kv_tokens
+        self.take(request)
+
+    def arrived(self, request_id: RequestId) -> None:
+        """Notes that the KV of a request has come."""
+        self.incoming.pop(request_id, None)
+        self.kv.begins(request_id)
 
     def prefilled(self, request_id: RequestId) -> None:
         """Notes that a request's prompt is computed."""
+        self.kv.begins(request_id)
         batch_id = self.batch_of.pop(request_id, None)
         if batch_id is not None:
             left = self.outstanding[batch_id]
@@ -132,10 +177,17 @@ class WorkerState:
                 del self.outstanding[batch_id]
                 self.small.discard(batch_id)
 
-    def release(self, request_id: RequestId) -> None:
+    def release(self, request: Request) -> None:
         """Forgets a request that has left."""
+        request_id = request.request_id
+        if request_id in self.requests:
+            self.released.append(self.tokens_held(request))
         self.requests.discard(request_id)
+        self.batch_class.discard(request_id)
+        self.promised.pop(request_id, None)
+        self.late.pop(request_id, None)
         self.incoming.pop(request_id, None)
+        self.kv.remove(request_id)
         self.prefilled(request_id)
 
     def suits(self, request: Request) -> bool:
@@ -145,15 +197,39 @@ class WorkerState:
     # --- memory -------------------------------------------------------------------------------------------------
 
     def kv_tokens(self, request: Request) -> int:
-        """Returns the KV tokens to reserve for a request here: a prefill worker holds prompts only."""
-        return request.prompt_tokens if self.role is WorkerRole.PREFILL else request.reserved_tokens
+        """Returns the KV tokens that a request is likely to need here in all: a prefill worker holds prompts only."""
+        if self.role is WorkerRole.PREFILL:
+            return request.prompt_tokens
+        if self.grows_kv and request.may_be_preempted:
+            return request.prompt_tokens + self.outputs.expected(request)
+        return request.reserved_tokens
 
-    def free_tokens(self) -> int:
-        """KV tokens free by its report, less what was assigned since and what is on its way."""
+    def _kv_tokens_at_first(self, request: Request) -> int:
+        """Returns the KV tokens that a request takes when its prompt begins."""
+        return request.prompt_tokens if self.grows_kv and request.may_be_preempted else self.kv_tokens(request)
+
+    def tokens_held(self, request: Request) -> int:
+        """Returns the KV tokens that become free when a request leaves."""
+        if self.grows_kv:
+            return self.kv.tokens(request.request_id)
+        return self.kv_tokens(request)
+
+    def free_tokens(self, without: Mapping[RequestId, Request] | None = None) -> int:
+        """KV tokens free by its report, less what was assigned since and what is on its way.
+
+        Where sequences take KV as they use it, no more than what their peak leaves.
+
+        Args:
+            without: if given, requests here that are taken to have left, as have those that did since its report.
+        """
         free = self.headroom.kv_free_tokens
+        if without is not None:
+            free += sum(self.released) + sum(self.tokens_held(request) for request in without.values())
         for batch in self.unaccounted:
             free -= batch.kv_tokens
-        return free - sum(self.incoming.values()) if self.incoming else free
+        if self.incoming:
+            free -= sum(self.incoming.values())
+        return min(free, self.headroom.kv_total_tokens - self.kv.peak(without or ())) if self.grows_kv else free
 
     def safe_tokens(self, reserve: float) -> int:
         """M_safe in tokens (paper, formula 5): the reserve is for surprises."""
@@ -174,11 +250,17 @@ class WorkerState:
         return serves(request, self.fingerprint, self.tokenizer) and self.could_hold(request)
 
     def could_hold(self, request: Request) -> bool:
-        """Whether it could hold the request if it were empty."""
-        return self.kv_tokens(request) <= min(self.headroom.kv_total_tokens, self.context_tokens)
+        """Whether it could hold the request with all that it may generate, if it were empty."""
+        most = request.prompt_tokens if self.role is WorkerRole.PREFILL else request.reserved_tokens
+        return most <= min(self.headroom.kv_total_tokens, self.context_tokens)
 
     def _is_empty(self, free: int) -> bool:
         return not self.requests and free >= self.headroom.kv_total_tokens
+
+    def may_take_late(self, request: Request, share: float) -> bool:
+        """Whether what late requests need here stays within a share of its KV with one more; one alone always may."""
+        tokens = sum(self.late.values()) + self.kv_tokens(request)
+        return not self.late or tokens <= share * self.headroom.kv_total_tokens
 
     # --- load ---------------------------------------------------------------------------------------------------
 
@@ -186,7 +268,8 @@ class WorkerState:
         """Whether it may be given another batch, a small one or one of any size."""
         number = len(self.small)
         if small:
-            return bool(settings.small_batch_tokens) and number < settings.max_outstanding_batches
+            is_long = self.backlog_tokens() > settings.max_batch_tokens
+            return is_long and bool(settings.small_batch_tokens) and number < settings.max_outstanding_batches
         return len(self.outstanding) - number < settings.max_outstanding_batches
 
     def num_sequences(self) -> int:

@@ -6,14 +6,16 @@ resumed elsewhere goes on as if nothing had happened, and a mix-up of sequences 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from bucketserve.core.errors import EngineError
 from bucketserve.core.pace import StepPace
+from bucketserve.core.preemption import SPARE_SHARE, loss
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS, plan_prefill
-from bucketserve.core.types import FinishReason, Headroom, RequestId, StepSample
+from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, Headroom, RequestId, StepSample
 from bucketserve.engine.fingerprint import settings_fingerprint
 from bucketserve.ports import (
     EngineInfo,
@@ -45,6 +47,8 @@ class FakeSettings:
     step_s: float = 0.0
     prefill_s_per_token: float = 0.0
     decode_s_per_sequence: float = 0.0
+    grows_kv: bool = True
+    """Sequences take KV as they use it, as in an engine with pages. Else each has all it may use when it begins."""
 
 
 @dataclass(slots=True)
@@ -52,6 +56,8 @@ class _Sequence:
     spec: SequenceSpec
     state: int
     """Running hash of all tokens so far."""
+    is_reserved: bool
+    """It has all the KV that it may use from its beginning."""
     num_prefilled: int = 0
     num_generated: int = 0
     max_chunk_tokens: int = 0
@@ -65,6 +71,21 @@ class _Sequence:
     @property
     def remaining(self) -> int:
         return len(self.spec.token_ids) - self.num_prefilled
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV tokens that it has once it has begun: of its last token there is none yet."""
+        if self.is_reserved:
+            return self.spec.reserved_tokens
+        return len(self.spec.token_ids) + max(self.num_generated - 1, 0)
+
+    @property
+    def loss(self) -> tuple[bool, int, int] | None:
+        return loss(
+            is_batch=self.spec.is_batch,
+            num_preemptions=self.spec.num_preemptions,
+            num_tokens=self.num_prefilled + self.num_generated,
+        )
 
 
 def next_token(state: int, vocab_size: int, seed: int) -> int:
@@ -82,6 +103,9 @@ class FakeEngine:
     _pace: StepPace = field(default_factory=StepPace)
     _waiting: dict[RequestId, _Sequence] = field(default_factory=dict)
     _running: dict[RequestId, _Sequence] = field(default_factory=dict)
+    _preempted: list[RequestId] = field(default_factory=list)
+    """Let go since the last step."""
+    _num_decode_steps: int = 0
 
     @property
     def info(self) -> EngineInfo:
@@ -93,17 +117,19 @@ class FakeEngine:
             context_tokens=self.settings.context_tokens,
             kv_bytes_per_token=KV_BYTES,
             pays_padding=False,
+            grows_kv=self.settings.grows_kv,
             kv_layout="fake",
             fingerprint=settings_fingerprint({"engine": "fake", "vocab_size": self.settings.vocab_size}),
         )
 
     def headroom(self) -> Headroom:
         """See ports.Engine."""
-        reserved = sum(s.spec.reserved_tokens for group in (self._waiting, self._running) for s in group.values())
+        to_come = sum(s.kv_tokens for s in self._waiting.values() if not s.num_prefilled)
         return Headroom(
             kv_total_tokens=self.settings.kv_total_tokens,
-            kv_free_tokens=max(self.settings.kv_total_tokens - reserved, 0),
+            kv_free_tokens=max(self._free() - to_come, 0),
             max_sequences=self.settings.max_sequences,
+            num_decode_steps=self._num_decode_steps,
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             waiting_prefill_tokens=sum(s.remaining for s in self._waiting.values()),
@@ -118,8 +144,8 @@ class FakeEngine:
                 raise EngineError(f"{spec.reserved_tokens} tokens can never fit: the context is {most} tokens here")
         self._check_new([spec.request_id for spec in sequences])
         for spec in sequences:
-            state = _hash(spec.token_ids)
-            self._waiting[spec.request_id] = _Sequence(spec, state, max_chunk_tokens=max_chunk_tokens)
+            state, is_reserved = _hash(spec.token_ids), self._is_reserved(spec)
+            self._waiting[spec.request_id] = _Sequence(spec, state, is_reserved, max_chunk_tokens=max_chunk_tokens)
 
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:
         """See ports.Engine."""
@@ -140,11 +166,22 @@ class FakeEngine:
         state = bytes(kv[:KV_BYTES])
         if len(kv) != num_tokens * KV_BYTES or bytes(kv) != state * num_tokens:
             raise EngineError(f"{len(kv)} bytes are not the KV of {num_tokens} tokens")
-        if spec.reserved_tokens > min(self._unreserved(), self.settings.context_tokens):
+        sequence = _Sequence(
+            spec,
+            int.from_bytes(state, "big"),
+            self._is_reserved(spec),
+            num_prefilled=len(spec.token_ids),
+            num_generated=len(generated),
+            first_token_s=self.clock(),
+        )
+        may_go = [s for s in self._begun() if s.loss is not None] if self.settings.grows_kv else []
+        most = self._free() + sum(s.kv_tokens for s in may_go)
+        if spec.reserved_tokens > self.settings.context_tokens or sequence.kv_tokens > most:
             raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
-        sequence = _Sequence(spec, int.from_bytes(state, "big"), num_tokens, len(generated), first_token_s=self.clock())
         for token_id in generated:
             sequence.state = _mix(sequence.state ^ token_id)
+        # Those that run may have grown since it was sent for.
+        self._make_room(lambda: sequence.kv_tokens <= self._free())
         self._running[spec.request_id] = sequence
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
@@ -162,6 +199,9 @@ class FakeEngine:
         if not self.has_work():
             return StepOutput()
         start_s = self.clock()
+        # Those that may not be let go have all they may use, and together they fit: what lacks is lacking to others.
+        self._make_room(lambda: self._growth() <= self._free())
+        preempted, self._preempted = tuple(self._preempted), []
         decoding = list(self._running.values())
         context = sum(len(s.spec.token_ids) + s.num_generated for s in decoding)
         prefill_tokens, attention, prefilled, failed = self._prefill(decoding, context)
@@ -182,10 +222,12 @@ class FakeEngine:
             duration_s=self.clock() - start_s,
         )
         self._pace.learn(sample)
+        self._num_decode_steps += bool(decoding)
         return StepOutput(
             tokens=tuple(tokens),
             prefilled=tuple(s.spec.request_id for s in prefilled),
             failures=tuple(failed),
+            preempted=preempted,
             sample=sample,
         )
 
@@ -201,22 +243,46 @@ class FakeEngine:
                 raise EngineError(f"sequence {request_id} is already here")
             seen.add(request_id)
 
-    def _unreserved(self) -> int:
-        """Returns the KV tokens that no sequence has: those that wait have none before their first piece."""
-        begun = (s for s in self._waiting.values() if s.num_prefilled)
-        held = sum(s.spec.reserved_tokens for group in (self._running.values(), begun) for s in group)
-        return self.settings.kv_total_tokens - held
+    def _begun(self) -> list[_Sequence]:
+        """Returns the sequences that have KV: those that wait have none before their first piece."""
+        return [*self._running.values(), *(s for s in self._waiting.values() if s.num_prefilled)]
+
+    def _is_reserved(self, spec: SequenceSpec) -> bool:
+        return not self.settings.grows_kv or spec.hands_over or spec.num_preemptions >= MAX_PREEMPTIONS
+
+    def _free(self) -> int:
+        """Returns the KV tokens that no sequence has."""
+        return self.settings.kv_total_tokens - sum(s.kv_tokens for s in self._begun())
+
+    def _growth(self) -> int:
+        """Returns the KV tokens that decodes take in the next step: one for each whose KV grows."""
+        return sum(not s.is_reserved for s in self._running.values())
+
+    def _make_room(self, has_room: Callable[[], bool]) -> None:
+        """Lets sequences go until there is room; their names are in the next step's output."""
+        while not has_room():
+            # Of equals the last to begin goes.
+            losses = {s.spec.request_id: cost for s in reversed(self._begun()) if (cost := s.loss) is not None}
+            request_id = min(losses, key=losses.__getitem__)
+            self.cancel([request_id])
+            self._preempted.append(request_id)
 
     def _ready(self) -> list[_Sequence]:
         """Returns the waiting sequences for which there are slots and memory, in order."""
-        slots, free = self.settings.max_sequences - len(self._running), self._unreserved()
+        if not self._waiting:
+            return []
+        slots, free = self.settings.max_sequences - len(self._running), self._free() - self._growth()
+        spare = math.ceil(self.settings.kv_total_tokens * SPARE_SHARE) if self.settings.grows_kv else 0
+        is_empty, may_begin = not self._begun(), True
         ready: list[_Sequence] = []
         for sequence in self._waiting.values():
-            if not sequence.num_prefilled:
-                free -= sequence.spec.reserved_tokens
-            if len(ready) >= slots or free < 0:
+            if len(ready) >= slots:
                 break
-            ready.append(sequence)
+            if not sequence.num_prefilled:
+                free -= sequence.kv_tokens
+                may_begin = may_begin and free >= (0 if is_empty and not ready else spare)
+            if sequence.num_prefilled or may_begin:
+                ready.append(sequence)
         return ready
 
     def _prefill(

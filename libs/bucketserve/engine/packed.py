@@ -82,6 +82,7 @@ class PackedEngine:
         self._pressure = MemoryPressure(limits.max_step_tokens, memory.num_tokens)
         self._pace = StepPace()
         self._num_prefix_asked = self._num_prefix_reused = 0
+        self._num_decode_steps = 0
         self._waiting: dict[RequestId, EngineSequence] = {}
         self._running: dict[RequestId, EngineSequence] = {}
 
@@ -111,6 +112,7 @@ class PackedEngine:
             kv_total_tokens=self._pressure.budget_tokens,
             kv_free_tokens=max(self._pressure.budget_tokens - reserved, 0),
             max_sequences=self._limits.max_sequences,
+            num_decode_steps=self._num_decode_steps,
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             waiting_prefill_tokens=sum(s.remaining for s in self._waiting.values()),
@@ -218,6 +220,7 @@ class PackedEngine:
         prefilled = [row.sequence.spec.request_id for row in rows if self._begin_decoding(row.sequence)]
         sample = sample_of(time.perf_counter() - start_s)
         self._pace.learn(sample)
+        self._num_decode_steps += sample.decode_sequences > 0
         return StepOutput(
             tokens=tuple(self._take(row) for row in rows),
             prefilled=tuple(prefilled),

@@ -55,6 +55,7 @@ _FINISH = {
     FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
     FinishReason.DEADLINE: common_pb2.FINISH_REASON_DEADLINE,
     FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
+    FinishReason.PREEMPTED: common_pb2.FINISH_REASON_PREEMPTED,
 }
 _FINISH_BACK = _inverse(_FINISH)
 _ROLES = {
@@ -121,6 +122,7 @@ def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
         headroom=headroom_from_pb(hello.report),
         context_tokens=hello.context_tokens,
         pays_padding=hello.pays_padding,
+        grows_kv=hello.grows_kv,
         fingerprint=hello.fingerprint,
         tokenizer=hello.tokenizer,
         running=tuple(
@@ -145,7 +147,13 @@ def request_class_from_pb(request_class: common_pb2.RequestClass) -> RequestClas
     return RequestClass.BATCH if request_class == common_pb2.REQUEST_CLASS_BATCH else RequestClass.INTERACTIVE
 
 
-def request_from_ticket(ticket: scheduler_pb2.Ticket, *, arrival_s: float, deadline_s: float | None = None) -> Request:
+def request_from_ticket(
+    ticket: scheduler_pb2.Ticket,
+    *,
+    arrival_s: float,
+    deadline_s: float | None = None,
+    block_hashes: Iterable[int] = (),
+) -> Request:
     """Returns what the core needs to know of a ticket; times are seconds on the scheduler's clock."""
     slo = ticket.slo
     return Request(
@@ -153,9 +161,11 @@ def request_from_ticket(ticket: scheduler_pb2.Ticket, *, arrival_s: float, deadl
         prompt_tokens=ticket.prompt_tokens,
         max_new_tokens=ticket.max_new_tokens,
         arrival_s=arrival_s,
+        block_hashes=tuple(block_hashes),
         request_class=request_class_from_pb(ticket.request_class),
         tenant=ticket.tenant,
         is_resumed=ticket.is_resumed,
+        num_preemptions=ticket.num_preemptions,
         avoid=frozenset(WorkerId(worker_id) for worker_id in ticket.avoid_worker_ids),
         fingerprint=ticket.fingerprint,
         tokenizer=ticket.tokenizer,
@@ -189,6 +199,8 @@ def sequence_from_spec(
         batch_id=BatchId(batch_id),
         tpot_slo_s=spec.tpot_ms / 1e3 if spec.HasField("tpot_ms") else None,
         hands_over=hands_over,
+        is_batch=request_class_from_pb(spec.request_class) is RequestClass.BATCH,
+        num_preemptions=spec.num_preemptions,
     )
 
 
@@ -221,6 +233,7 @@ def headroom_to_pb(
             for step in steps
         ],
         num_out_of_memory=headroom.num_out_of_memory,
+        num_decode_steps=headroom.num_decode_steps,
     )
 
 
@@ -241,6 +254,7 @@ def headroom_from_pb(report: scheduler_pb2.WorkerReport) -> Headroom:
         weights_bytes=report.weights_bytes,
         activation_bytes_per_token=report.activation_bytes_per_token,
         num_out_of_memory=report.num_out_of_memory,
+        num_decode_steps=report.num_decode_steps,
     )
 
 

@@ -7,8 +7,8 @@ plays the parts of gateway, store, network and workers, each without delay of it
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Protocol
 
@@ -24,20 +24,23 @@ from bucketserve.core.messages import (
     ForgetRequest,
     KvPulled,
     PlaceRequest,
+    PreemptAtWorker,
     PullKv,
     RefuseRequest,
     ReleaseKv,
     RequestFinished,
+    RequestResumed,
     RequestSubmitted,
+    SaveOutputs,
     SwitchRole,
     WorkerJoined,
     WorkerReported,
 )
-from bucketserve.core.types import Batch, Request, RequestClass, RequestId, WorkerId
+from bucketserve.core.types import Batch, FinishReason, Request, RequestClass, RequestId, WorkerId
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import CostMode, DeviceModel
 from bucketserve.sim.ledger import Ledger, Outcome, Record
-from bucketserve.sim.sequence import SimSequence, StepOutcome, WorkerSpec
+from bucketserve.sim.sequence import KvPolicy, SimSequence, StepOutcome, WorkerSpec
 from bucketserve.sim.slo import Slo
 from bucketserve.sim.window import Window
 from bucketserve.sim.worker import SimWorker
@@ -227,6 +230,7 @@ class Simulation:
             headroom=worker.headroom(),
             context_tokens=self._device.context_tokens,
             pays_padding=worker.spec.cost is CostMode.PADDED,
+            grows_kv=worker.spec.mode.kv is KvPolicy.GROWING,
         )
 
     def _happen(self, entry: tuple[float, int, SimWorker | _Move | None], events: list[Event]) -> None:
@@ -241,17 +245,18 @@ class Simulation:
     def _tell(self, worker: SimWorker, outcome: StepOutcome, events: list[Event]) -> None:
         """Turns what a worker's step brought into what the worker would say."""
         worker_id = worker.spec.worker_id
-        by_batch: dict[int, list[RequestId]] = {}
+        by_batch: dict[int, list[SimSequence]] = {}
         for sequence in outcome.prefilled:
             self.ledger.first_token(sequence.request_id, self.now_s)
-            by_batch.setdefault(sequence.assignment, []).append(sequence.request_id)
-        for assignment, request_ids in by_batch.items():
+            by_batch.setdefault(sequence.assignment, []).append(sequence)
+        for assignment, sequences in by_batch.items():
             events.append(
                 BatchPrefilled(
                     worker_id=worker_id,
                     assignment=assignment,
-                    request_ids=tuple(request_ids),
-                    held=tuple(request_id for request_id in request_ids if worker.held(request_id) is not None),
+                    request_ids=tuple(sequence.request_id for sequence in sequences),
+                    held=tuple(s.request_id for s in sequences if worker.held(s.request_id) is not None),
+                    cached_tokens=tuple(sequence.num_reused for sequence in sequences),
                 )
             )
         for sequence in outcome.finished:
@@ -259,7 +264,7 @@ class Simulation:
                 self._stopping.discard(sequence.request_id)
             else:
                 self.ledger.ended(sequence.request_id, Outcome.FINISHED, self.now_s)
-                self.ledger.records[sequence.request_id].num_evictions = sequence.num_evictions
+                self.ledger.records[sequence.request_id].num_evictions += sequence.num_evictions
             self._requests.pop(sequence.request_id, None)
             events.append(
                 RequestFinished(
@@ -269,8 +274,33 @@ class Simulation:
                     output_tokens=sequence.num_generated,
                 )
             )
+        for sequence in outcome.preempted:
+            events += self._preempted(worker_id, sequence)
         events.append(WorkerReported(worker_id=worker_id, headroom=worker.headroom(), steps=tuple(outcome.samples)))
         self._touched[worker_id] = worker
+
+    def _preempted(self, worker_id: WorkerId, sequence: SimSequence) -> Iterator[Event]:
+        """Yields what worker and gateway say of a request that was let go: it goes on as its next attempt."""
+        request_id = sequence.request_id
+        yield RequestFinished(
+            request_id=request_id,
+            worker_id=worker_id,
+            assignment=sequence.assignment,
+            output_tokens=sequence.num_generated,
+            reason=FinishReason.PREEMPTED,
+        )
+        request = self._requests.pop(request_id)
+        resumed = replace(
+            request,
+            request_id=RequestId(f"{request_id.partition('.')[0]}.{request.num_preemptions + 1}"),
+            prompt_tokens=request.prompt_tokens + sequence.num_generated,
+            max_new_tokens=request.max_new_tokens - sequence.num_generated,
+            is_resumed=True,
+            num_preemptions=request.num_preemptions + 1,
+        )
+        self._requests[resumed.request_id] = resumed
+        self.ledger.preempted(request_id, resumed.request_id, sequence.num_generated)
+        yield RequestResumed(resumed)
 
     def _moved(self, move: _Move, events: list[Event]) -> None:
         command = move.command
@@ -308,11 +338,14 @@ class Simulation:
                 self._move(command)
             case CancelAtWorker(worker_id=worker_id, request_id=request_id):
                 self._cancel(self.workers[worker_id], request_id)
+            case PreemptAtWorker(worker_id=worker_id, request_id=request_id):
+                self.workers[worker_id].preempt(request_id)
+                self._touched[worker_id] = self.workers[worker_id]
             case ChangeEdges():
                 self.stats.num_edge_changes += 1
             case SwitchRole(worker_id=worker_id, role=role):
                 self.workers[worker_id].role = role
-            case ForgetRequest() | PlaceRequest() | ReleaseKv():
+            case ForgetRequest() | PlaceRequest() | ReleaseKv() | SaveOutputs():
                 pass
 
     def _dispatch(self, batch: Batch) -> None:
@@ -326,14 +359,16 @@ class Simulation:
         drawn = record.request
         return SimSequence(
             request_id=request_id,
-            prompt_tokens=drawn.prompt_tokens,
-            output_tokens=min(drawn.output_tokens, request.max_new_tokens),
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=min(drawn.output_tokens - record.num_generated, request.max_new_tokens),
             max_new_tokens=request.max_new_tokens,
             batch_id=batch.batch_id,
             assignment=batch.assignment,
             max_chunk_tokens=batch.max_chunk_tokens,
             due_s=drawn.arrival_s + (record.ttft_slo_s if record.is_interactive else FAR_S),
             tpot_slo_s=record.tpot_slo_s if record.is_interactive else inf,
+            is_batch=not record.is_interactive,
+            num_preemptions=request.num_preemptions,
             block_hashes=drawn.block_hashes,
         )
 

@@ -36,6 +36,8 @@ class Record:
     end_s: float | None = None
     num_evictions: int = 0
     """How often it lost its KV memory to others."""
+    num_generated: int = 0
+    """Tokens of its output that attempts before the present one generated."""
     outcome: Outcome | None = None
     reason: RefuseReason | DropReason | None = None
 
@@ -114,7 +116,7 @@ class Ledger:
         self._open_record(request_id).is_admitted = True
 
     def dispatched(self, batch: Batch, now_s: float) -> None:
-        """Notes a batch: its requests were admitted and run for the first time."""
+        """Notes a batch: its requests were admitted, and none runs already."""
         self.batches.add(batch)
         for request_id in batch.request_ids:
             record = self._open_record(request_id)
@@ -122,10 +124,18 @@ class Ledger:
                 raise SimulationError(f"{request_id} was dispatched twice or never admitted")
             record.dispatched_s = now_s
 
+    def preempted(self, request_id: RequestId, next_id: RequestId, num_generated: int) -> None:
+        """Notes that a request goes on as its next attempt, after so many tokens more."""
+        record = self._open_record(request_id)
+        record.num_evictions += 1
+        record.num_generated += num_generated
+        record.is_admitted, record.dispatched_s = False, None
+        self.records[next_id] = self.records.pop(request_id)
+
     def first_token(self, request_id: RequestId, now_s: float) -> None:
         """Notes the first token; those of requests dropped meanwhile reach nobody."""
         record = self.records[request_id]
-        if record.outcome is None:
+        if record.outcome is None and record.first_token_s is None:
             record.first_token_s = now_s
 
     def ended(

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from bucketserve.core.messages import Decision, Event, RequestSubmitted
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings
 from bucketserve.sim.baselines import chunked, chunked_edf, distserve, fcfs_static, laps, lmetric, qoserve, uellm
+from bucketserve.sim.driver import Policy
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.policy_spec import Layout, PolicySpec, either
 from bucketserve.sim.sequence import TABLE_MODE, WorkerMode
@@ -18,6 +20,7 @@ __all__ = [
     "RIVALS",
     "TABLE_SETTINGS",
     "as_in_the_table",
+    "blind",
     "core_policy",
     "find_policy",
     "with_settings",
@@ -83,7 +86,30 @@ def as_in_the_table(policy: PolicySpec) -> PolicySpec:
     if policy.settings is None:
         return policy
     settings = replace(policy.settings, **TABLE_SETTINGS)
-    return core_policy(policy.name, policy.summary, settings, policy.layouts, mode=TABLE_MODE)
+    return core_policy(
+        policy.name, policy.summary, settings, policy.layouts, mode=replace(TABLE_MODE, kv=policy.mode.kv)
+    )
+
+
+def blind(policy: PolicySpec) -> PolicySpec:
+    """Returns the policy without block hashes: what placement by prefix is compared with."""
+    return replace(policy, name=f"{policy.name}-blind", build=lambda context: _Blind(policy.build(context)))
+
+
+class _Blind:
+    """Hands on everything but hashes."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def step(self, events: Sequence[Event], now_s: float) -> Decision:
+        return self._policy.step([_without_hashes(event) for event in events], now_s)
+
+
+def _without_hashes(event: Event) -> Event:
+    if isinstance(event, RequestSubmitted):
+        return RequestSubmitted(replace(event.request, block_hashes=()))
+    return event
 
 
 def _parse(text: str, kind: type) -> object:
@@ -97,8 +123,9 @@ def _parse(text: str, kind: type) -> object:
 
 _CORE = CoreSettings(max_queued_requests=10_000_000, max_queued_tokens=10**12)
 """As served, but queues without bounds: a refusal would spare a policy the requests that it can't serve."""
-TABLE_SETTINGS: Mapping[str, Any] = {"small_batch_tokens": 0}
-"""Of the core in docs/paper, whose workers do not share steps (TABLE_MODE)."""
+TABLE_SETTINGS: Mapping[str, Any] = {"small_batch_tokens": 0, "late_kv_share": 0.1, "deferred_share": 0.02}
+"""Of the core in docs/paper, whose workers do not share steps (TABLE_MODE), and which judges at 80% within SLO: those
+that are late are lost there."""
 
 
 def _algorithm_1(chunk_tokens: int = _CORE.max_chunk_tokens) -> PolicySpec:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from bucketserve.core.pace import MOST_LENT
+from bucketserve.core.preemption import SPARE_SHARE
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS
 from bucketserve.core.types import BatchId, RequestId, StepSample, WorkerId, WorkerRole
 from bucketserve.sim.latency import CostMode, StepLatency
@@ -29,6 +30,8 @@ class KvPolicy(enum.Enum):
 
     RESERVED = "reserved"
     """Prompt and all output that the request may generate, when it is assigned."""
+    GROWING = "growing"
+    """As it grows; when it runs out, some go back to the scheduler, as at the engines that serve (core.preemption)."""
     PAGED_RECOMPUTE = "paged-recompute"
     """As it grows; when it runs out, the last sequence is evicted and its context computed again (vLLM)."""
     PAGED_SWAP = "paged-swap"
@@ -40,7 +43,7 @@ class WorkerMode:
     """How a policy wants its workers' own loops to be. The production core wants the defaults."""
 
     discipline: Discipline = Discipline.CONTINUOUS
-    kv: KvPolicy = KvPolicy.RESERVED
+    kv: KvPolicy = KvPolicy.GROWING
     max_sequences: int = MAX_SEQUENCES
     max_step_tokens: int = STEP_TOKENS
     """Most tokens of any kind in one step."""
@@ -48,16 +51,17 @@ class WorkerMode:
     """Whether the first prompt in order gets only half of a step while others wait, as at the workers that serve."""
     most_lent: float = MOST_LENT
     """TPOT targets that a step beside decodes may take (core.pace); 0 for steps that know no targets."""
-    kv_watermark: float = 0.01
+    kv_watermark: float = SPARE_SHARE
     """Paged: share of KV kept free when a prompt is let in, so that running sequences may grow."""
     urgency: Callable[[SimSequence, float], float] | None = None
     """(sequence, now) -> the least goes first among prompts, the greatest is evicted first. None: order of arrival."""
 
 
-TABLE_MODE = WorkerMode(max_sequences=256, max_step_tokens=8192, shares_steps=False, most_lent=0)
+TABLE_MODE = WorkerMode(kv=KvPolicy.RESERVED, max_sequences=256, max_step_tokens=8192, shares_steps=False, most_lent=0)
 """Workers of docs/paper, ours and those of the rivals: one device's limits for all, prompts in order as in the paper.
 
-The one place where what is simulated there differs from what is served, with TABLE_SETTINGS (sim/policies.py).
+How KV is given out is each policy's own. The one place where what is simulated there differs from what is served, with
+TABLE_SETTINGS (sim/policies.py).
 """
 
 
@@ -88,7 +92,12 @@ class SimSequence:
     due_s: float = 0.0
     """When its first token is due; far away for batch class."""
     tpot_slo_s: float = inf
+    is_batch: bool = False
+    num_preemptions: int = 0
+    """Of the attempts before this one."""
     block_hashes: tuple[int, ...] = ()
+    num_reused: int = 0
+    """Prompt tokens that its worker's prefix cache had."""
     holds_blocks: bool = False
     """Whether its blocks are noted in its worker's prefix cache as held."""
     first_token_s: float = 0.0
@@ -103,6 +112,11 @@ class SimSequence:
     """The worker's decode count at which its last token comes."""
     join_count: int = 0
     """The worker's decode count when it began to decode there, less what it had generated before."""
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and all that it may generate."""
+        return self.prompt_tokens + self.max_new_tokens
 
     @property
     def context_tokens(self) -> int:
@@ -123,4 +137,6 @@ class StepOutcome:
     """They just produced their very first token."""
     finished: list[SimSequence] = field(default_factory=list)
     """Complete or cancelled."""
+    preempted: list[SimSequence] = field(default_factory=list)
+    """Let go, by the worker itself or since the scheduler asked for it."""
     samples: list[StepSample] = field(default_factory=list)

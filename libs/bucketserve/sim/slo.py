@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bucketserve.core.types import Request, RequestClass, RequestId
 from bucketserve.sim.latency import DeviceModel
-from bucketserve.sim.workload import SimRequest
+from bucketserve.sim.workload import SimRequest, core_hashes
 
 __all__ = ["Slo"]
 
@@ -40,5 +40,6 @@ class Slo:
             request_class=drawn.request_class,
             ttft_slo_s=None if is_batch else ttft_s,
             tpot_slo_s=None if is_batch else self.tpot_s,
+            block_hashes=core_hashes(drawn.block_hashes),
             reject_if_unattainable=self.rejects_early and not is_batch,
         )

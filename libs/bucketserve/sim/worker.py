@@ -14,8 +14,9 @@ from itertools import count, islice
 from math import inf
 
 from bucketserve.core.pace import StepPace
+from bucketserve.core.preemption import loss
 from bucketserve.core.stepping import PrefillPiece, plan_prefill
-from bucketserve.core.types import Headroom, RequestId, StepSample, WorkerRole
+from bucketserve.core.types import MAX_PREEMPTIONS, Headroom, RequestId, StepSample, WorkerRole
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import CostMode
 from bucketserve.sim.prefix_cache import PrefixCache
@@ -43,9 +44,11 @@ class SimWorker:
         self.decode_busy_s = 0.0
         self.num_steps = 0
         self.num_evictions = 0
+        """Sequences that lost their KV to others; by their own rule or since the scheduler asked for it."""
         self._kv_used = 0
         self._is_static = spec.mode.discipline is Discipline.STATIC
         self._is_paged = not self._is_static and spec.mode.kv is not KvPolicy.RESERVED
+        self._is_growing = spec.mode.kv is KvPolicy.GROWING
         self._queue: deque[SimSequence] = deque()
         self._queue_tokens = 0
         self._prefilling: dict[RequestId, SimSequence] = {}
@@ -54,12 +57,16 @@ class SimWorker:
         self._swapped: deque[SimSequence] = deque()
         self._held: dict[RequestId, SimSequence] = {}
         self._cancelled: set[RequestId] = set()
+        self._preempted: set[RequestId] = set()
+        """Those of them that go back to the scheduler."""
         self._by_finish: list[tuple[int, int, SimSequence]] = []
         self._order = count()
         self._count = 0
         """Decode steps so far."""
         self._num_slots = 0
         """Sequences in a decode step: those running; in a static batch its finished ones as well."""
+        self._num_growing = 0
+        """Paged: those of them that take KV as they use it."""
         self._context = 0
         """Sum of their contexts."""
         self._start_s = 0.0
@@ -93,9 +100,9 @@ class SimWorker:
 
         Paged: what runs may have grown since the last report, so that the room is made at the next step boundary.
         """
-        tokens = sequence.context_tokens if self._is_paged else sequence.prompt_tokens + sequence.max_new_tokens
+        is_growing = self._is_paged and not self._is_full(sequence)
         self._is_expecting = self._is_paged
-        self._take_kv(sequence, tokens)
+        self._take_kv(sequence, sequence.context_tokens if is_growing else sequence.most_tokens)
 
     def join(self, sequence: SimSequence) -> None:
         """Takes a sequence whose KV has arrived; it decodes from the next step on."""
@@ -114,6 +121,16 @@ class SimWorker:
         """Stops a sequence at the next step boundary; it is among those finished there."""
         self._cancelled.add(request_id)
 
+    def preempt(self, request_id: RequestId) -> None:
+        """Lets a sequence go at the next step boundary; one whose KV waits or moves stays where it is."""
+        if (
+            request_id in self._running
+            or request_id in self._prefilling
+            or any(sequence.request_id == request_id for sequence in self._queue)
+        ):
+            self._cancelled.add(request_id)
+            self._preempted.add(request_id)
+
     def headroom(self) -> Headroom:
         """Returns what it would report."""
         waiting = [*self._queue, *self._prefilling.values()]
@@ -121,6 +138,7 @@ class SimWorker:
             kv_total_tokens=self.spec.kv_total_tokens,
             kv_free_tokens=self.spec.kv_total_tokens - self._kv_used - self._queue_tokens,
             max_sequences=self.spec.mode.max_sequences,
+            num_decode_steps=self._count,
             num_running=self._num_slots + len(self._joining) + len(self._swapped),
             num_waiting=len(waiting),
             waiting_prefill_tokens=sum(sequence.remaining for sequence in waiting),
@@ -153,6 +171,8 @@ class SimWorker:
             self._pieces, self._is_run, self.end_s = [], False, None
         if self._cancelled:
             self._remove_cancelled(outcome)
+        if self._is_growing:
+            self._let_go_to_grow(outcome)
         if self._is_static and self._num_slots and not self._running:
             self._end_static_batch()
         return outcome
@@ -165,7 +185,8 @@ class SimWorker:
         if self._is_static:
             self._admit_static()
         elif self._is_paged:
-            self._make_room_to_grow(now_s)
+            if not self._is_growing:
+                self._make_room_to_grow(now_s)
             self._admit_paged()
         latency = self.spec.latency
         pieces = self._plan_pieces(now_s)
@@ -176,7 +197,7 @@ class SimWorker:
         elif self._num_slots:
             steps = self._next_finish() - self._count
             if self._is_paged:
-                steps = min(steps, (self.spec.kv_total_tokens - self._kv_used) // self._num_slots)
+                steps = min(steps, (self.spec.kv_total_tokens - self._kv_used) // max(self._num_growing, 1))
             self.end_s = now_s + latency.decode_run_s(steps, self._num_slots, self._context)
             self._is_run, self._num_planned = True, steps
         elif self._cancelled:
@@ -225,7 +246,7 @@ class SimWorker:
         """Leaves out what a prefix cache has of a prompt that hasn't begun; its last token is always computed."""
         if sequence.block_hashes and not sequence.num_computed:
             known = self._prefixes.num_tokens_of(sequence.block_hashes)
-            sequence.num_computed = min(known, sequence.num_to_compute - 1)
+            sequence.num_reused = sequence.num_computed = min(known, sequence.num_to_compute - 1)
 
     def _release_blocks(self, sequence: SimSequence) -> None:
         if sequence.holds_blocks:
@@ -275,7 +296,7 @@ class SimWorker:
         self._count += steps
         self._context += steps * self._num_slots
         if self._is_paged:
-            self._use_kv(steps * self._num_slots)
+            self._use_kv(steps * self._num_growing)
         while self._by_finish and self._by_finish[0][0] <= self._count:
             _, _, sequence = heapq.heappop(self._by_finish)
             if self._running.get(sequence.request_id) is sequence and sequence.finish_count == self._count:
@@ -316,6 +337,7 @@ class SimWorker:
         sequence.finish_count = sequence.join_count + sequence.output_tokens
         heapq.heappush(self._by_finish, (sequence.finish_count, next(self._order), sequence))
         self._num_slots += 1
+        self._num_growing += not self._is_full(sequence)
         self._context += self._static_padding(sequence) + sequence.context_tokens
 
     def _static_padding(self, sequence: SimSequence) -> int:
@@ -332,8 +354,13 @@ class SimWorker:
         if self._is_static:
             return
         self._num_slots -= 1
+        self._num_growing -= not self._is_full(sequence)
         self._context -= sequence.context_tokens
-        self._kv_used -= sequence.context_tokens if self._is_paged else sequence.kv_tokens
+        self._kv_used -= sequence.kv_tokens if self._is_full(sequence) else sequence.context_tokens
+
+    def _is_full(self, sequence: SimSequence) -> bool:
+        """Whether a sequence has all the KV that it may use from the start."""
+        return not self._is_paged or (self._is_growing and sequence.num_preemptions >= MAX_PREEMPTIONS)
 
     def _next_finish(self) -> int:
         while True:
@@ -355,8 +382,36 @@ class SimWorker:
                 else:
                     sequence = self._pop_queued(request_id)
             if sequence is not None:
-                outcome.finished.append(sequence)
+                self._gone(sequence, request_id in self._preempted, outcome)
         self._cancelled.clear()
+        self._preempted.clear()
+
+    def _gone(self, sequence: SimSequence, is_preempted: bool, outcome: StepOutcome) -> None:
+        if is_preempted:
+            self.num_evictions += 1
+            outcome.preempted.append(sequence)
+        else:
+            outcome.finished.append(sequence)
+
+    def _let_go_to_grow(self, outcome: StepOutcome) -> None:
+        """Lets sequences go until every other can grow by a token in the next step."""
+        while self._kv_used + self._num_growing + len(self._joining) > self.spec.kv_total_tokens:
+            costs = [
+                (cost, sequence.request_id, sequence)
+                for sequence in self._running.values()
+                if (
+                    cost := loss(
+                        is_batch=sequence.is_batch,
+                        num_preemptions=sequence.num_preemptions,
+                        num_tokens=sequence.context_tokens,
+                    )
+                )
+            ]
+            if not costs:
+                break
+            _, _, sequence = min(costs)
+            self._leave(sequence)
+            self._gone(sequence, True, outcome)
 
     def _pop_queued(self, request_id: RequestId) -> SimSequence | None:
         for group in (self._queue, self._swapped, self._joining):
@@ -392,17 +447,20 @@ class SimWorker:
             sequence = self._swapped.popleft()
             self._take_kv(sequence, sequence.context_tokens)
             self._decode_from_here(sequence)
+        # Engines that serve look at all that wait, in order; others let in what the next step may compute.
         budget = mode.max_step_tokens - self._num_slots - sum(s.remaining for s in self._prefilling.values())
+        budget = 10**9 if self._is_growing else budget
         watermark = int(mode.kv_watermark * total)
         while self._queue and budget > 0 and not self._swapped:
             head = self._queue[0]
             is_empty = self._kv_used == 0
-            needed = head.remaining + 1 + self._num_slots + (0 if is_empty else watermark)
+            tokens = head.most_tokens if self._is_full(head) else head.remaining + 1
+            needed = tokens + self._num_growing + (0 if is_empty else watermark)
             if self._kv_used + needed > total or self._num_slots + len(self._prefilling) >= mode.max_sequences:
                 break
             self._queue.popleft()
             self._queue_tokens -= head.remaining
-            self._take_kv(head, head.remaining + 1)
+            self._take_kv(head, tokens)
             self._prefilling[head.request_id] = head
             budget -= head.remaining
 

@@ -20,6 +20,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TextIO, cast
 
+from bucketserve.core.prefixes import BLOCK_TOKENS as CORE_BLOCK_TOKENS
+from bucketserve.core.prefixes import MAX_BLOCKS
 from bucketserve.core.types import RequestClass
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.limits import OutputLimits, draw_limit
@@ -31,6 +33,7 @@ __all__ = [
     "Lengths",
     "SimRequest",
     "Workload",
+    "core_hashes",
     "largest_request",
     "make_workload",
     "read_trace",
@@ -92,6 +95,12 @@ class Workload:
     def span_s(self) -> float:
         """Time from the start to the last arrival."""
         return self.requests[-1].arrival_s if self.requests else 0.0
+
+
+def core_hashes(block_hashes: Sequence[int]) -> tuple[int, ...]:
+    """Returns the hashes of the core's smaller blocks, as a gateway would send them."""
+    each = BLOCK_TOKENS // CORE_BLOCK_TOKENS
+    return tuple(block * each + i for block in block_hashes for i in range(each))[:MAX_BLOCKS]
 
 
 def make_workload(

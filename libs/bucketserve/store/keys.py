@@ -11,6 +11,7 @@ them all.
 | bs:{d/model}:ticket        | hash   | run id -> the serialised ticket, without the prompt                   |
 | bs:{d/model}:place         | hash   | run id -> worker id, a newline, batch id; only of those at a worker   |
 | bs:{d/model}:edges         | string | bucket edges in tokens, comma-separated                               |
+| bs:{d/model}:outputs       | hash   | class and prompt lengths -> requests by output length, comma-separated |
 """
 
 from __future__ import annotations
@@ -62,3 +63,8 @@ class Keys:
     def edges(self) -> str:
         """Bucket edges."""
         return f"{self._prefix}edges"
+
+    @property
+    def outputs(self) -> str:
+        """How long outputs were."""
+        return f"{self._prefix}outputs"

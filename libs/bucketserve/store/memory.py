@@ -18,6 +18,7 @@ from bucketserve.ports import (
     Place,
     Remove,
     SetEdges,
+    SetOutputs,
     StoredTicket,
     StoreSnapshot,
     Write,
@@ -35,6 +36,7 @@ class MemoryState:
     epoch: int = 0
     epoch_owner: str | None = None
     edges: tuple[int, ...] = ()
+    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     tickets: dict[RequestId, bytes] = field(default_factory=dict)
     waiting: dict[RequestId, int] = field(default_factory=dict)
     places: dict[RequestId, tuple[WorkerId, BatchId]] = field(default_factory=dict)
@@ -71,7 +73,7 @@ class MemoryStore:
         for request_id, ticket in sorted(state.tickets.items()):
             worker_id, batch_id = state.places.get(request_id, (None, None))
             tickets.append(StoredTicket(request_id=request_id, ticket=ticket, worker_id=worker_id, batch_id=batch_id))
-        return StoreSnapshot(edges=state.edges, tickets=tuple(tickets))
+        return StoreSnapshot(edges=state.edges, outputs=dict(state.outputs), tickets=tuple(tickets))
 
     async def apply(self, leadership: Leadership, writes: Sequence[Write]) -> Sequence[frozenset[RequestId]]:
         """See QueueStore."""
@@ -117,4 +119,7 @@ class MemoryStore:
                 return removed
             case SetEdges():
                 state.edges = write.edges
+                return []
+            case SetOutputs():
+                state.outputs.update(write.counts)
                 return []

@@ -16,7 +16,18 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from bucketserve.addresses import redact
 from bucketserve.core.errors import SettingsError, StaleEpochError, UnavailableError
 from bucketserve.core.types import BatchId, RequestId, WorkerId
-from bucketserve.ports import Admit, Dispatch, Leadership, Place, Remove, SetEdges, StoredTicket, StoreSnapshot, Write
+from bucketserve.ports import (
+    Admit,
+    Dispatch,
+    Leadership,
+    Place,
+    Remove,
+    SetEdges,
+    SetOutputs,
+    StoredTicket,
+    StoreSnapshot,
+    Write,
+)
 from bucketserve.store.keys import Keys
 from bucketserve.store.url import SentinelUrl, check_store_url
 
@@ -26,7 +37,7 @@ T = TypeVar("T")
 
 TIMEOUT_S = 5.0
 SCAN_COUNT = 1_000
-SCRIPTS = ("lead", "resign", "admit", "dispatch", "place", "remove", "edges")
+SCRIPTS = ("lead", "resign", "admit", "dispatch", "place", "remove", "edges", "outputs")
 
 
 def connect(url: str) -> aioredis.Redis:
@@ -174,13 +185,17 @@ class RedisStore:
             case Remove():
                 return "remove", [keys.epoch, keys.ticket, keys.waiting, keys.place], [*write.request_ids]
             case SetEdges():
-                return "edges", [keys.epoch, keys.edges], [",".join(map(str, write.edges))]
+                return "edges", [keys.epoch, keys.edges], [_joined(write.edges)]
+            case SetOutputs():
+                parts = [part for name, counts in write.counts.items() for part in (name, _joined(counts))]
+                return "outputs", [keys.epoch, keys.outputs], [*parts]
 
     async def _load(self, leadership: Leadership) -> StoreSnapshot:
         epoch = await cast(Awaitable[bytes | None], self._client.hget(self._keys.epoch, "epoch"))
         if epoch is None or int(epoch) != leadership.epoch:
             raise StaleEpochError(f"epoch {leadership.epoch} is over")
         edges = cast(bytes | None, await self._client.get(self._keys.edges))
+        outputs = await cast(Awaitable[dict[bytes, bytes]], self._client.hgetall(self._keys.outputs))
         places = {key: value async for key, value in self._client.hscan_iter(self._keys.place, count=SCAN_COUNT)}
         tickets: dict[bytes, StoredTicket] = {}
         # HSCAN may return a field twice while the hash grows; the dictionary keeps one.
@@ -193,7 +208,8 @@ class RedisStore:
                 batch_id=BatchId(batch_id.decode()) if batch_id else None,
             )
         return StoreSnapshot(
-            edges=tuple(int(edge) for edge in edges.split(b",")) if edges else (),
+            edges=_split(edges),
+            outputs={name.decode(): _split(counts) for name, counts in outputs.items()},
             tickets=tuple(ticket for _, ticket in sorted(tickets.items())),
         )
 
@@ -202,9 +218,17 @@ def _effect(write: Write, reply: Any) -> frozenset[RequestId]:
     """Returns the ids on which a write took effect, from its script's reply."""
     if isinstance(write, Admit):
         return frozenset([write.request_id] if reply == 1 else [])
-    if isinstance(write, SetEdges):
+    if isinstance(write, SetEdges | SetOutputs):
         return frozenset()
     return frozenset(RequestId(item.decode()) for item in reply)
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _split(numbers: bytes | None) -> tuple[int, ...]:
+    return tuple(int(number) for number in numbers.split(b",")) if numbers else ()
 
 
 async def guard(call: Awaitable[T]) -> T:

@@ -154,8 +154,8 @@ METRICS: dict[str, Metric] = {
             kind=Kind.COUNTER,
             service=G,
             unit="requests",
-            help="Requests started again after a worker was lost or failed.",
-            labels=("model",),
+            help="Requests started again, by cause: lost, with a worker that was lost or failed, or preempted.",
+            labels=("model", "cause"),
         ),
         Metric(
             name="bucketserve_scheduler_faults_total",
@@ -358,6 +358,14 @@ METRICS: dict[str, Metric] = {
             unit="requests",
             help="Requests that left the worker, by reason.",
             labels=("model", "reason"),
+        ),
+        Metric(
+            name="bucketserve_worker_preempted_total",
+            kind=Kind.COUNTER,
+            service=W,
+            unit="requests",
+            help="Requests let go before their end, by cause: memory, where KV had run out, or order, the scheduler's.",
+            labels=("model", "cause"),
         ),
         Metric(
             name="bucketserve_worker_kv_held_tokens",

@@ -47,7 +47,7 @@ DROP_REASON_INTERNAL: DropReason
 DROP_REASON_NO_LIKE_WORKER: DropReason
 
 class Ticket(_message.Message):
-    __slots__ = ("run_id", "model", "prompt_tokens", "max_new_tokens", "request_class", "tenant", "slo", "gateway_id", "context_tokens", "is_resumed", "avoid_worker_ids", "traceparent", "tracestate", "fingerprint", "tokenizer")
+    __slots__ = ("run_id", "model", "prompt_tokens", "max_new_tokens", "request_class", "tenant", "slo", "gateway_id", "context_tokens", "is_resumed", "avoid_worker_ids", "traceparent", "tracestate", "fingerprint", "tokenizer", "num_preemptions")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,7 @@ class Ticket(_message.Message):
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     model: str
     prompt_tokens: int
@@ -78,10 +79,11 @@ class Ticket(_message.Message):
     tracestate: str
     fingerprint: str
     tokenizer: str
-    def __init__(self, run_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., tenant: _Optional[str] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., gateway_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., is_resumed: _Optional[bool] = ..., avoid_worker_ids: _Optional[_Iterable[str]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ...) -> None: ...
+    num_preemptions: int
+    def __init__(self, run_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., tenant: _Optional[str] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., gateway_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., is_resumed: _Optional[bool] = ..., avoid_worker_ids: _Optional[_Iterable[str]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
 
 class RunSpec(_message.Message):
-    __slots__ = ("token_ids", "num_resumed_tokens", "max_new_tokens", "sampling", "stop_token_ids", "num_logprobs", "delivery_address", "traceparent", "tracestate", "tpot_ms")
+    __slots__ = ("token_ids", "num_resumed_tokens", "max_new_tokens", "sampling", "stop_token_ids", "num_logprobs", "delivery_address", "traceparent", "tracestate", "tpot_ms", "request_class", "num_preemptions")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +94,8 @@ class RunSpec(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     TPOT_MS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_resumed_tokens: int
     max_new_tokens: int
@@ -102,7 +106,9 @@ class RunSpec(_message.Message):
     traceparent: str
     tracestate: str
     tpot_ms: int
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., delivery_address: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., tpot_ms: _Optional[int] = ...) -> None: ...
+    request_class: _common_pb2.RequestClass
+    num_preemptions: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., delivery_address: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., tpot_ms: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("hello", "run", "cancel")
@@ -123,18 +129,20 @@ class GatewayHello(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class SubmitRun(_message.Message):
-    __slots__ = ("ticket", "spec", "age_us", "remaining_us", "is_admitted")
+    __slots__ = ("ticket", "spec", "age_us", "remaining_us", "is_admitted", "block_hashes")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     AGE_US_FIELD_NUMBER: _ClassVar[int]
     REMAINING_US_FIELD_NUMBER: _ClassVar[int]
     IS_ADMITTED_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     spec: bytes
     age_us: int
     remaining_us: int
     is_admitted: bool
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., spec: _Optional[bytes] = ..., age_us: _Optional[int] = ..., remaining_us: _Optional[int] = ..., is_admitted: _Optional[bool] = ...) -> None: ...
+    block_hashes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., spec: _Optional[bytes] = ..., age_us: _Optional[int] = ..., remaining_us: _Optional[int] = ..., is_admitted: _Optional[bool] = ..., block_hashes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CancelRun(_message.Message):
     __slots__ = ("model", "run_id")
@@ -225,7 +233,7 @@ class WorkRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., prefilled: _Optional[_Union[BatchPrefilled, _Mapping]] = ..., finished: _Optional[_Union[RunFinished, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ..., kv_pulled: _Optional[_Union[KvPulled, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running", "is_draining", "fingerprint", "tokenizer", "instance")
+    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running", "is_draining", "fingerprint", "tokenizer", "instance", "grows_kv")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +247,7 @@ class WorkerHello(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    GROWS_KV_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     role: _common_pb2.WorkerRole
@@ -252,7 +261,8 @@ class WorkerHello(_message.Message):
     fingerprint: str
     tokenizer: str
     instance: str
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
+    grows_kv: bool
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ..., grows_kv: _Optional[bool] = ...) -> None: ...
 
 class RunningRun(_message.Message):
     __slots__ = ("run_id", "held", "assignment")
@@ -295,7 +305,7 @@ class SharedMemory(_message.Message):
     def __init__(self, locality: _Optional[str] = ..., path: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("kv_total_tokens", "kv_free_tokens", "kv_bytes_per_token", "device_total_bytes", "device_reserved_bytes", "device_free_bytes", "weights_bytes", "activation_bytes_per_token", "max_sequences", "num_running", "num_waiting", "waiting_prefill_tokens", "last_assignment", "steps", "num_out_of_memory")
+    __slots__ = ("kv_total_tokens", "kv_free_tokens", "kv_bytes_per_token", "device_total_bytes", "device_reserved_bytes", "device_free_bytes", "weights_bytes", "activation_bytes_per_token", "max_sequences", "num_running", "num_waiting", "waiting_prefill_tokens", "last_assignment", "steps", "num_out_of_memory", "num_decode_steps")
     KV_TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_FREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -311,6 +321,7 @@ class WorkerReport(_message.Message):
     LAST_ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_OUT_OF_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_STEPS_FIELD_NUMBER: _ClassVar[int]
     kv_total_tokens: int
     kv_free_tokens: int
     kv_bytes_per_token: int
@@ -326,7 +337,8 @@ class WorkerReport(_message.Message):
     last_assignment: int
     steps: _containers.RepeatedCompositeFieldContainer[StepSample]
     num_out_of_memory: int
-    def __init__(self, kv_total_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., device_total_bytes: _Optional[int] = ..., device_reserved_bytes: _Optional[int] = ..., device_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., activation_bytes_per_token: _Optional[int] = ..., max_sequences: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., last_assignment: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., num_out_of_memory: _Optional[int] = ...) -> None: ...
+    num_decode_steps: int
+    def __init__(self, kv_total_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., device_total_bytes: _Optional[int] = ..., device_reserved_bytes: _Optional[int] = ..., device_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., activation_bytes_per_token: _Optional[int] = ..., max_sequences: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., last_assignment: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., num_out_of_memory: _Optional[int] = ..., num_decode_steps: _Optional[int] = ...) -> None: ...
 
 class StepSample(_message.Message):
     __slots__ = ("prefill_tokens", "prefill_attention", "decode_sequences", "decode_context_tokens", "duration_us")
@@ -343,14 +355,16 @@ class StepSample(_message.Message):
     def __init__(self, prefill_tokens: _Optional[int] = ..., prefill_attention: _Optional[int] = ..., decode_sequences: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ..., duration_us: _Optional[int] = ...) -> None: ...
 
 class BatchPrefilled(_message.Message):
-    __slots__ = ("assignment", "run_ids", "held")
+    __slots__ = ("assignment", "run_ids", "held", "cached_prompt_tokens")
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     RUN_IDS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     assignment: int
     run_ids: _containers.RepeatedScalarFieldContainer[str]
     held: _containers.RepeatedCompositeFieldContainer[HeldKv]
-    def __init__(self, assignment: _Optional[int] = ..., run_ids: _Optional[_Iterable[str]] = ..., held: _Optional[_Iterable[_Union[HeldKv, _Mapping]]] = ...) -> None: ...
+    cached_prompt_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, assignment: _Optional[int] = ..., run_ids: _Optional[_Iterable[str]] = ..., held: _Optional[_Iterable[_Union[HeldKv, _Mapping]]] = ..., cached_prompt_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class KvPulled(_message.Message):
     __slots__ = ("run_id", "assignment", "is_ok")
@@ -381,7 +395,7 @@ class WorkerDraining(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkResponse(_message.Message):
-    __slots__ = ("welcome", "batch", "cancel", "heartbeat", "pull", "switch_role", "no_more_work")
+    __slots__ = ("welcome", "batch", "cancel", "heartbeat", "pull", "switch_role", "no_more_work", "preempt")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
@@ -389,6 +403,7 @@ class WorkResponse(_message.Message):
     PULL_FIELD_NUMBER: _ClassVar[int]
     SWITCH_ROLE_FIELD_NUMBER: _ClassVar[int]
     NO_MORE_WORK_FIELD_NUMBER: _ClassVar[int]
+    PREEMPT_FIELD_NUMBER: _ClassVar[int]
     welcome: WorkerWelcome
     batch: BatchAssignment
     cancel: CancelRuns
@@ -396,7 +411,8 @@ class WorkResponse(_message.Message):
     pull: PullKv
     switch_role: SwitchRole
     no_more_work: NoMoreWork
-    def __init__(self, welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., batch: _Optional[_Union[BatchAssignment, _Mapping]] = ..., cancel: _Optional[_Union[CancelRuns, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pull: _Optional[_Union[PullKv, _Mapping]] = ..., switch_role: _Optional[_Union[SwitchRole, _Mapping]] = ..., no_more_work: _Optional[_Union[NoMoreWork, _Mapping]] = ...) -> None: ...
+    preempt: PreemptRuns
+    def __init__(self, welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., batch: _Optional[_Union[BatchAssignment, _Mapping]] = ..., cancel: _Optional[_Union[CancelRuns, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pull: _Optional[_Union[PullKv, _Mapping]] = ..., switch_role: _Optional[_Union[SwitchRole, _Mapping]] = ..., no_more_work: _Optional[_Union[NoMoreWork, _Mapping]] = ..., preempt: _Optional[_Union[PreemptRuns, _Mapping]] = ...) -> None: ...
 
 class NoMoreWork(_message.Message):
     __slots__ = ()
@@ -457,6 +473,12 @@ class AssignedRun(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., spec: _Optional[bytes] = ...) -> None: ...
 
 class CancelRuns(_message.Message):
+    __slots__ = ("run_ids",)
+    RUN_IDS_FIELD_NUMBER: _ClassVar[int]
+    run_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, run_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class PreemptRuns(_message.Message):
     __slots__ = ("run_ids",)
     RUN_IDS_FIELD_NUMBER: _ClassVar[int]
     run_ids: _containers.RepeatedScalarFieldContainer[str]

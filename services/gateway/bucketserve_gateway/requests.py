@@ -2,7 +2,7 @@
 
 new --accepted--> queued --dispatched--> running --delivered--> ... --> finished or failed, exactly once
 ^                       |
-+---- next attempt <----+  (worker lost or failed, gap in its output)
++---- next attempt <----+  (worker lost or failed, gap in its output, preempted)
 
 Each attempt has a run id of its own, drawn here, by which everybody else knows it: what arrives late for an older one
 names something that is not open any more. The client's request_id is a label; two requests may have the same.
@@ -23,6 +23,7 @@ from bucketserve.core.errors import (
 )
 from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2, scheduler_pb2
 from bucketserve_gateway.detokenizer import Detokenizer, StopMatcher
+from bucketserve_gateway.prefixes import block_hashes
 from bucketserve_gateway.validation import ValidRequest
 
 __all__ = ["OpenRequest", "OpenRequests"]
@@ -39,6 +40,7 @@ class OpenRequest:
         ticket: scheduler_pb2.Ticket,
         spec: scheduler_pb2.RunSpec,
         *,
+        prefix_salt: bytes,
         max_attempts: int,
         max_pending_tokens: int,
         resume: Callable[[OpenRequest, str], None],
@@ -51,6 +53,7 @@ class OpenRequest:
             max_tokens: most tokens to generate.
             ticket: the scheduler's part; its run id, lengths and workers to avoid are filled in here.
             spec: the workers' part; its tokens are filled in here.
+            prefix_salt: whose prompts it may share beginnings with (prefixes.py).
             max_attempts: how often it may be started.
             max_pending_tokens: tokens that may wait for the client to read them.
             resume: called with self and the former run id when the next attempt has begun.
@@ -80,11 +83,16 @@ class OpenRequest:
         self._max_attempts = max_attempts
         self._num_faults = 0
         """Attempts that ended by a fault."""
+        self.num_preemptions = 0
+        """Attempts that a worker let go to make room for others."""
+        self.was_preempted = False
+        """Whether the attempt before this one was such."""
         self._max_pending_tokens = max_pending_tokens
         self._resume = resume
         self._name = uuid.uuid4().hex
         self._ticket = ticket
         self._spec = spec
+        self._prefix_salt = prefix_salt
         self._attempt_start = 0
         """How many tokens earlier attempts had generated."""
         self._detokenizer = Detokenizer(valid.model.token_bytes, prompt_ids)
@@ -164,6 +172,7 @@ class OpenRequest:
             spec=self._spec_bytes,
             age_us=round((now_s - self.arrival_s) * 1e6),
             is_admitted=self._accepted.is_set(),
+            block_hashes=self._block_hashes,
         )
         if self.deadline_s is not None:
             run.remaining_us = max(round((self.deadline_s - now_s) * 1e6), 0)
@@ -189,7 +198,7 @@ class OpenRequest:
         self._accepted.set()
         self._changed.set()
 
-    def restart(self, cause: str, *, is_fault: bool = True) -> None:
+    def restart(self, cause: str, *, is_fault: bool = True, is_preempted: bool = False) -> None:
         """Starts the next attempt: the prompt and all tokens so far, on whatever worker comes.
 
         A fault counts, and its worker is avoided from now on.
@@ -197,6 +206,8 @@ class OpenRequest:
         if self.is_over:
             return
         self._num_faults += is_fault
+        self.num_preemptions += is_preempted
+        self.was_preempted = is_preempted
         if self._num_faults >= self._max_attempts:
             self.fail(UnavailableError(f"gave up after {self.attempt} attempts: {cause}", reason="ATTEMPTS_EXHAUSTED"))
             return
@@ -223,10 +234,13 @@ class OpenRequest:
         ticket.CopyFrom(self._ticket)
         ticket.run_id = f"{self._name}.{self.attempt}"
         ticket.is_resumed = self.attempt > 1
+        ticket.num_preemptions = spec.num_preemptions = self.num_preemptions
         ticket.prompt_tokens = len(self.prompt_ids) + len(self.tokens)
         ticket.max_new_tokens = spec.max_new_tokens = self.max_tokens - len(self.tokens)
         spec.ClearField("token_ids")
-        spec.token_ids.extend((*self.prompt_ids, *self.tokens))
+        token_ids = (*self.prompt_ids, *self.tokens)
+        spec.token_ids.extend(token_ids)
+        self._block_hashes = block_hashes(token_ids, self._prefix_salt)
         spec.num_resumed_tokens = len(self.tokens)
         self._ticket, self._spec_bytes = ticket, spec.SerializeToString()
         spec.ClearField("token_ids")
@@ -291,6 +305,9 @@ class OpenRequest:
                 self.restart(end.error_message)
             else:
                 self.fail(EngineError(end.error_message))
+            return
+        if end.reason == common_pb2.FINISH_REASON_PREEMPTED:
+            self.restart("its worker made room for others", is_fault=False, is_preempted=True)
             return
         if end.reason not in (common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH):
             self.restart("the worker gave it up")

@@ -155,6 +155,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             max_tokens,
             ticket,
             spec,
+            prefix_salt=b"" if settings.share_prefixes else valid.tenant.encode(),
             max_attempts=settings.max_attempts,
             # Each alternative that is reported is as large as a token.
             max_pending_tokens=settings.output_queue_tokens // (1 + (valid.num_logprobs or 0)),
@@ -176,15 +177,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         parts.telemetry.closed(len(parts.requests), opened, span)
 
     def _resume(self, opened: OpenRequest, former: str) -> None:
-        """Submits the next attempt: the second at once, further ones after a while, since something may be wrong."""
+        """Submits the next attempt: the second at once, further ones after a while, since something may be wrong.
+
+        Nothing is where a worker made room: such a one goes on at once, and is none of those counted.
+        """
         parts = self._parts
         parts.requests.resumed(opened, former)
         parts.scheduler.cancel(opened.model, former)
         parts.telemetry.resumed(opened)
-        if opened.attempt <= 2:
+        number = opened.attempt - opened.num_preemptions
+        if opened.was_preempted or number <= 2:
             parts.scheduler.submit(opened)
             return
-        delay_s = min(RETRY_S * 2.0 ** min(opened.attempt - 3, 16), MOST_RETRY_S)
+        delay_s = min(RETRY_S * 2.0 ** min(number - 3, 16), MOST_RETRY_S)
         asyncio.get_running_loop().call_later(delay_s, self._submit_if_open, opened, opened.run_id)
 
     def _submit_if_open(self, opened: OpenRequest, run_id: str) -> None:
@@ -210,6 +215,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             tokenizer=valid.model.fingerprint,
         )
         spec = scheduler_pb2.RunSpec(
+            request_class=valid.request_class,
             sampling=valid.sampling,
             stop_token_ids=valid.stop_token_ids,
             num_logprobs=valid.num_logprobs,

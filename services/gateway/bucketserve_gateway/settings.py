@@ -63,6 +63,11 @@ class GatewaySettings(Section):
     max_attempts: int = Field(3, ge=1, le=20, description="starts of a request, with the first, when workers fail")
     output_queue_tokens: int = Field(16_384, ge=16, description="tokens kept for a client that does not read")
     scheduler_wait_s: float = Field(10.0, gt=0, description="how long a new request waits for an absent scheduler")
+    share_prefixes: bool = Field(
+        False,
+        description="tenants share what workers know of prompts; where they do, how soon an answer comes tells one "
+        "tenant what another has asked",
+    )
     tokenizer_threads: int = Field(
         2, ge=1, le=64, description="threads that tokenise; long prompts have one of their own"
     )

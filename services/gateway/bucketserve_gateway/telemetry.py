@@ -62,8 +62,10 @@ class GatewayTelemetry:
 
     def resumed(self, opened: OpenRequest) -> None:
         """When a request's next attempt begins."""
-        self._metrics.count("bucketserve_gateway_resumptions_total", model=opened.model)
-        self.log.warning("request.resumed", request_id=opened.label, run_id=opened.run_id)
+        cause = "preempted" if opened.was_preempted else "lost"
+        self._metrics.count("bucketserve_gateway_resumptions_total", model=opened.model, cause=cause)
+        log = self.log.info if opened.was_preempted else self.log.warning
+        log("request.resumed", request_id=opened.label, run_id=opened.run_id, cause=cause)
 
     def closed(self, num_open: int, opened: OpenRequest, span: Span) -> None:
         """When a request is over, however it ended."""

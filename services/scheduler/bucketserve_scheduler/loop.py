@@ -173,6 +173,7 @@ class SchedulingLoop:
                         assignment=message.prefilled.assignment,
                         request_ids=tuple(RequestId(run_id) for run_id in message.prefilled.run_ids),
                         held=tuple(RequestId(kv.run_id) for kv in message.prefilled.held),
+                        cached_tokens=tuple(message.prefilled.cached_prompt_tokens),
                     )
                 )
             case "finished":
@@ -319,7 +320,9 @@ class SchedulingLoop:
             entry = self._tickets.add(item.ticket, arrival_s, now_s)
         entry.arrival_s, entry.spec = arrival_s, item.spec
         deadline_s = now_s + item.remaining_us / 1e6 if item.HasField("remaining_us") else None
-        request = request_from_ticket(item.ticket, arrival_s=arrival_s, deadline_s=deadline_s)
+        request = request_from_ticket(
+            item.ticket, arrival_s=arrival_s, deadline_s=deadline_s, block_hashes=item.block_hashes
+        )
         is_admitted = item.is_admitted or entry.is_accepted
         return RequestResumed(request) if is_admitted else RequestSubmitted(request)
 
@@ -401,7 +404,7 @@ class SchedulingLoop:
                 await asyncio.sleep(STORE_RETRY_S)
         now_s = self._deps.clock()
         parked, running = self._tickets.restore(snapshot, now_s)
-        self.core.restore(parked=parked, running=running, edges=snapshot.edges)
+        self.core.restore(parked=parked, running=running, edges=snapshot.edges, outputs=snapshot.outputs)
         lost_s = now_s + self._deps.settings.worker_lease_s
         self._expected.update((id_, lost_s) for id_ in set(running.values()) if id_ not in self.workers)
 

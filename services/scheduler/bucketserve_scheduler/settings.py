@@ -40,6 +40,13 @@ class SchedulerSettings(Section):
         lt=1,
         description="share of tokens owed to late and batch-class requests while others wait as well",
     )
+    late_kv_share: float = Field(
+        CORE.late_kv_share,
+        gt=0,
+        le=1,
+        description="most of a worker's KV that late interactive requests may hold; less: more are in time under "
+        "overload, and the late ones wait for minutes",
+    )
     memory_reserve: float = Field(
         CORE.memory_reserve, ge=0, lt=1, description="share of a worker's free KV never planned with"
     )

@@ -15,13 +15,15 @@ from bucketserve.core.messages import (
     ForgetRequest,
     KvPulled,
     PlaceRequest,
+    PreemptAtWorker,
     PullKv,
     RefuseRequest,
     ReleaseKv,
+    SaveOutputs,
     SwitchRole,
 )
 from bucketserve.core.types import Batch, BatchId, RequestId, WorkerId
-from bucketserve.ports import Admit, Dispatch, Leadership, Place, Remove, SetEdges, Write
+from bucketserve.ports import Admit, Dispatch, Leadership, Place, Remove, SetEdges, SetOutputs, Write
 from bucketserve.rpc.convert import batch_info, drop_reason_to_pb, refuse_reason_to_pb, role_to_pb
 from bucketserve.v1 import scheduler_pb2
 from bucketserve_scheduler.peers import GatewayPeers, WorkerPeer
@@ -72,6 +74,8 @@ def writes_of(decision: Decision, tickets: TicketTable) -> list[Write]:
                     writes.append(Place(request_id=request_id, worker_id=worker_id, batch_id=batch_id))
             case ChangeEdges(edges=edges):
                 writes.append(SetEdges(edges=edges))
+            case SaveOutputs(counts=counts):
+                writes.append(SetOutputs(counts=counts))
             case _:
                 pass
     return writes
@@ -98,7 +102,7 @@ class Announcer:
 
     def announce(self, decision: Decision, written: Written, leadership: Leadership, now_s: float) -> None:
         """Sends every message that follows from a decision, as far as it could be written."""
-        self._cancel(decision)
+        self._free(decision)
         for command in decision.commands:
             match command:
                 case AdmitRequest(request=request):
@@ -157,15 +161,21 @@ class Announcer:
             )
             self._gateways.send(entry.ticket.gateway_id, Response(refused=refused))
 
-    def _cancel(self, decision: Decision) -> None:
-        """Sends cancellations and releases, one message per worker, before batches, which need what they free."""
+    def _free(self, decision: Decision) -> None:
+        """Sends cancellations and releases, then preemptions, before batches, which need what they free."""
         cancels: dict[WorkerId, list[str]] = {}
+        preempts: dict[WorkerId, list[str]] = {}
         for command in decision.commands:
             if isinstance(command, CancelAtWorker | ReleaseKv):
                 cancels.setdefault(command.worker_id, []).append(command.request_id)
+            elif isinstance(command, PreemptAtWorker):
+                preempts.setdefault(command.worker_id, []).append(command.request_id)
         for worker_id, run_ids in cancels.items():
-            message = scheduler_pb2.CancelRuns(run_ids=run_ids)
-            self._to_worker(worker_id, scheduler_pb2.WorkResponse(cancel=message))
+            cancel = scheduler_pb2.CancelRuns(run_ids=run_ids)
+            self._to_worker(worker_id, scheduler_pb2.WorkResponse(cancel=cancel))
+        for worker_id, run_ids in preempts.items():
+            preempt = scheduler_pb2.PreemptRuns(run_ids=run_ids)
+            self._to_worker(worker_id, scheduler_pb2.WorkResponse(preempt=preempt))
 
     def _drop(self, run_id: RequestId, reason: DropReason) -> None:
         if entry := self._tickets.pop(run_id):

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from bucketserve.core.errors import EngineError
 from bucketserve.core.types import Headroom, RequestId
@@ -67,6 +67,8 @@ class EngineTurn:
     """Number of the last batch that the headroom accounts for."""
     handed_over: tuple[HandedOver, ...] = ()
     resumed: tuple[Resumed, ...] = ()
+    preempted: tuple[RequestId, ...] = ()
+    """By order; whom the engine itself let go is in its output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,11 @@ class _Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class _Preempt:
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Import:
     spec: SequenceSpec
     generated: tuple[int, ...]
@@ -90,7 +97,18 @@ class _Import:
     kv_bytes: int
 
 
-_Order = _Add | _Cancel | _Import
+@dataclass(slots=True)
+class _Obeyed:
+    """What came of orders."""
+
+    failures: list[SequenceFailure] = field(default_factory=list)
+    """What the engine refused."""
+    cancelled: list[RequestId] = field(default_factory=list)
+    preempted: list[RequestId] = field(default_factory=list)
+    resumed: list[Resumed] = field(default_factory=list)
+
+
+_Order = _Add | _Cancel | _Preempt | _Import
 
 
 class EngineThread:
@@ -146,6 +164,12 @@ class EngineThread:
         """Stops sequences at the next step; each is named in a later turn's `cancelled`, known or not."""
         with self._wake:
             self._orders.append(_Cancel(tuple(request_ids)))
+            self._wake.notify()
+
+    def preempt(self, request_ids: Sequence[RequestId]) -> None:
+        """Lets sequences go at the next step; each is named in a later turn's `preempted`, known or not."""
+        with self._wake:
+            self._orders.append(_Preempt(tuple(request_ids)))
             self._wake.notify()
 
     def resume(self, spec: SequenceSpec, generated: Sequence[int], block: StagedKv, kv_bytes: int) -> None:
@@ -208,15 +232,21 @@ class EngineThread:
         """The hot loop: take what came in, step, hand out what came of it."""
         while (orders := self._take(engine)) is not None:
             began_s = self._turn_began_s = time.monotonic()
-            failures, cancelled, resumed = self._obey(engine, orders)
+            obeyed = self._obey(engine, orders)
             output = engine.step()
-            if failures:
-                output = replace(output, failures=(*output.failures, *failures))
-            for failure in output.failures:
-                self._hands_over.pop(failure.request_id, None)
+            if obeyed.failures:
+                output = replace(output, failures=(*output.failures, *obeyed.failures))
+            for request_id in (*output.preempted, *(failure.request_id for failure in output.failures)):
+                self._hands_over.pop(request_id, None)
             handed_over = self._hand_over(engine, output) if self._hands_over else ()
             turn = EngineTurn(
-                output, tuple(cancelled), engine.headroom(), self._last_assignment, handed_over, tuple(resumed)
+                output,
+                tuple(obeyed.cancelled),
+                engine.headroom(),
+                self._last_assignment,
+                handed_over,
+                resumed=tuple(obeyed.resumed),
+                preempted=tuple(obeyed.preempted),
             )
             self._turn_began_s = None
             if output.sample is not None:
@@ -238,29 +268,28 @@ class EngineThread:
                     self._last_assignment = order.assignment
             return orders
 
-    def _obey(
-        self, engine: Engine, orders: Sequence[_Order]
-    ) -> tuple[list[SequenceFailure], list[RequestId], list[Resumed]]:
-        """Carries orders out as they came; returns what the engine refused, what was cancelled, what was resumed."""
-        failures: list[SequenceFailure] = []
-        cancelled: list[RequestId] = []
-        resumed: list[Resumed] = []
+    def _obey(self, engine: Engine, orders: Sequence[_Order]) -> _Obeyed:
+        """Carries orders out as they came."""
+        obeyed = _Obeyed()
         for order in orders:
             match order:
                 case _Add():
-                    failures += _add(engine, order)
+                    obeyed.failures += _add(engine, order)
                     for sequence in order.sequences:
                         if sequence.hands_over:
                             spec = order.specs[sequence.request_id]
                             self._hands_over[sequence.request_id] = len(sequence.token_ids), spec
                 case _Cancel():
                     engine.cancel(order.request_ids)
-                    cancelled += order.request_ids
+                    obeyed.cancelled += order.request_ids
+                case _Preempt():
+                    engine.cancel(order.request_ids)
+                    obeyed.preempted += order.request_ids
                 case _Import():
-                    resumed.append(_import(engine, order))
-        for request_id in cancelled:
+                    obeyed.resumed.append(_import(engine, order))
+        for request_id in (*obeyed.cancelled, *obeyed.preempted):
             self._hands_over.pop(request_id, None)
-        return failures, cancelled, resumed
+        return obeyed
 
     def _hand_over(self, engine: Engine, output: StepOutput) -> tuple[HandedOver, ...]:
         """Moves the KV of what was prefilled, and has not ended with that, out of the engine."""

@@ -31,6 +31,8 @@ class Running:
     """Its prompt was computed by another worker, or by this one in another role."""
     is_replaced: bool = False
     """It came again, and the engine was told to let this run go."""
+    is_handed_over: bool = False
+    """Its KV has left the engine, to be pulled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,12 @@ class RunningTable:
         finished += [done for failure in output.failures if (done := self._take_failure(failure, now_s))]
         return finished
 
+    def take_preempted(self, keys: Sequence[RequestId]) -> list[Finished]:
+        """Ends attempts that the engine has let go, at once to be gone on with; what was handed over before stays."""
+        now_s = self.clock()
+        here = [key for key in keys if (running := self._running.get(key)) and not running.is_handed_over]
+        return [done for key in here if (done := self._end(key, FinishReason.PREEMPTED, now_s))]
+
     def take_cancelled(self, keys: Sequence[RequestId]) -> list[Finished]:
         """Forgets requests that the engine has let go; nobody waits for their output."""
         return self.give_up(keys, FinishReason.CANCELLED)
@@ -180,16 +188,24 @@ class RunningTable:
         return None if token.finish_reason is None else Finished(running, token.finish_reason, now_s)
 
     def _take_failure(self, failure: SequenceFailure, now_s: float) -> Finished | None:
-        running = self._running.pop(failure.request_id, None)
+        return self._end(
+            failure.request_id, FinishReason.ERROR, now_s, message=failure.message, is_retryable=failure.is_retryable
+        )
+
+    def _end(
+        self, key: RequestId, reason: FinishReason, now_s: float, *, message: str = "", is_retryable: bool = True
+    ) -> Finished | None:
+        """Ends an attempt whose output is not complete, and tells its gateway."""
+        running = self._running.pop(key, None)
         if running is None or running.is_replaced:
             return None
-        finished = self._finished(running, FinishReason.ERROR, now_s)
-        finished.error_message, finished.is_retryable = failure.message, failure.is_retryable
+        finished = self._finished(running, reason, now_s)
+        finished.error_message, finished.is_retryable = message, is_retryable
         self.delivery.send(
             running.spec.delivery_address,
             delivery_pb2.TokenDelivery(run_id=running.run_id, first_index=running.num_output_tokens, finished=finished),
         )
-        return Finished(running, FinishReason.ERROR, now_s, failure.is_retryable)
+        return Finished(running, reason, now_s, is_retryable)
 
     def _finished(self, running: Running, reason: FinishReason, now_s: float) -> delivery_pb2.DeliveryFinished:
         prefilled_s = running.prefilled_s if running.prefilled_s is not None else now_s

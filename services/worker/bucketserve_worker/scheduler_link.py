@@ -38,6 +38,7 @@ class SchedulerLink:
         report: Callable[[], scheduler_pb2.WorkerReport],
         on_batch: Callable[[scheduler_pb2.BatchAssignment], None],
         on_cancel: Callable[[list[str]], None],
+        on_preempt: Callable[[list[str]], None],
         on_pull: Callable[[scheduler_pb2.PullKv], None],
         on_role: Callable[[WorkerRole], None],
         on_heard: Callable[[], None],
@@ -50,6 +51,7 @@ class SchedulerLink:
         self._new_report = report
         self._on_batch = on_batch
         self._on_cancel = on_cancel
+        self._on_preempt = on_preempt
         self._on_pull = on_pull
         self._on_role = on_role
         self._on_heard = on_heard
@@ -112,6 +114,8 @@ class SchedulerLink:
                         self._on_batch(response.batch)
                     case "cancel":
                         self._on_cancel(list(response.cancel.run_ids))
+                    case "preempt":
+                        self._on_preempt(list(response.preempt.run_ids))
                     case "pull":
                         self._on_pull(response.pull)
                     case "switch_role":

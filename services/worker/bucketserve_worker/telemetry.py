@@ -96,6 +96,14 @@ class WorkerTelemetry:
         """When the engine is done with it, or is told to be."""
         self._log.debug("run.ended", run=key, how=how)
 
+    def preempted(self, finished: Sequence[Finished], cause: str) -> None:
+        """When runs were let go: for want of KV (memory), or because the scheduler said so (order)."""
+        self._metrics.count("bucketserve_worker_preempted_total", len(finished), model=self._model, cause=cause)
+        for done in finished:
+            self._log.debug(
+                "run.preempted", run_id=done.running.run_id, cause=cause, output_tokens=done.running.num_output_tokens
+            )
+
     def scheduler_state(self, is_connected: bool, detail: str) -> None:
         """When the scheduler's stream comes or goes."""
         if is_connected:

@@ -1,6 +1,6 @@
 """The worker's hub: batches from the scheduler to the engine, tokens from the engine to the gateways, reports back.
 
-SchedulerLink --batch, pull, cancel--> Worker --> EngineThread
+SchedulerLink --batch, pull, cancel, preempt--> Worker --> EngineThread
 EngineThread --turn--> Worker --> RunningTable --> DeliveryPool --> gateways
                          ├--> KvHolder: KV for decode workers
                          └--> SchedulerLink: prefilled, finished, report
@@ -73,6 +73,7 @@ class Worker:
             report=self._report,
             on_batch=self._on_batch,
             on_cancel=self._on_cancel,
+            on_preempt=self._on_preempt,
             on_pull=self._on_pull,
             on_role=self._on_role,
             on_heard=self.holder.heard,
@@ -148,26 +149,38 @@ class Worker:
             if running is None:
                 handed_over.block.release()
             else:
+                running.is_handed_over = True
                 self.holder.hold(running, handed_over)
                 self._telemetry.handed_over(running)
         for key in turn.cancelled:
             self.holder.release(key)
-            self._telemetry.run_ended(key, "cancelled")
-        for token in output.tokens:
-            if token.finish_reason is not None:
-                self._telemetry.run_ended(token.request_id, "finished")
-        for failure in output.failures:
-            self._telemetry.run_ended(failure.request_id, "failed")
+        self._note_ends(turn)
         if output.sample is not None:
             self._steps.append(output.sample)
         # Looked up first: a request of one token is prefilled and finished in the same turn.
         prefilled = [(key, running) for key in output.prefilled if (running := self.running.get(key))]
         finished = [*self.running.take_output(output), *self.running.take_cancelled(turn.cancelled)]
+        for cause, keys in (("memory", output.preempted), ("order", turn.preempted)):
+            if keys:
+                finished += (preempted := self.running.take_preempted(keys))
+                self._telemetry.preempted(preempted, cause)
         self._telemetry.turn(turn, finished)
         self._tell_prefilled(prefilled)
         self._tell_finished(finished)
         if finished or output.prefilled or turn.cancelled:
             self.link.report_soon()
+
+    def _note_ends(self, turn: EngineTurn) -> None:
+        """Logs which runs are the engine's no more."""
+        for key in turn.cancelled:
+            self._telemetry.run_ended(key, "cancelled")
+        for token in turn.output.tokens:
+            if token.finish_reason is not None:
+                self._telemetry.run_ended(token.request_id, "finished")
+        for failure in turn.output.failures:
+            self._telemetry.run_ended(failure.request_id, "failed")
+        for key in (*turn.output.preempted, *turn.preempted):
+            self._telemetry.run_ended(key, "preempted")
 
     def _tell_prefilled(self, prefilled: Sequence[tuple[RequestId, Running]]) -> None:
         batches: dict[int, scheduler_pb2.BatchPrefilled] = {}
@@ -175,6 +188,7 @@ class Worker:
             number = running.assignment
             message = batches.setdefault(number, scheduler_pb2.BatchPrefilled(assignment=number))
             message.run_ids.append(running.run_id)
+            message.cached_prompt_tokens.append(running.cached_prompt_tokens)
             if held := self.holder.get(key):
                 message.held.append(self._describe(held))
         for message in batches.values():
@@ -236,6 +250,9 @@ class Worker:
             self.link.report_soon()
         self._engine.cancel([key for key in keys if key not in held])
 
+    def _on_preempt(self, run_ids: list[str]) -> None:
+        self._engine.preempt([key for run_id in run_ids for key in self.running.keys_of(run_id)])
+
     def _on_stop(self, run_ids: list[str]) -> None:
         self._engine.cancel([key for run_id in run_ids for key in self.running.keys_of(run_id)])
 
@@ -263,6 +280,7 @@ class Worker:
             address=self._settings.address or self._settings.listen,
             engine=self._info.name,
             pays_padding=self._info.pays_padding,
+            grows_kv=self._info.grows_kv,
             context_tokens=self._info.context_tokens,
             report=report,
             running=[self._running_run(key, running) for key, running in self.running],

@@ -14,16 +14,20 @@ from tests.integration.engine import models
 CONTEXT, BUDGET, STEP_TOKENS = 256, 600, 64
 
 
-def fake(*, max_sequences: int = 16, kv_tokens: int = BUDGET) -> Engine:
-    return FakeEngine(
-        FakeSettings(
-            kv_total_tokens=kv_tokens,
-            context_tokens=CONTEXT,
-            max_step_tokens=STEP_TOKENS,
-            max_sequences=max_sequences,
-            vocab_size=models.VOCAB,
+def fake(*, grows_kv: bool) -> Callable[..., Engine]:
+    def build(*, max_sequences: int = 16, kv_tokens: int = BUDGET) -> Engine:
+        return FakeEngine(
+            FakeSettings(
+                kv_total_tokens=kv_tokens,
+                context_tokens=CONTEXT,
+                max_step_tokens=STEP_TOKENS,
+                max_sequences=max_sequences,
+                vocab_size=models.VOCAB,
+                grows_kv=grows_kv,
+            )
         )
-    )
+
+    return build
 
 
 def packed(kernels: str) -> Callable[..., Engine]:
@@ -41,7 +45,8 @@ def packed(kernels: str) -> Callable[..., Engine]:
 
 
 ENGINES = {
-    "fake": pytest.param(fake),
+    "fake": pytest.param(fake(grows_kv=True)),
+    "fake-reserves": pytest.param(fake(grows_kv=False)),
     "torch": pytest.param(packed("torch"), marks=pytest.mark.engine),
     "auto": pytest.param(packed("auto"), marks=pytest.mark.engine),
 }

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from bucketserve.core.errors import EngineError
-from bucketserve.core.types import FinishReason, RequestId
+from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, RequestId
 from bucketserve.ports import Engine, Sampling, SequenceSpec, StepOutput
 from tests.contract.engine.conftest import CONTEXT, STEP_TOKENS
 from tests.integration.engine.models import VOCAB
@@ -179,6 +179,47 @@ def test_what_does_not_fit_yet_waits(build: Build) -> None:
         assert books(engine) == before
 
 
+def test_steps_with_decodes_are_counted(build: Build) -> None:
+    engine = build()
+    engine.add([spec("a", STEP_TOKENS + 10, 4)])
+    counts = []
+    while engine.has_work():
+        engine.step()
+        counts.append(engine.headroom().num_decode_steps)
+    # Two steps for the prompt, the second with the first token.
+    assert counts == [0, 0, 1, 2, 3]
+
+
+def test_who_is_let_go_comes_again_and_nothing_is_lost(build: Build) -> None:
+    specs = [spec(f"r{i}", 20 + i, 40) for i in range(6)]
+    engine = build(kv_tokens=130)
+    before, attempts = books(engine), {one.request_id: one for one in specs}
+    tokens: dict[str, list[int]] = {one.request_id: [] for one in specs}
+    num_preempted = 0
+    engine.add(specs)
+    while engine.has_work():
+        output = engine.step()
+        assert engine.headroom().kv_free_tokens >= 0
+        for name, of_one in tokens_of([output]).items():
+            tokens[name] += of_one
+        assert not set(output.preempted) & {token.request_id for token in output.tokens}
+        for name in output.preempted:
+            num_preempted += 1
+            former, whole = attempts[name], specs[int(name[1:])]
+            attempts[name] = replace(
+                whole,
+                token_ids=(*whole.token_ids, *tokens[name]),
+                max_new_tokens=40 - len(tokens[name]),
+                num_resumed_tokens=len(tokens[name]),
+                num_preemptions=former.num_preemptions + 1,
+            )
+            engine.add([attempts[name]])
+    assert tokens == alone(build, *specs)
+    assert (num_preempted > 0) == engine.info.grows_kv
+    assert max(one.num_preemptions for one in attempts.values()) <= MAX_PREEMPTIONS
+    assert books(engine) == before
+
+
 @pytest.mark.parametrize("phase", ["queued", "prefilling", "decoding", "held"])
 def test_a_cancelled_sequence_is_gone_and_the_others_go_on(build: Build, phase: str) -> None:
     engine = build()
@@ -249,13 +290,30 @@ def test_only_what_is_to_be_handed_over_can_be(build: Build) -> None:
     assert tokens_of(drain(engine)).keys() <= {"stays"}
 
 
+def test_a_growing_engine_makes_room_for_kv_that_has_come(build: Build) -> None:
+    source, target = build(), build(kv_tokens=200)
+    if not target.info.grows_kv:
+        pytest.skip("it reserves in full")
+    handed = spec("handed", 90, 20)
+    tokens = prefilled(source, handed)
+    kv = bytearray(90 * source.info.kv_bytes_per_token)
+    source.export_kv(handed.request_id, memoryview(kv))
+    target.add([spec("other", 115, 40)])
+    target.step()
+    target.import_kv(handed, tokens, memoryview(kv))
+    outputs = drain(target)
+    assert [name for output in outputs for name in output.preempted] == ["other"]
+    assert tokens + tokens_of(outputs)["handed"] == alone(build, handed)["handed"]
+
+
 def test_kv_for_which_there_is_no_room_is_refused(build: Build) -> None:
     source, target = build(), build(kv_tokens=200)
     handed = spec("handed", 90, 20)
     tokens = prefilled(source, handed)
     kv = bytearray(90 * source.info.kv_bytes_per_token)
     source.export_kv(handed.request_id, memoryview(kv))
-    target.add([spec("other", 60, 40)])
+    # One that may not be let go: an engine whose sequences grow would make room.
+    target.add([replace(spec("other", 115, 40), num_preemptions=MAX_PREEMPTIONS)])
     history = [target.step()]
     before = books(target)
     with pytest.raises(EngineError, match="no room"):
@@ -263,7 +321,7 @@ def test_kv_for_which_there_is_no_room_is_refused(build: Build) -> None:
     with pytest.raises(EngineError, match="no room"):
         target.import_kv(replace(handed, max_new_tokens=CONTEXT), tokens, memoryview(kv))
     assert books(target) == before
-    assert tokens_of([*history, *drain(target)]) == alone(build, spec("other", 60, 40))
+    assert tokens_of([*history, *drain(target)]) == alone(build, spec("other", 115, 40))
     target.import_kv(handed, tokens, memoryview(kv))
     assert tokens + tokens_of(drain(target))["handed"] == alone(build, handed)["handed"]
 

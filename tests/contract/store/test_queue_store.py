@@ -9,7 +9,7 @@ import pytest
 
 from bucketserve.core.errors import StaleEpochError
 from bucketserve.core.types import BatchId, RequestId, WorkerId
-from bucketserve.ports import Admit, Dispatch, Leadership, Place, QueueStore, Remove, SetEdges
+from bucketserve.ports import Admit, Dispatch, Leadership, Place, QueueStore, Remove, SetEdges, SetOutputs
 
 NewStore = Callable[[], QueueStore]
 
@@ -78,6 +78,23 @@ async def test_writing_twice_is_writing_once(new_store: NewStore) -> None:
     assert await held(store, lead) == state
 
 
+async def test_what_is_known_of_outputs_is_replaced_part_by_part(new_store: NewStore) -> None:
+    store = new_store()
+    lead = await led(store)
+    assert (await store.load(lead)).outputs == {}
+    first = SetOutputs(counts={"interactive 3": (0, 12, 7), "batch 0": (5,)})
+    for _ in range(2):
+        assert await store.apply(lead, [first, SetOutputs(counts={})]) == [frozenset(), frozenset()]
+    assert (await store.load(lead)).outputs == first.counts
+    await store.apply(lead, [SetOutputs(counts={"batch 0": (6, 1), "batch 1": ()})])
+    # Another leader finds it, and it is no ticket.
+    await store.resign(lead)
+    other = new_store()
+    snapshot = await other.load(await led(other, "b"))
+    assert snapshot.outputs == {"interactive 3": (0, 12, 7), "batch 0": (6, 1), "batch 1": ()}
+    assert (snapshot.tickets, snapshot.edges) == ((), ())
+
+
 async def test_an_admission_that_comes_again_late_changes_nothing(new_store: NewStore) -> None:
     store = new_store()
     lead = await led(store)
@@ -105,7 +122,13 @@ async def test_an_expired_leader_is_replaced_and_fenced(new_store: NewStore) -> 
     await store.apply(old, [admit("r1")])
     await asyncio.sleep(0.1)
     new = await led(other, "b")
-    for writes in ([admit("r2")], [dispatch("r1")], [remove("r1")], [SetEdges(edges=(4,))]):
+    for writes in (
+        [admit("r2")],
+        [dispatch("r1")],
+        [remove("r1")],
+        [SetEdges(edges=(4,))],
+        [SetOutputs(counts={"a": (1,)})],
+    ):
         with pytest.raises(StaleEpochError):
             await store.apply(old, writes)
     with pytest.raises(StaleEpochError):

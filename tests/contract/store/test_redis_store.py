@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from bucketserve.core.errors import SettingsError, StaleEpochError, UnavailableError
+from bucketserve.ports import SetOutputs
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.redis import RedisStore, connect, guard
 from tests.contract.store.test_queue_store import admit, dispatch, held, led, remove
@@ -19,9 +20,9 @@ async def test_all_keys_of_a_model_share_a_cluster_slot(valkey: EmbeddedServer) 
     await client.flushdb()
     store = RedisStore(client, "org/mo{d}el")
     lead = await led(store)
-    await store.apply(lead, [admit("r1"), admit("r2"), dispatch("r1")])
+    await store.apply(lead, [admit("r1"), admit("r2"), dispatch("r1"), SetOutputs(counts={"a": (1,)})])
     keys = await client.keys("*")
-    assert len(keys) == 5
+    assert len(keys) == 6
     tags = {key.decode().split("{", 1)[1].split("}", 1)[0] for key in keys}
     assert tags == {"default/org%2Fmo%7Bd%7Del"}
     await client.aclose()

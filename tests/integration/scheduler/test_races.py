@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from bucketserve.core.types import RequestId
-from bucketserve.ports import Admit, Leadership, Write
+from bucketserve.ports import Admit, Leadership, SetOutputs, Write
 from bucketserve.store.memory import MemoryState, MemoryStore
 from bucketserve.v1 import common_pb2, scheduler_pb2
 from bucketserve_scheduler.loop import SchedulingLoop
@@ -167,3 +167,18 @@ async def test_a_full_store_refuses_only_what_it_does_not_have(is_stored: bool) 
             await asyncio.sleep(0.4)
             assert {"dispatched", "refused"} & {kind for kind, _ in said_to(gateway)} == {wanted[0]}
             assert [[run.run_id for run in batch.runs] for batch in worker.batches] == [["r1.1"]] * is_stored
+
+
+async def test_a_new_leader_learns_what_was_known_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier = MemoryStore(state := MemoryState())
+    leadership = await earlier.lead("earlier", 5.0)
+    assert leadership is not None
+    await earlier.apply(leadership, [SetOutputs(counts={"interactive 3": (1, 2)})])
+    await earlier.resign(leadership)
+    with a_loop(MemoryStore(state)) as loop:
+        restored: list[object] = []
+        restore = loop.core.restore
+        monkeypatch.setattr(loop.core, "restore", lambda **kept: (restored.append(kept["outputs"]), restore(**kept)))
+        async with running(loop):
+            await eventually(lambda: restored, 5)
+    assert restored == [{"interactive 3": (1, 2)}]

@@ -9,6 +9,7 @@ import random
 import time
 
 from bucketserve.core.messages import Decision, DispatchBatch
+from bucketserve.core.prefixes import BLOCK_TOKENS
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.rpc.outbox import Outbox
 from bucketserve.sim.policies import core_policy
@@ -55,7 +56,12 @@ def a_run(number: int, rng: random.Random) -> scheduler_pb2.SubmitRun:
     )
     spec = scheduler_pb2.RunSpec(token_ids=[7] * prompt, max_new_tokens=ticket.max_new_tokens)
     remaining_us = 400_000 if number % 11 == 0 else None
-    return scheduler_pb2.SubmitRun(ticket=ticket, spec=spec.SerializeToString(), remaining_us=remaining_us)
+    # Two thirds begin like others of theirs.
+    begins = rng.choice([None, None, 1, 2, 3, 4])
+    hashes = [] if begins is None else [2**63 + 1000 * begins + i for i in range(prompt // BLOCK_TOKENS)]
+    return scheduler_pb2.SubmitRun(
+        ticket=ticket, spec=spec.SerializeToString(), remaining_us=remaining_us, block_hashes=hashes
+    )
 
 
 async def play_worker(loop: SchedulingLoop, name: str) -> None:
@@ -84,7 +90,11 @@ async def play_worker(loop: SchedulingLoop, name: str) -> None:
         ids = [run.run_id for run in assignment.runs]
         await tell(report=report())
         await asyncio.sleep(0.003)
-        done = scheduler_pb2.BatchPrefilled(assignment=last, run_ids=ids)
+        done = scheduler_pb2.BatchPrefilled(
+            assignment=last,
+            run_ids=ids,
+            cached_prompt_tokens=[BLOCK_TOKENS * (number % 4) for number in range(len(ids))],
+        )
         await tell(prefilled=done)
         await asyncio.sleep(0.005)
         for run_id in ids:

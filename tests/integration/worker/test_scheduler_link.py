@@ -26,6 +26,8 @@ class SlowToWelcome(scheduler_pb2_grpc.SchedulerServiceServicer):
             yield scheduler_pb2.WorkResponse(heartbeat=scheduler_pb2.Heartbeat())
             await asyncio.sleep(0.05)
         yield scheduler_pb2.WorkResponse(welcome=scheduler_pb2.WorkerWelcome(report_interval_ms=60_000))
+        yield scheduler_pb2.WorkResponse(preempt=scheduler_pb2.PreemptRuns(run_ids=["r.1", "s.1"]))
+        yield scheduler_pb2.WorkResponse(cancel=scheduler_pb2.CancelRuns(run_ids=["s.1"]))
         await reading
 
     async def _read(self, requests) -> None:
@@ -34,21 +36,22 @@ class SlowToWelcome(scheduler_pb2_grpc.SchedulerServiceServicer):
             self.said_hello.set()
 
 
-async def test_what_ends_between_hello_and_welcome_is_told() -> None:
+async def test_what_ends_between_hello_and_welcome_is_told_and_orders_come() -> None:
     # The hello names it as running: its end must follow, or it runs for ever in the scheduler's books.
     scheduler = SlowToWelcome()
     server = grpc.aio.server()
     scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(scheduler, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    connected = asyncio.Event()
+    connected, ordered = asyncio.Event(), list[tuple[str, list[str]]]()
     link = SchedulerLink(
         [f"127.0.0.1:{port}"],
         Deployment(),
         hello=scheduler_pb2.WorkerHello,
         report=scheduler_pb2.WorkerReport,
         on_batch=lambda batch: None,
-        on_cancel=lambda ids: None,
+        on_cancel=lambda ids: ordered.append(("cancel", ids)),
+        on_preempt=lambda ids: ordered.append(("preempt", ids)),
         on_pull=lambda pull: None,
         on_role=lambda role: None,
         on_heard=lambda: None,
@@ -65,6 +68,9 @@ async def test_what_ends_between_hello_and_welcome_is_told() -> None:
         while len(scheduler.heard) < 4:
             await asyncio.sleep(0.01)
         assert scheduler.heard == ["hello", "finished", "draining", "kv_pulled"]
+        while len(ordered) < 2:
+            await asyncio.sleep(0.01)
+        assert ordered == [("preempt", ["r.1", "s.1"]), ("cancel", ["s.1"])]
     finally:
         running.cancel()
         await server.stop(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,8 @@ from bucketserve.core.messages import (
     WorkerReported,
 )
 from bucketserve.core.order import order_key
-from bucketserve.core.settings import BatchBudget, BatchOrder, CoreSettings, EdgeRule, QueueOrder
+from bucketserve.core.prefixes import BLOCK_TOKENS
+from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule, QueueOrder
 from bucketserve.core.types import FinishReason, Request, RequestClass, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request, headroom
 from tests.property.core.peers import Worker
@@ -33,11 +35,15 @@ from tests.property.core.world import CONTEXT, World
 
 
 def submit(world: World, worker: Worker, rng: random.Random) -> None:
+    lengths = [
+        rng.choice([rng.randint(1, 60), rng.randint(1, 400), rng.randint(1, 400), rng.randint(1, 5000)])
+        for _ in range(rng.randint(1, 5))
+    ]
     world.submit(
         [
             world.request(
-                rng.choice([rng.randint(1, 60), rng.randint(1, 400), rng.randint(1, 400), rng.randint(1, 5000)]),
-                rng.choice([1, rng.randint(1, 300)]),
+                length,
+                most := rng.choice([1, rng.randint(1, 300)]),
                 rng.choice([None, None, None, rng.uniform(0.1, 5.0)]),
                 request_class=rng.choice(list(RequestClass)),
                 ttft_slo_s=rng.choice([None, rng.uniform(0.05, 5.0)]),
@@ -45,10 +51,51 @@ def submit(world: World, worker: Worker, rng: random.Random) -> None:
                 tenant=rng.choice(["alice", "bob"]),
                 tokenizer=rng.choice([""] * 4 + ["T1"] * 4 + ["T2"]),
                 reject_if_unattainable=rng.random() < 0.2,
+                block_hashes=rng.choice([(), chain(rng.randint(1, 2), length)]),
+                output_tokens=rng.choice([most, rng.randint(1, most)]),
             )
-            for _ in range(rng.randint(1, 5))
+            for length in lengths
         ]
     )
+
+
+def chain(root: int, prompt_tokens: int) -> tuple[int, ...]:
+    """Prompts of one root begin alike."""
+    return tuple(1000 * root + i for i in range(prompt_tokens // BLOCK_TOKENS))
+
+
+def crowd(world: World, worker: Worker, rng: random.Random) -> None:
+    """Requests that would all fit if outputs were as long as is believed."""
+    requests = []
+    for _ in range(rng.randint(1, 6)):
+        prompt_tokens, most = rng.randint(1, 60), rng.choice([1, rng.randint(40, 100), rng.randint(40, 100)])
+        request_class = rng.choice(list(RequestClass))
+        ends = rng.choice([most, most, rng.randint(1, most)])
+        slo_s = rng.choice([None, 30.0])
+        requests.append(
+            world.request(
+                prompt_tokens, most, request_class=request_class, ttft_slo_s=slo_s, output_tokens=ends, tenant="alice"
+            )
+        )
+    world.submit(requests)
+
+
+def press_on(world: World, worker: Worker, rng: random.Random) -> None:
+    """A worker computes all prompts that have room, and goes on with its outputs."""
+    worker.obey()
+    for _ in range(rng.randint(1, 8)):
+        worker.prefill_one()
+        world.end_pull(worker, is_ok=True)
+    worker.decode(rng.choice([1, 15, 30]))
+    worker.report()
+    if worker.is_connected and rng.random() < 0.9:
+        world.deliver(worker)
+
+
+def lag(world: World, worker: Worker, rng: random.Random) -> None:
+    """A worker goes on with what it has before it hears what it was told."""
+    worker.prefill_one()
+    worker.decode(rng.choice([1, 30, 60]))
 
 
 def cancel(world: World, worker: Worker, rng: random.Random) -> None:
@@ -60,7 +107,8 @@ def work(world: World, worker: Worker, rng: random.Random) -> None:
     """A worker gets on; what it says may be held back."""
     worker.obey()
     for _ in range(rng.randint(1, 4)):
-        step = rng.choice([worker.prefill_one, worker.prefill_one, worker.decode, worker.report, None, None])
+        decode = partial(worker.decode, rng.choice([1, 20, 100]))
+        step = rng.choice([worker.prefill_one, worker.prefill_one, decode, worker.report, None, None])
         if step is not None:
             step()
         elif rng.random() < 0.5:
@@ -198,20 +246,29 @@ core_settings = st.builds(
     CoreSettings,
     edges=st.sampled_from(list(EdgeRule)),
     batch_order=st.sampled_from(list(BatchOrder)),
-    batch_budget=st.sampled_from(list(BatchBudget)),
     queue_order=st.sampled_from([*QueueOrder, QueueOrder.SLACK]),
     max_outstanding_batches=st.integers(1, 3),
     small_batch_tokens=st.sampled_from([0, 64, 256]),
     max_queued_requests=st.sampled_from([5, 1000, 1000]),
-    fill_wait_share=st.sampled_from([0.0, 0.5]),
     edge_cooldown_s=st.just(0.2),
     rebucket_interval_s=st.just(0.1),
+    batch_patience_s=st.just(60.0),
     switch_roles=st.booleans(),
     role_hold_s=st.just(0.2),
     role_cooldown_s=st.just(0.5),
     choose_layout=st.booleans(),
     layout_window_s=st.just(0.5),
     layout_retry_s=st.just(1.0),
+)
+CROWDED: list[Callable[[World, Worker, random.Random], None]] = [
+    *[crowd] * 10,
+    *[press_on] * 30,
+    *[resume, lag] * 8,
+    *[connect] * 3,
+    *(work, deliver, cancel, cut, lose, die, take_over, say_again, evict, lose_sight, wait),
+]
+crowded_actions = st.lists(
+    st.tuples(st.sampled_from(CROWDED), st.integers(0, 3), st.integers(0, 1000)), min_size=40, max_size=90
 )
 BOTH, PREFILL, DECODE = WorkerRole.BOTH, WorkerRole.PREFILL, WorkerRole.DECODE
 fleets = st.sampled_from(
@@ -225,8 +282,31 @@ def worlds(draw: st.DrawFn) -> World:
     for i, role in enumerate(draw(fleets)):
         capacity, kind = draw(st.integers(500, 6000)), draw(st.sampled_from(["AT1", "AT1", "BT1", "A"]))
         context = draw(st.sampled_from([1024, CONTEXT, 4096]))
-        workers.append(Worker(WorkerId(f"w{i}"), capacity, role, kind[:1], kind[1:], context, {}))
-    return World(draw(core_settings), workers)
+        grows_kv = draw(st.booleans())
+        workers.append(Worker(WorkerId(f"w{i}"), capacity, role, kind[:1], kind[1:], context, {}, grows_kv))
+    return World(draw(core_settings), workers, draw(outputs))
+
+
+outputs = st.dictionaries(
+    st.sampled_from([request_class.value for request_class in RequestClass]),
+    st.lists(st.integers(0, 60), min_size=4, max_size=16).map(tuple),
+)
+"""What is known of outputs, by chance: what comes may be far longer or shorter."""
+SHORT = {request_class.value: (100,) for request_class in RequestClass}
+
+
+@st.composite
+def crowded_worlds(draw: st.DrawFn) -> World:
+    """Small workers whose KV grows, most of them, and outputs that are believed to be short."""
+    workers = []
+    for i, role in enumerate(draw(fleets)):
+        capacity, grows_kv = draw(st.integers(170, 500)), draw(st.sampled_from([True, True, True, False]))
+        worker = Worker(WorkerId(f"w{i}"), capacity, role, "A", "", CONTEXT, {}, grows_kv)
+        workers.append(worker)
+    world = World(draw(core_settings), workers, draw(st.sampled_from([SHORT, {"batch": SHORT["batch"]}, {}])))
+    for worker in workers:
+        world.connect(worker)
+    return world
 
 
 def play(world: World, script: list[tuple]) -> None:
@@ -243,6 +323,15 @@ def test_every_request_ends_exactly_once_and_leaves_nothing_behind(world: World,
     world.check_end()
 
 
+@given(crowded_worlds(), crowded_actions)
+@settings(max_examples=200)
+def test_runs_that_make_room_for_others_end_exactly_once_all_the_same(world: World, script: list[tuple]) -> None:
+    play(world, script)
+    world.settle()
+    world.check_end()
+    world.check_replay()
+
+
 @given(worlds(), actions)
 @settings(max_examples=80)
 def test_a_recorded_log_replays_to_the_same_decisions(world: World, script: list[tuple]) -> None:
@@ -250,9 +339,12 @@ def test_a_recorded_log_replays_to_the_same_decisions(world: World, script: list
     world.check_replay()
 
 
-def a_world(core_settings: CoreSettings, *capacities: int) -> World:
-    workers = [Worker(WorkerId(f"w{i}"), n, BOTH, "A", "", CONTEXT, {}) for i, n in enumerate(capacities)]
-    world = World(core_settings, workers)
+def a_world(core_settings: CoreSettings, *capacities: int, grows_kv: bool = False) -> World:
+    workers = [
+        Worker(WorkerId(f"w{i}"), capacity, BOTH, "A", "", CONTEXT, {}, grows_kv)
+        for i, capacity in enumerate(capacities)
+    ]
+    world = World(core_settings, workers, SHORT if grows_kv else None)
     for worker in workers:
         world.connect(worker)
     return world
@@ -311,27 +403,31 @@ def test_in_a_lane_nothing_that_arrives_after_a_request_s_key_goes_before_it(
     st.integers(100, 1900),
     st.lists(st.tuples(st.integers(1, 400), st.integers(1, 200)), min_size=1, max_size=8),
     st.integers(1, 6),
+    st.booleans(),
 )
 # Small batches beside the long ones took what the large one needed, each time that something became free.
-@example(1, 1603, [(38, 78)], 6)
-@example(1, 1552, [(69, 117), (256, 131), (387, 55), (143, 66), (316, 40), (146, 31), (163, 58), (175, 81)], 2)
+@example(1, 1603, [(38, 78)], 6, False)
+@example(1, 1552, [(69, 117), (256, 131), (387, 55), (143, 66), (316, 40), (146, 31), (163, 58), (175, 81)], 2, False)
 # A worker stayed saved for one behind it, which was not to go before it: nothing went at all.
-@example(1, 1516, [(300, 1), (87, 89), (299, 1)], 1)
-@example(1, 1450, [(300, 1), (87, 88), (292, 8)], 1)
-@example(1, 1522, [(116, 101), (307, 117), (262, 6), (285, 124), (359, 196), (282, 38)], 5)
+@example(1, 1516, [(300, 1), (87, 89), (299, 1)], 1, False)
+@example(1, 1450, [(300, 1), (87, 88), (292, 8)], 1, False)
+@example(1, 1522, [(116, 101), (307, 117), (262, 6), (285, 124), (359, 196), (282, 38)], 5, False)
 @settings(max_examples=60)
 def test_a_deferred_request_gets_its_turn_in_a_flood_of_urgent_ones(
-    num_workers: int, size: int, flood: list, per_turn: int
+    num_workers: int, size: int, flood: list, per_turn: int, is_alike: bool
 ) -> None:
     world = a_world(
-        CoreSettings(max_queued_requests=10_000, batch_patience_s=1.0, deferred_share=0.5), *[2000] * num_workers
+        CoreSettings(max_queued_requests=10_000, batch_patience_s=1.0, deferred_share=0.5, fill_tokens=64),
+        *[2000] * num_workers,
     )
 
     def urgent(prompt_tokens: int, max_new_tokens: int) -> Request:
-        return world.request(prompt_tokens, max_new_tokens, ttft_slo_s=0.5, tenant="urgent")
+        hashes = chain(1, prompt_tokens) if is_alike else ()
+        return world.request(prompt_tokens, max_new_tokens, ttft_slo_s=0.5, tenant="urgent", block_hashes=hashes)
 
     world.submit([urgent(*shape) for shape in flood * 4])
-    patient = world.request(size, 50, request_class=RequestClass.BATCH, tenant="patient")
+    hashes = chain(1, size) if is_alike else ()
+    patient = world.request(size, 50, request_class=RequestClass.BATCH, tenant="patient", block_hashes=hashes)
     world.submit([patient])
     # Until those before it in its lane have gone, then until a worker saved for it has room.
     for turn in range(400):
@@ -345,6 +441,43 @@ def test_a_deferred_request_gets_its_turn_in_a_flood_of_urgent_ones(
             worker.report()
             world.deliver(worker, elapsed_s=0.05)
     raise AssertionError("starved")
+
+
+@given(
+    st.integers(1, 2),
+    st.lists(st.tuples(st.integers(1, 120), st.integers(1, 120)), min_size=1, max_size=8),
+    st.lists(st.tuples(st.integers(1, 200), st.integers(1, 250)), min_size=1, max_size=8),
+    st.integers(1, 4),
+)
+@settings(max_examples=60)
+def test_whatever_is_let_go_for_a_flood_of_urgent_ones_comes_to_its_end(
+    num_workers: int, flood: list, patient: list, per_turn: int
+) -> None:
+    """Batch class goes when memory runs out and when others want it, twice at most, and then stays."""
+    world = a_world(
+        CoreSettings(max_queued_requests=10_000, batch_patience_s=1.0, deferred_share=0.5),
+        *[500] * num_workers,
+        grows_kv=True,
+    )
+    batch_class = [world.request(*shape, request_class=RequestClass.BATCH, tenant="patient") for shape in patient]
+    world.submit(batch_class)
+    clients = [world.client_of[request.request_id] for request in batch_class]
+    for turn in range(600):
+        if all(client.outcomes for client in clients):
+            break
+        shapes = [flood[(turn + i) % len(flood)] for i in range(per_turn)]
+        world.submit([world.request(*shape, ttft_slo_s=0.5, tenant="urgent") for shape in shapes])
+        for worker in world.workers.values():
+            worker.obey()
+            worker.prefill_one()
+            worker.prefill_one()
+            worker.decode(30)
+            worker.report()
+            world.deliver(worker, elapsed_s=0.05)
+        world.resume()
+    assert [client.outcomes for client in clients] == [["finished"]] * len(clients)
+    assert all(client.request.num_preemptions <= 2 for client in world.clients.values())
+    world.check_replay()
 
 
 @given(st.lists(st.integers(1, 1400), min_size=2, max_size=12))

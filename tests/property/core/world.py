@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 from bucketserve.core.lanes import Lane
@@ -22,6 +23,7 @@ from bucketserve.core.messages import (
     ForgetRequest,
     KvPulled,
     PlaceRequest,
+    PreemptAtWorker,
     PullKv,
     RefuseReason,
     RefuseRequest,
@@ -29,15 +31,16 @@ from bucketserve.core.messages import (
     RequestCancelled,
     RequestResumed,
     RequestSubmitted,
+    SaveOutputs,
     SwitchRole,
     WorkerDraining,
     WorkerLost,
 )
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings
-from bucketserve.core.types import Batch, Request, RequestId, WorkerId, WorkerRole
+from bucketserve.core.types import Batch, Request, RequestClass, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request
-from tests.property.core.peers import MAX_ATTEMPTS, Client, Phase, Worker
+from tests.property.core.peers import Client, Phase, Worker
 
 CONTEXT = 2048
 RESUMABLE = (DropReason.WORKER_LOST, DropReason.WORKER_FAILED)
@@ -46,13 +49,21 @@ RESUMABLE = (DropReason.WORKER_LOST, DropReason.WORKER_FAILED)
 class World:
     """One model's world. Every turn checks the decision and the core's books."""
 
-    def __init__(self, core_settings: CoreSettings, workers: list[Worker]) -> None:
+    def __init__(
+        self,
+        core_settings: CoreSettings,
+        workers: list[Worker],
+        outputs: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """outputs: what is known of them, true or not."""
         self.settings = core_settings
         self.workers = {worker.worker_id: worker for worker in workers}
         self.clients: dict[str, Client] = {}
         self.client_of: dict[RequestId, Client] = {}
+        self.resumptions: list[Request] = []
         for worker in workers:
             worker.clients = self.client_of
+            worker.resumptions = self.resumptions
         self.ends: Counter[RequestId] = Counter()
         self.store: dict[RequestId, tuple[Request, WorkerId | None]] = {}
         self.edges: tuple[int, ...] = ()
@@ -62,25 +73,25 @@ class World:
         self.own_events: list[Event] = []
         self.num_not_stored = 0
         """Admissions that the store will refuse."""
-        self.resumptions: list[Request] = []
         self.placed_at: dict[RequestId, WorkerId] = {}
         """As gateways were told."""
         self.now_s = 0.0
         self.logs: list[tuple[tuple, list[tuple[float, list[Event], Decision]]]] = []
+        self.outputs = dict(outputs or {})
         self.begin((), {}, ())
 
     def __repr__(self) -> str:
         workers = ", ".join(
-            f"{w.worker_id} {w.role.value} {w.capacity} {w.context_tokens} {w.fingerprint}/{w.tokenizer}"
+            f"{w.worker_id} {w.role.value} {w.capacity} {w.context_tokens} {w.fingerprint}/{w.tokenizer} {w.grows_kv}"
             for w in self.workers.values()
         )
         return f"World({workers}; {self.settings})"
 
     def begin(self, parked: tuple, running: dict, edges: tuple[int, ...]) -> None:
         self.core = SchedulerCore(self.settings, self.context_tokens)
-        self.core.restore(parked=parked, running=running, edges=edges)
+        self.core.restore(parked=parked, running=running, edges=edges, outputs=self.outputs)
         self.dispatched: Counter[RequestId] = Counter()
-        self.logs.append(((self.context_tokens, parked, running, edges), []))
+        self.logs.append(((self.context_tokens, parked, running, edges, dict(self.outputs)), []))
 
     # --- turns --------------------------------------------------------------------------------------------------
 
@@ -115,6 +126,8 @@ class World:
                     dispatched[batch.batch_id] = self.store_dispatch(batch, refused)
                 case PlaceRequest(request_id=request_id, worker_id=worker_id) if request_id in self.store:
                     self.store[request_id] = self.store[request_id][0], worker_id
+                case SaveOutputs(counts=counts):
+                    self.outputs |= counts
                 case ChangeEdges(edges=edges):
                     assert list(edges) == sorted(set(edges))
                     self.edges = edges
@@ -137,9 +150,13 @@ class World:
                 lost.append(request_id)
         if lost:
             self.own_events.append(DispatchFailed(worker_id=batch.worker_id, request_ids=tuple(lost)))
-        requests = [self.client_of[request_id].request for request_id in batch.request_ids]
-        assert all(batch.bucket.low <= request.prefill_tokens < batch.bucket.high for request in requests)
-        assert batch.prefill_tokens == sum(request.prefill_tokens for request in requests)
+        requests = [self.client_of[request_id].attempts[request_id] for request_id in batch.request_ids]
+        if any(request.block_hashes for request in requests):
+            # Of what is known somewhere less is computed, how much depends on where.
+            assert len(requests) <= batch.prefill_tokens <= sum(request.prompt_tokens for request in requests)
+        else:
+            assert all(batch.bucket.low <= request.prefill_tokens < batch.bucket.high for request in requests)
+            assert batch.prefill_tokens == sum(request.prefill_tokens for request in requests)
         assert batch.reserved_kv_tokens == sum(request.reserved_tokens for request in requests)
         self.check_engine(batch, requests)
         return had
@@ -155,15 +172,13 @@ class World:
             assert known.kv_tokens(request) <= worker.context_tokens
 
     def tell(self, decision: Decision, dispatched: dict[str, list[Request]]) -> None:
-        """Does what gateways and workers do, as the scheduler tells them: cancellations before anything else."""
-        for command in decision.commands:
-            if isinstance(command, CancelAtWorker | ReleaseKv):
-                self.to_worker(command.worker_id, command.request_id)
+        """Does what gateways and workers do, as the scheduler tells them: whatever frees memory before the rest."""
+        self.free(decision)
         for command in decision.commands:
             match command:
                 case RefuseRequest(request_id=request_id, reason=reason):
                     client = self.client_of[request_id]
-                    assert reason is RefuseReason.STORE_FULL or client.attempt == 1
+                    assert reason is RefuseReason.STORE_FULL or client.attempts[request_id].is_resumed is False
                     self.end(request_id, "refused")
                 case DispatchBatch(batch=batch):
                     self.send(batch, dispatched[batch.batch_id])
@@ -179,6 +194,18 @@ class World:
         for drop in decision.drops:
             self.drop(drop)
 
+    def free(self, decision: Decision) -> None:
+        for command in decision.commands:
+            if isinstance(command, CancelAtWorker | ReleaseKv):
+                self.to_worker(command.worker_id, command.request_id)
+        for command in decision.commands:
+            if isinstance(command, PreemptAtWorker):
+                self.order_preemption(command)
+        sent = {rid for c in decision.commands if isinstance(c, DispatchBatch) for rid in c.batch.request_ids}
+        let_go = {command.request_id for command in decision.commands if isinstance(command, PreemptAtWorker)}
+        # The order would come before what it is about.
+        assert not sent & let_go
+
     def send(self, batch: Batch, requests: list[Request]) -> None:
         for request in requests:
             self.dispatched[request.request_id] += 1
@@ -191,6 +218,14 @@ class World:
     def to_worker(self, worker_id: WorkerId, order: object) -> None:
         if self.workers[worker_id].is_connected:
             self.workers[worker_id].inbox.append(order)
+
+    def order_preemption(self, order: PreemptAtWorker) -> None:
+        """Only who may be, never somebody who waits for each token, and nobody twice at one worker."""
+        request = self.client_of[order.request_id].attempts[order.request_id]
+        assert request.request_class is RequestClass.BATCH
+        assert request.may_be_preempted
+        assert order not in self.workers[order.worker_id].inbox
+        self.to_worker(order.worker_id, order)
 
     def order_pull(self, pull: PullKv) -> None:
         source, target = self.workers[pull.source_id], self.workers[pull.target_id]
@@ -208,9 +243,12 @@ class World:
         self.ends[request_id] += 1
         assert self.ends[request_id] == 1
         client = self.client_of[request_id]
+        if client.request.num_preemptions > client.attempts[request_id].num_preemptions:
+            # Its client heard from its worker that it was let go, and waits for the next attempt.
+            return
         assert client.request.request_id == request_id or not client.is_open
         # A client that waits hears how it ended, and it is not over before the last attempt.
-        assert not client.is_open or client.is_gone or outcome != "given up" or client.attempt == MAX_ATTEMPTS
+        assert not client.is_open or client.is_gone or outcome != "given up" or client.is_last_attempt
         if client.is_open:
             client.outcomes.append(outcome)
 
@@ -221,13 +259,11 @@ class World:
     def resume_later(self, request_id: RequestId) -> bool:
         """Ends a run whose client goes on with the next attempt; returns False if nobody waits, or it was the last."""
         client = self.client_of[request_id]
-        if not client.is_open or client.is_gone or client.request.request_id != request_id:
+        if not client.is_of(request_id) or client.is_last_attempt:
             return False
         worker_id = self.placed_at.get(request_id)
         fingerprint = self.workers[worker_id].fingerprint if worker_id is not None else ""
         request = client.next_attempt(worker_id, fingerprint)
-        if request is None:
-            return False
         self.ends[request_id] += 1
         assert self.ends[request_id] == 1
         self.client_of[request.request_id] = client
@@ -244,19 +280,27 @@ class World:
         assert waiting == {entry.request.request_id for lane in Lane for entry in core._lanes.of(lane)}
         assert set(core._patience._orphans) <= {life.request.request_id for life in lives if life.state is State.PARKED}
         assert core.status().num_running == sum(life.is_at_worker for life in lives)
+        assert set(core._affinity.index._kept) == {worker.worker_id for worker in core._fleet}
         for worker in core._fleet:
             own = {life.request.request_id for life in lives if worker.worker_id in life.workers}
             pulling = {life.request.request_id for life in lives if life.target_id == worker.worker_id}
             assert worker.requests == own
+            assert set(worker.kv._by_id) == own
+            assert worker.batch_class == {rid for rid in own if self.is_batch_class(rid)}
             assert set(worker.incoming) == pulling
             assert set(worker.batch_of) <= own
             assert set().union(*worker.outstanding.values()) == set(worker.batch_of)
             assert worker.small <= set(worker.outstanding)
             assert worker.saved_for is None or worker.saved_for in waiting
 
+    def is_batch_class(self, request_id: RequestId) -> bool:
+        return self.client_of[request_id].request.request_class is RequestClass.BATCH
+
     def check_workers(self) -> None:
-        """What runs at a worker is known to be there, or is told to stop."""
+        """What runs at a worker is known to be there, or is told to stop; who may not be let go has room there."""
         for worker in self.workers.values():
+            stays = [run.reserved_tokens for run in worker.runs.values() if not run.is_growing]
+            assert not worker.grows_kv or sum(stays) <= worker.capacity
             for request_id in worker.runs if worker.is_connected else ():
                 life = self.core._lives.get(request_id)
                 is_known = life is not None and worker.worker_id in life.workers
@@ -268,8 +312,10 @@ class World:
         """Returns a new client's request."""
         name = f"r{len(self.clients):03}"
         deadline_s = None if life_s is None else self.now_s + life_s
+        output_tokens = more.pop("output_tokens", max_new_tokens)
         request = a_request(f"{name}.1", prompt_tokens, max_new_tokens, self.now_s, deadline_s=deadline_s, **more)
-        self.clients[name] = self.client_of[request.request_id] = Client(name, request)
+        client = Client(name, request, output_tokens, {request.request_id: request})
+        self.clients[name] = self.client_of[request.request_id] = client
         return request
 
     def submit(self, requests: list[Request]) -> None:
@@ -283,9 +329,12 @@ class World:
         self.turn([RequestCancelled(client.request.request_id)])
 
     def resume(self) -> None:
-        """Gateways say the next attempts of what was lost."""
-        events: list[Event] = [RequestResumed(request) for request in self.resumptions]
-        self.resumptions = []
+        """Gateways say the next attempts of what was lost or let go, and that nobody waits for those before."""
+        events: list[Event] = []
+        for request in self.resumptions:
+            *_, former, _ = self.client_of[request.request_id].attempts
+            events += [RequestCancelled(former), RequestResumed(request)]
+        self.resumptions.clear()
         self.turn(events)
 
     def deliver(self, worker: Worker, elapsed_s: float = 0.1) -> None:
@@ -341,12 +390,18 @@ class World:
         self.expected = set(running.values())
         self.begin(parked, running, self.edges)
 
+    def is_known(self, request_id: RequestId) -> bool:
+        """Whether the scheduler knows of a run: what it took over and nobody says again, it ends itself."""
+        return request_id in self.store or self.core._lives.get(request_id) is not None
+
     def say_again(self) -> None:
         """Gateways say what is open to a new leader, and what nobody waits for any more."""
         events: list[Event] = []
         for client in self.clients.values():
             request = client.request
-            if request in self.resumptions or not (client.is_open or request.request_id in self.store):
+            former = [rid for rid in client.attempts if rid != request.request_id and self.is_known(rid)]
+            events += [RequestCancelled(request_id) for request_id in former]
+            if request in self.resumptions or not (client.is_open or self.is_known(request.request_id)):
                 continue
             life = self.core._lives.get(request.request_id)
             if client.is_gone or not client.is_open:
@@ -380,6 +435,7 @@ class World:
                     worker.prefill_one()
                     self.end_pull(worker, is_ok=True)
                     worker.finish_one(ends_alone=False)
+                worker.decode(20)
                 worker.report()
                 self.deliver(worker, elapsed_s=1.0)
             if not list(self.core._lives) and not self.resumptions:
@@ -411,16 +467,16 @@ class World:
         assert (len(core._tenants), core._tenants._charged) == (0, {})
         assert (core._admission._batch_requests, core._admission._batch_tokens) == (0, 0)
         assert (core._handover.waiting_tokens(), core._handover._waiting) == (0, {})
-        assert [core._demand.tokens(lane) for lane in Lane] == [0, 0]
         for worker in core._fleet:
             books = (worker.requests, worker.incoming, worker.outstanding, worker.batch_of, worker.small)
             assert not any(books)
+            assert (worker.batch_class, worker.kv._by_id, worker.kv._lines, worker.kv.peak()) == (set(), {}, [], 0)
             assert (list(worker.unaccounted), worker.saved_for) == ([], None)
 
     def check_replay(self) -> None:
         """The same events at the same times bring the same decisions."""
-        for (context_tokens, parked, running, edges), steps in self.logs:
+        for (context_tokens, parked, running, edges, outputs), steps in self.logs:
             core = SchedulerCore(self.settings, context_tokens)
-            core.restore(parked=parked, running=running, edges=edges)
+            core.restore(parked=parked, running=running, edges=edges, outputs=outputs)
             for now_s, events, decision in steps:
                 assert core.step(events, now_s) == decision

@@ -80,10 +80,15 @@ def test_every_request_ends_once_and_no_rule_is_broken(
     assert all(record.outcome is Outcome.FINISHED for record in ledger.records.values())
     assert len(ledger.records) == len(rows)
     batched = [request_id for c in commands if isinstance(c, DispatchBatch) for request_id in c.batch.request_ids]
-    assert sorted(batched) == sorted(ledger.records)
-    if "decode" in layout:
-        moved = [command.request_id for command in commands if isinstance(command, PullKv)]
-        assert len(moved) == len(set(moved)) == sum(request.output_tokens > 1 for request in workload.requests)
+    # Each attempt once; a request that its worker let go is another attempt, twice at most.
+    assert len(batched) == len(set(batched))
+    last = {request_id.partition(".")[0]: request_id for request_id in ledger.records}
+    assert {request_id.partition(".")[0] for request_id in batched} == last.keys()
+    assert set(last.values()) <= set(batched)
+    moved = [command.request_id for command in commands if isinstance(command, PullKv)]
+    assert len(moved) == len(set(moved))
+    if "decode" in layout and len(batched) == len(rows):
+        assert len(moved) == sum(request.output_tokens > 1 for request in workload.requests)
     for record in ledger.records.values():
         assert record.ttft_s is not None and record.end_s is not None
         # Nobody beats the device: a prompt takes at least the unloaded prefill of what no prefix cache may have of it.

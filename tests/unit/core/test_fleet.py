@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bucketserve.core.fleet import Fleet
+from bucketserve.core.messages import WorkerJoined
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.types import WorkerId, WorkerRole
 from bucketserve.core.workers import WorkerState
 from tests.builders import joined
 
 
+def join(fleet: Fleet, event: WorkerJoined) -> None:
+    fleet.join(WorkerState.joined(event, fleet.outputs))
+
+
 def test_rankings_do_not_grow_with_changes_while_the_best_worker_stays() -> None:
     fleet = Fleet(CoreSettings())
     for name, free in (("idle", 9000), ("busy", 1000)):
         for role in WorkerRole:
-            fleet.join(WorkerState.joined(replace(joined(f"{name}-{role.value}", free=free), role=role)))
+            join(fleet, replace(joined(f"{name}-{role.value}", free=free), role=role))
     for _ in range(5_000):
         for worker in fleet:
             if worker.worker_id.startswith("busy"):
@@ -29,18 +34,18 @@ def test_rankings_do_not_grow_with_changes_while_the_best_worker_stays() -> None
 
 def test_without_decode_workers_those_that_do_both_decode() -> None:
     fleet = Fleet(CoreSettings())
-    fleet.join(WorkerState.joined(replace(joined("p", free=500), role=WorkerRole.PREFILL)))
+    join(fleet, replace(joined("p", free=500), role=WorkerRole.PREFILL))
     assert fleet.decoders("") == []
-    fleet.join(WorkerState.joined(replace(joined("b", free=500), role=WorkerRole.BOTH)))
+    join(fleet, replace(joined("b", free=500), role=WorkerRole.BOTH))
     assert [worker.worker_id for worker in fleet.decoders("")] == ["b"]
 
 
 def test_a_worker_that_comes_again_is_ranked_by_what_it_is_now() -> None:
     fleet = Fleet(CoreSettings())
-    fleet.join(WorkerState.joined(joined("a", free=9000)))
-    fleet.join(WorkerState.joined(joined("b", free=5000)))
+    join(fleet, joined("a", free=9000))
+    join(fleet, joined("b", free=5000))
     fleet.leave(WorkerId("a"))
-    fleet.join(WorkerState.joined(joined("a", free=1000)))
+    join(fleet, joined("a", free=1000))
     # Nothing of its earlier life is taken for the present, however often it changes.
     for _ in range(3):
         assert [worker.worker_id for worker in fleet.decoders("")] == ["b", "a"]

@@ -117,7 +117,7 @@ def test_the_store_hears_where_a_request_decodes_now() -> None:
 
 def a_new_leader(worker_id: WorkerId) -> SchedulerCore:
     core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
-    core.restore(parked=[], running={a_request("a", 100, 300, 0.0): worker_id}, edges=())
+    core.restore(parked=[], running={a_request("a", 100, 300, 0.0): worker_id}, edges=(), outputs={})
     return core
 
 
@@ -143,13 +143,13 @@ def test_a_request_that_moved_while_nobody_led_is_believed_to_be_where_it_says()
 
 def test_a_run_of_an_older_attempt_is_stopped_not_believed() -> None:
     core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
-    core.restore(parked=[], running={a_request("a.2", 100, 300, 0.0): P}, edges=())
+    core.restore(parked=[], running={a_request("a.2", 100, 300, 0.0): P}, edges=(), outputs={})
     decode = replace(joined("d", running=(at("a.1"),)), role=WorkerRole.DECODE)
     assert core.step([decode], 0.1).commands == (CancelAtWorker(D, RequestId("a.1")),)
 
 
 def test_one_that_only_a_decoder_that_left_could_hold_does_not_stop_those_behind_it() -> None:
-    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
+    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE, max_outstanding_batches=2), 4096)
     small, large = joined("small", free=500), joined("d", free=2000)
     core.step([replace(joined("p", free=3000), role=WorkerRole.PREFILL)], 0.0)
     core.step([replace(worker, role=WorkerRole.DECODE) for worker in (small, large)], 0.0)
@@ -241,7 +241,7 @@ def of(name: str, role: WorkerRole, fingerprint: str, free: int = 1000) -> Worke
 
 def rolling(*more: WorkerJoined) -> SchedulerCore:
     """Prefill and decode workers of the old weights, and a prefill worker of the new ones."""
-    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
+    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE, max_outstanding_batches=2), 4096)
     old = [of("p", WorkerRole.PREFILL, "old"), of("d", WorkerRole.DECODE, "old")]
     core.step([*old, of("p2", WorkerRole.PREFILL, "new"), *more], 0.0)
     return core

@@ -6,10 +6,8 @@ import itertools
 
 import pytest
 
-from bucketserve.core.demand import Demand
 from bucketserve.core.errors import IllegalStepError
 from bucketserve.core.fleet import Fleet
-from bucketserve.core.lanes import Lane
 from bucketserve.core.lifecycle import NEXT_STATES, Life, Lifecycle, State
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.types import RequestId, WorkerId
@@ -36,16 +34,16 @@ def test_every_state_can_end_and_the_end_is_final() -> None:
     assert not NEXT_STATES[State.ENDED]
 
 
-def world() -> tuple[Lifecycle, Fleet, Demand]:
-    fleet, demand = Fleet(CoreSettings()), Demand()
+def world() -> tuple[Lifecycle, Fleet]:
+    fleet = Fleet(CoreSettings())
     for event in (joined("w"), joined("d")):
-        fleet.join(WorkerState.joined(event))
-    return Lifecycle(fleet, demand), fleet, demand
+        fleet.join(WorkerState.joined(event, fleet.outputs))
+    return Lifecycle(fleet), fleet
 
 
 def test_books_are_as_before_once_a_request_has_ended_wherever_it_was() -> None:
     for path in (["place"], ["place", "prefilled"], ["place", "hold", "pull"], ["place", "hold", "pull", "pulled"]):
-        lives, fleet, demand = world()
+        lives, fleet = world()
         request = a_request("r", 10, 30)
         lives.wait(request)
         life = lives.get(RequestId("r"))
@@ -53,19 +51,18 @@ def test_books_are_as_before_once_a_request_has_ended_wherever_it_was() -> None:
         for step in path:
             match step:
                 case "place":
-                    fleet.get(W).requests.add(RequestId("r"))
-                    lives.place(life, W, 1, 0.0)
+                    fleet.get(W).take(request)
+                    lives.place(life, W, 1)
                 case "prefilled":
                     lives.prefilled(life, 0.0)
                 case "hold":
                     lives.hold(life)
                 case "pull":
-                    fleet.get(D).expect(RequestId("r"), 40)
+                    fleet.get(D).expect(request, 40)
                     lives.pull(life, D, 1)
                 case "pulled":
                     assert lives.pulled(life) == W
         assert lives.num_at_workers == 1
-        assert demand.tokens(Lane.IN_TIME) == 40
-        lives.end(life, 0.0)
-        assert (lives.num_at_workers, demand.tokens(Lane.IN_TIME), list(lives)) == (0, 0, [])
-        assert all(not worker.requests and not worker.incoming for worker in fleet)
+        lives.end(life)
+        assert (lives.num_at_workers, list(lives)) == (0, [])
+        assert all(not worker.requests and not worker.incoming and not worker.kv.peak() for worker in fleet)

@@ -27,7 +27,7 @@ from bucketserve.core.messages import (
 )
 from bucketserve.core.patience import PATIENCE_S
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.settings import CoreSettings, EdgeRule
+from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
 from bucketserve.core.types import (
     Batch,
     FinishReason,
@@ -40,10 +40,13 @@ from bucketserve.core.types import (
 from tests.builders import a_request, at, finished, joined, reported
 
 W = WorkerId("w")
+FCFS = QueueOrder.FCFS
 
 
 def core(**settings) -> SchedulerCore:
-    return SchedulerCore(CoreSettings(**{"edges": EdgeRule.NONE, "small_batch_tokens": 0, **settings}), 4096)
+    """One bucket, a tenth of the memory in reserve, and two batches at a worker, no small ones beside them."""
+    values = {"edges": EdgeRule.NONE, "small_batch_tokens": 0, "memory_reserve": 0.1, "max_outstanding_batches": 2}
+    return SchedulerCore(CoreSettings(**{**values, **settings}), 4096)
 
 
 def submitted(*names: str, **more) -> list[RequestSubmitted]:
@@ -60,6 +63,10 @@ def batches(decision: Decision) -> list[Batch]:
 
 def refusals(decision: Decision) -> list[RefuseReason]:
     return [command.reason for command in decision.commands if isinstance(command, RefuseRequest)]
+
+
+def forgotten(decision: Decision) -> list[str]:
+    return [command.request_id for command in decision.commands if isinstance(command, ForgetRequest)]
 
 
 def prefilled(batch: Batch) -> BatchPrefilled:
@@ -124,19 +131,62 @@ def test_sequences_and_outstanding_batches_are_bounded() -> None:
     assert len(batches(under_test.step(events, 0.2))[0].request_ids) == 2
 
 
-def test_small_batches_get_into_a_worker_that_is_busy_with_long_prompts() -> None:
+def test_a_short_prompt_goes_beside_a_long_one_only_when_it_would_be_late() -> None:
     under_test = core(max_outstanding_batches=1, small_batch_tokens=100)
-    (long,) = batches(under_test.step([joined(free=9000), *submitted("long", prompt_tokens=1500)], 0.0))
+    (long,) = batches(under_test.step([joined(free=9000), *submitted("long", prompt_tokens=3000)], 0.0))
+    names = ("a", "b", "c")
+    events = [*submitted("other", prompt_tokens=1500), *submitted(*names, prompt_tokens=40, ttft_slo_s=1.0)]
+    waits = under_test.step(events, 0.1)
+    # Nothing is known of the worker's speed: they may start at the last moment.
+    assert (batches(waits), waits.wake_s) == ([], 0.9)
     # Neither another long one, nor short ones beyond the limit of a small batch.
-    events = [*submitted("other", prompt_tokens=1500), *submitted("a", "b", "c", prompt_tokens=40)]
-    (small,) = batches(under_test.step(events, 0.1))
+    (small,) = batches(under_test.step([], 0.9))
     assert small.request_ids == ("a", "b")
     assert small.limited_by is LimitedBy.TIME
     # Small ones have as many places as long ones, and don't take theirs.
-    (after,) = batches(under_test.step([prefilled(small)], 0.2))
+    (after,) = batches(under_test.step([prefilled(small)], 0.95))
     assert after.request_ids == ("c",)
-    (after,) = batches(under_test.step([prefilled(long)], 0.3))
+    (after,) = batches(under_test.step([prefilled(long)], 1.0))
     assert after.request_ids == ("other",)
+
+
+def test_a_short_prompt_goes_beside_a_long_one_that_takes_too_long() -> None:
+    under_test = core(max_outstanding_batches=1, small_batch_tokens=100)
+    speed = reported(free=9000, total=9000, steps=prefill_steps(0.001))
+    under_test.step([joined(free=9000), speed, *submitted("long", prompt_tokens=3000)], 0.0)
+    # 3 s for what is there: one with a target of 10 s waits till shortly before, one with 2 s goes at once.
+    waits = under_test.step(submitted("patient", ttft_slo_s=10.0), 0.1)
+    assert batches(waits) == []
+    assert waits.wake_s is not None and 6.5 < waits.wake_s < 7.0
+    # Never for batch class: it has no target.
+    assert batches(under_test.step(submitted("batch", request_class=RequestClass.BATCH), 0.2)) == []
+    hurried = submitted("hurried", ttft_slo_s=2.0, prompt_tokens=100)
+    assert batches(under_test.step(hurried, 0.3))[0].request_ids == ("hurried",)
+
+
+def test_a_short_prompt_goes_to_a_worker_with_a_place_for_any_before_one_that_computes_a_long_prompt() -> None:
+    under_test = core(max_outstanding_batches=1, small_batch_tokens=100)
+    under_test.step([joined(free=9000), *submitted("long", prompt_tokens=3000)], 0.0)
+    # It has hardly any memory left and many sequences, but nothing to compute.
+    under_test.step([joined("full", free=100, total=9000, num_running=60)], 0.1)
+    assert batches(under_test.step(submitted("a"), 0.2))[0].worker_id == "full"
+
+
+def test_small_batches_are_for_long_prompts_only() -> None:
+    under_test = core(max_outstanding_batches=1, small_batch_tokens=100)
+    under_test.step([joined(free=9000), *submitted("a", prompt_tokens=1500)], 0.0)
+    waits = under_test.step(submitted("b", ttft_slo_s=0.01), 0.1)
+    assert (batches(waits), waits.wake_s) == ([], None)
+
+
+def test_first_come_first_served_holds_whatever_a_short_first_one_waits_for() -> None:
+    under_test = core(max_outstanding_batches=1, small_batch_tokens=100, edges=EdgeRule.ADAPTIVE, queue_order=FCFS)
+    fleet = [of_kind("w", "A", free=9000), *submitted("long", prompt_tokens=3000)]
+    under_test.step(fleet, 0.0)
+    under_test.step([of_kind("other", "B", free=9000)], 0.1)
+    # Bound to the busy worker's weights, it waits for its place; what comes later does not go before it.
+    events = [*resumed("a.2", fingerprint="A", ttft_slo_s=9.0), *submitted("b", prompt_tokens=1500, arrival_s=0.2)]
+    assert batches(under_test.step(events, 0.2)) == []
 
 
 def test_without_small_batches_all_wait_for_the_long_ones() -> None:
@@ -177,7 +227,7 @@ def test_cancelling_in_the_queue_and_at_a_worker() -> None:
     under_test.step([joined(), *submitted("b")], 0.2)
     decision = under_test.step([RequestCancelled(RequestId("b"))], 0.3)
     assert decision.commands == (CancelAtWorker(W, RequestId("b")),)
-    assert under_test.step([finished("b")], 0.4).commands == (ForgetRequest(RequestId("b")),)
+    assert forgotten(under_test.step([finished("b")], 0.4)) == ["b"]
     assert under_test.step([finished("b")], 0.5).commands == ()
 
 
@@ -199,7 +249,7 @@ def test_a_worker_that_comes_back_keeps_what_it_still_has() -> None:
     decision = under_test.step([joined(running=(at("a"), at("ghost")))], 1.0)
     assert [drop.request_id for drop in decision.drops] == ["b"]
     assert CancelAtWorker(W, RequestId("ghost")) in decision.commands
-    assert under_test.step([finished("a")], 1.1).commands == (ForgetRequest(RequestId("a")),)
+    assert forgotten(under_test.step([finished("a")], 1.1)) == ["a"]
 
 
 def test_a_request_said_again_changes_nothing() -> None:
@@ -261,7 +311,7 @@ def test_what_the_store_did_not_have_is_stored_and_sent_again() -> None:
     assert [again.request_ids for again in batches(decision)] == [("b",)]
     for name, assignment in (("a", 1), ("b", 2)):
         done = finished(name, assignment=assignment)
-        assert under_test.step([done], 0.2).commands == (ForgetRequest(RequestId(name)),)
+        assert forgotten(under_test.step([done], 0.2)) == [name]
     # All of the worker's memory is free again.
     under_test.step([reported(free=100, total=100, last_assignment=2)], 0.3)
     assert batches(under_test.step(submitted("c", max_new_tokens=90), 0.4))[0].reserved_kv_tokens == 100
@@ -277,7 +327,7 @@ def test_what_the_store_could_not_take_is_refused() -> None:
 
 def test_a_parked_request_waits_for_its_gateway() -> None:
     under_test = core()
-    under_test.restore(parked=[a_request("p"), a_request("q")], running={}, edges=())
+    under_test.restore(parked=[a_request("p"), a_request("q")], running={}, edges=(), outputs={})
     assert not batches(under_test.step([joined()], 0.0))
     assert batches(under_test.step(resumed("p"), 0.1))[0].request_ids == ("p",)
     assert under_test.step([RequestCancelled(RequestId("q"))], 0.2).drops == (
@@ -459,11 +509,11 @@ def test_adaptive_edges_follow_the_arrivals() -> None:
 def test_a_restored_core_goes_on() -> None:
     under_test = core()
     running = a_request("runs")
-    under_test.restore(parked=[a_request("waits")], running={running: W}, edges=())
+    under_test.restore(parked=[a_request("waits")], running={running: W}, edges=(), outputs={})
     decision = under_test.step([joined(running=(at("runs"),), free=980, total=1000), *resumed("waits")], 0.0)
     assert decision.drops == ()
     assert [batch.request_ids for batch in batches(decision)] == [("waits",)]
-    assert under_test.step([finished("runs")], 1.0).commands == (ForgetRequest(RequestId("runs")),)
+    assert forgotten(under_test.step([finished("runs")], 1.0)) == ["runs"]
 
 
 def test_a_worker_whose_memory_has_shrunk_is_kept_for_nobody_who_needs_more() -> None:

@@ -112,6 +112,7 @@ def an_open_request(
         max_tokens,
         scheduler_pb2.Ticket(model=valid.model.card.name),
         scheduler_pb2.RunSpec(),
+        prefix_salt=b"",
         max_attempts=3,
         max_pending_tokens=1000,
         resume=resume,

@@ -158,3 +158,36 @@ async def test_only_faults_count_towards_giving_up() -> None:
         request.restart("its worker was lost")
     assert request.error is not None
     assert request.error.reason == "ATTEMPTS_EXHAUSTED"
+
+
+async def test_a_preempted_attempt_goes_on_where_it_was_and_is_nobody_s_fault() -> None:
+    former: list[str] = []
+    valid = validate(inference_pb2.GenerateRequest(prompt="the"), CATALOG, max_prompt_bytes=1000)
+    request = an_open_request(valid, [5, 6], 8, lambda _, run_id: former.append(run_id))
+    let_go = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_PREEMPTED)
+    # The first has generated something, the second nothing.
+    for tokens in ([7, 8, 9], []):
+        first_id = request.run_id
+        request.on_dispatched(scheduler_pb2.RunDispatched(run_id=first_id, worker_id="w"))
+        deliver(request, delivery(request, 0, tokens, let_go), "w", "weights")
+        assert (former[-1], request.is_over) == (first_id, False)
+        late = delivery_pb2.TokenDelivery(run_id=first_id, first_index=3, token_ids=[1])
+        assert not deliver(request, late)
+    submission = request.submission()
+    ticket, spec = submission.ticket, scheduler_pb2.RunSpec.FromString(submission.spec)
+    assert (request.attempt, ticket.run_id.rpartition(".")[2], ticket.is_resumed) == (3, "3", True)
+    assert (ticket.num_preemptions, spec.num_preemptions) == (2, 2)
+    assert (list(spec.token_ids), spec.num_resumed_tokens, spec.max_new_tokens) == ([5, 6, 7, 8, 9], 3, 5)
+    assert (ticket.prompt_tokens, ticket.max_new_tokens) == (5, 5)
+    # Its worker may have it again, and only it and its likes.
+    assert (list(ticket.avoid_worker_ids), ticket.fingerprint) == ([], "weights")
+    assert submission.is_admitted
+    for _ in range(2):
+        request.restart("its worker was lost")
+    assert not request.is_over
+    end = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_LENGTH)
+    deliver(request, delivery(request, 0, [1, 2, 3, 4, 5], end))
+    ids = [token_id async for chunk in request.chunks() for token_id in chunk.token_ids]
+    assert ids == [7, 8, 9, 1, 2, 3, 4, 5]
+    assert request.finished is not None
+    assert (request.finished.reason, request.finished.attempts) == (common_pb2.FINISH_REASON_LENGTH, 5)

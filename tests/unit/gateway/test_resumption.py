@@ -16,17 +16,22 @@ from bucketserve_gateway.validation import validate
 from tests.unit.gateway.builders import an_open_request, catalog
 
 
-async def test_the_second_attempt_goes_at_once_and_a_further_one_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servicer_module, "RETRY_S", 0.2)
-    submitted: list[str] = []
+def a_servicer(requests: OpenRequests, submitted: list[str]) -> InferenceServicer:
+    """Returns one that names the runs which it submits."""
     scheduler = SimpleNamespace(
         cancel=lambda model, run_id: None, submit=lambda opened: submitted.append(opened.run_id)
     )
-    requests = OpenRequests()
     parts: Any = SimpleNamespace(
         requests=requests, scheduler=scheduler, telemetry=SimpleNamespace(resumed=lambda opened: None)
     )
-    servicer = InferenceServicer(parts)
+    return InferenceServicer(parts)
+
+
+async def test_the_second_attempt_goes_at_once_and_a_further_one_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servicer_module, "RETRY_S", 0.2)
+    submitted: list[str] = []
+    requests = OpenRequests()
+    servicer = a_servicer(requests, submitted)
     valid = validate(inference_pb2.GenerateRequest(prompt="the"), catalog(), max_prompt_bytes=1000)
     fails = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_ERROR, is_retryable=True)
     for is_closed in (False, True):
@@ -43,3 +48,20 @@ async def test_the_second_attempt_goes_at_once_and_a_further_one_after_a_while(m
             requests.remove(request)
         await asyncio.sleep(0.4)
         assert submitted[1:] == ([] if is_closed else [request.run_id])
+
+
+async def test_a_preempted_one_goes_at_once_however_often_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servicer_module, "RETRY_S", 60.0)
+    submitted: list[str] = []
+    requests = OpenRequests()
+    servicer = a_servicer(requests, submitted)
+    valid = validate(inference_pb2.GenerateRequest(prompt="the"), catalog(), max_prompt_bytes=1000)
+    request = an_open_request(valid, [5, 6], 8, servicer._resume)
+    requests.add(request)
+    fails = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_ERROR, is_retryable=True)
+    let_go = delivery_pb2.DeliveryFinished(reason=common_pb2.FINISH_REASON_PREEMPTED)
+    # The first failure is the second start for a cause, whatever came before.
+    for end, is_at_once in ((let_go, True), (fails, True), (let_go, True), (fails, False), (let_go, True)):
+        before = len(submitted)
+        request.deliver(delivery_pb2.TokenDelivery(run_id=request.run_id, finished=end), "w", "")
+        assert submitted[before:] == [request.run_id] * is_at_once

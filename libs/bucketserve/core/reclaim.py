@@ -1,0 +1,111 @@
+"""Memory and places that batch-class requests give back: they may use all that is idle, and go when it is wanted.
+
+An interactive request that can still meet its target and finds no room anywhere takes it from those: at the worker
+where least has to be computed again for it. Whoever was let go twice stays (core/preemption.py). HyGen (arXiv
+2501.14808) and ConServe (arXiv 2410.01228) share workers so between both classes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+
+from bucketserve.core.lifecycle import Life, Lifecycle, State
+from bucketserve.core.messages import PreemptAtWorker
+from bucketserve.core.preemption import loss
+from bucketserve.core.types import Request, RequestId, WorkerRole
+from bucketserve.core.workers import WorkerState
+
+__all__ = ["Reclaimer"]
+
+
+class Reclaimer:
+    """Chooses whom to let go for a request."""
+
+    def __init__(self, lives: Lifecycle) -> None:
+        """Reads the requests at the workers."""
+        self._lives = lives
+
+    def room_for(self, request: Request, workers: Iterable[WorkerState], reserve: float) -> list[PreemptAtWorker]:
+        """Returns whom to let go so that the request fits somewhere; nobody if that is not possible, or under way."""
+        best: tuple[int, list[Life], WorkerState] | None = None
+        for worker in workers:
+            if worker.is_draining or worker.role is not WorkerRole.BOTH or not worker.could_serve(request):
+                continue
+            if worker.kv_tokens(request) <= worker.room and worker.free_sequences() > 0:
+                return []
+            # What becomes free at one that is saved is another's.
+            may_give = worker.batch_class and worker.saved_for is None
+            victims = self._victims(request, worker, reserve) if may_give else None
+            if victims is None:
+                continue
+            if not victims:
+                return []
+            held = sum(worker.tokens_held(life.request) for life in victims)
+            if best is None or held < best[0]:
+                best = held, victims, worker
+        if best is None:
+            return []
+        _, victims, worker = best
+        chosen = _needed(request, worker, reserve, victims, self._leaving(worker))
+        for life in chosen:
+            life.is_leaving = True
+        return [PreemptAtWorker(worker.worker_id, life.request.request_id) for life in chosen]
+
+    def _leaving(self, worker: WorkerState) -> dict[RequestId, Request]:
+        """Returns the requests there that were told to go."""
+        lives = (self._lives.in_state(rid, State.PREFILL, State.DECODE) for rid in worker.batch_class)
+        return {life.request.request_id: life.request for life in lives if life is not None and life.is_leaving}
+
+    def _victims(self, request: Request, worker: WorkerState, reserve: float) -> list[Life] | None:
+        """Returns the cheapest that have to go; empty if enough are on their way; None if all would not do."""
+        leaving = self._leaving(worker)
+        if _has_room(request, worker, reserve, leaving):
+            return []
+        able: list[tuple[tuple[bool, int, int], RequestId, Life]] = []
+        for request_id in worker.batch_class:
+            life = self._lives.in_state(request_id, State.PREFILL, State.DECODE)
+            if life is None or life.is_cancelled or life.is_leaving:
+                continue
+            if life.assignment > worker.headroom.last_assignment:
+                # The order could come before the request has.
+                continue
+            held = worker.tokens_held(life.request)
+            cost = loss(is_batch=True, num_preemptions=life.request.num_preemptions, num_tokens=held)
+            if cost is not None:
+                able.append((cost, request_id, life))
+        able.sort(key=lambda one: one[:2])
+
+        def is_enough(number: int) -> bool:
+            gone = {request_id: life.request for _, request_id, life in able[:number]}
+            return _has_room(request, worker, reserve, leaving | gone)
+
+        if not able or not is_enough(len(able)):
+            return None
+        number = bisect_left(range(len(able)), True, lo=1, key=is_enough)
+        return [life for _, _, life in able[:number]]
+
+
+def _needed(
+    request: Request,
+    worker: WorkerState,
+    reserve: float,
+    victims: Sequence[Life],
+    leaving: Mapping[RequestId, Request],
+) -> list[Life]:
+    """Returns those that have to go, of some that would do: others end before the memory is wanted."""
+    gone = {life.request.request_id: life.request for life in victims}
+    for life in victims[:-1]:
+        others = {request_id: other for request_id, other in gone.items() if request_id != life.request.request_id}
+        if _has_room(request, worker, reserve, {**leaving, **others}):
+            gone = others
+    return [life for life in victims if life.request.request_id in gone]
+
+
+def _has_room(request: Request, worker: WorkerState, reserve: float, without: Mapping[RequestId, Request]) -> bool:
+    """Whether a worker has memory and a place for a request once some of its own have left."""
+    if worker.free_sequences() + len(worker.released) + len(without) < 1:
+        return False
+    free = worker.free_tokens(without)
+    # One that is empty then may be filled by one request.
+    return worker.kv_tokens(request) <= (free if without.keys() >= worker.requests else int(free * (1 - reserve)))

@@ -1,0 +1,48 @@
+"""What goes over the wire comes back as it was."""
+
+from __future__ import annotations
+
+import pytest
+
+from bucketserve.core.types import FinishReason, Headroom, RequestId
+from bucketserve.rpc.convert import (
+    finish_reason_from_pb,
+    finish_reason_to_pb,
+    headroom_from_pb,
+    headroom_to_pb,
+    joined_from_pb,
+    request_from_ticket,
+    sequence_from_spec,
+)
+from bucketserve.v1 import common_pb2, scheduler_pb2
+
+
+@pytest.mark.parametrize("reason", list(FinishReason))
+def test_every_reason_to_end(reason: FinishReason) -> None:
+    assert finish_reason_from_pb(finish_reason_to_pb(reason)) is reason
+
+
+def test_a_reason_of_a_later_release_is_an_error() -> None:
+    assert finish_reason_from_pb(common_pb2.FinishReason.ValueType(99)) is FinishReason.ERROR
+
+
+def test_how_often_a_run_was_preempted_and_whom_to_let_go_first() -> None:
+    ticket = scheduler_pb2.Ticket(run_id="a.3", prompt_tokens=5, max_new_tokens=2, is_resumed=True, num_preemptions=2)
+    assert request_from_ticket(ticket, arrival_s=0.0).num_preemptions == 2
+    for request_class, is_batch in (
+        (common_pb2.REQUEST_CLASS_BATCH, True),
+        (common_pb2.REQUEST_CLASS_INTERACTIVE, False),
+        (common_pb2.REQUEST_CLASS_UNSPECIFIED, False),
+    ):
+        spec = scheduler_pb2.RunSpec(token_ids=[7], max_new_tokens=2, request_class=request_class, num_preemptions=1)
+        sequence = sequence_from_spec(spec, RequestId("a.3#1"), "b")
+        assert (sequence.is_batch, sequence.num_preemptions) == (is_batch, 1)
+
+
+def test_how_a_worker_s_kv_is_used_and_how_far_it_has_got() -> None:
+    headroom = Headroom(kv_total_tokens=9, kv_free_tokens=4, max_sequences=3, num_decode_steps=12)
+    report = headroom_to_pb(headroom, [], last_assignment=0)
+    assert headroom_from_pb(report) == headroom
+    for grows_kv in (True, False):
+        joined = joined_from_pb(scheduler_pb2.WorkerHello(worker_id="w", report=report, grows_kv=grows_kv))
+        assert (joined.grows_kv, joined.headroom) == (grows_kv, headroom)
