@@ -25,6 +25,7 @@ from bucketserve.core.errors import UnavailableError
 from bucketserve.store.embedded import EmbeddedServer, find_server, free_port
 from bucketserve.store.redis import connect
 from bucketserve_cli.stack import LocalStack
+from tests.chaos.checks import usage
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import events, eventually, leader, metric, status
 from tests.e2e.test_stack import SLOW, run
@@ -234,6 +235,19 @@ async def test_gateway_dies_its_requests_are_cancelled_and_nobody_else_notices(n
         await eventually(is_free, 15)
         stack.restart("gateway")
         await asyncio.to_thread(stack.wait_until_serving, 30)
+
+
+async def test_workers_wait_for_a_gateway_that_is_back_at_once_and_hold_no_more_than_before(
+    new_stack: NewStack,
+) -> None:
+    # Their streams are open again though there is nothing to deliver; what they hold is looked at after the test.
+    stack = new_stack(num_workers=2)
+    stack.services["gateway"].signal(signal.SIGKILL)
+    stack.services["gateway"].wait(5)
+    stack.restart("gateway")
+    await asyncio.to_thread(stack.wait_until_serving, 30)
+    for name in stack.worker_names():
+        await eventually(lambda name=name: usage(stack)[name].files["connection to gateway"] == 1)
 
 
 async def test_sigterm_anywhere_a_rolling_restart_of_the_whole_stack_fails_no_stream(new_stack: NewStack) -> None:

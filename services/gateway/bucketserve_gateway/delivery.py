@@ -46,6 +46,8 @@ class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
         """One stream per worker."""
         self._deployment.check(context.invocation_metadata())
         first = await first_message(request_iterator)
+        # Answered before there is output: else the worker's call waits for it, with a task, for as long as it is idle.
+        await context.send_initial_metadata(())
         outbox: Outbox[Response] = Outbox(OUTBOX_LIMIT)
         if older := self._outboxes.get(first.worker_id):
             older.close()
