@@ -141,7 +141,8 @@ class BatchFormer:
             is_late = lane is Lane.DEFERRED and first.request_class is RequestClass.INTERACTIVE
             if is_late and not worker.may_take_late(first, self._settings.late_kv_share):
                 continue
-            if not worker.has_place(self._settings, small=False) and not self._would_be_late(first, now_s):
+            has_place = worker.has_place(self._settings, small=False)
+            if not (self._may_share(first, worker, now_s) if has_place else self._would_be_late(first, now_s)):
                 if self._settings.queue_order is QueueOrder.FCFS:
                     return None
                 continue
@@ -240,6 +241,13 @@ class BatchFormer:
             worker.saved_for = request.request_id
             self._saving = (request.request_id, worker)
 
+    def _may_share(self, request: Request, worker: WorkerState, now_s: float) -> bool:
+        """Whether what a worker has still to compute, less than a step, meets its targets if a request joins it."""
+        if not self._settings.is_time_aware:
+            return True
+        cut = _Cut(due_s=self._due_there(worker, now_s))
+        return cut.due_s == INFINITY or self._is_in_time(cut, request, worker, now_s, INFINITY)
+
     def _would_be_late(self, request: Request, now_s: float) -> bool:
         """Whether a request would miss its TTFT if it waited until some worker has computed what it has.
 
@@ -260,17 +268,22 @@ class BatchFormer:
     def _wake_at(self, at_s: float) -> None:
         self.wake_s = at_s if self.wake_s is None else min(self.wake_s, at_s)
 
+    def _due_there(self, worker: WorkerState, now_s: float) -> float:
+        """Returns when the prompts must be computed that a worker has still to do: the earliest target among them."""
+        lives = (self._lives.get(request_id) for request_id in worker.batch_of)
+        return min((_due_s(life.request, now_s) for life in lives if life is not None), default=INFINITY)
+
     def _cut(
         self, lane: Lane, bucket: Bucket, first: Request, worker: WorkerState, now_s: float
     ) -> tuple[_Cut, LimitedBy]:
         """Takes requests from the bucket in order, from `first` on, until something stops it; that one fits."""
-        cut = _Cut(tpot_s=self._lives.tpot_s(worker))
+        cut, most_tokens = _Cut(tpot_s=self._lives.tpot_s(worker)), self._settings.small_batch_tokens
+        if worker.has_place(self._settings, small=False):
+            cut.due_s, most_tokens = self._due_there(worker, now_s), self._settings.max_batch_tokens
+            most_tokens -= worker.backlog_tokens()
         alone_s = worker.times.decode_s(worker.num_sequences() + 1, worker.context_tokens_held())
         safe_tokens = worker.safe_tokens(self._settings.memory_reserve)
         sequences = 1 if worker.saved_for is not None else worker.free_sequences()
-        most_tokens = self._settings.max_batch_tokens
-        if not worker.has_place(self._settings, small=False):
-            most_tokens = min(most_tokens, self._settings.small_batch_tokens)
         fair_tokens, num_passed = self._fair_tokens(lane, bucket), 0
         with closing(self._lanes.of(lane).in_order(bucket)) as ordered:
             for waiting in ordered:

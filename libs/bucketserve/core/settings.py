@@ -70,20 +70,18 @@ class CoreSettings:
     (core/preemption.py), so that what is sent begins at once."""
     max_batch_tokens: int = 2048
     """Most prompt tokens in a batch, about what one step computes: what is not sent yet can still be overtaken."""
-    max_outstanding_batches: int = 1
-    """Batches at a worker whose prompts aren't computed."""
     small_batch_tokens: int = 1024
-    """Batches of up to so many prompt tokens are counted apart: as many of them again may be outstanding at a worker
-    that has a long prompt to do, where a short one would be late if it waited. For engines that share their steps
-    (core/stepping.py); 0: no."""
+    """A batch of up to so many prompt tokens goes to a worker that has a long prompt to do, where a short one would be
+    late if it waited. For engines that share their steps (core/stepping.py); 0: no."""
     max_chunk_tokens: int = 0
     """Most prompt tokens per step beside running decodes, unless a TPOT target asks for fewer; 0: no limit."""
 
     is_time_aware: bool = True
     """Batches end where a larger one would miss its tightest TTFT, or a running decode's TPOT."""
     fill_tokens: int = 256
-    """Prompt tokens at which a batch is full: up to here a larger one takes hardly longer, since reading the weights
-    takes most of the time."""
+    """Prompt tokens up to which a step takes hardly longer, since reading the weights takes most of the time. A batch
+    is not divided among idle workers below it, and a worker is given the next one when fewer are left there: they
+    share a step."""
 
     queue_order: QueueOrder = QueueOrder.SLACK
     cost_weight: float = 2.0
@@ -146,7 +144,6 @@ class CoreSettings:
                 ("output_quantile", "in (0, 1)", 0 < self.output_quantile < 1),
                 ("memory_reserve", "in [0, 1)", 0 <= self.memory_reserve < 1),
                 ("max_batch_tokens", "at least 1", self.max_batch_tokens >= 1),
-                ("max_outstanding_batches", "at least 1", self.max_outstanding_batches >= 1),
                 ("small_batch_tokens", "at least 0", self.small_batch_tokens >= 0),
                 ("max_chunk_tokens", "at least 0", self.max_chunk_tokens >= 0),
                 ("fill_tokens", "at least 1", self.fill_tokens >= 1),

@@ -266,11 +266,10 @@ class WorkerState:
 
     def has_place(self, settings: CoreSettings, *, small: bool) -> bool:
         """Whether it may be given another batch, a small one or one of any size."""
-        number = len(self.small)
         if small:
             is_long = self.backlog_tokens() > settings.max_batch_tokens
-            return is_long and bool(settings.small_batch_tokens) and number < settings.max_outstanding_batches
-        return len(self.outstanding) - number < settings.max_outstanding_batches
+            return is_long and bool(settings.small_batch_tokens) and not self.small
+        return self.backlog_tokens() < settings.fill_tokens
 
     def num_sequences(self) -> int:
         """Sequences there or on their way."""
@@ -285,6 +284,9 @@ class WorkerState:
 
     def backlog_tokens(self) -> int:
         """Prompt tokens given to it and not computed yet."""
+        if not self.outstanding:
+            # Its last report may be older than the news of that.
+            return 0
         backlog = self.headroom.waiting_prefill_tokens
         for batch in self.unaccounted:
             backlog += batch.prefill_tokens

@@ -167,7 +167,8 @@ class Worker:
         self._telemetry.turn(turn, finished)
         self._tell_prefilled(prefilled)
         self._tell_finished(finished)
-        if finished or output.prefilled or turn.cancelled:
+        has_computed = output.sample is not None and output.sample.prefill_tokens > 0
+        if finished or output.prefilled or turn.cancelled or has_computed:
             self.link.report_soon()
 
     def _note_ends(self, turn: EngineTurn) -> None:

@@ -156,7 +156,7 @@ def test_a_hot_beginning_spreads_before_its_holder_is_overloaded() -> None:
 
 
 def test_it_waits_for_its_holder_no_longer_than_a_multiple_of_what_that_spares() -> None:
-    under_test = core(max_outstanding_batches=1)
+    under_test = core(fill_tokens=1)
     under_test.step(fleet(2), 0.0)
     homes = warm(under_test, 1, 2)
     assert places(submit(under_test, known("a", tail=300))) == {"a": homes[1]}
@@ -174,7 +174,7 @@ def test_it_waits_for_its_holder_no_longer_than_a_multiple_of_what_that_spares()
 
 
 def test_it_goes_to_its_holder_as_soon_as_that_has_room_and_others_go_meanwhile() -> None:
-    under_test = core(max_outstanding_batches=1)
+    under_test = core(fill_tokens=1)
     under_test.step(fleet(2), 0.0)
     homes = warm(under_test, 1, 2)
     (first,) = batches(submit(under_test, known("a", tail=300)))
@@ -193,7 +193,7 @@ def test_in_a_batch_for_one_worker_is_nobody_who_belongs_to_another() -> None:
 
 def test_nobody_is_overtaken_for_longer_than_that() -> None:
     """The holder never has room again, and others fit the worker that has, all the time."""
-    under_test = core(max_outstanding_batches=1, max_batch_tokens=400, deferred_share=0.01, small_batch_tokens=0)
+    under_test = core(fill_tokens=1, max_batch_tokens=400, deferred_share=0.01, small_batch_tokens=0)
     under_test.step(fleet(2), 0.0)
     homes = warm(under_test, 1, 2)
     assert places(submit(under_test, known("a", tail=300))) == {"a": homes[1]}
@@ -242,7 +242,7 @@ def test_what_a_worker_had_is_forgotten_when_it_goes_or_begins_anew() -> None:
 
 
 def test_those_whose_holder_has_gone_are_as_long_as_they_are() -> None:
-    under_test = core(max_outstanding_batches=1)
+    under_test = core(fill_tokens=1)
     under_test.step(fleet(2), 0.0)
     homes = warm(under_test, 1, 2)
     submit(under_test, known("a", tail=300))
@@ -270,7 +270,7 @@ def test_reports_correct_what_is_believed() -> None:
 
 
 def test_a_request_leaves_the_queue_whatever_has_become_known_meanwhile() -> None:
-    under_test = core(max_outstanding_batches=1, small_batch_tokens=0)
+    under_test = core(fill_tokens=1, small_batch_tokens=0)
     under_test.step(fleet(1), 0.0)
     (first,) = batches(submit(under_test, known("a")))
     submit(under_test, known("b"), known("c"))

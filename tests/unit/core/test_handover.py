@@ -149,7 +149,7 @@ def test_a_run_of_an_older_attempt_is_stopped_not_believed() -> None:
 
 
 def test_one_that_only_a_decoder_that_left_could_hold_does_not_stop_those_behind_it() -> None:
-    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE, max_outstanding_batches=2), 4096)
+    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE, fill_tokens=10_000), 4096)
     small, large = joined("small", free=500), joined("d", free=2000)
     core.step([replace(joined("p", free=3000), role=WorkerRole.PREFILL)], 0.0)
     core.step([replace(worker, role=WorkerRole.DECODE) for worker in (small, large)], 0.0)
@@ -241,7 +241,7 @@ def of(name: str, role: WorkerRole, fingerprint: str, free: int = 1000) -> Worke
 
 def rolling(*more: WorkerJoined) -> SchedulerCore:
     """Prefill and decode workers of the old weights, and a prefill worker of the new ones."""
-    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE, max_outstanding_batches=2), 4096)
+    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE, fill_tokens=10_000), 4096)
     old = [of("p", WorkerRole.PREFILL, "old"), of("d", WorkerRole.DECODE, "old")]
     core.step([*old, of("p2", WorkerRole.PREFILL, "new"), *more], 0.0)
     return core

@@ -258,7 +258,7 @@ def test_one_whose_client_has_gone_is_on_its_way_out_already() -> None:
 
 
 def test_what_was_let_go_goes_on_before_others_of_its_class() -> None:
-    under_test = core(max_outstanding_batches=1)
+    under_test = core(fill_tokens=1)
     under_test.step(patient("new", prompt_tokens=10, output=10), 1.0)
     back = a_request("old.2", 500, 100, 0.5, request_class=BATCH, is_resumed=True, num_preemptions=1)
     chat = a_request("chat.2", 500, 100, 0.5, is_resumed=True, num_preemptions=1)

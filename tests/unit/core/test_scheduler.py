@@ -45,7 +45,7 @@ FCFS = QueueOrder.FCFS
 
 def core(**settings) -> SchedulerCore:
     """One bucket, a tenth of the memory in reserve, and two batches at a worker, no small ones beside them."""
-    values = {"edges": EdgeRule.NONE, "small_batch_tokens": 0, "memory_reserve": 0.1, "max_outstanding_batches": 2}
+    values = {"edges": EdgeRule.NONE, "small_batch_tokens": 0, "memory_reserve": 0.1, "fill_tokens": 10_000}
     return SchedulerCore(CoreSettings(**{**values, **settings}), 4096)
 
 
@@ -120,19 +120,20 @@ def test_what_a_report_does_not_contain_yet_is_still_counted() -> None:
 
 
 def test_sequences_and_outstanding_batches_are_bounded() -> None:
-    under_test = core(max_outstanding_batches=1)
+    under_test = core(fill_tokens=1)
     names = [f"r{i}" for i in range(9)]
     decision = under_test.step([joined(free=4000, max_sequences=4), *submitted(*names)], 0.0)
     (batch,) = batches(decision)
     assert (len(batch.request_ids), batch.limited_by) == (4, LimitedBy.COUNT)
     # Another batch needs the first one's prompts to be computed, and a free sequence.
-    assert not batches(under_test.step([reported(free=3900, total=4000, last_assignment=1, num_running=2)], 0.1))
+    left = reported(free=3900, total=4000, last_assignment=1, num_running=2, waiting_prefill_tokens=20)
+    assert not batches(under_test.step([left], 0.1))
     events = [prefilled(batch), reported(free=3900, total=4000, last_assignment=1, num_running=2, max_sequences=4)]
     assert len(batches(under_test.step(events, 0.2))[0].request_ids) == 2
 
 
 def test_a_short_prompt_goes_beside_a_long_one_only_when_it_would_be_late() -> None:
-    under_test = core(max_outstanding_batches=1, small_batch_tokens=100)
+    under_test = core(fill_tokens=1, small_batch_tokens=100)
     (long,) = batches(under_test.step([joined(free=9000), *submitted("long", prompt_tokens=3000)], 0.0))
     names = ("a", "b", "c")
     events = [*submitted("other", prompt_tokens=1500), *submitted(*names, prompt_tokens=40, ttft_slo_s=1.0)]
@@ -146,12 +147,13 @@ def test_a_short_prompt_goes_beside_a_long_one_only_when_it_would_be_late() -> N
     # Small ones have as many places as long ones, and don't take theirs.
     (after,) = batches(under_test.step([prefilled(small)], 0.95))
     assert after.request_ids == ("c",)
-    (after,) = batches(under_test.step([prefilled(long)], 1.0))
+    computed = [prefilled(long), reported(free=5000, total=9000, last_assignment=3)]
+    (after,) = batches(under_test.step(computed, 1.0))
     assert after.request_ids == ("other",)
 
 
 def test_a_short_prompt_goes_beside_a_long_one_that_takes_too_long() -> None:
-    under_test = core(max_outstanding_batches=1, small_batch_tokens=100)
+    under_test = core(fill_tokens=1, small_batch_tokens=100)
     speed = reported(free=9000, total=9000, steps=prefill_steps(0.001))
     under_test.step([joined(free=9000), speed, *submitted("long", prompt_tokens=3000)], 0.0)
     # 3 s for what is there: one with a target of 10 s waits till shortly before, one with 2 s goes at once.
@@ -165,7 +167,7 @@ def test_a_short_prompt_goes_beside_a_long_one_that_takes_too_long() -> None:
 
 
 def test_a_short_prompt_goes_to_a_worker_with_a_place_for_any_before_one_that_computes_a_long_prompt() -> None:
-    under_test = core(max_outstanding_batches=1, small_batch_tokens=100)
+    under_test = core(fill_tokens=1, small_batch_tokens=100)
     under_test.step([joined(free=9000), *submitted("long", prompt_tokens=3000)], 0.0)
     # It has hardly any memory left and many sequences, but nothing to compute.
     under_test.step([joined("full", free=100, total=9000, num_running=60)], 0.1)
@@ -173,14 +175,14 @@ def test_a_short_prompt_goes_to_a_worker_with_a_place_for_any_before_one_that_co
 
 
 def test_small_batches_are_for_long_prompts_only() -> None:
-    under_test = core(max_outstanding_batches=1, small_batch_tokens=100)
+    under_test = core(fill_tokens=1, small_batch_tokens=100)
     under_test.step([joined(free=9000), *submitted("a", prompt_tokens=1500)], 0.0)
     waits = under_test.step(submitted("b", ttft_slo_s=0.01), 0.1)
     assert (batches(waits), waits.wake_s) == ([], None)
 
 
 def test_first_come_first_served_holds_whatever_a_short_first_one_waits_for() -> None:
-    under_test = core(max_outstanding_batches=1, small_batch_tokens=100, edges=EdgeRule.ADAPTIVE, queue_order=FCFS)
+    under_test = core(fill_tokens=1, small_batch_tokens=100, edges=EdgeRule.ADAPTIVE, queue_order=FCFS)
     fleet = [of_kind("w", "A", free=9000), *submitted("long", prompt_tokens=3000)]
     under_test.step(fleet, 0.0)
     under_test.step([of_kind("other", "B", free=9000)], 0.1)
@@ -190,7 +192,7 @@ def test_first_come_first_served_holds_whatever_a_short_first_one_waits_for() ->
 
 
 def test_without_small_batches_all_wait_for_the_long_ones() -> None:
-    under_test = core(max_outstanding_batches=1)
+    under_test = core(fill_tokens=1)
     under_test.step([joined(free=9000), *submitted("long", prompt_tokens=1500)], 0.0)
     assert not batches(under_test.step(submitted("a", prompt_tokens=1), 0.1))
 
@@ -204,10 +206,21 @@ def test_time_limits_a_batch_to_its_tightest_ttft() -> None:
     under_test = core()
     under_test.step([joined(free=100_000), reported(free=100_000, total=100_000, steps=prefill_steps(0.01))], 0.0)
     events = submitted(*(f"r{i}" for i in range(10)), prompt_tokens=50, ttft_slo_s=1.7)
-    # 50 tokens take 0.5 s each: three meet 1.7 s, a fourth would not; the second batch comes after the first.
-    (first, second) = batches(under_test.step(events, 0.0))
-    assert (len(first.request_ids), first.limited_by) == (3, LimitedBy.TIME)
-    assert (len(second.request_ids), second.limited_by) == (1, LimitedBy.TIME)
+    # 50 tokens take 0.5 s each: three meet 1.7 s, a fourth would not, and no other batch may join them.
+    (batch,) = batches(under_test.step(events, 0.0))
+    assert (len(batch.request_ids), batch.limited_by) == (3, LimitedBy.TIME)
+
+
+def test_a_batch_joins_the_end_of_another_one_if_that_stays_in_time() -> None:
+    under_test = core(fill_tokens=100)
+    under_test.step([joined(free=100_000), reported(free=100_000, total=100_000, steps=prefill_steps(0.01))], 0.0)
+    under_test.step(submitted("long", prompt_tokens=400, ttft_slo_s=6.0), 0.0)
+    assert not batches(under_test.step(submitted("a", "b", prompt_tokens=80, ttft_slo_s=30.0), 0.1))
+    # 60 tokens are left of it, 0.6 s: one more of 80 ends at 5.4 s, another one would end at 6.2 s.
+    left = reported(free=99_000, total=100_000, last_assignment=1, num_waiting=1, waiting_prefill_tokens=60)
+    (batch,) = batches(under_test.step([left], 4.0))
+    assert (batch.request_ids, batch.limited_by) == (("a",), LimitedBy.TIME)
+    assert not batches(under_test.step([], 4.1))
 
 
 def test_least_slack_first_and_batch_class_last() -> None:
@@ -261,7 +274,7 @@ def test_a_request_said_again_changes_nothing() -> None:
 
 
 def test_a_resumption_is_never_refused_and_goes_first() -> None:
-    under_test = core(max_queued_requests=2, max_outstanding_batches=1)
+    under_test = core(max_queued_requests=2, fill_tokens=1)
     under_test.step([joined(free=30, total=1000), *submitted("runs")], 0.0)
     under_test.step(submitted("a", "b", ttft_slo_s=0.5, arrival_s=1.0), 1.0)
     wanted = {"ttft_slo_s": 0.1, "reject_if_unattainable": True, "arrival_s": 0.5}
@@ -351,7 +364,7 @@ def test_only_the_same_weights_go_on_with_an_output() -> None:
 
 
 def test_a_request_bound_to_busy_weights_does_not_stop_those_behind_it() -> None:
-    under_test = core(max_outstanding_batches=1)
+    under_test = core(fill_tokens=1)
     under_test.step([of_kind("old", "A", free=4000), *submitted("runs")], 0.0)
     decision = under_test.step([of_kind("new", "B", free=4000), *resumed("a.2", fingerprint="A"), *submitted("b")], 0.1)
     assert [(batch.worker_id, batch.request_ids) for batch in batches(decision)] == [("new", ("b",))]
@@ -465,7 +478,7 @@ def test_what_no_worker_could_ever_hold_waits_for_one_and_ends() -> None:
 
 
 def test_a_late_large_request_is_not_starved_by_small_ones() -> None:
-    under_test = core(edges=EdgeRule.ADAPTIVE, max_outstanding_batches=9)
+    under_test = core(edges=EdgeRule.ADAPTIVE, fill_tokens=10_000)
     under_test.step([joined(free=1000), *submitted("holder", max_new_tokens=400)], 0.0)
     under_test.step(submitted("large", prompt_tokens=700, max_new_tokens=100), 0.0)
     early = under_test.step([reported(free=590, total=1000, last_assignment=1), *submitted("s1", arrival_s=0.1)], 0.1)
