@@ -126,14 +126,10 @@ bench-path: $(READY) ## Requests/s, tokens/s and added TTFT through gateway and 
 bench-core: $(READY) ## core.step at growing queues
 	$(BIN)/python benchmarks/core_step.py
 
-RIVALS ?= adaptive,paper,chunked,chunked-edf,qoserve,lmetric,laps,distserve,uellm-continuous
-SEEDS ?= 3
+SEEDS ?= 5
 
-operators: $(READY) ## Capacities at 80, 95 and 99% of the core and its rivals, every device, Poisson and bursts, into OUT
-	mkdir -p $(OUT)
-	for device in a100-40gb-13b a100-80gb-13b h100-80gb-8b; do for arrivals in poisson gamma; do \
-		$(BIN)/bucketserve sim --compare $(RIVALS) --seeds $(SEEDS) --device $$device --arrivals $$arrivals \
-			--burstiness 3 --json $(OUT)/operators-$$device-$$arrivals.json || exit 1; done; done
+operators: $(READY) ## Capacities at 95 and 99% with loose limits, rivals, ablation: make operators SEEDS=5 TRACES=DIR (hours)
+	$(BIN)/python benchmarks/operators.py --seeds $(SEEDS)
 
 paper: $(READY) ## Reproduce the paper's evaluation into docs/paper
 	$(BIN)/python benchmarks/paper.py

@@ -17,7 +17,7 @@ from bucketserve.sim.cluster import layout_name
 from bucketserve.sim.experiment import Experiment, run_experiment
 from bucketserve.sim.latency import load_device
 from bucketserve.sim.limits import OutputLimits
-from bucketserve.sim.policies import find_policy
+from bucketserve.sim.policies import find_policy, with_settings
 from bucketserve.sim.policy_spec import STEP_SIZES, Layout, PolicySpec
 from bucketserve.sim.report import Report
 from bucketserve.sim.workload import Arrivals, Lengths, read_trace
@@ -56,6 +56,8 @@ class Case:
     """Where searches begin."""
     step_tokens: int = 0
     """0: as its authors have it; for the core, as it is served."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """Of the core, with their values, where they are not as it is served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,8 @@ def saturation(case: Case, capacity_rps: float) -> float:
 
 def _policy(case: Case) -> PolicySpec:
     policy = find_policy(case.policy)
+    if case.settings:
+        return with_settings(policy, dict(case.settings))
     return policy.sized(case.step_tokens) if policy.sized is not None and case.step_tokens else policy
 
 

@@ -1,0 +1,315 @@
+"""Writes the operators' table, docs/paper/operators.md: capacities with limits as clients send them, at 95 and 99%.
+
+Devices x arrivals x policies x seeds, recorded lengths (--traces), and the core with one thing changed. Every finished
+run is appended to operators.jsonl, so that a run that was stopped goes on where it was; --report-only writes the page.
+A rival has its best step size of a sweep with a seed of its own (sim/operators.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from bucketserve.sim.operators import Case, best_step, measure
+from bucketserve.sim.workload import Arrivals
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "docs" / "paper"
+KEPT = OUT / "operators.jsonl"
+DEVICES: Mapping[str, float] = {"a100-40gb-13b": 2.0, "a100-80gb-13b": 6.0, "h100-80gb-8b": 50.0}
+"""Where searches begin, requests/s."""
+RIVALS = ("chunked", "chunked-edf", "qoserve")
+OURS = "adaptive"
+ABLATIONS: Mapping[str, Mapping[str, str]] = {
+    "one bucket": {"edges": "none"},
+    "edges of Algorithm 1": {"edges": "paper"},
+    "first come, first served": {"queue_order": "fcfs"},
+    "slack without cost": {"cost_weight": "0"},
+    "batches by memory alone": {"is_time_aware": "false"},
+    "one batch at a time": {"fill_tokens": "1"},
+    "nothing beside long prompts": {"small_batch_tokens": "0"},
+    "KV by the median output": {"output_quantile": "0.5"},
+    "KV by the 0.9 quantile": {"output_quantile": "0.9"},
+    "deferred share 2%": {"deferred_share": "0.02"},
+    "deferred share 30%": {"deferred_share": "0.3"},
+}
+TARGETS = ("0.8", "0.95", "0.99")
+NUM_REQUESTS = 600
+STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One line of a table for one seed; `what` is the policy, or what was changed of ours."""
+
+    group: str
+    device: str
+    workload: str
+    arrivals: str
+    what: str
+    seed: int
+    settings: tuple[tuple[str, str], ...] = ()
+    trace: str = ""
+
+    @property
+    def key(self) -> str:
+        """Names it in the file."""
+        return "/".join((self.group, self.device, self.workload, self.arrivals, self.what, str(self.seed)))
+
+    @property
+    def case(self) -> Case:
+        """What is simulated, without a rival's step size."""
+        return Case(
+            policy=self.what if self.group != "ablation" else OURS,
+            settings=self.settings,
+            device=self.device,
+            workload=self.trace or self.workload,
+            is_trace=bool(self.trace),
+            arrivals=Arrivals(self.arrivals),
+            num_requests=NUM_REQUESTS,
+            seed=self.seed,
+            start_rps=DEVICES[self.device],
+        )
+
+
+def run(job: Job, step_tokens: int) -> dict[str, object]:
+    """Returns the figures of a job."""
+    measured = measure(replace(job.case, step_tokens=step_tokens))
+    return {
+        "key": job.key,
+        "step_tokens": step_tokens,
+        "capacity_rps": {str(target): at.capacity_rps for target, at in measured.at.items()},
+        "ttft_p99_s": {str(target): at.ttft_p99_s for target, at in measured.at.items()},
+        "evictions": {str(target): at.num_evictions for target, at in measured.at.items()},
+        "goodput_rps": measured.goodput_rps,
+    }
+
+
+def sweep(job: Job) -> int:
+    """Returns a rival's best step size."""
+    return best_step(job.case)
+
+
+def jobs_of(seeds: Sequence[int], traces: Path | None) -> list[Job]:
+    """All jobs, those that matter most first."""
+    worlds = [(device, arrivals) for device in DEVICES for arrivals in ("poisson", "gamma")]
+    jobs = []
+    for seed in seeds:
+        jobs += [Job("mixed", d, "mixed", a, what, seed) for what in (OURS, *RIVALS) for d, a in worlds]
+        jobs += [
+            Job("ablation", device, "mixed", arrivals, label, seed, tuple(settings.items()))
+            for label, settings in ABLATIONS.items()
+            for device, arrivals in worlds
+        ]
+        for path in sorted(traces.glob("*.csv*")) if traces else ():
+            for device, arrivals in worlds:
+                name = path.name.split(".")[0]
+                jobs += [
+                    Job("trace", device, name, arrivals, what, seed, trace=str(path)) for what in (OURS, RIVALS[0])
+                ]
+    return jobs
+
+
+def simulate(jobs: Iterable[Job], processes: int, console: Console) -> None:
+    """Runs what is not in the file yet."""
+    found = rows()
+    steps = {key.removeprefix("step/"): int(row["step_tokens"]) for key, row in found.items() if key[:5] == "step/"}
+    left = [job for job in jobs if job.key not in found]
+    with ProcessPoolExecutor(processes) as pool, Progress(console=console) as progress, KEPT.open("a") as file:
+
+        def keep(row: Mapping[str, object]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        def world(job: Job) -> str:
+            return "/".join((job.device, job.workload, job.arrivals, job.what))
+
+        rivals = {world(job): job for job in left if job.what in RIVALS and world(job) not in steps}
+        bar = progress.add_task("step sizes", total=len(rivals))
+        sweeps = {pool.submit(sweep, job): name for name, job in rivals.items()}
+        for done in as_completed(sweeps):
+            steps[sweeps[done]] = done.result()
+            keep({"key": f"step/{sweeps[done]}", "step_tokens": done.result()})
+            progress.advance(bar)
+        bar = progress.add_task("capacities", total=len(left))
+        for done in as_completed([pool.submit(run, job, steps.get(world(job), 0)) for job in left]):
+            keep(done.result())
+            progress.advance(bar)
+
+
+def rows() -> dict[str, dict]:
+    """What was measured, by key."""
+    lines = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.is_file() else []
+    return {row["key"]: row for row in map(json.loads, lines)}
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """Figures by group, device, workload, arrivals, policy or change, and seed."""
+
+    def __init__(self, found: Mapping[str, dict]) -> None:
+        self._rows = {tuple(key.split("/")): row for key, row in found.items() if not key.startswith("step/")}
+
+    def of(self, *name: str) -> dict[str, dict]:
+        """Seed -> row of (group, device, workload, arrivals, what)."""
+        return {key[5]: row for key, row in self._rows.items() if key[:5] == name}
+
+    def workloads(self, group: str) -> list[str]:
+        """All of a group."""
+        return sorted({key[2] for key in self._rows if key[0] == group})
+
+    def capacity(self, target: str, *name: str) -> list[float]:
+        """Of each seed."""
+        return [row["capacity_rps"][target] for row in self.of(*name).values()]
+
+    def ratio(self, target: str, top: Sequence[str], bottom: Sequence[str]) -> list[float]:
+        """Of each seed that both have."""
+        above, below = self.of(*top), self.of(*bottom)
+        pairs = [
+            (above[seed]["capacity_rps"][target], below[seed]["capacity_rps"][target])
+            for seed in above
+            if seed in below
+        ]
+        return [a / b for a, b in pairs if b]
+
+
+def shown(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and half-width of its 95% confidence interval, where there is more than one."""
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    half = STUDENT_T.get(len(values) - 1, 2.6) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 118, break_on_hyphens=False)
+
+
+def page(results: Results) -> str:
+    """Returns the document."""
+    lines = [
+        "# The operators' table",
+        "",
+        paragraph(
+            "Written by `make operators` (`benchmarks/operators.py`) from `operators.jsonl` beside it. Four "
+            "workers, limits as clients send them, Poisson arrivals and bursts (gamma, cv 3), at least "
+            f"{NUM_REQUESTS} requests and ten times the longest one's time (see [../simulator.md](../simulator.md)). "
+            "Requests/s within SLO at 80, 95 and 99%; in brackets TTFT p99 of interactive requests, in seconds. A "
+            "rival has its best step size. "
+            "Mean ± 95% confidence where there is more than one seed; ratios per seed."
+        ),
+        "",
+    ]
+    for device in DEVICES:
+        lines += [
+            f"## Mixed, {device}",
+            "",
+            "| policy | arrivals | 80% | 95% | 99% | ours over it, 95% | 99% | preemptions at 95% |",
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        for arrivals in ("poisson", "gamma"):
+            for what in (OURS, *RIVALS):
+                name = ("mixed", device, "mixed", arrivals, what)
+                if not (found := results.of(*name)):
+                    continue
+                tails = [statistics.fmean(row["ttft_p99_s"][target] for row in found.values()) for target in TARGETS]
+                cells = [
+                    f"{shown(results.capacity(target, *name))} ({tail:.1f})"
+                    for target, tail in zip(TARGETS, tails, strict=True)
+                ]
+                ours = (*name[:4], OURS)
+                over = ["", ""] if what == OURS else [shown(results.ratio(t, ours, name)) for t in TARGETS[1:]]
+                evictions = statistics.fmean(row["evictions"]["0.95"] for row in found.values())
+                lines.append(f"| {what} | {arrivals} | {' | '.join([*cells, *over])} | {evictions:.0f} |")
+        lines.append("")
+    lines += [
+        "## What earns what",
+        "",
+        "Capacity at 95 / 99% with one thing changed, over the core as it is served.",
+        "",
+    ]
+    heads = [f"{device} {arrivals}" for device in DEVICES for arrivals in ("poisson", "gamma")]
+    lines += [f"| changed | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for label in ABLATIONS:
+        cells = []
+        for device in DEVICES:
+            for arrivals in ("poisson", "gamma"):
+                names = ("ablation", device, "mixed", arrivals, label), ("mixed", device, "mixed", arrivals, OURS)
+                cells.append(" / ".join(shown(results.ratio(target, *names)) for target in TARGETS[1:]).strip(" /"))
+        if any(cells):
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    if workloads := results.workloads("trace"):
+        lines += ["", "## On recorded lengths", "", "Ours over `chunked`, capacity at 95 / 99%.", ""]
+        lines += [f"| trace | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+        for workload in workloads:
+            cells = []
+            for device in DEVICES:
+                for arrivals in ("poisson", "gamma"):
+                    names = [("trace", device, workload, arrivals, what) for what in (OURS, RIVALS[0])]
+                    cells.append(" / ".join(shown(results.ratio(target, *names)) for target in TARGETS[1:]).strip(" /"))
+            lines.append(f"| {workload} | {' | '.join(cells)} |")
+    lines += ["", "![capacities](operators.png)", ""]
+    return "\n".join(lines)
+
+
+def draw(results: Results) -> None:
+    """Capacities at 95 and 99% of every policy, a panel for each device and kind of arrivals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, len(DEVICES), figsize=(10, 5))
+    for column, device in enumerate(DEVICES):
+        for axis, arrivals in zip(panels[:, column], ("poisson", "gamma"), strict=True):
+            policies = [what for what in (OURS, *RIVALS) if results.of("mixed", device, "mixed", arrivals, what)]
+            for offset, target in ((-0.2, "0.95"), (0.2, "0.99")):
+                means = [
+                    statistics.fmean(results.capacity(target, "mixed", device, "mixed", arrivals, p)) for p in policies
+                ]
+                axis.barh([i + offset for i in range(len(policies))], means, height=0.38, label=f"{float(target):.0%}")
+            axis.set_yticks(range(len(policies)), policies, fontsize=7)
+            axis.invert_yaxis()
+            axis.set_title(f"{device}, {'bursts' if arrivals == 'gamma' else 'Poisson'}: requests/s", fontsize=8)
+            axis.tick_params(labelsize=7)
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(OUT / "operators.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--traces", type=Path, default=Path(os.environ["TRACES"]) if os.environ.get("TRACES") else None)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", default="", help="jobs whose name begins so, such as mixed/a100-40gb-13b")
+    parser.add_argument("--report-only", action="store_true", help="write the page and the plot from what is there")
+    arguments = parser.parse_args()
+    console = Console()
+    if not arguments.report_only:
+        jobs = jobs_of(range(1, arguments.seeds + 1), arguments.traces)
+        simulate([job for job in jobs if job.key.startswith(arguments.only)], arguments.processes, console)
+    results = Results(rows())
+    (OUT / "operators.md").write_text(page(results), encoding="utf-8")
+    draw(results)
+    console.print(f"wrote {OUT / 'operators.md'}")
+
+
+if __name__ == "__main__":
+    main()
