@@ -364,7 +364,7 @@ def _is_bound(request: Request, candidates: Sequence[WorkerState]) -> bool:
 
 def _could_take(worker: WorkerState, request: Request) -> bool:
     """Whether a worker may be given the request, now or when it has room."""
-    return worker.role is not WorkerRole.DECODE and not worker.is_draining and worker.could_serve(request)
+    return worker.role is not WorkerRole.DECODE and worker.could_serve(request)
 
 
 def _tpot_s(request: Request, alone_s: float) -> float:

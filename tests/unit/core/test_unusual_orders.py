@@ -140,7 +140,7 @@ def test_patience_with_what_is_held_begins_when_its_decoder_has_gone() -> None:
     under_test.step([held_at("p")], 0.2)
     # It waited for room in the only decoder for longer than anybody has patience.
     late_s = 2 * PATIENCE_S
-    assert under_test.step([WorkerDraining(WorkerId("d"))], late_s).drops == ()
+    assert under_test.step([WorkerLost(WorkerId("d"))], late_s).drops == ()
     assert under_test.step([], late_s + PATIENCE_S - 1).drops == ()
     assert under_test.step([], late_s + PATIENCE_S + 1).drops == (Drop(A, DropReason.NO_LIKE_WORKER),)
 
