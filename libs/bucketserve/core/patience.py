@@ -14,11 +14,14 @@ from bucketserve.core.lifecycle import Life, Lifecycle
 from bucketserve.core.messages import DropReason
 from bucketserve.core.types import Request, RequestId
 
-__all__ = ["PATIENCE_S", "Patience"]
+__all__ = ["PATIENCE_S", "REJOIN_S", "Patience"]
 
 PATIENCE_S = 30.0
 """How long a request waits apart for a worker that could serve it, when there is none: one of its fingerprint or
-tokenizer, one that could hold it, or a decode worker large enough for the KV that is held."""
+tokenizer, one that could hold it, or a decode worker large enough for the KV that is held. An attempt that its gateway
+began earlier has waited since then, whoever led meanwhile."""
+REJOIN_S = 10.0
+"""But at least so long from when a leader hears of it: its workers may be on their way to it."""
 
 
 class Patience:
@@ -29,8 +32,8 @@ class Patience:
         self._lives = lives
         self._fleet = fleet
         self._deadlines = DueTimes()
-        self._orphans: dict[RequestId, float] = {}
-        """Since when they are; in that order."""
+        self._orphans = DueTimes()
+        """When each is given up."""
         self._stuck: dict[RequestId, float] = {}
         """Since when without a break."""
         self._num_counted = 0
@@ -41,20 +44,20 @@ class Patience:
         if request.deadline_s is not None:
             self._deadlines.set(request.request_id, request.deadline_s - prefill_s)
 
-    def orphan(self, request: Request, now_s: float) -> None:
-        """Parks a request until there is a worker for it."""
+    def orphan(self, request: Request, now_s: float, since_s: float | None = None) -> None:
+        """Parks a request until there is a worker for it; since_s: since when there was none, if before now."""
         self._lives.park(request)
-        self._orphans.pop(request.request_id, None)
-        self._orphans[request.request_id] = now_s
+        since_s = now_s if since_s is None else since_s
+        self._orphans.set(request.request_id, max(since_s + PATIENCE_S, now_s + REJOIN_S))
 
     def adopted(self, request_id: RequestId) -> None:
         """There is a worker for a request, or it needs none any more."""
-        self._orphans.pop(request_id, None)
+        self._orphans.forget(request_id)
 
     def forget(self, request_id: RequestId) -> None:
         """Forgets a request that has ended."""
         self._deadlines.forget(request_id)
-        self._orphans.pop(request_id, None)
+        self._orphans.forget(request_id)
         self._stuck.pop(request_id, None)
 
     def fits(self, request: Request) -> bool:
@@ -87,9 +90,8 @@ class Patience:
 
     def given_up(self, now_s: float) -> Iterator[tuple[Life, DropReason]]:
         """Yields the orphans for which no worker has come in time, to be dropped, and why."""
-        while (oldest := next(iter(self._orphans.items()), None)) and now_s - oldest[1] > PATIENCE_S:
-            del self._orphans[oldest[0]]
-            if life := self._lives.get(oldest[0]):
+        while (due_s := self._orphans.next_s()) is not None and due_s < now_s:
+            if life := self._lives.get(self._orphans.pop()):
                 is_served = self._fleet.serves(life.request)
                 yield life, DropReason.TOO_LARGE if is_served else DropReason.NO_LIKE_WORKER
 

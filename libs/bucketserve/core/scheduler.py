@@ -399,7 +399,7 @@ class SchedulerCore:
         prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
         self._patience.set_deadline(request, prefill_s)
         if not self._fleet.serves(request):
-            self._patience.orphan(request, now_s)
+            self._patience.orphan(request, now_s, request.attempt_s)
             return
         self._patience.adopted(request.request_id)
         self._lives.wait(request)

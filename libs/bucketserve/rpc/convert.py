@@ -151,6 +151,7 @@ def request_from_ticket(
     ticket: scheduler_pb2.Ticket,
     *,
     arrival_s: float,
+    attempt_s: float | None = None,
     deadline_s: float | None = None,
     block_hashes: Iterable[int] = (),
 ) -> Request:
@@ -161,6 +162,7 @@ def request_from_ticket(
         prompt_tokens=ticket.prompt_tokens,
         max_new_tokens=ticket.max_new_tokens,
         arrival_s=arrival_s,
+        attempt_s=attempt_s,
         block_hashes=tuple(block_hashes),
         request_class=request_class_from_pb(ticket.request_class),
         tenant=ticket.tenant,

@@ -129,20 +129,22 @@ class GatewayHello(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class SubmitRun(_message.Message):
-    __slots__ = ("ticket", "spec", "age_us", "remaining_us", "is_admitted", "block_hashes")
+    __slots__ = ("ticket", "spec", "age_us", "remaining_us", "is_admitted", "block_hashes", "attempt_age_us")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     AGE_US_FIELD_NUMBER: _ClassVar[int]
     REMAINING_US_FIELD_NUMBER: _ClassVar[int]
     IS_ADMITTED_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_AGE_US_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     spec: bytes
     age_us: int
     remaining_us: int
     is_admitted: bool
     block_hashes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., spec: _Optional[bytes] = ..., age_us: _Optional[int] = ..., remaining_us: _Optional[int] = ..., is_admitted: _Optional[bool] = ..., block_hashes: _Optional[_Iterable[int]] = ...) -> None: ...
+    attempt_age_us: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., spec: _Optional[bytes] = ..., age_us: _Optional[int] = ..., remaining_us: _Optional[int] = ..., is_admitted: _Optional[bool] = ..., block_hashes: _Optional[_Iterable[int]] = ..., attempt_age_us: _Optional[int] = ...) -> None: ...
 
 class CancelRun(_message.Message):
     __slots__ = ("model", "run_id")

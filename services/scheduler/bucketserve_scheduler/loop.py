@@ -313,7 +313,11 @@ class SchedulingLoop:
         entry.arrival_s, entry.spec = arrival_s, item.spec
         deadline_s = now_s + item.remaining_us / 1e6 if item.HasField("remaining_us") else None
         request = request_from_ticket(
-            item.ticket, arrival_s=arrival_s, deadline_s=deadline_s, block_hashes=item.block_hashes
+            item.ticket,
+            arrival_s=arrival_s,
+            attempt_s=now_s - item.attempt_age_us / 1e6,
+            deadline_s=deadline_s,
+            block_hashes=item.block_hashes,
         )
         is_admitted = item.is_admitted or entry.is_accepted
         return RequestResumed(request) if is_admitted else RequestSubmitted(request)

@@ -30,7 +30,7 @@ from bucketserve.core.messages import (
     WorkerJoined,
     WorkerLost,
 )
-from bucketserve.core.patience import PATIENCE_S
+from bucketserve.core.patience import PATIENCE_S, REJOIN_S
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
 from bucketserve.core.types import FinishReason, RequestId, WorkerId, WorkerRole
@@ -96,6 +96,28 @@ def test_a_bound_request_ends_while_its_like_only_decode() -> None:
     under_test = core()
     under_test.step([worker("w", "B"), worker("d", "A", DECODE), resumed("a", fingerprint="A")], 0.0)
     assert under_test.step([], PATIENCE_S + 1).drops == (Drop(A, DropReason.NO_LIKE_WORKER),)
+
+
+@pytest.mark.parametrize(("waited_s", "left_s"), [(0.0, PATIENCE_S), (5.0, PATIENCE_S - 5.0), (PATIENCE_S, REJOIN_S)])
+def test_how_long_its_weights_are_waited_for_does_not_begin_anew_with_each_leader(
+    waited_s: float, left_s: float
+) -> None:
+    under_test, now_s = core(), 1000.0
+    again = resumed("a", fingerprint="A", attempt_s=now_s - waited_s)
+    assert under_test.step([worker("w", "B"), again], now_s).drops == ()
+    # One that waits for less time does not hold it up.
+    under_test.step([resumed("b", fingerprint="A", attempt_s=now_s)], now_s)
+    assert under_test.step([], now_s + left_s - 0.1).drops == ()
+    assert Drop(A, DropReason.NO_LIKE_WORKER) in under_test.step([], now_s + left_s + 0.1).drops
+
+
+def test_what_waited_long_in_the_queue_has_all_patience_when_its_weights_go() -> None:
+    under_test, now_s = core(), 1000.0
+    again = resumed("a", fingerprint="A", attempt_s=now_s - 2 * PATIENCE_S)
+    under_test.step([worker("w", "A", free=0, total=1000), again], now_s)
+    under_test.step([WorkerLost(WorkerId("w")), worker("v", "B")], now_s + 1.0)
+    assert under_test.step([], now_s + PATIENCE_S).drops == ()
+    assert under_test.step([], now_s + PATIENCE_S + 2.0).drops == (Drop(A, DropReason.NO_LIKE_WORKER),)
 
 
 def test_a_request_that_only_workers_of_another_kind_could_hold_ends() -> None:
