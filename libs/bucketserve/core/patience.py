@@ -19,7 +19,7 @@ __all__ = ["PATIENCE_S", "REJOIN_S", "Patience"]
 PATIENCE_S = 30.0
 """How long a request waits apart for a worker that could serve it, when there is none: one of its fingerprint or
 tokenizer, one that could hold it, or a decode worker large enough for the KV that is held. An attempt that its gateway
-began earlier has waited since then, whoever led meanwhile."""
+began earlier has waited since then, and KV since it was computed, whoever led meanwhile."""
 REJOIN_S = 10.0
 """But at least so long from when a leader hears of it: its workers may be on their way to it."""
 
@@ -35,7 +35,9 @@ class Patience:
         self._orphans = DueTimes()
         """When each is given up."""
         self._stuck: dict[RequestId, float] = {}
-        """Since when without a break."""
+        """When each is given up, if it is stuck until then without a break."""
+        self._held_since: dict[RequestId, float] = {}
+        """Since when KV is held of which a worker has said so in this step."""
         self._num_counted = 0
         """Changes of the fleet after which orphans were looked at."""
 
@@ -47,8 +49,7 @@ class Patience:
     def orphan(self, request: Request, now_s: float, since_s: float | None = None) -> None:
         """Parks a request until there is a worker for it; since_s: since when there was none, if before now."""
         self._lives.park(request)
-        since_s = now_s if since_s is None else since_s
-        self._orphans.set(request.request_id, max(since_s + PATIENCE_S, now_s + REJOIN_S))
+        self._orphans.set(request.request_id, _end_of_patience_s(now_s if since_s is None else since_s, now_s))
 
     def adopted(self, request_id: RequestId) -> None:
         """There is a worker for a request, or it needs none any more."""
@@ -59,10 +60,15 @@ class Patience:
         self._deadlines.forget(request_id)
         self._orphans.forget(request_id)
         self._stuck.pop(request_id, None)
+        self._held_since.pop(request_id, None)
 
     def fits(self, request: Request) -> bool:
         """Whether some worker may serve the request and could hold it if it were empty."""
         return self._fleet.serves(request) and self._fleet.could_hold(request)
+
+    def held(self, request_id: RequestId, since_s: float) -> None:
+        """Notes since when a worker that has joined holds a request's KV: if it is stuck, it has been since then."""
+        self._held_since[request_id] = since_s
 
     def next_s(self) -> float | None:
         """Returns when the next request is late; None if none has a deadline."""
@@ -97,11 +103,20 @@ class Patience:
 
     def stuck(self, request_ids: Iterable[RequestId], now_s: float) -> list[tuple[Life, DropReason]]:
         """Takes all that is stuck now; returns what has been for too long, to be dropped, and why."""
-        self._stuck = {request_id: self._stuck.get(request_id, now_s) for request_id in request_ids}
-        lives = [self._lives.get(rid) for rid, since_s in self._stuck.items() if now_s - since_s > PATIENCE_S]
+        since_s, self._held_since = self._held_since, {}
+        self._stuck = {
+            request_id: self._stuck.get(request_id) or _end_of_patience_s(since_s.get(request_id, now_s), now_s)
+            for request_id in request_ids
+        }
+        lives = [self._lives.get(request_id) for request_id, due_s in self._stuck.items() if due_s < now_s]
         return [(life, self._why_stuck(life)) for life in lives if life is not None]
 
     def _why_stuck(self, life: Life) -> DropReason:
         source = self._fleet.get(life.worker_id) if life.worker_id is not None else None
         is_decoded = source is not None and self._fleet.decodes(source.fingerprint)
         return DropReason.TOO_LARGE if is_decoded else DropReason.NO_LIKE_WORKER
+
+
+def _end_of_patience_s(since_s: float, now_s: float) -> float:
+    """Returns when a request is given up for which there is no worker since then, as a leader hears now."""
+    return max(since_s + PATIENCE_S, now_s + REJOIN_S)

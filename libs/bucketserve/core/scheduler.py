@@ -55,13 +55,7 @@ from bucketserve.core.queue import Queue
 from bucketserve.core.roles import RoleBalancer
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.tenants import TenantBook
-from bucketserve.core.types import (
-    FinishReason,
-    Request,
-    RequestId,
-    RunningRequest,
-    WorkerId,
-)
+from bucketserve.core.types import FinishReason, Request, RequestId, RunningRequest, WorkerId
 from bucketserve.core.views import BucketView, CoreView
 from bucketserve.core.waste import WasteBook
 from bucketserve.core.workers import WorkerState
@@ -359,6 +353,7 @@ class SchedulerCore:
             if adopted is None or adopted.is_cancelled:
                 self._commands.append(CancelAtWorker(event.worker_id, at.request_id))
             if at.is_held:
+                self._patience.held(at.request_id, now_s - at.held_s)
                 self._hold(at.request_id, event.worker_id, at.assignment)
 
     def _adopt(self, at: RunningRequest, worker_id: WorkerId, now_s: float) -> bool:

@@ -150,6 +150,8 @@ class RunningRequest:
     """Of the order that brought it."""
     is_held: bool = False
     """Its prompt is computed and its KV waits for a decode worker."""
+    held_s: float = 0.0
+    """For how long it has, seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

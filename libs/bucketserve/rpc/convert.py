@@ -126,7 +126,12 @@ def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
         fingerprint=hello.fingerprint,
         tokenizer=hello.tokenizer,
         running=tuple(
-            RunningRequest(request_id=RequestId(at.run_id), assignment=at.assignment, is_held=at.HasField("held"))
+            RunningRequest(
+                request_id=RequestId(at.run_id),
+                assignment=at.assignment,
+                is_held=at.HasField("held"),
+                held_s=at.held_us / 1e6,
+            )
             for at in hello.running
         ),
     )

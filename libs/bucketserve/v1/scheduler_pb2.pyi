@@ -267,14 +267,16 @@ class WorkerHello(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ..., grows_kv: _Optional[bool] = ...) -> None: ...
 
 class RunningRun(_message.Message):
-    __slots__ = ("run_id", "held", "assignment")
+    __slots__ = ("run_id", "held", "assignment", "held_us")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    HELD_US_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     held: HeldKv
     assignment: int
-    def __init__(self, run_id: _Optional[str] = ..., held: _Optional[_Union[HeldKv, _Mapping]] = ..., assignment: _Optional[int] = ...) -> None: ...
+    held_us: int
+    def __init__(self, run_id: _Optional[str] = ..., held: _Optional[_Union[HeldKv, _Mapping]] = ..., assignment: _Optional[int] = ..., held_us: _Optional[int] = ...) -> None: ...
 
 class HeldKv(_message.Message):
     __slots__ = ("run_id", "layout", "kv_bytes", "num_bytes", "checksum", "prefill_us", "shared_memory", "secret")

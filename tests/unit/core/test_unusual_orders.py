@@ -111,6 +111,16 @@ def test_how_long_its_weights_are_waited_for_does_not_begin_anew_with_each_leade
     assert Drop(A, DropReason.NO_LIKE_WORKER) in under_test.step([], now_s + left_s + 0.1).drops
 
 
+@pytest.mark.parametrize(("waited_s", "left_s"), [(0.0, PATIENCE_S), (5.0, PATIENCE_S - 5.0), (PATIENCE_S, REJOIN_S)])
+def test_how_long_a_decode_worker_is_waited_for_does_not_begin_anew_either(waited_s: float, left_s: float) -> None:
+    under_test, now_s = core(), 1000.0
+    under_test.restore(parked=[], running={a_request("a"): WorkerId("p")}, edges=(), outputs={})
+    holder = worker("p", role=PREFILL, running=(at("a", is_held=True, held_s=waited_s),))
+    assert under_test.step([holder], now_s).drops == ()
+    assert under_test.step([], now_s + left_s - 0.1).drops == ()
+    assert under_test.step([], now_s + left_s + 0.1).drops == (Drop(A, DropReason.NO_LIKE_WORKER),)
+
+
 def test_what_waited_long_in_the_queue_has_all_patience_when_its_weights_go() -> None:
     under_test, now_s = core(), 1000.0
     again = resumed("a", fingerprint="A", attempt_s=now_s - 2 * PATIENCE_S)
