@@ -181,8 +181,12 @@ class BatchFormer:
         self, lane: Lane, bucket: Bucket, candidates: Sequence[WorkerState], head: Request
     ) -> tuple[Request, WorkerState | None]:
         """Returns the first request behind those that only some may serve, and its worker if one can take it."""
+        takes_new = any(worker.takes_new for worker in candidates)
         with closing(self._lanes.of(lane).in_order(bucket)) as ordered:
             for request in ordered:
+                if not (takes_new or request.fingerprint):
+                    # Those that are bound come first.
+                    break
                 worker = self._place(request, candidates)
                 if worker is not None or not _is_bound(request, candidates):
                     return (head if worker is None else request), worker

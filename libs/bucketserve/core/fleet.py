@@ -150,7 +150,7 @@ class Fleet:
             self._all_round.put(worker, worker.room)
         if worker.free_sequences() > 0:
             worker.load = load_score(worker)
-            if worker.is_draining or (worker.role is WorkerRole.PREFILL and not worker.decodable_tokens):
+            if not worker.takes_new:
                 self._for_bound.put(worker, worker.load)
             elif worker.has_place(self._settings, small=False):
                 self._open.add(worker.worker_id)

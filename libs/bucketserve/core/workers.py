@@ -123,6 +123,11 @@ class WorkerState:
         """Whether it takes at least what is bound to its fingerprint: nobody else could go on with that."""
         return self.stays or (self.is_last and not self.is_away and not self.is_released)
 
+    @property
+    def takes_new(self) -> bool:
+        """Whether it computes prompts that are bound to no fingerprint."""
+        return self.stays and (self.role is WorkerRole.BOTH or bool(self.decodable_tokens))
+
     def next_assignment(self) -> int:
         """Returns the number of a further order to it."""
         self.num_assigned += 1

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from bucketserve.core import batching
 from bucketserve.core.leaving import RETURN_S
 from bucketserve.core.messages import (
     BatchPrefilled,
@@ -24,9 +25,11 @@ from bucketserve.core.messages import (
     WorkerJoined,
     WorkerLost,
 )
+from bucketserve.core.placement import place
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
-from bucketserve.core.types import FinishReason, RequestId, WorkerId, WorkerRole
+from bucketserve.core.types import FinishReason, Request, RequestId, WorkerId, WorkerRole
+from bucketserve.core.workers import WorkerState
 from tests.builders import a_request, at, finished, joined, reported
 
 PREFILL, DECODE, BOTH = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.BOTH
@@ -197,3 +200,24 @@ def test_who_was_released_gets_nothing_more_whatever_comes() -> None:
     assert sent(under_test.step([resumed()], 0.3)) == []
     assert not under_test.step([], 10.0).drops
     assert sent(under_test.step([of("p2", PREFILL)], 11.0)) == [("p2", ("a.2",))]
+
+
+def test_those_that_leave_do_not_look_at_all_that_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    for workers in ([of("w", BOTH)], [of("p", PREFILL), of("w", DECODE)]):
+        looked_at: list[str] = []
+
+        def looks(request: Request, *others: object, looked_at: list[str] = looked_at) -> WorkerState | None:
+            looked_at.append(request.request_id)
+            return place(request, *others)
+
+        monkeypatch.setattr(batching, "place", looks)
+        under_test = core(*workers)
+        # Something is open that keeps them.
+        under_test.step([RequestSubmitted(a_request("a.1"))], 0.05)
+        under_test.step([replace(held(worker=workers[0].worker_id), held=()), *draining("w")], 0.1)
+        waiting = [RequestSubmitted(a_request(f"n{i}.1")) for i in range(500)]
+        assert sent(under_test.step(waiting, 0.2)) == []
+        looked_at.clear()
+        decision = under_test.step([resumed("b.2"), resumed("c.2", fingerprint="new")], 0.3)
+        assert sent(decision) == [(workers[0].worker_id, ("b.2",))]
+        assert len(looked_at) < 20
