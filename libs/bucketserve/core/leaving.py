@@ -20,6 +20,10 @@ RETURN_S = 10.0
 connected, and of one that is away for longer than this nothing is kept."""
 
 
+ANYBODY = ""
+"""In place of a request's name: one that is not known."""
+
+
 class Leaving:
     """Owns what is known of attempts that are to come."""
 
@@ -29,6 +33,11 @@ class Leaving:
         self._fleet = fleet
         self._expected: dict[str, tuple[str, float]] = {}
         """By the request's own part of its id: the fingerprint, and when it is not expected any more; oldest first."""
+        self._took_over = False
+
+    def take_over(self) -> None:
+        """Another led before: what it lost last is known to gateways alone, which say it when they have come."""
+        self._took_over = True
 
     def expect(self, life: Life, now_s: float) -> None:
         """Notes that a request's worker lost it or let it go, and that it will be resumed."""
@@ -43,6 +52,8 @@ class Leaving:
 
     def released(self, now_s: float) -> list[ReleaseWorker]:
         """Returns the workers that may leave from now on."""
+        if self._took_over:
+            self._took_over, self._expected[ANYBODY] = False, (UNKNOWN, now_s + RETURN_S)
         while self._expected and (oldest := next(iter(self._expected.items())))[1][1] <= now_s:
             del self._expected[oldest[0]]
         free = [w for w in self._fleet.leaving.values() if not (w.is_last and self._is_needed(w.fingerprint))]

@@ -101,6 +101,8 @@ class SchedulerCore:
         for request, worker_id in running.items():
             self._lives.place(self._lives.park(request), worker_id, 0)
         self._fleet.outputs.restore(outputs)
+        if edges or outputs:
+            self._leaving.take_over()
         if edges:
             self._extend(edges[-1] - 1)
             self._edges.restore(edges, self._lanes)

@@ -185,6 +185,19 @@ def test_a_new_leader_keeps_those_that_leave_until_it_knows_what_runs_where() ->
         assert bool(released(under_test.step([of("p", PREFILL), *draining("p")], 0.1))) is frees
 
 
+def test_a_new_leader_gives_gateways_time_to_say_what_the_one_before_lost_last() -> None:
+    for led, others in ((True, False), (False, False), (True, True)):
+        under_test = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
+        under_test.restore(parked=[], running={}, edges=(4097,) if led else (), outputs={})
+        fleet = [of("p", PREFILL), of("d", DECODE), *([of("p2", PREFILL)] if others else [])]
+        decision = under_test.step([*fleet, *draining("p")], 5.0)
+        assert bool(released(decision)) is (others or not led)
+        if led and not others:
+            assert sent(under_test.step([resumed()], 6.0)) == [("p", ("a.2",))]
+            assert released(under_test.step([RequestCancelled(A2), finished("a.2", "p")], 7.0)) == []
+            assert released(under_test.step([], 5.0 + RETURN_S)) == ["p"]
+
+
 def test_who_is_away_is_given_nothing_and_comes_back_as_it_was() -> None:
     under_test = decoding()
     under_test.step([*draining("p"), WorkerAway(WorkerId("p"))], 1.0)
