@@ -36,8 +36,8 @@ def joined(name: str = "w", free: int = 1000, total: int | None = None, **more) 
     )
 
 
-def at(name: str, *, assignment: int = 1, is_held: bool = False) -> RunningRequest:
-    return RunningRequest(request_id=RequestId(name), assignment=assignment, is_held=is_held)
+def at(name: str, *, assignment: int = 1, is_held: bool = False, **more) -> RunningRequest:
+    return RunningRequest(request_id=RequestId(name), assignment=assignment, is_held=is_held, **more)
 
 
 def finished(name: str = "r", worker: str = "w", assignment: int = 1, **more) -> RequestFinished:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 from pathlib import Path
 
 import grpc
@@ -14,8 +15,8 @@ from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import common_pb2, delivery_pb2, delivery_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_cli.stack import LocalStack, StackSpec
 from tests.chaos.oracle import expected_tokens
-from tests.e2e.conftest import DEMO_MODEL
-from tests.e2e.observe import events, eventually, metric
+from tests.e2e.conftest import DEMO_MODEL, NewStack
+from tests.e2e.observe import events, eventually, metric, status
 
 pytestmark = pytest.mark.e2e
 
@@ -135,3 +136,60 @@ async def test_an_engine_that_hangs_gives_its_requests_to_others_and_ends(tmp_pa
         # It does not wait for the step that hangs.
         await eventually(lambda: hung.exit_status is not None, 5)
         assert hung.exit_status != 0
+
+
+@pytest.mark.parametrize("how", ["raise", "hang"])
+async def test_the_last_of_the_old_weights_stay_until_what_only_they_can_finish_is_done(
+    how: str, new_stack: NewStack, tmp_path: Path
+) -> None:
+    orders = tmp_path / "orders"
+    orders.mkdir()
+    environ = {
+        **SLOW,
+        "CHAOS_ORDERS": str(orders),
+        "BUCKETSERVE_WORKER_HANG_S": "0.5",
+        "BUCKETSERVE_WORKER_DRAIN_S": "60",
+    }
+    roles = ("prefill", "decode", "prefill", "decode")
+    stack = new_stack(roles=roles, worker_module="tests.chaos.worker", environ=environ)
+
+    async def leave(*names: str) -> None:
+        for name in names:
+            stack.services[name].signal(signal.SIGTERM)
+        for name in names:
+            await asyncio.to_thread(stack.services[name].wait, 40)
+            assert stack.services[name].exit_status == 0
+
+    async def seen(worker_id: str) -> scheduler_pb2.WorkerStatus:
+        return next(worker for worker in (await status(stack)).workers if worker.worker_id == worker_id)
+
+    async def all_decode() -> bool:
+        return (await seen("worker-1")).report.num_running == len(prompts)
+
+    async def prefill_leaves() -> bool:
+        return (await seen("worker-0")).is_draining
+
+    await leave("worker-2", "worker-3")
+    prompts = [[5 + number, 6, 7] for number in range(6)]
+    async with BucketServeClient(stack.gateway_address) as client:
+        running = [asyncio.create_task(outcome(client, prompt, 500, "r")) for prompt in prompts]
+        await eventually(all_decode, 10)
+        # New weights come, and the old ones go: first the prefill worker, which has nothing to do.
+        for name in ("worker-2", "worker-3"):
+            (orders / f"{name}.weights").write_text("new")
+            stack.restart(name)
+        leaving = asyncio.create_task(leave("worker-0"))
+        await eventually(prefill_leaves, 5)
+        # All that decodes is lost just then.
+        (orders / "worker-1.order").write_text(how)
+        await asyncio.to_thread(stack.services["worker-1"].wait, 30)
+        assert stack.services["worker-1"].exit_status == 1
+        stack.restart("worker-1")
+        assert await asyncio.gather(*running) == [right(prompt, 500) for prompt in prompts]
+        # Then they go, and don't wait for the end of their time.
+        await asyncio.wait_for(leaving, 15)
+        await leave("worker-1")
+    assert metric(stack, "gateway", "bucketserve_gateway_resumptions_total") >= len(prompts)
+    for name in ("worker-0", "worker-1"):
+        stack.restart(name)
+    await asyncio.to_thread(stack.wait_until_serving, 30)

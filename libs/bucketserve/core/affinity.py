@@ -152,7 +152,7 @@ class Affinity:
         found = []
         for name in islice(names, MAX_HOLDERS):
             worker = self._fleet.get(name)
-            if worker is None or worker.is_draining or worker.role is WorkerRole.DECODE:
+            if worker is None or worker.role is WorkerRole.DECODE:
                 continue
             if worker.suits(request):
                 found.append(worker)

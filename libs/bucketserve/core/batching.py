@@ -182,8 +182,12 @@ class BatchFormer:
         self, lane: Lane, bucket: Bucket, candidates: Sequence[WorkerState], head: Request
     ) -> tuple[Request, WorkerState | None]:
         """Returns the first request behind those that only some may serve, and its worker if one can take it."""
+        takes_new = any(worker.takes_new for worker in candidates)
         with closing(self._lanes.of(lane).in_order(bucket)) as ordered:
             for request in ordered:
+                if not (takes_new or request.fingerprint):
+                    # Those that are bound come first.
+                    break
                 worker = self._place(request, candidates)
                 if worker is not None or not _is_bound(request, candidates):
                     return (head if worker is None else request), worker
@@ -377,7 +381,7 @@ def _is_bound(request: Request, candidates: Sequence[WorkerState]) -> bool:
 
 def _could_take(worker: WorkerState, request: Request) -> bool:
     """Whether a worker may be given the request, now or when it has room."""
-    return worker.role is not WorkerRole.DECODE and not worker.is_draining and worker.could_serve(request)
+    return worker.role is not WorkerRole.DECODE and worker.could_serve(request)
 
 
 def _tpot_s(request: Request, alone_s: float) -> float:

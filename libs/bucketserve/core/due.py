@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 
 from bucketserve.core.types import RequestId
 
@@ -19,6 +20,10 @@ class DueTimes:
         """Starts empty."""
         self._times: dict[RequestId, float] = {}
         self._heap: list[tuple[float, RequestId]] = []
+
+    def __iter__(self) -> Iterator[RequestId]:
+        """Yields the requests that have one."""
+        return iter(self._times)
 
     def set(self, request_id: RequestId, at_s: float) -> None:
         """Sets a request's time in place of the one that it had. Amortised O(log n)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from bucketserve.core.outputs import OutputBook
 from bucketserve.core.placement import load_score
@@ -74,6 +74,8 @@ class Fleet:
         self._decoders = _Ranking(self._workers)
         self._all_round = _Ranking(self._workers)
         """Workers that do both."""
+        self._for_bound = _Ranking(self._workers)
+        """Workers that compute only prompts that are bound to their fingerprint."""
         self.times = StepTimes()
         """Of all workers together: for predictions before a worker is chosen."""
         self.outputs = OutputBook(settings.output_quantile)
@@ -86,7 +88,13 @@ class Fleet:
         self._decoding: dict[str, int] = {}
         """The same of those that decode what others prefilled, by fingerprint."""
         self._decodable: dict[str, int] = {}
-        """The same of those that are not leaving: what drains takes nothing over."""
+        """The same of those that stay: what drains takes nothing new over."""
+        self._bound_decodable: dict[str, int] = {}
+        """The same of those that go on with what is bound to their fingerprint."""
+        self._bound_starting: dict[Kind, set[WorkerRole]] = {}
+        """Roles of those that compute the prompts of what is bound to their fingerprint, by kind."""
+        self.leaving: dict[WorkerId, WorkerState] = {}
+        """Workers that drain and were not released yet."""
         self._open: set[WorkerId] = set()
         self._num_generations = 0
         self.fingerprints: set[str] = set()
@@ -122,6 +130,7 @@ class Fleet:
         worker = self._workers.pop(worker_id, None)
         if worker is not None:
             self._open.discard(worker_id)
+            self.leaving.pop(worker_id, None)
             self._count_all()
         return worker
 
@@ -131,7 +140,7 @@ class Fleet:
         worker.version = self._num_changes
         worker.room = worker.room_for_one(self._settings.memory_reserve)
         self._open.discard(worker.worker_id)
-        if worker.is_draining or (worker.role is WorkerRole.PREFILL and not worker.decodable_tokens):
+        if not worker.goes_on or (worker.role is WorkerRole.PREFILL and not worker.bound_tokens):
             # Nobody could go on with what it would prefill.
             return
         if worker.role is WorkerRole.DECODE:
@@ -141,7 +150,9 @@ class Fleet:
             self._all_round.put(worker, worker.room)
         if worker.free_sequences() > 0:
             worker.load = load_score(worker)
-            if worker.has_place(self._settings, small=False):
+            if not worker.takes_new:
+                self._for_bound.put(worker, worker.load)
+            elif worker.has_place(self._settings, small=False):
                 self._open.add(worker.worker_id)
                 self._by_load.put(worker, worker.load)
                 self._by_memory.put(worker, worker.room)
@@ -149,8 +160,25 @@ class Fleet:
                 self._for_small.put(worker, worker.load)
 
     def drain(self, worker: WorkerState) -> None:
-        """Notes that a worker takes nothing more."""
+        """Notes that a worker wants to leave."""
+        if worker.is_draining:
+            return
         worker.is_draining = True
+        self.leaving[worker.worker_id] = worker
+        self._count_all()
+        self.changed(worker)
+
+    def away(self, worker: WorkerState) -> None:
+        """Notes that nothing can be given to a worker until it joins again."""
+        worker.is_away = True
+        self.leaving.pop(worker.worker_id, None)
+        self._count_all()
+        self.changed(worker)
+
+    def release(self, worker: WorkerState) -> None:
+        """Notes that a draining worker gets nothing more."""
+        worker.is_released = True
+        del self.leaving[worker.worker_id]
         self._count_all()
         self.changed(worker)
 
@@ -191,21 +219,20 @@ class Fleet:
         True as well while nobody computes any, or nobody decodes what is computed, unless it is bound to a fingerprint
         that may never come back.
         """
-        if not self._starting:
-            return not request.fingerprint
-        return any(
-            serves(request, *kind)
-            and (not request.fingerprint or WorkerRole.BOTH in roles or self.decodes(request.fingerprint))
-            for kind, roles in self._starting.items()
-        )
+        if request.fingerprint:
+            return any(
+                serves(request, *kind) and (WorkerRole.BOTH in roles or self.decodes(request.fingerprint))
+                for kind, roles in self._bound_starting.items()
+            )
+        return not self._starting or any(serves(request, *kind) for kind in self._starting)
 
     def decodes(self, fingerprint: str) -> bool:
         """Whether some worker takes over what others of its fingerprint prefilled."""
-        return fingerprint in self._decodable
+        return fingerprint in self._bound_decodable
 
     def could_decode(self, request: Request, fingerprint: str) -> bool:
         """Whether a worker that takes over what others of its fingerprint prefilled could hold the request if empty."""
-        able = [worker for worker in self if not worker.is_draining and worker.fingerprint == fingerprint]
+        able = [worker for worker in self if worker.goes_on and worker.fingerprint == fingerprint]
         decoders = [worker for worker in able if worker.role is WorkerRole.DECODE]
         others = [worker for worker in able if worker.role is WorkerRole.BOTH]
         return any(worker.could_hold(request) for worker in decoders or others)
@@ -213,12 +240,12 @@ class Fleet:
     def candidates(self) -> list[WorkerState]:
         """Returns workers that may be given a batch: the least loaded, and the one with the most free KV.
 
-        After them those that take small batches only.
+        After them those that take small batches only, and those that take only what is bound to their fingerprint.
         """
         found = self._by_load.first(CANDIDATES)
         roomiest = self._by_memory.first(1)
         found += [worker for worker in roomiest if worker not in found]
-        return found + self._for_small.first(CANDIDATES)
+        return found + self._for_small.first(CANDIDATES) + self._for_bound.first(CANDIDATES)
 
     def decoders(self, fingerprint: str) -> list[WorkerState]:
         """Returns a fingerprint's decode workers with the most free KV; where there is none, those that do both.
@@ -239,12 +266,34 @@ class Fleet:
             if worker.role is not WorkerRole.PREFILL:
                 self.kv_total_tokens += worker.headroom.kv_total_tokens
         self._decoding = _decoded_by(self._workers.values())
-        self._decodable = _decoded_by(worker for worker in self._workers.values() if not worker.is_draining)
+        self._decodable = _decoded_by(worker for worker in self._workers.values() if worker.stays)
+        self._count_last()
+        self._bound_decodable = _decoded_by(worker for worker in self._workers.values() if worker.goes_on)
+        self._bound_starting = {}
         for worker in self._workers.values():
-            tokens = self._decodable.get(worker.fingerprint, 0)
-            if worker.decodable_tokens != tokens:
-                worker.decodable_tokens = tokens
+            if worker.goes_on and worker.role is not WorkerRole.DECODE:
+                self._bound_starting.setdefault((worker.fingerprint, worker.tokenizer), set()).add(worker.role)
+            tokens = self._decodable.get(worker.fingerprint, 0), self._bound_decodable.get(worker.fingerprint, 0)
+            if (worker.decodable_tokens, worker.bound_tokens) != tokens:
+                worker.decodable_tokens, worker.bound_tokens = tokens
                 self.changed(worker)
+
+    def _count_last(self) -> None:
+        """Finds the workers that leave and do what nobody who stays could do for their fingerprint."""
+        staying: dict[str, set[WorkerRole]] = {}
+        for worker in self._workers.values():
+            if worker.stays:
+                staying.setdefault(worker.fingerprint, set()).add(worker.role)
+        for worker in self._workers.values():
+            is_last = worker.is_draining and not _replace(worker.role, staying.get(worker.fingerprint, ()))
+            if worker.is_last != is_last:
+                worker.is_last = is_last
+                self.changed(worker)
+
+
+def _replace(role: WorkerRole, roles: Collection[WorkerRole]) -> bool:
+    """Whether workers of those roles together do what one of that role does."""
+    return WorkerRole.BOTH in roles or role in roles or {WorkerRole.PREFILL, WorkerRole.DECODE} <= set(roles)
 
 
 def _decoded_by(workers: Iterable[WorkerState]) -> dict[str, int]:

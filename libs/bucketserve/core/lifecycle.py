@@ -13,6 +13,7 @@ Whatever changes a state changes the books of the workers concerned with it, her
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,7 +22,10 @@ from bucketserve.core.fleet import Fleet
 from bucketserve.core.types import Batch, Request, RequestId, WorkerId
 from bucketserve.core.workers import WorkerState
 
-__all__ = ["NEXT_STATES", "Life", "Lifecycle", "State"]
+__all__ = ["NEXT_STATES", "UNKNOWN", "Life", "Lifecycle", "State"]
+
+UNKNOWN = "?"
+"""In place of the fingerprint of a worker that a new leader has not heard of yet."""
 
 
 class State(enum.Enum):
@@ -71,6 +75,8 @@ class Life:
     """While PULLING: the decode worker."""
     target_assignment: int = 0
     """The order to pull."""
+    fingerprint: str | None = None
+    """Of the only engine that could go on with it: the one whose tokens it has, or that has it; None: any may."""
     is_leaving: bool = False
     """Its worker was told to let it go."""
     prefilled_s: float | None = None
@@ -109,6 +115,8 @@ class Lifecycle:
         """Keeps the books of its workers."""
         self._fleet = fleet
         self._lives: dict[RequestId, Life] = {}
+        self._num_bound: Counter[str | None] = Counter()
+        """Requests by fingerprint."""
         self.num_at_workers = 0
 
     def __iter__(self) -> Iterator[Life]:
@@ -124,9 +132,19 @@ class Lifecycle:
         life = self._lives.get(request_id)
         return life if life is not None and life.state in states else None
 
+    def has_bound(self, fingerprint: str) -> bool:
+        """Whether there is a request that only engines of that fingerprint could go on with, as far as is known."""
+        return bool(self._num_bound[fingerprint] or self._num_bound[UNKNOWN])
+
     def at(self, worker_id: WorkerId) -> list[Life]:
         """Returns what a worker has something of."""
         return [life for life in self._lives.values() if worker_id in (life.worker_id, life.target_id)]
+
+    def held_at(self, request_id: RequestId, source_id: WorkerId) -> Request | None:
+        """Returns a request whose KV a worker holds for a decode worker, unless nobody waits for it any more."""
+        life = self.in_state(request_id, State.HELD)
+        is_wanted = life is not None and life.worker_id == source_id and not life.is_cancelled
+        return life.request if life is not None and is_wanted else None
 
     def tpot_s(self, worker: WorkerState) -> float:
         """Returns the least TPOT that was promised to what is at a worker, in seconds; infinity if none was.
@@ -140,20 +158,37 @@ class Lifecycle:
         """Takes a request, a new one or one that waits in no bucket any more, that cannot be dispatched yet."""
         life = self._lives.get(request.request_id)
         if life is None:
-            life = self._lives[request.request_id] = Life(request, State.PARKED)
+            life = self._begin(Life(request, State.PARKED))
         elif life.state is not State.PARKED:
             life.go(State.PARKED)
         life.request = request
+        self._bind(life, request.fingerprint or None)
         return life
 
     def wait(self, request: Request) -> None:
         """Takes a request into the queue: a new one, or one that was parked or taken back from its worker."""
         life = self._lives.get(request.request_id)
         if life is None:
-            self._lives[request.request_id] = Life(request, State.WAITING)
+            life = self._begin(Life(request, State.WAITING))
         elif life.state is not State.WAITING:
             life.go(State.WAITING)
             life.request = request
+        self._bind(life, request.fingerprint or None)
+
+    def _begin(self, life: Life) -> Life:
+        self._lives[life.request.request_id] = life
+        self._num_bound[None] += 1
+        return life
+
+    def _bind(self, life: Life, fingerprint: str | None) -> None:
+        self._num_bound[fingerprint] += 1
+        self._unbind(life)
+        life.fingerprint = fingerprint
+
+    def _unbind(self, life: Life) -> None:
+        self._num_bound[life.fingerprint] -= 1
+        if not self._num_bound[life.fingerprint]:
+            del self._num_bound[life.fingerprint]
 
     def dispatch(self, requests: Iterable[Request], batch: Batch) -> None:
         """Gives a batch's requests, as they are there, to its worker, which has it in its books (WorkerState.assign).
@@ -170,6 +205,12 @@ class Lifecycle:
         life.go(State.PREFILL)
         life.worker_id, life.assignment, life.is_leaving = worker_id, assignment, False
         self.num_at_workers += 1
+        self.heard_of(life)
+
+    def heard_of(self, life: Life) -> None:
+        """Binds a request to the engine of the worker that it is at, as far as that is known."""
+        worker = self._fleet.get(life.worker_id) if life.worker_id is not None else None
+        self._bind(life, worker.fingerprint if worker is not None else life.request.fingerprint or UNKNOWN)
 
     def take_back(self, life: Life) -> None:
         """Takes a request back that was not sent to its worker after all: it waits again, but is in no bucket yet."""
@@ -220,11 +261,13 @@ class Lifecycle:
         life.worker_id, life.assignment, life.target_id = worker_id, assignment, None
         if life.state is State.PULLING:
             life.go(State.DECODE)
+        self.heard_of(life)
 
     def end(self, life: Life) -> None:
         """Ends it; its workers' books are freed of it."""
         was_at_worker = life.is_at_worker
         life.go(State.ENDED)
+        self._unbind(life)
         del self._lives[life.request.request_id]
         if was_at_worker:
             self.num_at_workers -= 1

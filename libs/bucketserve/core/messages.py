@@ -41,12 +41,14 @@ __all__ = [
     "RefuseReason",
     "RefuseRequest",
     "ReleaseKv",
+    "ReleaseWorker",
     "RequestCancelled",
     "RequestFinished",
     "RequestResumed",
     "RequestSubmitted",
     "SaveOutputs",
     "SwitchRole",
+    "WorkerAway",
     "WorkerDraining",
     "WorkerJoined",
     "WorkerLost",
@@ -167,7 +169,14 @@ class WorkerReported:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDraining:
-    """The worker finishes what it has and takes nothing more."""
+    """The worker wants to leave. ReleaseWorker follows once nothing needs it any more (core/leaving.py)."""
+
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAway:
+    """Its stream broke: nothing can be given to it until it joins again, or is lost."""
 
     worker_id: WorkerId
 
@@ -225,6 +234,7 @@ Event = (
     | ContextExtended
     | WorkerJoined
     | WorkerReported
+    | WorkerAway
     | WorkerDraining
     | WorkerLost
     | BatchPrefilled
@@ -334,6 +344,13 @@ class ReleaseKv:
 
 
 @dataclass(frozen=True, slots=True)
+class ReleaseWorker:
+    """Tell a draining worker that it gets nothing more: it may go when it is done."""
+
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
 class PlaceRequest:
     """A request is at that worker, wherever it was believed to be: note it in the store."""
 
@@ -358,6 +375,7 @@ Command = (
     | PullKv
     | PlaceRequest
     | ReleaseKv
+    | ReleaseWorker
     | SwitchRole
     | CancelAtWorker
     | PreemptAtWorker

@@ -14,11 +14,14 @@ from bucketserve.core.lifecycle import Life, Lifecycle
 from bucketserve.core.messages import DropReason
 from bucketserve.core.types import Request, RequestId
 
-__all__ = ["PATIENCE_S", "Patience"]
+__all__ = ["PATIENCE_S", "REJOIN_S", "Patience"]
 
 PATIENCE_S = 30.0
 """How long a request waits apart for a worker that could serve it, when there is none: one of its fingerprint or
-tokenizer, one that could hold it, or a decode worker large enough for the KV that is held."""
+tokenizer, one that could hold it, or a decode worker large enough for the KV that is held. An attempt that its gateway
+began earlier has waited since then, and KV since it was computed, whoever led meanwhile."""
+REJOIN_S = 10.0
+"""But at least so long from when a leader hears of it: its workers may be on their way to it."""
 
 
 class Patience:
@@ -29,10 +32,12 @@ class Patience:
         self._lives = lives
         self._fleet = fleet
         self._deadlines = DueTimes()
-        self._orphans: dict[RequestId, float] = {}
-        """Since when they are; in that order."""
+        self._orphans = DueTimes()
+        """When each is given up."""
         self._stuck: dict[RequestId, float] = {}
-        """Since when without a break."""
+        """When each is given up, if it is stuck until then without a break."""
+        self._held_since: dict[RequestId, float] = {}
+        """Since when KV is held of which a worker has said so in this step."""
         self._num_counted = 0
         """Changes of the fleet after which orphans were looked at."""
 
@@ -41,25 +46,29 @@ class Patience:
         if request.deadline_s is not None:
             self._deadlines.set(request.request_id, request.deadline_s - prefill_s)
 
-    def orphan(self, request: Request, now_s: float) -> None:
-        """Parks a request until there is a worker for it."""
+    def orphan(self, request: Request, now_s: float, since_s: float | None = None) -> None:
+        """Parks a request until there is a worker for it; since_s: since when there was none, if before now."""
         self._lives.park(request)
-        self._orphans.pop(request.request_id, None)
-        self._orphans[request.request_id] = now_s
+        self._orphans.set(request.request_id, _end_of_patience_s(now_s if since_s is None else since_s, now_s))
 
     def adopted(self, request_id: RequestId) -> None:
         """There is a worker for a request, or it needs none any more."""
-        self._orphans.pop(request_id, None)
+        self._orphans.forget(request_id)
 
     def forget(self, request_id: RequestId) -> None:
         """Forgets a request that has ended."""
         self._deadlines.forget(request_id)
-        self._orphans.pop(request_id, None)
+        self._orphans.forget(request_id)
         self._stuck.pop(request_id, None)
+        self._held_since.pop(request_id, None)
 
     def fits(self, request: Request) -> bool:
         """Whether some worker may serve the request and could hold it if it were empty."""
         return self._fleet.serves(request) and self._fleet.could_hold(request)
+
+    def held(self, request_id: RequestId, since_s: float) -> None:
+        """Notes since when a worker that has joined holds a request's KV: if it is stuck, it has been since then."""
+        self._held_since[request_id] = since_s
 
     def next_s(self) -> float | None:
         """Returns when the next request is late; None if none has a deadline."""
@@ -87,19 +96,27 @@ class Patience:
 
     def given_up(self, now_s: float) -> Iterator[tuple[Life, DropReason]]:
         """Yields the orphans for which no worker has come in time, to be dropped, and why."""
-        while (oldest := next(iter(self._orphans.items()), None)) and now_s - oldest[1] > PATIENCE_S:
-            del self._orphans[oldest[0]]
-            if life := self._lives.get(oldest[0]):
+        while (due_s := self._orphans.next_s()) is not None and due_s < now_s:
+            if life := self._lives.get(self._orphans.pop()):
                 is_served = self._fleet.serves(life.request)
                 yield life, DropReason.TOO_LARGE if is_served else DropReason.NO_LIKE_WORKER
 
     def stuck(self, request_ids: Iterable[RequestId], now_s: float) -> list[tuple[Life, DropReason]]:
         """Takes all that is stuck now; returns what has been for too long, to be dropped, and why."""
-        self._stuck = {request_id: self._stuck.get(request_id, now_s) for request_id in request_ids}
-        lives = [self._lives.get(rid) for rid, since_s in self._stuck.items() if now_s - since_s > PATIENCE_S]
+        since_s, self._held_since = self._held_since, {}
+        self._stuck = {
+            request_id: self._stuck.get(request_id) or _end_of_patience_s(since_s.get(request_id, now_s), now_s)
+            for request_id in request_ids
+        }
+        lives = [self._lives.get(request_id) for request_id, due_s in self._stuck.items() if due_s < now_s]
         return [(life, self._why_stuck(life)) for life in lives if life is not None]
 
     def _why_stuck(self, life: Life) -> DropReason:
         source = self._fleet.get(life.worker_id) if life.worker_id is not None else None
         is_decoded = source is not None and self._fleet.decodes(source.fingerprint)
         return DropReason.TOO_LARGE if is_decoded else DropReason.NO_LIKE_WORKER
+
+
+def _end_of_patience_s(since_s: float, now_s: float) -> float:
+    """Returns when a request is given up for which there is no worker since then, as a leader hears now."""
+    return max(since_s + PATIENCE_S, now_s + REJOIN_S)

@@ -15,7 +15,7 @@ LoadScorer = Callable[[WorkerState], float]
 
 def can_take(request: Request, prefill_tokens: int, worker: WorkerState, settings: CoreSettings) -> bool:
     """Whether a worker may be given the request now, of which it has to compute that many prompt tokens."""
-    if worker.is_draining or worker.role is WorkerRole.DECODE:
+    if worker.role is WorkerRole.DECODE:
         return False
     # What fails most often, and costs least to ask, comes first.
     if worker.kv_tokens(request) > worker.room or worker.free_sequences() < 1:

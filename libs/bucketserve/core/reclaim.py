@@ -30,7 +30,7 @@ class Reclaimer:
         """Returns whom to let go so that the request fits somewhere; nobody if that is not possible, or under way."""
         best: tuple[int, list[Life], WorkerState] | None = None
         for worker in workers:
-            if worker.is_draining or worker.role is not WorkerRole.BOTH or not worker.could_serve(request):
+            if worker.role is not WorkerRole.BOTH or not worker.could_serve(request):
                 continue
             if worker.kv_tokens(request) <= worker.room and worker.free_sequences() > 0:
                 return []

@@ -118,4 +118,4 @@ class RoleBalancer:
         return None
 
     def _side(self, role: WorkerRole) -> list[WorkerState]:
-        return [worker for worker in self._fleet if worker.role is role and not worker.is_draining]
+        return [worker for worker in self._fleet if worker.role is role and worker.stays]

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bucketserve.core.admission import Admission
 from bucketserve.core.affinity import Affinity
-from bucketserve.core.batching import BatchFormer, Formed
+from bucketserve.core.batching import BatchFormer
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.handover import Handover
 from bucketserve.core.lanes import Lane, Lanes
 from bucketserve.core.layout import LayoutChooser
+from bucketserve.core.leaving import Leaving
 from bucketserve.core.lifecycle import Life, Lifecycle, State
 from bucketserve.core.messages import (
     AdmitFailed,
@@ -42,6 +43,7 @@ from bucketserve.core.messages import (
     RequestResumed,
     RequestSubmitted,
     SaveOutputs,
+    WorkerAway,
     WorkerDraining,
     WorkerJoined,
     WorkerLost,
@@ -53,13 +55,7 @@ from bucketserve.core.queue import Queue
 from bucketserve.core.roles import RoleBalancer
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.tenants import TenantBook
-from bucketserve.core.types import (
-    FinishReason,
-    Request,
-    RequestId,
-    RunningRequest,
-    WorkerId,
-)
+from bucketserve.core.types import FinishReason, Request, RequestId, RunningRequest, WorkerId
 from bucketserve.core.views import BucketView, CoreView
 from bucketserve.core.waste import WasteBook
 from bucketserve.core.workers import WorkerState
@@ -87,6 +83,7 @@ class SchedulerCore:
         self._queue = Queue(settings, self._lanes, self._fleet, self._tenants, self._admission)
         self._waste = WasteBook()
         self._patience = Patience(self._lives, self._fleet)
+        self._leaving = Leaving(self._lives, self._fleet)
         self._commands: list[Command] = []
         self._drops: list[Drop] = []
 
@@ -104,6 +101,8 @@ class SchedulerCore:
         for request, worker_id in running.items():
             self._lives.place(self._lives.park(request), worker_id, 0)
         self._fleet.outputs.restore(outputs)
+        if edges or outputs:
+            self._leaving.take_over()
         if edges:
             self._extend(edges[-1] - 1)
             self._edges.restore(edges, self._lanes)
@@ -146,6 +145,7 @@ class SchedulerCore:
         self._dispatch(now_s)
         if not len(self._lanes):
             self._admission.drain.pause()
+        self._commands += self._leaving.released(now_s)
         return Decision(tuple(self._commands), tuple(self._drops), self._wake_s(), tuple(faults))
 
     # --- events -------------------------------------------------------------------------------------------------
@@ -192,9 +192,10 @@ class SchedulerCore:
                 self._extend(context_tokens)
             case WorkerJoined():
                 self._join(event, now_s)
-            case WorkerDraining(worker_id=worker_id):
+            case WorkerAway(worker_id=worker_id) | WorkerDraining(worker_id=worker_id):
                 if worker := self._fleet.get(worker_id):
-                    self._fleet.drain(worker)
+                    leaves = self._fleet.away if isinstance(event, WorkerAway) else self._fleet.drain
+                    leaves(worker)
                     self._former.worker_left(worker)
             case WorkerLost(worker_id=worker_id):
                 worker = self._fleet.leave(worker_id)
@@ -219,6 +220,7 @@ class SchedulerCore:
             self._admit(self._affinity.expected(request), now_s)
 
     def _admit(self, request: Request, now_s: float) -> None:
+        self._leaving.came(request.request_id)
         self._edges.arrived(request.prefill_tokens, now_s)
         self._enqueue(request, now_s)
         self._commands.append(AdmitRequest(request))
@@ -265,6 +267,7 @@ class SchedulerCore:
             self._commands.append(CancelAtWorker(life.target_id, event.request_id))
         if event.reason is FinishReason.PREEMPTED:
             # What it was charged with pays for its next attempt.
+            self._leaving.expect(life, now_s)
             self._end(life, now_s)
         else:
             self._layout.finished(life.request, life.prefilled_s, event.output_tokens, now_s)
@@ -341,6 +344,8 @@ class SchedulerCore:
         for life in self._lives.at(event.worker_id):
             if life.request.request_id not in worker.requests:
                 self._drop(life, DropReason.WORKER_LOST, now_s)
+            else:
+                self._lives.heard_of(life)
         for at in event.running:
             adopted = self._lives.get(at.request_id) if at.request_id in worker.requests else None
             if adopted is not None:
@@ -350,6 +355,7 @@ class SchedulerCore:
             if adopted is None or adopted.is_cancelled:
                 self._commands.append(CancelAtWorker(event.worker_id, at.request_id))
             if at.is_held:
+                self._patience.held(at.request_id, now_s - at.held_s)
                 self._hold(at.request_id, event.worker_id, at.assignment)
 
     def _adopt(self, at: RunningRequest, worker_id: WorkerId, now_s: float) -> bool:
@@ -390,7 +396,7 @@ class SchedulerCore:
         prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
         self._patience.set_deadline(request, prefill_s)
         if not self._fleet.serves(request):
-            self._patience.orphan(request, now_s)
+            self._patience.orphan(request, now_s, request.attempt_s)
             return
         self._patience.adopted(request.request_id)
         self._lives.wait(request)
@@ -421,21 +427,11 @@ class SchedulerCore:
             for request in formed.requests:
                 self._dequeue(request.request_id)
             self._lives.dispatch(formed.requests, batch)
-            self._lanes.dispatched(formed.lane, self._share_tokens(formed))
+            if worker := self._fleet.get(batch.worker_id):
+                self._lanes.dispatched(formed.lane, worker.share_tokens(formed.requests))
             self._waste.add(batch)
             self._commands.append(formed.command)
         self._commands += self._former.preemptions
-
-    def _share_tokens(self, formed: Formed) -> int:
-        """Returns what a batch takes of its worker, in tokens; a request takes at least what belongs to its slot.
-
-        Where slots are scarcer than memory, a flood of tiny requests would otherwise pay back nothing for all it takes.
-        """
-        worker = self._fleet.get(formed.command.batch.worker_id)
-        if worker is None:
-            return 0
-        slot = worker.headroom.kv_total_tokens // max(worker.headroom.max_sequences, 1)
-        return sum(max(worker.kv_tokens(request), slot) for request in formed.requests)
 
     def _set_aside_what_nobody_takes(self, now_s: float) -> None:
         """Parks requests that are late and that no worker here may serve, or could hold even if it were empty.
@@ -457,18 +453,13 @@ class SchedulerCore:
                     self._patience.orphan(request, now_s)
 
     def _hand_over(self, now_s: float) -> None:
-        pulls, stuck = self._handover.pulls(self._held_at)
+        pulls, stuck = self._handover.pulls(self._lives.held_at)
         for pull in pulls:
             if life := self._lives.get(pull.request_id):
                 self._lives.pull(life, pull.target_id, pull.assignment)
                 self._commands.append(pull)
         for life, reason in self._patience.stuck(stuck, now_s):
             self._drop(life, reason, now_s)
-
-    def _held_at(self, request_id: RequestId, source_id: WorkerId) -> Request | None:
-        life = self._lives.in_state(request_id, State.HELD)
-        is_wanted = life is not None and life.worker_id == source_id and not life.is_cancelled
-        return life.request if life is not None and is_wanted else None
 
     # --- the end ------------------------------------------------------------------------------------------------
 
@@ -487,6 +478,8 @@ class SchedulerCore:
         if at is None:
             at = [w for w in life.workers if (known := self._fleet.get(w)) and request_id in known.requests]
         self._commands += [CancelAtWorker(worker_id, request_id) for worker_id in at if worker_id is not None]
+        if reason in (DropReason.WORKER_LOST, DropReason.WORKER_FAILED) and not life.is_cancelled:
+            self._leaving.expect(life, now_s)
         self._end(life, now_s)
         self._drops.append(Drop(request_id, DropReason.CANCELLED if life.is_cancelled else reason))
 
@@ -499,5 +492,5 @@ class SchedulerCore:
         self._lives.end(life)
 
     def _wake_s(self) -> float | None:
-        times = (self._patience.next_s(), self._former.wake_s)
+        times = (self._patience.next_s(), self._former.wake_s, self._leaving.next_s())
         return min((at_s for at_s in times if at_s is not None), default=None)

@@ -93,6 +93,8 @@ class Request:
     """Most tokens still to generate; reserved in full at admission to a worker."""
     arrival_s: float
     """When the gateway received it."""
+    attempt_s: float | None = None
+    """When its gateway began this attempt, which may be before any leader that is here now; None: not known."""
     cached_tokens: int = 0
     """Prompt tokens that need not be computed: at the worker that has most of them while it waits, at its own later."""
     block_hashes: tuple[int, ...] = field(default=(), repr=False)
@@ -148,6 +150,8 @@ class RunningRequest:
     """Of the order that brought it."""
     is_held: bool = False
     """Its prompt is computed and its KV waits for a decode worker."""
+    held_s: float = 0.0
+    """For how long it has, seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

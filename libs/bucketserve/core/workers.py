@@ -75,7 +75,14 @@ class WorkerState:
     """KV tokens of each request that has left since its report, which may not say yet that they are free."""
     saved_for: RequestId | None = None
     """Takes nothing but this request, so that its memory becomes free."""
+    is_away: bool = False
+    """Its stream broke, and it may come back."""
     is_draining: bool = False
+    """It wants to leave, and takes nothing new."""
+    is_last: bool = False
+    """It is draining, and nobody of its fingerprint stays who could do what it does (core/fleet.py)."""
+    is_released: bool = False
+    """It was told that nothing more comes."""
     version: int = 0
     """Counts changes that matter to placement; load and room are as of the last one (core/fleet.py keeps them)."""
     load: float = 0.0
@@ -84,6 +91,8 @@ class WorkerState:
     """KV tokens that a single request may take."""
     decodable_tokens: int = 0
     """Most tokens that a worker of its fingerprint could hold that decodes what others prefilled (core/fleet.py)."""
+    bound_tokens: int = 0
+    """The same, with those that take only what is bound to that fingerprint."""
 
     @classmethod
     def joined(cls, event: WorkerJoined, outputs: OutputBook) -> WorkerState:
@@ -103,6 +112,21 @@ class WorkerState:
         )
         state.kv.at_step(event.headroom.num_decode_steps)
         return state
+
+    @property
+    def stays(self) -> bool:
+        """Whether it takes whatever it may serve."""
+        return not (self.is_away or self.is_draining)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it takes at least what is bound to its fingerprint: nobody else could go on with that."""
+        return self.stays or (self.is_last and not self.is_away and not self.is_released)
+
+    @property
+    def takes_new(self) -> bool:
+        """Whether it computes prompts that are bound to no fingerprint."""
+        return self.stays and (self.role is WorkerRole.BOTH or bool(self.decodable_tokens))
 
     def next_assignment(self) -> int:
         """Returns the number of a further order to it."""
@@ -243,9 +267,14 @@ class WorkerState:
     def could_serve(self, request: Request) -> bool:
         """Whether it could be given the request if it were empty.
 
-        To one that only prefills it is of use only if another of its weights could go on with it.
+        To one that only prefills it is of use only if another of its weights could go on with it. One that leaves takes
+        only what nobody who stays could go on with.
         """
-        if self.role is WorkerRole.PREFILL and request.reserved_tokens > self.decodable_tokens:
+        is_bound = bool(request.fingerprint)
+        if not (self.goes_on if is_bound else self.stays):
+            return False
+        decodable_tokens = self.bound_tokens if is_bound else self.decodable_tokens
+        if self.role is WorkerRole.PREFILL and request.reserved_tokens > decodable_tokens:
             return False
         return serves(request, self.fingerprint, self.tokenizer) and self.could_hold(request)
 
@@ -263,6 +292,14 @@ class WorkerState:
         return not self.late or tokens <= share * self.headroom.kv_total_tokens
 
     # --- load ---------------------------------------------------------------------------------------------------
+
+    def share_tokens(self, requests: Sequence[Request]) -> int:
+        """Returns what a batch takes of it, in tokens; a request takes at least what belongs to its slot.
+
+        Where slots are scarcer than memory, a flood of tiny requests would otherwise pay back nothing for all it takes.
+        """
+        slot = self.headroom.kv_total_tokens // max(self.headroom.max_sequences, 1)
+        return sum(max(self.kv_tokens(request), slot) for request in requests)
 
     def has_place(self, settings: CoreSettings, *, small: bool) -> bool:
         """Whether it may be given another batch, a small one or one of any size."""

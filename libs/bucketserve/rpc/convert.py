@@ -126,7 +126,12 @@ def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
         fingerprint=hello.fingerprint,
         tokenizer=hello.tokenizer,
         running=tuple(
-            RunningRequest(request_id=RequestId(at.run_id), assignment=at.assignment, is_held=at.HasField("held"))
+            RunningRequest(
+                request_id=RequestId(at.run_id),
+                assignment=at.assignment,
+                is_held=at.HasField("held"),
+                held_s=at.held_us / 1e6,
+            )
             for at in hello.running
         ),
     )
@@ -151,6 +156,7 @@ def request_from_ticket(
     ticket: scheduler_pb2.Ticket,
     *,
     arrival_s: float,
+    attempt_s: float | None = None,
     deadline_s: float | None = None,
     block_hashes: Iterable[int] = (),
 ) -> Request:
@@ -161,6 +167,7 @@ def request_from_ticket(
         prompt_tokens=ticket.prompt_tokens,
         max_new_tokens=ticket.max_new_tokens,
         arrival_s=arrival_s,
+        attempt_s=attempt_s,
         block_hashes=tuple(block_hashes),
         request_class=request_class_from_pb(ticket.request_class),
         tenant=ticket.tenant,

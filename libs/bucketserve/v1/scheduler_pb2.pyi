@@ -129,20 +129,22 @@ class GatewayHello(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class SubmitRun(_message.Message):
-    __slots__ = ("ticket", "spec", "age_us", "remaining_us", "is_admitted", "block_hashes")
+    __slots__ = ("ticket", "spec", "age_us", "remaining_us", "is_admitted", "block_hashes", "attempt_age_us")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     AGE_US_FIELD_NUMBER: _ClassVar[int]
     REMAINING_US_FIELD_NUMBER: _ClassVar[int]
     IS_ADMITTED_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_AGE_US_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     spec: bytes
     age_us: int
     remaining_us: int
     is_admitted: bool
     block_hashes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., spec: _Optional[bytes] = ..., age_us: _Optional[int] = ..., remaining_us: _Optional[int] = ..., is_admitted: _Optional[bool] = ..., block_hashes: _Optional[_Iterable[int]] = ...) -> None: ...
+    attempt_age_us: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., spec: _Optional[bytes] = ..., age_us: _Optional[int] = ..., remaining_us: _Optional[int] = ..., is_admitted: _Optional[bool] = ..., block_hashes: _Optional[_Iterable[int]] = ..., attempt_age_us: _Optional[int] = ...) -> None: ...
 
 class CancelRun(_message.Message):
     __slots__ = ("model", "run_id")
@@ -265,14 +267,16 @@ class WorkerHello(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ..., grows_kv: _Optional[bool] = ...) -> None: ...
 
 class RunningRun(_message.Message):
-    __slots__ = ("run_id", "held", "assignment")
+    __slots__ = ("run_id", "held", "assignment", "held_us")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    HELD_US_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     held: HeldKv
     assignment: int
-    def __init__(self, run_id: _Optional[str] = ..., held: _Optional[_Union[HeldKv, _Mapping]] = ..., assignment: _Optional[int] = ...) -> None: ...
+    held_us: int
+    def __init__(self, run_id: _Optional[str] = ..., held: _Optional[_Union[HeldKv, _Mapping]] = ..., assignment: _Optional[int] = ..., held_us: _Optional[int] = ...) -> None: ...
 
 class HeldKv(_message.Message):
     __slots__ = ("run_id", "layout", "kv_bytes", "num_bytes", "checksum", "prefill_us", "shared_memory", "secret")

@@ -93,6 +93,8 @@ class OpenRequest:
         self._ticket = ticket
         self._spec = spec
         self._prefix_salt = prefix_salt
+        self._began_s = self.arrival_s
+        """When the attempt began."""
         self._attempt_start = 0
         """How many tokens earlier attempts had generated."""
         self._detokenizer = Detokenizer(valid.model.token_bytes, prompt_ids)
@@ -171,6 +173,7 @@ class OpenRequest:
             ticket=self._ticket,
             spec=self._spec_bytes,
             age_us=round((now_s - self.arrival_s) * 1e6),
+            attempt_age_us=round((now_s - self._began_s) * 1e6),
             is_admitted=self._accepted.is_set(),
             block_hashes=self._block_hashes,
         )
@@ -227,7 +230,7 @@ class OpenRequest:
         """Makes ticket and spec those of the next attempt."""
         self.attempt += 1
         self.worker_id, self._waited_us, self._batch, self._fingerprint = "", None, None, ""
-        self.heard_s = time.monotonic()
+        self.heard_s = self._began_s = time.monotonic()
         self._attempt_start = len(self.tokens)
         # A copy: the one before may still be on its way.
         ticket, spec = scheduler_pb2.Ticket(), self._spec

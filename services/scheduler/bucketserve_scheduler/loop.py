@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bucketserve.core.errors import PeerRefusedError, StaleEpochError, UnavailableError
@@ -26,6 +26,7 @@ from bucketserve.core.messages import (
     RequestFinished,
     RequestResumed,
     RequestSubmitted,
+    WorkerAway,
     WorkerDraining,
     WorkerLost,
     WorkerReported,
@@ -148,7 +149,7 @@ class SchedulingLoop:
             del self.workers[peer.worker_id]
             self._expected[peer.worker_id] = self._deps.clock() + self._deps.settings.worker_grace_s
             self._deps.telemetry.worker_disconnected(self.model, peer.worker_id)
-            await self._inbox.put(WorkerDraining(peer.worker_id))
+            await self._inbox.put(WorkerAway(peer.worker_id))
 
     async def hear(self, peer: WorkerPeer, message: scheduler_pb2.WorkRequest) -> None:
         """Takes one message of a worker; those of a stream that was replaced are ignored."""
@@ -265,19 +266,10 @@ class SchedulingLoop:
             self._deps.telemetry.fault(self.model, fault)
         written = await self._write(leadership, decision)
         self._announcer.announce(decision, written, leadership, now_s)
-        self._release(events)
         self.num_batches += len(written.dispatched)
         self.num_finished += sum(isinstance(command, ForgetRequest) for command in decision.commands)
         await self._renew(leadership)
         return decision.wake_s
-
-    def _release(self, events: Sequence[Event]) -> None:
-        """Tells draining workers that nothing more is on its way: the core has heard of it, and batches came before."""
-        for event in events:
-            if isinstance(event, WorkerDraining):
-                peer = self.workers.get(event.worker_id)
-                if peer is not None and peer.is_joined and peer.is_draining:
-                    peer.outbox.send(scheduler_pb2.WorkResponse(no_more_work=scheduler_pb2.NoMoreWork()))
 
     async def _take(self, wake_s: float | None) -> list[Event]:
         """Waits for events until the core wants to wake, and takes all there are."""
@@ -321,7 +313,11 @@ class SchedulingLoop:
         entry.arrival_s, entry.spec = arrival_s, item.spec
         deadline_s = now_s + item.remaining_us / 1e6 if item.HasField("remaining_us") else None
         request = request_from_ticket(
-            item.ticket, arrival_s=arrival_s, deadline_s=deadline_s, block_hashes=item.block_hashes
+            item.ticket,
+            arrival_s=arrival_s,
+            attempt_s=now_s - item.attempt_age_us / 1e6,
+            deadline_s=deadline_s,
+            block_hashes=item.block_hashes,
         )
         is_admitted = item.is_admitted or entry.is_accepted
         return RequestResumed(request) if is_admitted else RequestSubmitted(request)

@@ -19,6 +19,7 @@ from bucketserve.core.messages import (
     PullKv,
     RefuseRequest,
     ReleaseKv,
+    ReleaseWorker,
     SaveOutputs,
     SwitchRole,
 )
@@ -120,6 +121,9 @@ class Announcer:
                     switch = scheduler_pb2.SwitchRole(role=role_to_pb(role))
                     self._to_worker(worker_id, scheduler_pb2.WorkResponse(switch_role=switch))
                     self._telemetry.role_switched(worker_id, role)
+                case ReleaseWorker(worker_id=worker_id):
+                    # Behind every batch that came before.
+                    self._to_worker(worker_id, scheduler_pb2.WorkResponse(no_more_work=scheduler_pb2.NoMoreWork()))
                 case ForgetRequest():
                     self._forget(command)
                 case _:

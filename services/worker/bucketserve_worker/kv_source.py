@@ -29,6 +29,8 @@ PIECE_BYTES = 1 << 20
 SHARED_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 MAX_TRAILER_BYTES = 64 << 20
 """Of what comes with the KV: its RunSpec holds the prompt."""
+SILENCE_S = 5.0
+"""How long a source may be silent, or away: one that was started again is reached within the channel's backoff."""
 INLINE_BYTES = 4 << 20
 """Up to here a copy holds the event loop up for less than half a millisecond; a thread would cost as much again."""
 
@@ -67,7 +69,7 @@ class KvSources:
 
         Raises:
             KvTransferError: it could not be had, or did not come as it was sent.
-            grpc.aio.AioRpcError: the source can't be reached, or does not hold it.
+            grpc.aio.AioRpcError: the source does not hold it, or the connection broke.
         """
         if pull.kv.layout != self._layout:
             raise KvTransferError(f"its layout is {pull.kv.layout!r}, ours {self._layout!r}: other model or dtype")
@@ -104,18 +106,27 @@ class KvSources:
         return held.handed_over.block
 
     async def _by_stream(self, pull: scheduler_pb2.PullKv, block: StagedKv) -> int:
-        """Fills the block from its source; returns the checksum of what came."""
+        """Fills the block from its source; returns the checksum of what came.
+
+        A channel whose peer was away for a moment refuses calls until it has connected anew: this one waits for that,
+        or each request that is to move in that time would lose an attempt.
+        """
         stub = await self._stub(pull.source_address)
         request = worker_pb2.FetchKvRequest(run_id=pull.run_id, secret=pull.kv.secret)
         digest, end = xxhash.xxh3_64(), 0
-        call = stub.FetchKv(request, metadata=self._deployment.metadata)
+        clock = asyncio.get_running_loop()
+        call = stub.FetchKv(request, metadata=self._deployment.metadata, wait_for_ready=True)
         try:
-            async for response in call:
-                begin, end = end, end + len(response.piece)
-                if end > len(block.data):
-                    break
-                block.data[begin:end] = response.piece
-                digest.update(response.piece)
+            async with asyncio.timeout(SILENCE_S) as silence:
+                async for response in call:
+                    silence.reschedule(clock.time() + SILENCE_S)
+                    begin, end = end, end + len(response.piece)
+                    if end > len(block.data):
+                        break
+                    block.data[begin:end] = response.piece
+                    digest.update(response.piece)
+        except TimeoutError:
+            raise KvTransferError(f"nothing was heard of its source for {SILENCE_S:g} s") from None
         finally:
             call.cancel()
         if end != len(block.data):

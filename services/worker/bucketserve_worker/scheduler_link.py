@@ -18,6 +18,8 @@ from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 __all__ = ["SchedulerLink"]
 
 OUTBOX_LIMIT = 65_536
+TAKEOVER_S = 5.0
+"""How long a worker that leaves waits for a scheduler after the one before: it may be needed."""
 
 Work = scheduler_pb2.WorkRequest
 
@@ -57,8 +59,8 @@ class SchedulerLink:
         self._on_heard = on_heard
         self._outbox: Outbox[Work] | None = None
         self._report_soon = asyncio.Event()
-        self.can_bring_work = False
-        """Whether the scheduler may yet assign something: there is a stream, and it has not said NoMoreWork."""
+        self._is_released = False
+        """Whether the scheduler has said NoMoreWork."""
         self.is_draining = False
 
     def finished(self, message: scheduler_pb2.RunFinished) -> None:
@@ -82,9 +84,14 @@ class SchedulerLink:
         self._report_soon.set()
 
     def drain(self) -> None:
-        """Asks for no more batches; what is on its way still comes, until can_bring_work is false."""
+        """Asks to leave. Until can_bring_work is false work may come: what was on its way, or nobody else could do."""
         self.is_draining = True
         self._send(Work(draining=scheduler_pb2.WorkerDraining()))
+
+    @property
+    def can_bring_work(self) -> bool:
+        """Whether a scheduler may yet assign something: none has said NoMoreWork, and one is there or may soon be."""
+        return not self._is_released and self._search.is_present(TAKEOVER_S)
 
     def is_present(self, grace_s: float) -> bool:
         """Whether a scheduler is there, or was not long ago."""
@@ -99,7 +106,7 @@ class SchedulerLink:
         outbox.send(Work(hello=self._hello()))
         # From here on, not from the welcome on: what ends now is in the hello as running.
         self._outbox = outbox
-        self.can_bring_work = True
+        self._is_released = False
         call = stub.Work(outbox.messages(), metadata=self._deployment.metadata)
         reporter: asyncio.Task[None] | None = None
         try:
@@ -121,9 +128,8 @@ class SchedulerLink:
                     case "switch_role":
                         self._on_role(role_from_pb(response.switch_role.role))
                     case "no_more_work":
-                        self.can_bring_work = False
+                        self._is_released = True
         finally:
-            self.can_bring_work = False
             self._outbox = None
             outbox.close()
             hang_up(call)

@@ -293,9 +293,11 @@ class Worker:
 
     def _running_run(self, key: RequestId, running: Running) -> scheduler_pb2.RunningRun:
         held = self.holder.get(key)
-        return scheduler_pb2.RunningRun(
-            run_id=running.run_id, assignment=running.assignment, held=self._describe(held) if held else None
-        )
+        run = scheduler_pb2.RunningRun(run_id=running.run_id, assignment=running.assignment)
+        if held is not None:
+            run.held.CopyFrom(self._describe(held))
+            run.held_us = round((time.monotonic() - (running.prefilled_s or running.received_s)) * 1e6)
+        return run
 
     def _describe(self, held: Held) -> scheduler_pb2.HeldKv:
         return held.describe(self._info.kv_layout, self._engine.staging.path)

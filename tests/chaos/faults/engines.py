@@ -40,26 +40,34 @@ async def _order(word: str, role: str, site: Site, rng: random.Random) -> str:
 
 
 async def _roll(site: Site, rng: random.Random) -> str:
-    """Every worker changes to the other weights, one after the other; both serve meanwhile.
+    """Every worker changes to the other weights, one after the other; both serve meanwhile, and whatever else may fail.
 
-    Decode workers of the old weights go last: whoever has computed a prompt finds one of its own.
+    New weights have come before the last of the old ones go, in either order of their roles. A worker that fails before
+    its turn comes back with the weights that it had, as from whoever deploys it, and what has tokens of them goes on.
+    Only a worker that is about to leave is not killed as well: nobody starts it with its old weights again, and with
+    the last one that computes or decodes for them would go what nobody else can finish.
     """
     prefill, decode = site.workers_of("prefill"), site.workers_of("decode")
-    first = [prefill[0], decode[0]]
+    first, last = [prefill[0], decode[0]], [prefill[1], decode[1]]
     rng.shuffle(first)
+    rng.shuffle(last)
     with site.hold("weights"):
-        with site.hold(*first):
-            site.weights = weights = "new" if site.weights == "old" else "old"
-            for name in first:
-                await _change(site, name, weights)
+        weights = "new" if site.weights == "old" else "old"
+        with site.hold(first[0]):
+            site.weights = weights
+            await _change(site, first[0], weights)
+        await _change_when_free(site, first[1], weights)
         await asyncio.sleep(rng.uniform(1, 6))
-        # What has tokens of the old weights can end nowhere else: nothing else may fail while the last of them go.
-        while site.busy - {"weights"}:
-            await asyncio.sleep(0.1)
-        with site.hold("store", *site.stack.services):
-            for name in (*prefill[1:], *decode[1:]):
-                await _change(site, name, weights)
+        for name in last:
+            await _change_when_free(site, name, weights)
     return f"to {weights}"
+
+
+async def _change_when_free(site: Site, name: str, weights: str) -> None:
+    while name in site.busy:
+        await asyncio.sleep(0.1)
+    with site.hold(name):
+        await _change(site, name, weights)
 
 
 async def _change(site: Site, name: str, weights: str) -> None:

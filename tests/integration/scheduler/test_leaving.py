@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from bucketserve.store.embedded import EmbeddedServer
-from bucketserve.v1 import scheduler_pb2
+from bucketserve.v1 import common_pb2, scheduler_pb2
 from bucketserve_scheduler.adapters import stores
 from bucketserve_scheduler.loop import SchedulingLoop
 from bucketserve_scheduler.peers import WorkerPeer
@@ -31,7 +31,9 @@ async def submit_for_ever(loop: SchedulingLoop) -> None:
         await asyncio.sleep(0.001)
 
 
-async def play_worker(loop: SchedulingLoop, peer: WorkerPeer) -> list[scheduler_pb2.WorkResponse]:
+async def play_worker(
+    loop: SchedulingLoop, peer: WorkerPeer, *, finishes: bool = False
+) -> list[scheduler_pb2.WorkResponse]:
     """Takes batches and asks for more until the stream ends; returns what came."""
     messages = []
     async for message in peer.outbox.messages():
@@ -42,6 +44,14 @@ async def play_worker(loop: SchedulingLoop, peer: WorkerPeer) -> list[scheduler_
                 run_ids=[run.run_id for run in message.batch.runs],
             )
             await loop.hear(peer, scheduler_pb2.WorkRequest(prefilled=done))
+            for run in message.batch.runs if finishes else ():
+                end = scheduler_pb2.RunFinished(
+                    run_id=run.run_id,
+                    assignment=message.batch.assignment,
+                    reason=common_pb2.FINISH_REASON_LENGTH,
+                    output_tokens=1,
+                )
+                await loop.hear(peer, scheduler_pb2.WorkRequest(finished=end))
             await loop.hear(peer, scheduler_pb2.WorkRequest(report=report(message.batch.assignment)))
     return messages
 
@@ -79,7 +89,7 @@ async def test_a_draining_worker_hears_when_nothing_more_will_come() -> None:
     async with loop_over_valkey() as loop:
         running = asyncio.create_task(loop.run())
         peer = await loop.connect(scheduler_pb2.WorkerHello(worker_id="w", context_tokens=CONTEXT, report=report()))
-        worker = asyncio.create_task(play_worker(loop, peer))
+        worker = asyncio.create_task(play_worker(loop, peer, finishes=True))
         submitting = asyncio.create_task(submit_for_ever(loop))
         while loop.num_batches < 2:
             await asyncio.sleep(0.001)
@@ -114,3 +124,33 @@ async def test_a_worker_that_comes_back_draining_gets_nothing() -> None:
         loop.part()
         sent = await asyncio.wait_for(play_worker(loop, peer), 5)
         assert [message.WhichOneof("message") for message in sent] == ["no_more_work"]
+
+
+async def test_the_last_of_its_weights_gets_what_they_have_begun_and_then_hears_that_it_may_go() -> None:
+    async with loop_over_valkey() as loop:
+        running = asyncio.create_task(loop.run())
+        mine = scheduler_pb2.WorkerHello(worker_id="w", context_tokens=CONTEXT, report=report(), fingerprint="old")
+        peer = await loop.connect(mine)
+        other = await loop.connect(
+            scheduler_pb2.WorkerHello(worker_id="v", context_tokens=CONTEXT, report=report(), fingerprint="new")
+        )
+        begun = [a_run(number, is_admitted=True) for number in range(3)]
+        for run in begun:
+            run.ticket.fingerprint = "old"
+        await loop.submit(begun[0])
+        while not loop.num_batches:
+            await asyncio.sleep(0.001)
+        await loop.hear(peer, scheduler_pb2.WorkRequest(draining=scheduler_pb2.WorkerDraining()))
+        for run in (*begun[1:], *(a_run(number) for number in range(3, 6))):
+            await loop.submit(run)
+        new = asyncio.create_task(play_worker(loop, other, finishes=True))
+        old = asyncio.create_task(play_worker(loop, peer, finishes=True))
+        while loop.num_finished < 6:
+            await asyncio.sleep(0.001)
+        loop.leave()
+        await asyncio.wait_for(running, 5)
+        loop.part()
+        sent = await asyncio.wait_for(old, 5)
+        assert ids(sent) == {run.ticket.run_id for run in begun}
+        assert [m.WhichOneof("message") for m in sent].index("no_more_work") == len(sent) - 1
+        assert ids(await asyncio.wait_for(new, 5)) == {f"r{number}.1" for number in range(3, 6)}

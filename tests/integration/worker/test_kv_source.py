@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from bucketserve.core.types import RequestId
 from bucketserve.engine.kv_staging import KvStaging, StagedKv, checksum, locality
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import common_pb2, scheduler_pb2, worker_pb2, worker_pb2_grpc
+from bucketserve_worker import kv_source
 from bucketserve_worker.engine_thread import HandedOver
 from bucketserve_worker.kv_holder import Held, KvHolder
 from bucketserve_worker.kv_source import PIECE_BYTES, KvSources, KvTransferError
@@ -45,12 +47,17 @@ class Source(worker_pb2_grpc.WorkerServiceServicer):
             yield worker_pb2.FetchKvResponse(piece=self.data[begin : begin + PIECE_BYTES])
 
 
-@asynccontextmanager
-async def fetching(source: Source) -> AsyncIterator[tuple[KvSources, str, KvStaging]]:
+async def serving(source: Source, port: int = 0) -> tuple[grpc.aio.Server, int]:
     server = grpc.aio.server()
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(source, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
+    return server, port
+
+
+@asynccontextmanager
+async def fetching(source: Source) -> AsyncIterator[tuple[KvSources, str, KvStaging]]:
+    server, port = await serving(source)
     staging = KvStaging(2 * len(DATA))
     sources = KvSources("me", Deployment(), KvHolder(30.0, lambda: 0.0), staging, "L")
     try:
@@ -101,6 +108,42 @@ async def test_what_is_not_as_announced_is_refused_and_leaves_nothing(data: byte
     async with fetching(Source(data)) as (sources, address, staging):
         with pytest.raises(KvTransferError, match=message):
             await sources.fetch(pull(kv, address))
+        assert staging.num_blocks == 0
+
+
+async def test_a_source_that_is_started_again_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_source, "SILENCE_S", 60.0)
+    kv = held_in(KvStaging(2 * len(DATA))).describe("L", None)
+    server, port = await serving(Source(DATA))
+    sources = KvSources("me", Deployment(), KvHolder(30.0, lambda: 0.0), KvStaging(2 * len(DATA)), "L")
+    try:
+        (await sources.fetch(pull(kv, f"127.0.0.1:{port}"))).block.release()
+        await server.stop(0)
+        fetches = [asyncio.create_task(sources.fetch(pull(kv, f"127.0.0.1:{port}"))) for _ in range(3)]
+        # Longer than it takes to be refused for the first time.
+        await asyncio.sleep(0.5)
+        server, _ = await serving(Source(DATA), port)
+        for fetched in await asyncio.wait_for(asyncio.gather(*fetches), 30):
+            assert bytes(fetched.block.data) == DATA
+            fetched.block.release()
+    finally:
+        await sources.close()
+        await server.stop(0)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_a_source_of_which_nothing_is_heard_is_given_up(is_there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_source, "SILENCE_S", 0.2)
+    kv = held_in(KvStaging(2 * len(DATA))).describe("L", None)
+
+    class Silent(Source):
+        async def FetchKv(self, request, context) -> AsyncIterator[worker_pb2.FetchKvResponse]:
+            yield worker_pb2.FetchKvResponse(piece=self.data[:10])
+            await asyncio.sleep(600)
+
+    async with fetching(Silent(DATA)) as (sources, address, staging):
+        with pytest.raises(KvTransferError, match="nothing was heard"):
+            await sources.fetch(pull(kv, address if is_there else "127.0.0.1:1"))
         assert staging.num_blocks == 0
 
 

@@ -141,6 +141,8 @@ class Worker:
     num_decode_steps: int = 0
     is_connected: bool = False
     is_draining: bool = False
+    is_released: bool = False
+    """It was told on this stream that nothing more comes."""
     last_assignment: int = 0
     runs: dict[RequestId, Run] = field(default_factory=dict)
     inbox: list[object] = field(default_factory=list)
@@ -153,7 +155,7 @@ class Worker:
     def connect(self) -> WorkerJoined:
         """A new stream: what was under way on the older one is lost, and pulls are called off."""
         self.hang_up()
-        self.is_connected = True
+        self.is_connected, self.is_released = True, False
         for request_id in [rid for rid, run in self.runs.items() if run.phase is Phase.PULLING]:
             self.call_off(request_id)
         running = tuple(

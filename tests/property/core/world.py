@@ -28,11 +28,13 @@ from bucketserve.core.messages import (
     RefuseReason,
     RefuseRequest,
     ReleaseKv,
+    ReleaseWorker,
     RequestCancelled,
     RequestResumed,
     RequestSubmitted,
     SaveOutputs,
     SwitchRole,
+    WorkerAway,
     WorkerDraining,
     WorkerLost,
 )
@@ -43,6 +45,7 @@ from tests.builders import a_request
 from tests.property.core.peers import Client, Phase, Worker
 
 CONTEXT = 2048
+HALVES = (WorkerRole.PREFILL, WorkerRole.DECODE)
 RESUMABLE = (DropReason.WORKER_LOST, DropReason.WORKER_FAILED)
 
 
@@ -188,6 +191,8 @@ class World:
                     self.placed_at[request_id] = worker_id
                 case SwitchRole(worker_id=worker_id, role=role):
                     self.to_worker(worker_id, role)
+                case ReleaseWorker(worker_id=worker_id):
+                    self.release(self.workers[worker_id])
                 case ForgetRequest(request_id=request_id, was_cancelled=was_cancelled):
                     if not was_cancelled or not self.resume_later(request_id):
                         self.end(request_id, "given up")
@@ -206,7 +211,33 @@ class World:
         # The order would come before what it is about.
         assert not sent & let_go
 
+    def release(self, worker: Worker) -> None:
+        """A worker hears that it may go: whatever only its fingerprint can finish, others could."""
+        assert worker.is_connected
+        assert worker.is_draining
+        assert not worker.is_released
+        worker.is_released = True
+        known = [(w, self.core._fleet.get(w.worker_id)) for w in self.workers.values() if w.is_connected]
+        staying = {
+            state.role
+            for other, state in known
+            if state is not None and other.fingerprint == worker.fingerprint and not other.is_draining
+        }
+        if WorkerRole.BOTH in staying or staying >= {worker.role, *(HALVES if worker.role is WorkerRole.BOTH else ())}:
+            return
+        assert not [life for life in self.core._lives if life.request.fingerprint == worker.fingerprint]
+        for other, state in known:
+            assert other.fingerprint != worker.fingerprint or not state or not state.requests
+
+    def check_leaving(self, worker_id: WorkerId, requests: list[Request]) -> None:
+        """One that leaves gets only what is bound to its fingerprint, and nothing once it was told so."""
+        worker = self.workers[worker_id]
+        if worker.is_draining and worker.is_connected:
+            assert not worker.is_released
+            assert {request.fingerprint for request in requests} <= {worker.fingerprint}
+
     def send(self, batch: Batch, requests: list[Request]) -> None:
+        self.check_leaving(batch.worker_id, requests)
         for request in requests:
             self.dispatched[request.request_id] += 1
             # Under one leader a run is never sent twice.
@@ -230,6 +261,7 @@ class World:
     def order_pull(self, pull: PullKv) -> None:
         source, target = self.workers[pull.source_id], self.workers[pull.target_id]
         assert source.fingerprint == target.fingerprint
+        self.check_leaving(pull.target_id, [])
         if source.is_connected:
             self.to_worker(pull.target_id, pull)
         else:
@@ -354,7 +386,7 @@ class World:
     def cut(self, worker: Worker) -> None:
         worker.hang_up()
         self.expected.add(worker.worker_id)
-        self.turn([WorkerDraining(worker.worker_id)])
+        self.turn([WorkerAway(worker.worker_id)])
 
     def lose(self, worker_id: WorkerId) -> None:
         self.workers[worker_id].hang_up()

@@ -27,7 +27,7 @@ def test_rankings_do_not_grow_with_changes_while_the_best_worker_stays() -> None
                 fleet.changed(worker)
         fleet.candidates()
     rankings = [value for value in vars(fleet).values() if hasattr(value, "_heap")]
-    assert len(rankings) == 5
+    assert len(rankings) == 6
     assert max(len(ranking._heap) for ranking in rankings) < 100
     assert [worker.worker_id for worker in fleet.decoders("")] == ["idle-decode", "busy-decode"]
 

@@ -30,7 +30,7 @@ from bucketserve.core.messages import (
     WorkerJoined,
     WorkerLost,
 )
-from bucketserve.core.patience import PATIENCE_S
+from bucketserve.core.patience import PATIENCE_S, REJOIN_S
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
 from bucketserve.core.types import FinishReason, RequestId, WorkerId, WorkerRole
@@ -98,6 +98,38 @@ def test_a_bound_request_ends_while_its_like_only_decode() -> None:
     assert under_test.step([], PATIENCE_S + 1).drops == (Drop(A, DropReason.NO_LIKE_WORKER),)
 
 
+@pytest.mark.parametrize(("waited_s", "left_s"), [(0.0, PATIENCE_S), (5.0, PATIENCE_S - 5.0), (PATIENCE_S, REJOIN_S)])
+def test_how_long_its_weights_are_waited_for_does_not_begin_anew_with_each_leader(
+    waited_s: float, left_s: float
+) -> None:
+    under_test, now_s = core(), 1000.0
+    again = resumed("a", fingerprint="A", attempt_s=now_s - waited_s)
+    assert under_test.step([worker("w", "B"), again], now_s).drops == ()
+    # One that waits for less time does not hold it up.
+    under_test.step([resumed("b", fingerprint="A", attempt_s=now_s)], now_s)
+    assert under_test.step([], now_s + left_s - 0.1).drops == ()
+    assert Drop(A, DropReason.NO_LIKE_WORKER) in under_test.step([], now_s + left_s + 0.1).drops
+
+
+@pytest.mark.parametrize(("waited_s", "left_s"), [(0.0, PATIENCE_S), (5.0, PATIENCE_S - 5.0), (PATIENCE_S, REJOIN_S)])
+def test_how_long_a_decode_worker_is_waited_for_does_not_begin_anew_either(waited_s: float, left_s: float) -> None:
+    under_test, now_s = core(), 1000.0
+    under_test.restore(parked=[], running={a_request("a"): WorkerId("p")}, edges=(), outputs={})
+    holder = worker("p", role=PREFILL, running=(at("a", is_held=True, held_s=waited_s),))
+    assert under_test.step([holder], now_s).drops == ()
+    assert under_test.step([], now_s + left_s - 0.1).drops == ()
+    assert under_test.step([], now_s + left_s + 0.1).drops == (Drop(A, DropReason.NO_LIKE_WORKER),)
+
+
+def test_what_waited_long_in_the_queue_has_all_patience_when_its_weights_go() -> None:
+    under_test, now_s = core(), 1000.0
+    again = resumed("a", fingerprint="A", attempt_s=now_s - 2 * PATIENCE_S)
+    under_test.step([worker("w", "A", free=0, total=1000), again], now_s)
+    under_test.step([WorkerLost(WorkerId("w")), worker("v", "B")], now_s + 1.0)
+    assert under_test.step([], now_s + PATIENCE_S).drops == ()
+    assert under_test.step([], now_s + PATIENCE_S + 2.0).drops == (Drop(A, DropReason.NO_LIKE_WORKER),)
+
+
 def test_a_request_that_only_workers_of_another_kind_could_hold_ends() -> None:
     under_test = core()
     fleet = [worker("small", "A", free=100), worker("large", "B", free=4000)]
@@ -140,7 +172,7 @@ def test_patience_with_what_is_held_begins_when_its_decoder_has_gone() -> None:
     under_test.step([held_at("p")], 0.2)
     # It waited for room in the only decoder for longer than anybody has patience.
     late_s = 2 * PATIENCE_S
-    assert under_test.step([WorkerDraining(WorkerId("d"))], late_s).drops == ()
+    assert under_test.step([WorkerLost(WorkerId("d"))], late_s).drops == ()
     assert under_test.step([], late_s + PATIENCE_S - 1).drops == ()
     assert under_test.step([], late_s + PATIENCE_S + 1).drops == (Drop(A, DropReason.NO_LIKE_WORKER),)
 

@@ -139,6 +139,17 @@ async def test_an_attempt_that_broke_before_its_first_token_goes_to_any_weights(
     assert (ticket.fingerprint, list(ticket.avoid_worker_ids)) == ("", ["w"])
 
 
+async def test_an_attempt_has_an_age_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("bucketserve_gateway.requests.time.monotonic", lambda: now_s)
+    request = opened([], encode("a "))
+    now_s = 103.0
+    assert request.submission().attempt_age_us == 3_000_000
+    request.restart("its worker was lost")
+    now_s = 105.0
+    assert (request.submission().age_us, request.submission().attempt_age_us) == (5_000_000, 2_000_000)
+
+
 async def test_output_is_word_enough_that_a_request_was_queued() -> None:
     # The scheduler dispatched it and died before it said so.
     request = opened([], encode("a "))
