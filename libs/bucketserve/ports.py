@@ -202,6 +202,8 @@ class SequenceSpec:
     """Of batch class: an engine that has to let a sequence go takes these first."""
     num_preemptions: int = 0
     """How often it was let go before (Request.num_preemptions)."""
+    prefix_salt: bytes = b""
+    """Only sequences of the same salt use each other's KV."""
 
     @property
     def reserved_tokens(self) -> int:

@@ -173,6 +173,8 @@ class Headroom:
     kv_total_tokens: int
     kv_free_tokens: int
     """Neither used nor reserved by the sequences that the worker knows of."""
+    kv_kept_tokens: int = 0
+    """Those of them whose KV is kept for prompts that begin like one before. Reported locally only."""
     max_sequences: int
     num_decode_steps: int = 0
     """Steps with decodes since it started: how far its sequences have got, without naming them."""

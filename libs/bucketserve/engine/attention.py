@@ -9,8 +9,10 @@ far a layer looks back was read from its mask once, when the model was loaded (e
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from bucketserve.core.errors import EngineError
-from bucketserve.engine.kv_memory import KvLayout, KvMemory
+from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory
 from bucketserve.engine.native.kernels import Kernels
 
 __all__ = ["NAME", "AttentionCall", "Segment", "Step", "StepPlan", "current_step", "packed_attention", "running_step"]
@@ -42,7 +44,7 @@ class Segment:
     """Index of its first token in the packed step."""
     num_tokens: int
     kv_start: int
-    """Where its range begins in the arena."""
+    """Where its KV begins: a token of StepPlan.table, which is a whole number of pages for a whole sequence."""
     context: int
     """Tokens of the sequence including the new ones."""
 
@@ -84,12 +86,30 @@ class StepPlan:
     calls: Mapping[int, AttentionCall]
     """By layer."""
     segments: Sequence[Segment]
-    slots: torch.Tensor
-    """[tokens] position of each new token in the arena."""
+    table: array[int]
+    """The arena's pages for all KV of the step, one sequence's after another's: token t of it is in page
+    table[t // PAGE_TOKENS]. Of type q."""
     kernels: Kernels | None = None
     """Those of this CPU, if there are any."""
+    pages: torch.Tensor = field(init=False)
+    """The table as int64 [n], on the device."""
+    slots: torch.Tensor = field(init=False)
+    """[tokens] place of each new token in the arena."""
     _pieces: dict[int | None, list[Segment]] = field(default_factory=dict)
-    _tables: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _rows: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _is_run: dict[tuple[int, int], bool] = field(default_factory=dict)
+    """Whether these pages of the table, first and last, lie side by side."""
+
+    def __post_init__(self) -> None:
+        """Finds where new tokens go."""
+        device = self.memory.keys[0].device
+        pages = torch.frombuffer(self.table, dtype=torch.long)
+        tokens = [
+            t for s in self.segments for t in range(s.kv_start + s.context - s.num_tokens, s.kv_start + s.context)
+        ]
+        new = torch.tensor(tokens, dtype=torch.long)
+        self.slots = (pages[new // PAGE_TOKENS] * PAGE_TOKENS + new % PAGE_TOKENS).to(device)
+        self.pages = pages.to(device)
 
     def pieces(self, chunk: int | None) -> Sequence[Segment]:
         """Returns the segments as layers see them that look back within chunks of so many positions."""
@@ -99,12 +119,12 @@ class StepPlan:
             self._pieces[chunk] = [piece for segment in self.segments for piece in _within_chunks(segment, chunk)]
         return self._pieces[chunk]
 
-    def table(self, chunk: int | None) -> torch.Tensor:
+    def rows(self, chunk: int | None) -> torch.Tensor:
         """Returns the same as int64 [n, 4], for the kernels."""
-        if chunk not in self._tables:
+        if chunk not in self._rows:
             rows = [(s.first, s.num_tokens, s.kv_start, s.context) for s in self.pieces(chunk)]
-            self._tables[chunk] = torch.tensor(rows)
-        return self._tables[chunk]
+            self._rows[chunk] = torch.tensor(rows)
+        return self._rows[chunk]
 
     def attend(
         self,
@@ -130,8 +150,10 @@ class StepPlan:
                 query[0].transpose(0, 1),
                 keys,
                 values,
-                self.table(call.chunk),
+                self.rows(call.chunk),
+                self.pages,
                 output[0],
+                page_tokens=PAGE_TOKENS,
                 scale=call.scale,
                 window=call.window,
                 softcap=call.softcap,
@@ -141,12 +163,25 @@ class StepPlan:
             end, low = segment.first + segment.num_tokens, 0
             if call.window is not None:
                 low = max(segment.context - segment.num_tokens + 1 - call.window, 0)
-            begin, finish = segment.kv_start + low, segment.kv_start + segment.context
+            seen = segment.kv_start + low, segment.kv_start + segment.context
             attended = _attend(
-                query[0, :, segment.first : end], keys[:, begin:finish], values[:, begin:finish], call, sinks
+                query[0, :, segment.first : end], self._gather(keys, *seen), self._gather(values, *seen), call, sinks
             )
             output[0, segment.first : end] = attended.transpose(0, 1)
         return output
+
+    def _gather(self, arena: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Returns [kv_heads, end - begin, dim] of tokens of the table: a view where their pages lie side by side."""
+        first, last = begin // PAGE_TOKENS, (end - 1) // PAGE_TOKENS
+        if (first, last) not in self._is_run:
+            self._is_run[first, last] = all(a + 1 == b for a, b in pairwise(self.table[first : last + 1]))
+        low, number = begin % PAGE_TOKENS, end - begin
+        if self._is_run[first, last]:
+            start = self.table[first] * PAGE_TOKENS + low
+            return arena[:, start : start + number]
+        heads, _, dim = arena.shape
+        pages = arena.view(heads, -1, PAGE_TOKENS * dim).index_select(1, self.pages[first : last + 1])
+        return pages.view(heads, -1, dim)[:, low : low + number]
 
 
 def _within_chunks(segment: Segment, chunk: int) -> Sequence[Segment]:

@@ -138,7 +138,7 @@ class FakeEngine:
 
     def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
         """See ports.Engine."""
-        most = min(self.settings.context_tokens, self.settings.kv_total_tokens)
+        most = self._most_tokens
         for spec in sequences:
             if spec.reserved_tokens > most:
                 raise EngineError(f"{spec.reserved_tokens} tokens can never fit: the context is {most} tokens here")
@@ -175,8 +175,8 @@ class FakeEngine:
             first_token_s=self.clock(),
         )
         may_go = [s for s in self._begun() if s.loss is not None] if self.settings.grows_kv else []
-        most = self._free() + sum(s.kv_tokens for s in may_go)
-        if spec.reserved_tokens > self.settings.context_tokens or sequence.kv_tokens > most:
+        free_at_most = self._free() + sum(s.kv_tokens for s in may_go)
+        if spec.reserved_tokens > self._most_tokens or sequence.kv_tokens > free_at_most:
             raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
         for token_id in generated:
             sequence.state = _mix(sequence.state ^ token_id)
@@ -192,16 +192,16 @@ class FakeEngine:
 
     def has_work(self) -> bool:
         """See ports.Engine."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._preempted)
 
     def step(self) -> StepOutput:
         """See ports.Engine."""
-        if not self.has_work():
-            return StepOutput()
         start_s = self.clock()
         # Those that may not be let go have all they may use, and together they fit: what lacks is lacking to others.
         self._make_room(lambda: self._growth() <= self._free())
         preempted, self._preempted = tuple(self._preempted), []
+        if not self.has_work():
+            return StepOutput(preempted=preempted)
         decoding = list(self._running.values())
         context = sum(len(s.spec.token_ids) + s.num_generated for s in decoding)
         prefill_tokens, attention, prefilled, failed = self._prefill(decoding, context)
@@ -249,6 +249,11 @@ class FakeEngine:
 
     def _is_reserved(self, spec: SequenceSpec) -> bool:
         return not self.settings.grows_kv or spec.hands_over or spec.num_preemptions >= MAX_PREEMPTIONS
+
+    @property
+    def _most_tokens(self) -> int:
+        """Tokens that a sequence may have, generated ones included."""
+        return min(self.settings.context_tokens, self.settings.kv_total_tokens)
 
     def _free(self) -> int:
         """Returns the KV tokens that no sequence has."""

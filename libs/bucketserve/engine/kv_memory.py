@@ -1,24 +1,22 @@
-"""KV memory: one preallocated arena per layer, each sequence in one contiguous range of it.
+"""KV memory: one preallocated arena per layer, in pages of as many tokens each.
 
-A sequence's range is its prompt plus max_new_tokens, known when it is admitted, so that attention reads plain views and
-nothing is copied while it runs. What that costs is fragmentation, which is measured and, when it stands in the way,
-removed by moving sequences together.
+A sequence's KV lies in pages anywhere in the arena, in the order of its page table. Inside a page tokens lie side by
+side, so that kernels read as they would without pages.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
-from bucketserve.engine.ranges import RangeAllocator
+__all__ = ["PAGE_TOKENS", "KvLayout", "KvMemory", "bytes_per_token", "num_pages"]
 
-__all__ = ["KvLayout", "KvMemory"]
-
-MOVED_TOKENS = 256
-"""Copied at once when ranges are moved together."""
+PAGE_TOKENS = 32
+"""Tokens of a page. Smaller pages waste less at a sequence's end, share more, and cost more to keep account of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +38,22 @@ class KvMemory:
     """Keys and values of all layers, each a tensor [kv_heads, tokens, head_dim or value_dim]."""
 
     def __init__(self, layouts: Sequence[KvLayout], num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Takes the memory at once."""
-        self.num_tokens = num_tokens
+        """Takes the memory at once, whole pages."""
+        self.num_pages = num_pages(num_tokens)
+        num_tokens = self.num_pages * PAGE_TOKENS
         self.keys = [torch.zeros(at.num_heads, num_tokens, at.head_dim, dtype=dtype, device=device) for at in layouts]
         self.values = [
             torch.zeros(at.num_heads, num_tokens, at.value_dim, dtype=dtype, device=device) for at in layouts
         ]
-        # Taken now: moving ranges together is for when memory is short.
-        self._buffers = {
-            (heads, dim): torch.empty(heads, MOVED_TOKENS, dim, dtype=dtype, device=device)
-            for heads, dim in {(arena.shape[0], arena.shape[2]) for arena in (*self.keys, *self.values)}
-        }
-        self.allocator = RangeAllocator(num_tokens)
-        self.num_compactions = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens for which there is room."""
+        return self.num_pages * PAGE_TOKENS
+
+    def backwards(self) -> array[int]:
+        """Returns a table of all pages, the last one first: for trials, since no two of them lie side by side."""
+        return array("q", range(self.num_pages - 1, -1, -1))
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores new tokens.
@@ -66,20 +67,26 @@ class KvMemory:
         self.keys[layer].index_copy_(1, slots, keys)
         self.values[layer].index_copy_(1, slots, values)
 
-    def copy(self, source: int, target: int, num_tokens: int) -> None:
-        """Copies the KV of a range to another that does not overlap it."""
-        for arena in (*self.keys, *self.values):
-            arena[:, target : target + num_tokens] = arena[:, source : source + num_tokens]
+    def copy_out(self, pages: Sequence[int], num_tokens: int, into: memoryview) -> None:
+        """Writes the KV of the first tokens in these pages as bytes.
 
-    def copy_out(self, start: int, num_tokens: int, into: memoryview) -> None:
-        """Writes a range's KV as bytes: layer by layer keys, then values, each [kv_heads, num_tokens, head_dim]."""
+        Layer by layer keys, then values, each [kv_heads, num_tokens, head_dim].
+        """
+        slots = self._slots(pages, num_tokens)
         for arena, part in self._parts(num_tokens, into):
-            part.copy_(arena[:, start : start + num_tokens])
+            part.copy_(arena.index_select(1, slots))
 
-    def copy_in(self, start: int, num_tokens: int, data: memoryview) -> None:
+    def copy_in(self, pages: Sequence[int], num_tokens: int, data: memoryview) -> None:
         """Reads what copy_out wrote."""
+        slots = self._slots(pages, num_tokens)
         for arena, part in self._parts(num_tokens, data):
-            arena[:, start : start + num_tokens] = part.to(arena.device)
+            arena.index_copy_(1, slots, part.to(arena.device))
+
+    def _slots(self, pages: Sequence[int], num_tokens: int) -> torch.Tensor:
+        """Returns the places in the arena, [num_tokens], of the first tokens in these pages."""
+        starts = torch.tensor(pages[: num_pages(num_tokens)], dtype=torch.long)[:, None] * PAGE_TOKENS
+        slots = (starts + torch.arange(PAGE_TOKENS)).flatten()[:num_tokens]
+        return slots.to(self.keys[0].device)
 
     def _parts(self, num_tokens: int, data: memoryview) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields each arena with its part of the bytes, as a tensor over the same memory."""
@@ -102,30 +109,10 @@ class KvMemory:
         groups = [f"{len(list(group))}*[{shape}]" for shape, group in groupby(shapes)]
         return f"{str(self.keys[0].dtype).removeprefix('torch.')} " + " ".join(groups)
 
-    def compact(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
-        """Moves ranges together and returns their new starts.
 
-        Args:
-            ranges: (start, length) of everything in use, in order of start.
-        """
-        starts, end = [], 0
-        for start, length in ranges:
-            if start != end:
-                for arena in (*self.keys, *self.values):
-                    _move(arena, self._buffers[arena.shape[0], arena.shape[2]], start, end, length)
-            starts.append(end)
-            end += length
-        self.allocator.reset(end)
-        self.num_compactions += 1
-        return starts
-
-
-def _move(arena: torch.Tensor, buffer: torch.Tensor, start: int, target: int, length: int) -> None:
-    """Moves tokens of an arena to a lower place, which may overlap theirs, without taking memory."""
-    for offset in range(0, length, MOVED_TOKENS):
-        number = min(MOVED_TOKENS, length - offset)
-        moved = buffer[:, :number].copy_(arena[:, start + offset : start + offset + number])
-        arena[:, target + offset : target + offset + number] = moved
+def num_pages(num_tokens: int) -> int:
+    """Returns the pages that so many tokens take."""
+    return -(-num_tokens // PAGE_TOKENS)
 
 
 def bytes_per_token(layouts: Sequence[KvLayout], dtype: torch.dtype) -> int:

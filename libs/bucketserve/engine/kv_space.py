@@ -1,158 +1,198 @@
-"""Who holds which range of the KV memory: the sequences, and prefixes kept for those that begin alike.
+"""Who has which pages of the KV memory: the sequences, and those kept for prompts that begin like one before.
 
-A sequence that ends leaves the KV of its whole blocks behind, until the memory is wanted. A new one that begins with
-the same tokens gets that KV copied into its own range: a copy costs a hundredth of computing it, or less, and ranges
-stay contiguous, so that attention reads plain views. Prefixes form a tree of blocks, whose tokens are compared, not
-only their hashes: a collision must never serve somebody else's KV.
+A full page may be found by others: it is known by the page before it and its own tokens, which are compared, not only
+their hashes, since a collision must never serve somebody else's KV. Who finds it has it in the own table, without a
+copy. Nobody writes to a full page, so that nothing ever has to be copied before it is written to either. A page that no
+sequence has any more stays until it is wanted; the one used longest ago goes first, and of one sequence its last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from bucketserve.core.errors import EngineError
-from bucketserve.engine.kv_memory import KvMemory
+from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory, num_pages
 
-__all__ = ["BLOCK_TOKENS", "KvRange", "KvSpace"]
-
-BLOCK_TOKENS = 32
-"""Prefixes are shared in whole blocks. Smaller ones find more and cost more hashing."""
+__all__ = ["KvSpace", "KvTable"]
 
 
 @dataclass(eq=False, slots=True)
 class _Block:
-    """A prefix of whole blocks: one block after another prefix."""
+    """What a full page is found by. Its object stands for all tokens up to its end, and is never used for others."""
 
-    key: tuple[_Block | None, tuple[int, ...]]
-    """The prefix before it, and the tokens of its last block."""
-    ranges: dict[KvRange, None] = field(default_factory=dict)
-    """Those that begin with it."""
+    key: tuple[_Block | bytes, tuple[int, ...]]
+    """The block before it, or the salt of its prompt, and its own tokens."""
+    page: int
 
 
 @dataclass(eq=False, slots=True)
-class KvRange:
-    """A contiguous range; `start` changes when ranges are moved together."""
+class KvTable:
+    """The pages of one sequence, in order."""
 
-    start: int
-    length: int
-    _blocks: list[_Block] = field(default_factory=list, repr=False)
-    """Prefixes whose KV others may copy from here, each one block longer than the one before."""
+    last: _Block | bytes = field(repr=False)
+    """Of the pages that others may find: the last one, or the salt while there is none."""
+    pages: array[int] = field(default_factory=lambda: array("q"))
+    num_full: int = 0
+    """Leading pages that others could find, and that nobody writes to."""
 
 
 class KvSpace:
-    """Hands out ranges of a KvMemory."""
+    """Hands out the pages of a KvMemory."""
 
     def __init__(self, memory: KvMemory, *, keeps_prefixes: bool) -> None:
         """Starts with everything free."""
         self.memory = memory
         self._keeps_prefixes = keeps_prefixes
-        self._held: set[KvRange] = set()
-        self._kept: dict[KvRange, None] = {}
-        """Of sequences that have ended, the one used longest ago first."""
-        self._blocks: dict[tuple[_Block | None, tuple[int, ...]], _Block] = {}
-        """The tree: a block is found by the one before it and its own tokens."""
+        self._free = list(range(memory.num_pages - 1, -1, -1))
+        """Pages with nothing in them; the last one goes first, so that those of a sequence often lie side by side."""
+        self._num_users = [0] * memory.num_pages
+        self._blocks: dict[tuple[_Block | bytes, tuple[int, ...]], _Block] = {}
+        self._block_of: list[_Block | None] = [None] * memory.num_pages
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        """Pages that can be found and that no sequence has, the one used longest ago first."""
+        self._tables: set[KvTable] = set()
 
     @property
-    def num_kept_tokens(self) -> int:
-        """Tokens kept for reuse; their memory is to be had whenever it is wanted."""
-        return sum(kept.length for kept in self._kept)
+    def num_free_pages(self) -> int:
+        """Pages that no sequence has, those kept for reuse among them."""
+        return len(self._free) + len(self._kept)
 
-    def reserve(self, length: int) -> KvRange | None:
-        """Returns a range, giving kept prefixes up and moving ranges together if need be; None if there is no room."""
-        allocator = self.memory.allocator
-        start = allocator.allocate(length)
-        while start is None and self._kept:
-            self._give_up(next(iter(self._kept)))
-            start = allocator.allocate(length)
-        if start is None and allocator.num_free >= length:
-            self._move_together()
-            start = allocator.allocate(length)
-        if start is None:
-            return None
-        taken = KvRange(start, length)
-        self._held.add(taken)
-        return taken
+    @property
+    def num_kept_pages(self) -> int:
+        """Pages kept for reuse."""
+        return len(self._kept)
 
-    def reuse(self, into: KvRange, tokens: Sequence[int]) -> int:
-        """Copies the KV of the longest known prefix of `tokens` into a range; returns its length in tokens."""
-        block, number = self._longest(tokens)
-        if block is None:
-            return 0
-        source = next(iter(block.ranges))
-        self.memory.copy(source.start, into.start, number)
-        if source in self._kept:
-            self._kept[source] = self._kept.pop(source)
-        return number
+    def find(self, tokens: Sequence[int], salt: bytes) -> list[int]:
+        """Returns the pages of the longest known beginning of a prompt of that salt; each token is looked at once."""
+        pages: list[int] = []
+        last: _Block | bytes = salt
+        while (block := self._blocks.get((last, _piece(tokens, len(pages))))) is not None:
+            pages.append(block.page)
+            last = block
+        return pages
 
-    def publish(self, of: KvRange, tokens: Sequence[int]) -> None:
-        """Lets others copy the KV of these tokens, with which the range begins, while it is held and after."""
-        self._forget(of)
-        if not self._keeps_prefixes:
-            return
-        block = None
-        for piece in _pieces(tokens):
-            key = (block, piece)
-            block = self._blocks.get(key) or self._blocks.setdefault(key, _Block(key))
-            block.ranges[of] = None
-            of._blocks.append(block)
+    def free_after(self, num_tokens: int, known: Sequence[int] = ()) -> int:
+        """Returns the pages that would be free if a sequence had KV for so many tokens, some of it in known pages."""
+        num_taken = num_pages(num_tokens) - len(known) + sum(not self._num_users[page] for page in known)
+        return self.num_free_pages - num_taken
 
-    def release(self, held: KvRange, tokens: Sequence[int] = ()) -> None:
-        """Gives a range back; the KV of `tokens`, with which it begins, is kept while nobody wants the memory."""
-        self._held.remove(held)
-        self._forget(held)
-        whole = len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS
-        if not self._keeps_prefixes or not whole or self._longest(tokens)[1] == whole:
-            self.memory.allocator.release(held.start, held.length)
-            return
-        if held.length > whole:
-            self.memory.allocator.release(held.start + whole, held.length - whole)
-            held.length = whole
-        self.publish(held, tokens)
-        self._kept[held] = None
+    def take(self, num_tokens: int, salt: bytes, known: Sequence[int] = ()) -> KvTable:
+        """Returns a table with KV for so many tokens, which begins with the known pages, as they were found."""
+        table = KvTable(salt)
+        self._tables.add(table)
+        for page in known:
+            self._use(page)
+            table.pages.append(page)
+            block = self._block_of[page]
+            assert block is not None
+            table.last = block
+        table.num_full = len(known)
+        self.grow(table, num_tokens)
+        return table
 
-    def check_integrity(self) -> None:
-        """Checks that every token of the memory is free, or in exactly one range.
+    def missing(self, table: KvTable, num_tokens: int) -> int:
+        """Returns the pages that a table lacks for so many tokens."""
+        return max(num_pages(num_tokens) - len(table.pages), 0)
+
+    def grow(self, table: KvTable, num_tokens: int) -> None:
+        """Adds the pages that a table lacks for so many tokens; pages kept for reuse are given up if need be.
 
         Raises:
-            EngineError: it is not so.
+            EngineError: there are not enough.
         """
-        ranges = sorted((r.start, r.length) for r in (*self._held, *self._kept))
-        used, free = sum(length for _, length in ranges), self.memory.allocator.num_free
-        overlaps = any(a[0] + a[1] > b[0] for a, b in pairwise(ranges))
-        if overlaps or used + free != self.memory.num_tokens:
-            raise EngineError(f"KV memory is inconsistent: {used} used, {free} free of {self.memory.num_tokens}")
+        number = self.missing(table, num_tokens)
+        if number > self.num_free_pages:
+            raise EngineError(f"{number} pages of KV are wanted and {self.num_free_pages} are free")
+        for _ in range(number):
+            if self._free:
+                page = self._free.pop()
+            else:
+                page, _ = self._kept.popitem(last=False)
+                self._hide(page)
+            self._num_users[page] = 1
+            table.pages.append(page)
 
-    def _longest(self, tokens: Sequence[int]) -> tuple[_Block | None, int]:
-        """Returns the longest known prefix, and its length in tokens; each token is looked at once."""
-        block, length = None, 0
-        for piece in _pieces(tokens):
-            longer = self._blocks.get((block, piece))
-            if longer is None:
-                break
-            block, length = longer, length + BLOCK_TOKENS
-        return block, length
+    def publish(self, table: KvTable, tokens: Sequence[int]) -> None:
+        """Lets others find the full pages of these tokens, with which the table's KV begins.
 
-    def _forget(self, gone: KvRange) -> None:
-        for block in gone._blocks:
-            del block.ranges[gone]
-            if not block.ranges:
-                del self._blocks[block.key]
-        gone._blocks.clear()
+        Where others know a page of the same tokens after the same ones, the table has that one from now on.
+        """
+        if not self._keeps_prefixes:
+            return
+        while table.num_full < len(tokens) // PAGE_TOKENS:
+            own, key = table.pages[table.num_full], (table.last, _piece(tokens, table.num_full))
+            block = self._blocks.get(key)
+            if block is None:
+                block = self._blocks[key] = self._block_of[own] = _Block(key, own)
+            else:
+                self._use(block.page)
+                table.pages[table.num_full] = block.page
+                self._leave(own)
+            table.last = block
+            table.num_full += 1
 
-    def _give_up(self, kept: KvRange) -> None:
-        del self._kept[kept]
-        self._forget(kept)
-        self.memory.allocator.release(kept.start, kept.length)
+    def release(self, table: KvTable, tokens: Sequence[int] = ()) -> None:
+        """Gives a table back; full pages of `tokens`, with which its KV begins, are kept while nobody wants them."""
+        self.publish(table, tokens)
+        self._tables.remove(table)
+        # The last one is wanted least: it is of use only to who has all before it.
+        for page in reversed(table.pages):
+            self._leave(page)
 
-    def _move_together(self) -> None:
-        ranges = sorted(self._held, key=lambda held: held.start)
-        for held, start in zip(ranges, self.memory.compact([(r.start, r.length) for r in ranges]), strict=True):
-            held.start = start
+    def discard(self, table: KvTable) -> None:
+        """Gives a table back whose KV may be wrong: nobody finds any of it from now on."""
+        for page in table.pages:
+            self._hide(page)
+        self.release(table)
+
+    def check_integrity(self) -> None:
+        """Checks that every page is free, kept, or had by exactly the sequences that are counted as its users.
+
+        Raises:
+            EngineError: it is not so, or a page that may be written to has two users.
+        """
+        users = [0] * self.memory.num_pages
+        for table in self._tables:
+            for number, page in enumerate(table.pages):
+                users[page] += 1
+                if number >= table.num_full and (self._num_users[page] != 1 or self._block_of[page] is not None):
+                    raise EngineError(f"page {page} is written to by one sequence and had by others")
+        unused = sorted((*self._free, *self._kept))
+        if users != self._num_users or unused != [page for page, number in enumerate(users) if not number]:
+            raise EngineError(f"KV memory is inconsistent: {users} users of pages, {unused} unused")
+        found = {block.page: block for block in self._blocks.values()}
+        known = {page: block for page, block in enumerate(self._block_of) if block is not None}
+        if found != known or len(found) != len(self._blocks) or not known.keys() >= self._kept.keys():
+            raise EngineError(f"KV memory is inconsistent: pages {sorted(found)} are found, {sorted(known)} are known")
+        if known.keys() & set(self._free):
+            raise EngineError("KV memory is inconsistent: free pages can be found")
+
+    def _use(self, page: int) -> None:
+        """Gives a known page one user more."""
+        if not self._num_users[page]:
+            del self._kept[page]
+        self._num_users[page] += 1
+
+    def _leave(self, page: int) -> None:
+        """Takes a user from a page."""
+        self._num_users[page] -= 1
+        if not self._num_users[page]:
+            if self._block_of[page] is None:
+                self._free.append(page)
+            else:
+                self._kept[page] = None
+
+    def _hide(self, page: int) -> None:
+        """Lets nobody find a page any more."""
+        block = self._block_of[page]
+        if block is not None:
+            del self._blocks[block.key]
+            self._block_of[page] = None
 
 
-def _pieces(tokens: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Yields the tokens of each whole block."""
-    for end in range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS):
-        yield tuple(tokens[end - BLOCK_TOKENS : end])
+def _piece(tokens: Sequence[int], number: int) -> tuple[int, ...]:
+    """Returns the tokens of a page; fewer than fit, which are no page's, at the end."""
+    return tuple(tokens[number * PAGE_TOKENS : (number + 1) * PAGE_TOKENS])

@@ -18,7 +18,7 @@ from bucketserve.core.errors import ModelLoadError
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
 from bucketserve.engine.fingerprint import model_fingerprint, tokenizer_fingerprint
-from bucketserve.engine.kv_memory import KvLayout, KvMemory, bytes_per_token
+from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory, bytes_per_token, num_pages
 from bucketserve.engine.linear import place_linears
 from bucketserve.engine.model_source import context_of, model_directory
 from bucketserve.engine.native.compiler import KernelBuildError
@@ -172,6 +172,7 @@ def build_engine(
             context_tokens=context,
             kv_bytes_per_token=per_token,
             pays_padding=False,
+            grows_kv=True,
             kv_layout=memory.layout,
             fingerprint=fingerprint,
             tokenizer=tokenizer,
@@ -284,7 +285,7 @@ def _warm_up(
         arena.zero_()
     ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
     positions = torch.arange(num_tokens, device=device)
-    plan = StepPlan(memory, calls, [Segment(0, num_tokens, 0, num_tokens)], positions, kernels)
+    plan = StepPlan(memory, calls, [Segment(0, num_tokens, 0, num_tokens)], memory.backwards(), kernels)
     before = _peak_bytes(device, reset=True)
     with running_step(plan):
         model(input_ids=ids, position_ids=positions[None], use_cache=False, logits_to_keep=1)
@@ -326,7 +327,7 @@ def _peak_bytes(device: torch.device, reset: bool = False) -> int:
 def _budget_tokens(
     settings: LoadSettings, per_token: int, context: int, device: torch.device, activation_bytes: int
 ) -> int:
-    """Returns the KV budget in tokens: as set, or measured; never more than all sequences could use.
+    """Returns the KV budget in tokens, whole pages: as set, or measured; never more than all sequences could use.
 
     Args:
         settings: as given.
@@ -342,7 +343,10 @@ def _budget_tokens(
     free = max(_device_memory(device).free - (activation_bytes if device.type == "cpu" else 0), 0)
     share, most = (CUDA_KV_SHARE, free) if device.type == "cuda" else (CPU_KV_SHARE, CPU_KV_MOST_BYTES)
     budget = settings.kv_budget_bytes or min(int(free * share), most)
-    tokens = settings.kv_budget_tokens or min(budget // per_token, settings.max_sequences * context)
+    most_tokens = settings.max_sequences * num_pages(context) * PAGE_TOKENS
+    tokens = settings.kv_budget_tokens or min(budget // per_token, most_tokens)
+    if tokens >= 1:
+        tokens = max(tokens // PAGE_TOKENS, 1) * PAGE_TOKENS
     if tokens < 1 or tokens * per_token > free:
         wanted = f"{max(tokens, 1) * per_token / 2**20:,.1f} MiB of KV"
         raise ModelLoadError(

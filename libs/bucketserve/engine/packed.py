@@ -1,11 +1,15 @@
 """The transformers engine: each step is one forward pass without padding, prompt pieces and decodes side by side.
 
-add -> waiting --(KV range)--> prefilling --(prompt complete)--> decoding --(stop, length)--> gone
+add -> waiting --(KV of its prompt)--> prefilling --(prompt complete)--> decoding --(stop, length)--> gone
+                                          |                                |
+                                          +-------(KV runs out)------------+--> let go
 """
 
 from __future__ import annotations
 
+import math
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +18,11 @@ import torch
 
 from bucketserve.core.errors import EngineError
 from bucketserve.core.pace import StepPace
+from bucketserve.core.preemption import SPARE_SHARE
 from bucketserve.core.stepping import plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
-from bucketserve.engine.kv_memory import KvMemory
+from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory, num_pages
 from bucketserve.engine.kv_space import KvSpace
 from bucketserve.engine.native.kernels import Kernels
 from bucketserve.engine.pressure import MemoryPressure, is_out_of_memory
@@ -85,6 +90,8 @@ class PackedEngine:
         self._num_decode_steps = 0
         self._waiting: dict[RequestId, EngineSequence] = {}
         self._running: dict[RequestId, EngineSequence] = {}
+        self._preempted: list[RequestId] = []
+        """Let go since the last step."""
 
     @property
     def info(self) -> EngineInfo:
@@ -101,16 +108,19 @@ class PackedEngine:
         if self.has_work():
             raise EngineError("the engine has work")
         segments = [Segment(0, num_tokens, 0, num_tokens)]
-        slots = torch.arange(num_tokens, device=self._device)
-        return StepPlan(self._space.memory, self._calls, segments, slots, self._kernels)
+        memory = self._space.memory
+        return StepPlan(memory, self._calls, segments, array("q", range(memory.num_pages)), self._kernels)
 
     def headroom(self) -> Headroom:
         """See ports.Engine."""
-        reserved = sum(s.spec.reserved_tokens for group in (self._waiting, self._running) for s in group.values())
+        space, total = self._space, self._pressure.budget_tokens
+        to_come = sum(num_pages(s.first_tokens) for s in self._waiting.values() if s.kv is None)
+        used = (space.memory.num_pages - space.num_free_pages + to_come) * PAGE_TOKENS
         device = self._device_memory()
         return Headroom(
-            kv_total_tokens=self._pressure.budget_tokens,
-            kv_free_tokens=max(self._pressure.budget_tokens - reserved, 0),
+            kv_total_tokens=total,
+            kv_free_tokens=max(total - used, 0),
+            kv_kept_tokens=space.num_kept_pages * PAGE_TOKENS,
             max_sequences=self._limits.max_sequences,
             num_decode_steps=self._num_decode_steps,
             num_running=len(self._running),
@@ -127,18 +137,13 @@ class PackedEngine:
             num_prefix_reused_tokens=self._num_prefix_reused,
         )
 
-    def fragmentation(self) -> float:
-        """Returns the share of free KV memory that one large sequence could not use."""
-        return self._space.memory.allocator.fragmentation()
-
     def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
         """See ports.Engine."""
-        most = min(self._limits.context_tokens, self._space.memory.num_tokens)
         seen = {*self._waiting, *self._running}
         for spec in sequences:
             needed = spec.reserved_tokens
-            if needed > most:
-                raise EngineError(f"{needed} tokens can never fit: the context is {most} tokens here")
+            if needed > self._most_tokens:
+                raise EngineError(f"{needed} tokens can never fit: the context is {self._most_tokens} tokens here")
             if spec.request_id in seen:
                 raise EngineError(f"sequence {spec.request_id} is already here")
             seen.add(spec.request_id)
@@ -151,7 +156,7 @@ class PackedEngine:
         if sequence is None or sequence.kv is None or not sequence.spec.hands_over:
             raise EngineError(f"sequence {request_id} is not here to be handed over")
         self._check_length(sequence.num_cached, into)
-        self._space.memory.copy_out(sequence.kv.start, sequence.num_cached, into)
+        self._space.memory.copy_out(sequence.kv.pages, sequence.num_cached, into)
         self.cancel([request_id])
 
     def import_kv(self, spec: SequenceSpec, generated: Sequence[int], kv: memoryview) -> None:
@@ -167,10 +172,14 @@ class PackedEngine:
             num_generated=len(generated),
             first_token_s=time.perf_counter(),
         )
-        if spec.reserved_tokens > self._limits.context_tokens or not self._reserve(sequence) or sequence.kv is None:
+        free_at_most = self._space.memory.num_pages - self._num_pages_that_stay()
+        if spec.reserved_tokens > self._most_tokens or num_pages(sequence.first_tokens) > free_at_most:
             raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
+        # Those that run may have grown since it was sent for.
+        self._make_room(lambda: self._space.free_after(sequence.first_tokens) >= 0)
+        sequence.kv = self._space.take(sequence.first_tokens, spec.prefix_salt)
         try:
-            self._space.memory.copy_in(sequence.kv.start, num_tokens, kv)
+            self._space.memory.copy_in(sequence.kv.pages, num_tokens, kv)
         except Exception as error:
             self._release(sequence)
             raise EngineError(f"the KV of {num_tokens} tokens can't be copied: {error}") from error
@@ -190,7 +199,7 @@ class PackedEngine:
 
     def has_work(self) -> bool:
         """See ports.Engine."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._preempted)
 
     def close(self) -> None:
         """See ports.Engine."""
@@ -200,7 +209,7 @@ class PackedEngine:
             torch.cuda.empty_cache()
 
     def check_integrity(self) -> None:
-        """Checks that every KV token is free, kept for reuse, or owned by exactly one sequence.
+        """Checks that all KV is free, kept for reuse, or had by the sequences that are counted as its users.
 
         Raises:
             EngineError: it is not so.
@@ -210,9 +219,12 @@ class PackedEngine:
     @torch.inference_mode()
     def step(self) -> StepOutput:
         """See ports.Engine."""
+        # Those that may not be let go have all that they may use: what lacks is lacking to others.
+        self._make_room(lambda: self._growth() <= self._space.num_free_pages)
+        preempted, self._preempted = tuple(self._preempted), []
         entries = self._compose()
         if not entries:
-            return StepOutput()
+            return StepOutput(preempted=preempted)
         start_s = time.perf_counter()
         sample_of = measure(entries)
         failures: list[SequenceFailure] = []
@@ -225,6 +237,7 @@ class PackedEngine:
             tokens=tuple(self._take(row) for row in rows),
             prefilled=tuple(prefilled),
             failures=tuple(failures),
+            preempted=preempted,
             sample=sample,
         )
 
@@ -233,11 +246,10 @@ class PackedEngine:
     def _compose(self) -> list[Entry]:
         """Returns this step's tokens: every decoding sequence, then prompt pieces."""
         entries = [Entry(sequence, 1) for sequence in self._running.values()]
-        ready: list[EngineSequence] = []
-        for sequence in self._waiting.values():
-            if len(entries) + len(ready) >= self._limits.max_sequences or not self._reserve(sequence):
-                break
-            ready.append(sequence)
+        for sequence in self._running.values():
+            if sequence.kv is not None:
+                self._space.grow(sequence.kv, sequence.num_cached + 1)
+        ready = self._ready()
         if not ready:
             return entries
         limits = [*(sequence.max_chunk_tokens for sequence in ready), self._paced_tokens(ready)]
@@ -263,24 +275,65 @@ class PackedEngine:
             now_s=time.perf_counter(),
         )
 
-    def _reserve(self, sequence: EngineSequence) -> bool:
-        """Gives a sequence its KV range, and in it what is known of its prompt already."""
-        if sequence.kv is not None:
-            return True
-        sequence.kv = self._space.reserve(sequence.spec.reserved_tokens)
-        if sequence.kv is None:
+    def _ready(self) -> list[EngineSequence]:
+        """Returns the waiting sequences that have KV, in order, after giving it to those for which there is room."""
+        slots, may_begin = self._limits.max_sequences - len(self._running), True
+        ready: list[EngineSequence] = []
+        for sequence in self._waiting.values():
+            if len(ready) >= slots:
+                break
+            may_begin = may_begin and (sequence.kv is not None or self._begin(sequence))
+            if sequence.kv is not None:
+                ready.append(sequence)
+        return ready
+
+    def _begin(self, sequence: EngineSequence) -> bool:
+        """Gives a sequence pages for its prompt, those that are known already among them; False if there is no room."""
+        space, spec = self._space, sequence.spec
+        # The last token is computed in any case: its logits are wanted.
+        known = space.find(spec.token_ids[:-1], spec.prefix_salt)
+        spare = math.ceil(space.memory.num_tokens * SPARE_SHARE) if self._begun() else 0
+        if space.free_after(sequence.first_tokens, known) * PAGE_TOKENS < spare:
             return False
-        if not sequence.num_generated:
-            # The last token is computed in any case: its logits are wanted.
-            sequence.num_reused = sequence.num_cached = self._space.reuse(sequence.kv, sequence.spec.token_ids[:-1])
-            self._num_prefix_asked += len(sequence.spec.token_ids)
-            self._num_prefix_reused += sequence.num_reused
+        sequence.kv = space.take(sequence.first_tokens, spec.prefix_salt, known)
+        sequence.num_reused = sequence.num_cached = len(known) * PAGE_TOKENS
+        self._num_prefix_asked += len(spec.token_ids)
+        self._num_prefix_reused += sequence.num_reused
         return True
 
     def _release(self, sequence: EngineSequence) -> None:
         if sequence.kv is not None:
             self._space.release(sequence.kv, sequence.tokens[: sequence.num_cached])
             sequence.kv = None
+
+    # --- KV memory ----------------------------------------------------------------------------------------------
+
+    @property
+    def _most_tokens(self) -> int:
+        """Tokens that a sequence may have, generated ones included."""
+        return min(self._limits.context_tokens, self._space.memory.num_tokens)
+
+    def _begun(self) -> list[EngineSequence]:
+        """Returns the sequences that have KV."""
+        return [*self._running.values(), *(s for s in self._waiting.values() if s.kv is not None)]
+
+    def _growth(self) -> int:
+        """Returns the pages that decodes lack for the next step."""
+        running = self._running.values()
+        return sum(self._space.missing(s.kv, s.num_cached + 1) for s in running if s.kv is not None)
+
+    def _num_pages_that_stay(self) -> int:
+        """Returns the pages of those that may not be let go."""
+        return len({page for s in self._begun() if s.kv is not None and s.loss is None for page in s.kv.pages})
+
+    def _make_room(self, has_room: Callable[[], bool]) -> None:
+        """Lets sequences go until there is room; their names are in the next step's output."""
+        while not has_room():
+            # Of equals the last to begin goes.
+            losses = {s.spec.request_id: cost for s in reversed(self._begun()) if (cost := s.loss) is not None}
+            request_id = min(losses, key=losses.__getitem__)
+            self.cancel([request_id])
+            self._preempted.append(request_id)
 
     # --- running ------------------------------------------------------------------------------------------------
 
@@ -345,21 +398,21 @@ class PackedEngine:
         """One forward pass; returns logits [rows, vocabulary] in float32 for the entries that complete, or None."""
         ids: list[int] = []
         positions: list[int] = []
-        slots: list[int] = []
         segments: list[Segment] = []
+        table = array("q")
         last: list[int] = []
         for entry in entries:
             sequence, start = entry.sequence, entry.sequence.num_cached
             end = start + entry.num_tokens
-            at = sequence.kv.start if sequence.kv is not None else 0
-            segments.append(Segment(len(ids), entry.num_tokens, at, end))
+            segments.append(Segment(len(ids), entry.num_tokens, len(table) * PAGE_TOKENS, end))
+            if sequence.kv is not None:
+                table += sequence.kv.pages
             ids += sequence.tokens[start:end]
             positions += range(start, end)
-            slots += range(at + start, at + end)
             if entry.completes:
                 last.append(len(ids) - 1)
         device = self._device
-        plan = StepPlan(self._space.memory, self._calls, segments, torch.tensor(slots, device=device), self._kernels)
+        plan = StepPlan(self._space.memory, self._calls, segments, table, self._kernels)
         with running_step(plan):
             output = self._model(
                 input_ids=torch.tensor([ids], device=device),
@@ -373,8 +426,10 @@ class PackedEngine:
     def _fail(
         self, sequence: EngineSequence, message: str, failures: list[SequenceFailure], *, is_retryable: bool
     ) -> None:
-        """Gives a sequence up; nothing of its KV, which may be what is wrong, is kept for others."""
-        sequence.num_cached = 0
+        """Gives a sequence up; nobody finds anything of its KV, which may be what is wrong, from now on."""
+        if sequence.kv is not None:
+            self._space.discard(sequence.kv)
+            sequence.kv = None
         self.cancel([sequence.spec.request_id])
         failures.append(
             SequenceFailure(request_id=sequence.spec.request_id, message=message, is_retryable=is_retryable)
@@ -383,7 +438,7 @@ class PackedEngine:
     # --- choosing -----------------------------------------------------------------------------------------------
 
     def _begin_decoding(self, sequence: EngineSequence) -> bool:
-        """Returns whether the sequence's prompt is complete as of this step; then others may copy its KV."""
+        """Returns whether the sequence's prompt is complete as of this step; then others may find its KV."""
         request_id = sequence.spec.request_id
         if request_id not in self._waiting:
             return False

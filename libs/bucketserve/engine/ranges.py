@@ -12,18 +12,7 @@ class RangeAllocator:
 
     def __init__(self, size: int) -> None:
         """Starts with everything free."""
-        self.size = size
         self._free: list[tuple[int, int]] = [(0, size)]
-
-    @property
-    def num_free(self) -> int:
-        """Tokens free, in whatever pieces."""
-        return sum(length for _, length in self._free)
-
-    def fragmentation(self) -> float:
-        """Returns the share of free memory that the largest request could not use: 1 - largest piece / free."""
-        free = self.num_free
-        return 1 - max(length for _, length in self._free) / free if free else 0.0
 
     def allocate(self, length: int) -> int | None:
         """Returns the start of a range, or None if no piece is large enough."""
@@ -46,7 +35,3 @@ class RangeAllocator:
             else:
                 merged.append((piece_start, piece))
         self._free = merged
-
-    def reset(self, used: int) -> None:
-        """Declares [0, used) used and the rest free, after everything was moved to the front."""
-        self._free = [(used, self.size - used)] if used < self.size else []

@@ -135,7 +135,7 @@ class SelfCheck:
         """Returns the logits after each piece's last token."""
         device = self._model.device
         segments: list[Segment] = []
-        ids, positions, slots, last = [], [], [], []
+        ids, positions, last = [], [], []
         first = 0
         for piece in step:
             at = sum(self._lengths[: piece.sequence])
@@ -145,9 +145,8 @@ class SelfCheck:
             here = torch.arange(piece.start, piece.end, device=device)
             ids.append(self._ids[piece.sequence][piece.start : piece.end])
             positions.append(here + self._offsets[piece.sequence])
-            slots.append(here + at)
             last.append(first - 1)
-        plan = StepPlan(memory, self._calls, segments, torch.cat(slots), kernels)
+        plan = StepPlan(memory, self._calls, segments, memory.backwards(), kernels)
         with running_step(plan):
             output = self._model(
                 input_ids=torch.cat(ids)[None],

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from bucketserve.core.types import StepSample
-from bucketserve.engine.kv_space import KvRange
+from bucketserve.core.preemption import loss
+from bucketserve.core.types import MAX_PREEMPTIONS, StepSample
+from bucketserve.engine.kv_space import KvTable
 from bucketserve.engine.sampling import SampleRow, SeenTokens
 from bucketserve.ports import SequenceSpec, TokenLogprobs
 
@@ -21,11 +22,12 @@ class EngineSequence:
     max_chunk_tokens: int
     tokens: list[int]
     """Prompt and generated tokens."""
-    kv: KvRange | None = None
+    kv: KvTable | None = None
+    """Its pages once it has begun."""
     num_cached: int = 0
     """Tokens whose KV is in memory."""
     num_reused: int = 0
-    """Those of them that were copied from a sequence that began alike."""
+    """Those of them that were there already, of a sequence that began alike."""
     num_generated: int = 0
     first_token_s: float = 0.0
     """When it had its first token here, on time.perf_counter."""
@@ -35,6 +37,17 @@ class EngineSequence:
     def remaining(self) -> int:
         """Prompt tokens still to compute."""
         return len(self.spec.token_ids) - self.num_cached
+
+    @property
+    def first_tokens(self) -> int:
+        """Tokens for which it has KV from its beginning: all that it may use if it may not be let go."""
+        is_reserved = self.spec.num_preemptions >= MAX_PREEMPTIONS
+        return self.spec.reserved_tokens if is_reserved else max(len(self.spec.token_ids), len(self.tokens) - 1)
+
+    @property
+    def loss(self) -> tuple[bool, int, int] | None:
+        """What letting it go costs (core/preemption.py); None if it may not be let go."""
+        return loss(is_batch=self.spec.is_batch, num_preemptions=self.spec.num_preemptions, num_tokens=self.num_cached)
 
     @property
     def pace(self) -> tuple[float, float, int] | None:

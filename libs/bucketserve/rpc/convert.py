@@ -208,6 +208,7 @@ def sequence_from_spec(
         hands_over=hands_over,
         is_batch=request_class_from_pb(spec.request_class) is RequestClass.BATCH,
         num_preemptions=spec.num_preemptions,
+        prefix_salt=spec.prefix_salt,
     )
 
 

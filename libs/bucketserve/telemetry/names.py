@@ -344,6 +344,14 @@ METRICS: dict[str, Metric] = {
             labels=("model",),
         ),
         Metric(
+            name="bucketserve_worker_kv_kept_tokens",
+            kind=Kind.GAUGE,
+            service=W,
+            unit="tokens",
+            help="Free KV memory that keeps what prompts may begin with, until it is wanted.",
+            labels=("model",),
+        ),
+        Metric(
             name="bucketserve_worker_out_of_memory_total",
             kind=Kind.COUNTER,
             service=W,

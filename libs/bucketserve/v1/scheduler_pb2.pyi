@@ -83,7 +83,7 @@ class Ticket(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., tenant: _Optional[str] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., gateway_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., is_resumed: _Optional[bool] = ..., avoid_worker_ids: _Optional[_Iterable[str]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
 
 class RunSpec(_message.Message):
-    __slots__ = ("token_ids", "num_resumed_tokens", "max_new_tokens", "sampling", "stop_token_ids", "num_logprobs", "delivery_address", "traceparent", "tracestate", "tpot_ms", "request_class", "num_preemptions")
+    __slots__ = ("token_ids", "num_resumed_tokens", "max_new_tokens", "sampling", "stop_token_ids", "num_logprobs", "delivery_address", "traceparent", "tracestate", "tpot_ms", "request_class", "num_preemptions", "prefix_salt")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class RunSpec(_message.Message):
     TPOT_MS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_SALT_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_resumed_tokens: int
     max_new_tokens: int
@@ -108,7 +109,8 @@ class RunSpec(_message.Message):
     tpot_ms: int
     request_class: _common_pb2.RequestClass
     num_preemptions: int
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., delivery_address: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., tpot_ms: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
+    prefix_salt: bytes
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., delivery_address: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., tpot_ms: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., num_preemptions: _Optional[int] = ..., prefix_salt: _Optional[bytes] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("hello", "run", "cancel")

@@ -40,7 +40,6 @@ class OpenRequest:
         ticket: scheduler_pb2.Ticket,
         spec: scheduler_pb2.RunSpec,
         *,
-        prefix_salt: bytes,
         max_attempts: int,
         max_pending_tokens: int,
         resume: Callable[[OpenRequest, str], None],
@@ -53,7 +52,6 @@ class OpenRequest:
             max_tokens: most tokens to generate.
             ticket: the scheduler's part; its run id, lengths and workers to avoid are filled in here.
             spec: the workers' part; its tokens are filled in here.
-            prefix_salt: whose prompts it may share beginnings with (prefixes.py).
             max_attempts: how often it may be started.
             max_pending_tokens: tokens that may wait for the client to read them.
             resume: called with self and the former run id when the next attempt has begun.
@@ -92,7 +90,6 @@ class OpenRequest:
         self._name = uuid.uuid4().hex
         self._ticket = ticket
         self._spec = spec
-        self._prefix_salt = prefix_salt
         self._began_s = self.arrival_s
         """When the attempt began."""
         self._attempt_start = 0
@@ -243,7 +240,7 @@ class OpenRequest:
         spec.ClearField("token_ids")
         token_ids = (*self.prompt_ids, *self.tokens)
         spec.token_ids.extend(token_ids)
-        self._block_hashes = block_hashes(token_ids, self._prefix_salt)
+        self._block_hashes = block_hashes(token_ids, spec.prefix_salt)
         spec.num_resumed_tokens = len(self.tokens)
         self._ticket, self._spec_bytes = ticket, spec.SerializeToString()
         spec.ClearField("token_ids")

@@ -155,7 +155,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             max_tokens,
             ticket,
             spec,
-            prefix_salt=b"" if settings.share_prefixes else valid.tenant.encode(),
             max_attempts=settings.max_attempts,
             # Each alternative that is reported is as large as a token.
             max_pending_tokens=settings.output_queue_tokens // (1 + (valid.num_logprobs or 0)),
@@ -221,6 +220,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             num_logprobs=valid.num_logprobs,
             delivery_address=self._parts.delivery_address,
             tpot_ms=valid.slo.tpot_ms if valid.slo.HasField("tpot_ms") else None,
+            prefix_salt=b"" if self._parts.settings.share_prefixes else valid.tenant.encode(),
         )
         return ticket, spec
 

@@ -132,6 +132,7 @@ class WorkerTelemetry:
         model, total = self._model, max(headroom.kv_total_tokens, 1)
         self._metrics.set("bucketserve_worker_kv_total_tokens", headroom.kv_total_tokens, model=model)
         self._metrics.set("bucketserve_worker_kv_free_tokens", headroom.kv_free_tokens, model=model)
+        self._metrics.set("bucketserve_worker_kv_kept_tokens", headroom.kv_kept_tokens, model=model)
         self._metrics.set("vllm:num_requests_running", headroom.num_running, model_name=model)
         self._metrics.set("vllm:num_requests_waiting", headroom.num_waiting, model_name=model)
         self._metrics.set("vllm:kv_cache_usage_perc", 1.0 - headroom.kv_free_tokens / total, model_name=model)

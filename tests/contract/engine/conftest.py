@@ -11,7 +11,8 @@ from bucketserve.engine.fake import FakeEngine, FakeSettings
 from bucketserve.ports import Engine
 from tests.integration.engine import models
 
-CONTEXT, BUDGET, STEP_TOKENS = 256, 600, 64
+CONTEXT, BUDGET, STEP_TOKENS = 256, 608, 64
+"""Whole pages, as every kv_tokens that a test asks for has to be."""
 
 
 def fake(*, grows_kv: bool) -> Callable[..., Engine]:

@@ -131,20 +131,20 @@ def test_another_seed_is_another_output(build: Build) -> None:
 
 
 def test_what_can_never_fit_is_refused_and_nothing_with_it_is_taken(build: Build) -> None:
-    engine, small = build(), build(kv_tokens=100)
+    engine, small = build(), build(kv_tokens=96)
     before = books(engine)
     with pytest.raises(EngineError, match="never fit"):
         engine.add([spec("fits"), spec("large", CONTEXT - 9, 10)])
     with pytest.raises(EngineError, match="never fit"):
-        small.add([spec("fits"), spec("large", 90, 11)])
+        small.add([spec("fits"), spec("large", 86, 11)])
     assert not engine.has_work()
     assert not small.has_work()
     assert books(engine) == before
     # To the token; where only the prompt is computed, only that counts.
     assert len(run(engine, spec("whole", CONTEXT - 10, 10))["whole"]) == 10
-    small.add([spec("prompt", 100, 50, hands_over=True)])
+    small.add([spec("prompt", 96, 50, hands_over=True)])
     small.cancel([RequestId("prompt")])
-    assert len(run(small, spec("whole", 90, 10))["whole"]) == 10
+    assert len(run(small, spec("whole", 86, 10))["whole"]) == 10
 
 
 @pytest.mark.parametrize("phase", ["queued", "decoding"])
@@ -165,7 +165,7 @@ def test_an_id_that_is_here_is_refused_and_the_one_here_goes_on(build: Build, ph
 
 def test_what_does_not_fit_yet_waits(build: Build) -> None:
     specs = [spec(f"r{i}", 20 + i, 5) for i in range(7)]
-    few, narrow = build(max_sequences=2), build(kv_tokens=60)
+    few, narrow = build(max_sequences=2), build(kv_tokens=64)
     for engine in (few, narrow):
         before = books(engine)
         engine.add(specs)
@@ -192,7 +192,7 @@ def test_steps_with_decodes_are_counted(build: Build) -> None:
 
 def test_who_is_let_go_comes_again_and_nothing_is_lost(build: Build) -> None:
     specs = [spec(f"r{i}", 20 + i, 40) for i in range(6)]
-    engine = build(kv_tokens=130)
+    engine = build(kv_tokens=128)
     before, attempts = books(engine), {one.request_id: one for one in specs}
     tokens: dict[str, list[int]] = {one.request_id: [] for one in specs}
     num_preempted = 0
@@ -291,7 +291,7 @@ def test_only_what_is_to_be_handed_over_can_be(build: Build) -> None:
 
 
 def test_a_growing_engine_makes_room_for_kv_that_has_come(build: Build) -> None:
-    source, target = build(), build(kv_tokens=200)
+    source, target = build(), build(kv_tokens=192)
     if not target.info.grows_kv:
         pytest.skip("it reserves in full")
     handed = spec("handed", 90, 20)
@@ -306,8 +306,27 @@ def test_a_growing_engine_makes_room_for_kv_that_has_come(build: Build) -> None:
     assert tokens + tokens_of(outputs)["handed"] == alone(build, handed)["handed"]
 
 
+def test_who_was_let_go_for_what_was_then_cancelled_is_named_all_the_same(build: Build) -> None:
+    source, target = build(), build(kv_tokens=192)
+    if not target.info.grows_kv:
+        pytest.skip("it reserves in full")
+    handed = spec("handed", 90, 20)
+    tokens = prefilled(source, handed)
+    kv = bytearray(90 * source.info.kv_bytes_per_token)
+    source.export_kv(handed.request_id, memoryview(kv))
+    before = books(target)
+    target.add([spec("other", 115, 40)])
+    target.step()
+    target.import_kv(handed, tokens, memoryview(kv))
+    target.cancel([handed.request_id])
+    assert target.has_work()
+    assert target.step() == StepOutput(preempted=(RequestId("other"),))
+    assert not target.has_work()
+    assert books(target) == before
+
+
 def test_kv_for_which_there_is_no_room_is_refused(build: Build) -> None:
-    source, target = build(), build(kv_tokens=200)
+    source, target = build(), build(kv_tokens=192)
     handed = spec("handed", 90, 20)
     tokens = prefilled(source, handed)
     kv = bytearray(90 * source.info.kv_bytes_per_token)
@@ -320,6 +339,9 @@ def test_kv_for_which_there_is_no_room_is_refused(build: Build) -> None:
         target.import_kv(handed, tokens, memoryview(kv))
     with pytest.raises(EngineError, match="no room"):
         target.import_kv(replace(handed, max_new_tokens=CONTEXT), tokens, memoryview(kv))
+    with pytest.raises(EngineError, match="no room"):
+        # For what it has there is, for what it may generate there will never be.
+        build(kv_tokens=96).import_kv(handed, tokens, memoryview(kv))
     assert books(target) == before
     assert tokens_of([*history, *drain(target)]) == alone(build, spec("other", 115, 40))
     target.import_kv(handed, tokens, memoryview(kv))

@@ -69,18 +69,17 @@ def test_mixed_batch_joining_at_different_times(name: str, chunk: int, kernels: 
     assert under_test.headroom().kv_free_tokens == under_test.headroom().kv_total_tokens
 
 
-def test_tight_memory_makes_sequences_wait_and_move_but_changes_nothing() -> None:
+def test_tight_memory_makes_sequences_wait_but_changes_nothing() -> None:
     lengths = (200, 20, 150, 40, 300, 10, 90)
     wanted = {f"r{n}": generate("llama", prompt(n), 5 + n % 23) for n in lengths}
-    # 300 + 6 must fit in one piece although earlier ones leave holes.
-    under_test = engine("llama", kv_budget_tokens=420)
+    # 300 + 6 must fit wherever earlier ones leave room.
+    under_test = engine("llama", kv_budget_tokens=416)
     outputs: dict[str, list[int]] = {}
     under_test.add([spec(f"r{n}", prompt(n), 5 + n % 23) for n in lengths])
     while under_test.has_work():
         drain(under_test, outputs, steps=1)
         under_test.check_integrity()
     assert outputs == wanted
-    assert under_test.fragmentation() == 0.0
 
 
 def test_resumed_sequences_go_on_as_if_nothing_had_happened() -> None:

@@ -121,7 +121,7 @@ def test_log_probabilities_are_the_model_s() -> None:
 
 
 def test_kv_that_does_not_fit_or_is_not_what_it_says_is_refused() -> None:
-    pair = Pair("llama", kv_budget_tokens=100)
+    pair = Pair("llama", kv_budget_tokens=96)
     pair.add("long", prompt(90), 20)
     with pytest.raises(EngineError, match="no room"):
         pair.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from array import array
 from collections.abc import Callable
 
 import pytest
@@ -191,7 +192,7 @@ def test_masks_of_another_kind_are_refused() -> None:
 def test_each_piece_of_a_segment_knows_its_own_chunk_only(chunk: int) -> None:
     memory = KvMemory([KvLayout(1, 4, 4)], 1, torch.float32, torch.device("cpu"))
     segments = [Segment(0, 20, 100, 63), Segment(20, 1, 200, 33), Segment(21, 40, 300, 40)]
-    plan = StepPlan(memory, {}, segments, torch.zeros(0))
+    plan = StepPlan(memory, {}, segments, array("q", range(12)))
     seen = {}
     for piece in plan.pieces(chunk):
         for i in range(piece.num_tokens):

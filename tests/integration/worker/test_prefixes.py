@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bucketserve.engine.kv_space import BLOCK_TOKENS
+from bucketserve.engine.kv_memory import PAGE_TOKENS
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 
 async def test_a_worker_says_how_much_of_each_prompt_it_had() -> None:
     said: list[scheduler_pb2.BatchPrefilled] = []
-    shared = prompt(3 * BLOCK_TOKENS, seed=9)
+    shared = prompt(3 * PAGE_TOKENS, seed=9)
     with open_telemetry(Service.WORKER, "w", metrics_address=None) as outlets:
         observer = WorkerTelemetry(outlets.log, outlets.metrics, outlets.tracing, "w", "m")
         worker = Worker(WorkerSettings(engine="fake"), Deployment(), "w", observer)

@@ -1,17 +1,16 @@
-"""The tree of prefixes: what it finds, and that it looks at each token once."""
+"""Pages of KV: who finds them, that each token is looked at once, and which are given up first."""
 
 from __future__ import annotations
-
-import random
 
 import pytest
 import torch
 
-from bucketserve.engine import kv_space
-from bucketserve.engine.kv_memory import MOVED_TOKENS, KvLayout, KvMemory
-from bucketserve.engine.kv_space import BLOCK_TOKENS, KvSpace
+from bucketserve.core.errors import EngineError
+from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory
+from bucketserve.engine.kv_space import KvSpace, KvTable
 
 pytestmark = pytest.mark.engine
+SALT = b"tenant"
 
 
 class Token(int):
@@ -26,98 +25,186 @@ class Token(int):
     __hash__ = int.__hash__
 
 
-def space(num_tokens: int) -> KvSpace:
-    return KvSpace(KvMemory([KvLayout(1, 1, 1)], num_tokens, torch.float32, torch.device("cpu")), keeps_prefixes=True)
+def space(num_pages: int, *, keeps_prefixes: bool = True) -> KvSpace:
+    memory = KvMemory([KvLayout(1, 1, 1)], num_pages * PAGE_TOKENS, torch.float32, torch.device("cpu"))
+    return KvSpace(memory, keeps_prefixes=keeps_prefixes)
 
 
-def compared(length: int) -> int:
+def tokens_of(num_pages: int, first: int = 0) -> list[int]:
+    return [Token(i) for i in range(first, first + num_pages * PAGE_TOKENS)]
+
+
+def compute(under_test: KvSpace, tokens: list[int], salt: bytes = SALT) -> KvTable:
+    """Takes pages for a prompt as an engine does, and lets others find them."""
+    table = under_test.take(len(tokens), salt, under_test.find(tokens, salt))
+    under_test.publish(table, tokens)
+    under_test.check_integrity()
+    return table
+
+
+def give_up(under_test: KvSpace, number: int) -> None:
+    """Lets so many pages that are kept be given up."""
+    free = under_test.num_free_pages - under_test.num_kept_pages
+    under_test.release(under_test.take((free + number) * PAGE_TOKENS, SALT))
+
+
+def compared(num_pages: int) -> int:
     """Comparisons when a sequence of that length comes a second time, and ends."""
-    under_test = space(4 * length)
-    first = under_test.reserve(length)
-    under_test.publish(first, [Token(i) for i in range(length)])
+    under_test = space(4 * num_pages)
+    compute(under_test, tokens_of(num_pages))
     Token.num_compared = 0
-    second = under_test.reserve(length)
-    assert under_test.reuse(second, [Token(i) for i in range(length)]) == length
-    under_test.release(second, [Token(i) for i in range(length)])
+    second = compute(under_test, tokens_of(num_pages))
+    assert second.num_full == num_pages
+    under_test.release(second, tokens_of(num_pages))
     return Token.num_compared
 
 
 def test_work_grows_with_the_prompt_and_not_with_its_square() -> None:
-    small, large = compared(50 * BLOCK_TOKENS), compared(400 * BLOCK_TOKENS)
+    small, large = compared(50), compared(400)
     assert small > 0
     assert large < 2 * 8 * small
 
 
-def test_prefixes_of_many_lengths_share_the_work() -> None:
-    """A stair of prompts, each a block longer: whoever comes with the longest looks at each token once."""
-    blocks = 60
-    under_test = space(BLOCK_TOKENS * blocks * blocks)
-    tokens = [Token(i) for i in range(BLOCK_TOKENS * blocks)]
-    for number in range(1, blocks):
-        under_test.publish(under_test.reserve(number * BLOCK_TOKENS), [Token(i) for i in range(number * BLOCK_TOKENS)])
+def test_prefixes_of_many_lengths_share_the_work_and_the_memory() -> None:
+    """A stair of prompts, each a page longer: whoever comes with the longest looks at each token once."""
+    number = 60
+    under_test = space(number)
+    for steps in range(1, number):
+        compute(under_test, tokens_of(steps))
+    assert under_test.num_free_pages == 1
+    tokens = tokens_of(number)
     Token.num_compared = 0
-    assert under_test.reuse(under_test.reserve(len(tokens)), tokens) == (blocks - 1) * BLOCK_TOKENS
+    assert len(under_test.find(tokens, SALT)) == number - 1
     assert Token.num_compared <= 2 * len(tokens)
 
 
 def test_equal_hashes_are_not_equal_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Token, "__hash__", lambda self: 1)
-    under_test = space(1000)
-    under_test.publish(under_test.reserve(64), [Token(i) for i in range(64)])
-    assert under_test.reuse(under_test.reserve(64), [Token(i) for i in (*range(32), *range(100, 132))]) == 32
-    assert under_test.reuse(under_test.reserve(64), [Token(i) for i in range(1, 65)]) == 0
+    under_test = space(10)
+    compute(under_test, tokens_of(2))
+    assert len(under_test.find([*tokens_of(1), *tokens_of(1, 100)], SALT)) == 1
+    assert under_test.find(tokens_of(2, 1), SALT) == []
 
 
-def test_against_a_plain_model_over_random_lives() -> None:
-    """Whatever is reused is what some live range that began alike has, and nothing is found that is gone."""
-    rng = random.Random(5)
-    under_test = space(40 * BLOCK_TOKENS)
-    keys, values = under_test.memory.keys[0], under_test.memory.values[0]
-    prompts = [
-        [*range(shared * BLOCK_TOKENS), *(1000 * i + j for j in range(rng.randrange(1, 200)))]
-        for i, shared in enumerate(rng.choices(range(5), k=12), 1)
-    ]
-    held: list[tuple[kv_space.KvRange, list[int]]] = []
-    num_reused = 0
-    for _ in range(600):
-        if held and rng.random() < 0.45:
-            taken, tokens = held.pop(rng.randrange(len(held)))
-            under_test.release(taken, tokens if rng.random() < 0.7 else ())
-        else:
-            tokens = rng.choice(prompts)
-            taken = under_test.reserve(len(tokens))
-            if taken is not None:
-                number = under_test.reuse(taken, tokens[:-1])
-                num_reused += number
-                assert keys[0, taken.start : taken.start + number, 0].tolist() == tokens[:number]
-                ids = torch.tensor(tokens, dtype=torch.float32)
-                keys[0, taken.start : taken.start + len(tokens), 0] = ids
-                values[0, taken.start : taken.start + len(tokens), 0] = -ids
-                under_test.publish(taken, tokens)
-                held.append((taken, tokens))
+def test_a_page_is_found_after_the_same_ones_of_the_same_salt_only() -> None:
+    under_test = space(10)
+    compute(under_test, tokens_of(3))
+    assert under_test.find(tokens_of(3), b"") == []
+    assert under_test.find(tokens_of(3), b"other") == []
+    assert under_test.find(tokens_of(1, PAGE_TOKENS), SALT) == []
+    assert under_test.find([*tokens_of(1), *tokens_of(1, 2 * PAGE_TOKENS)], SALT) == under_test.find(tokens_of(1), SALT)
+    # A salt has pages of its own.
+    other = compute(under_test, tokens_of(3), b"other")
+    assert list(other.pages) == under_test.find(tokens_of(3), b"other")
+    assert under_test.num_free_pages == 4
+
+
+def test_only_full_pages_are_found() -> None:
+    under_test = space(10)
+    tokens = tokens_of(3)
+    table = under_test.take(len(tokens), SALT)
+    under_test.publish(table, tokens[:-1])
+    assert under_test.find(tokens, SALT) == list(table.pages[:2])
+    under_test.publish(table, tokens)
+    assert under_test.find(tokens[:-1], SALT) == list(table.pages[:2])
+    assert under_test.find(tokens, SALT) == list(table.pages)
+    under_test.check_integrity()
+
+
+def test_what_two_computed_beside_each_other_is_there_once_afterwards() -> None:
+    under_test = space(10)
+    tokens = [*tokens_of(2), 7, 8]
+    first, second = under_test.take(len(tokens), SALT), under_test.take(len(tokens), SALT)
+    assert under_test.num_free_pages == 4
+    under_test.publish(first, tokens)
+    under_test.publish(second, tokens)
+    under_test.check_integrity()
+    assert under_test.num_free_pages == 6
+    assert first.pages[:2] == second.pages[:2]
+    # What is not full yet is everybody's own.
+    assert first.pages[2] != second.pages[2]
+    under_test.release(first, tokens)
+    assert under_test.find(tokens, SALT) == list(second.pages[:2])
+    under_test.check_integrity()
+
+
+def test_the_one_used_longest_ago_goes_first_and_of_one_its_end() -> None:
+    under_test = space(9)
+    prompts = [tokens_of(3, 1000 * i) for i in range(3)]
+    for prompt in prompts:
+        under_test.release(compute(under_test, prompt), prompt)
+    assert (under_test.num_free_pages, under_test.num_kept_pages) == (9, 9)
+    # The first is used again.
+    under_test.release(compute(under_test, prompts[0]), prompts[0])
+    found = []
+    for _ in range(9):
+        give_up(under_test, 1)
         under_test.check_integrity()
-        for taken, tokens in held:
-            assert keys[0, taken.start : taken.start + len(tokens), 0].tolist() == tokens
-            assert values[0, taken.start : taken.start + len(tokens), 0].tolist() == [-token for token in tokens]
-    assert num_reused > 1000
-    assert under_test.memory.num_compactions > 0
-    for taken, _ in held:
-        under_test.release(taken)
-    while under_test.num_kept_tokens:
-        under_test._give_up(next(iter(under_test._kept)))
+        found.append([len(under_test.find(prompt, SALT)) for prompt in prompts])
+    assert found == [[3, 2, 3], [3, 1, 3], [3, 0, 3], [3, 0, 2], [3, 0, 1], [3, 0, 0], [2, 0, 0], [1, 0, 0], [0, 0, 0]]
     assert not under_test._blocks
 
 
-@pytest.mark.parametrize("gap", [1, 5, MOVED_TOKENS, 3 * MOVED_TOKENS])
-def test_moving_together_takes_no_memory_and_keeps_what_overlaps(gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    length = 2 * MOVED_TOKENS + 7
-    memory = KvMemory([KvLayout(2, 3, 4), KvLayout(1, 5, 5)], gap + length, torch.float32, torch.device("cpu"))
-    wanted = []
-    for arena in (*memory.keys, *memory.values):
-        arena.copy_(torch.randn_like(arena))
-        wanted.append(arena[:, gap:].clone())
-    for name in ("clone", "contiguous"):
-        monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("memory was taken"))
-    assert memory.compact([(gap, length)]) == [0]
-    for arena, before in zip((*memory.keys, *memory.values), wanted, strict=True):
-        assert torch.equal(arena[:, :length], before)
+def test_what_a_sequence_has_is_never_given_up() -> None:
+    under_test = space(6)
+    tokens = tokens_of(3)
+    under_test.release(compute(under_test, tokens), tokens)
+    table = compute(under_test, tokens[: 2 * PAGE_TOKENS])
+    assert (under_test.num_free_pages, under_test.num_kept_pages) == (4, 1)
+    assert under_test.free_after(6 * PAGE_TOKENS, list(table.pages)) == 0
+    assert under_test.free_after(6 * PAGE_TOKENS + 1, list(table.pages)) == -1
+    # Of pages that nobody has, to be taken from what is free.
+    assert under_test.free_after(6 * PAGE_TOKENS, under_test.find(tokens, SALT)) == 0
+    give_up(under_test, 1)
+    assert under_test.find(tokens, SALT) == list(table.pages)
+    with pytest.raises(EngineError, match="5 pages of KV are wanted and 4 are free"):
+        under_test.grow(table, 7 * PAGE_TOKENS)
+    under_test.check_integrity()
+
+
+def test_nobody_finds_what_may_be_wrong_and_whoever_has_it_keeps_it() -> None:
+    under_test = space(8)
+    tokens = tokens_of(3)
+    wrong = compute(under_test, tokens[: 2 * PAGE_TOKENS])
+    other = compute(under_test, tokens[: 2 * PAGE_TOKENS])
+    longer = compute(under_test, tokens)
+    under_test.release(longer, tokens)
+    assert len(under_test.find(tokens, SALT)) == 3
+    under_test.discard(wrong)
+    under_test.check_integrity()
+    assert under_test.find(tokens, SALT) == []
+    pages = list(other.pages)
+    under_test.release(other, tokens[: 2 * PAGE_TOKENS])
+    under_test.check_integrity()
+    assert under_test.find(tokens, SALT) == []
+    # What came after it is found neither after it nor after what is in its place now.
+    stranger = tokens_of(2, 5000)
+    table = compute(under_test, stranger)
+    assert list(table.pages) == pages
+    assert under_test.find([*stranger, *tokens[2 * PAGE_TOKENS :]], SALT) == pages
+    give_up(under_test, 1)
+    assert under_test.num_kept_pages == 0
+
+
+def test_without_prefixes_nothing_is_found_or_kept() -> None:
+    under_test = space(6, keeps_prefixes=False)
+    tokens = tokens_of(3)
+    table = compute(under_test, tokens)
+    assert under_test.find(tokens, SALT) == []
+    under_test.release(table, tokens)
+    assert (under_test.num_free_pages, under_test.num_kept_pages) == (6, 0)
+    under_test.check_integrity()
+
+
+def test_integrity_is_not_taken_on_trust() -> None:
+    under_test = space(6)
+    first = compute(under_test, tokens_of(1))
+    second = under_test.take(PAGE_TOKENS, SALT)
+    second.pages[0], own = first.pages[0], second.pages[0]
+    with pytest.raises(EngineError):
+        under_test.check_integrity()
+    second.pages[0] = own
+    under_test.check_integrity()
+    under_test._free.append(own)
+    with pytest.raises(EngineError):
+        under_test.check_integrity()

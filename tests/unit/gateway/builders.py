@@ -105,14 +105,15 @@ def an_open_request(
     prompt_ids: list[int],
     max_tokens: int,
     resume: Callable[[OpenRequest, str], None] = lambda opened, former: None,
+    *,
+    prefix_salt: bytes = b"",
 ) -> OpenRequest:
     return OpenRequest(
         valid,
         prompt_ids,
         max_tokens,
         scheduler_pb2.Ticket(model=valid.model.card.name),
-        scheduler_pb2.RunSpec(),
-        prefix_salt=b"",
+        scheduler_pb2.RunSpec(prefix_salt=prefix_salt),
         max_attempts=3,
         max_pending_tokens=1000,
         resume=resume,

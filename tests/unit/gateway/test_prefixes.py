@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bucketserve.core.prefixes import BLOCK_TOKENS, MAX_BLOCKS
-from bucketserve.v1 import inference_pb2
+from bucketserve.v1 import inference_pb2, scheduler_pb2
 from bucketserve_gateway.prefixes import block_hashes
 from bucketserve_gateway.validation import validate
 from tests.unit.gateway.builders import an_open_request, catalog
@@ -46,6 +46,16 @@ def test_a_prompt_has_a_bounded_number_of_hashes_and_they_are_xxh3() -> None:
     assert len(hashes) == len(set(hashes)) == MAX_BLOCKS
     whole = b"".join(token.to_bytes(4, "little") for token in prompt[: 2 * BLOCK_TOKENS])
     assert hashes[1] == xxhash.xxh3_64_intdigest(b"\x01\0\0\0t" + whole)
+
+
+def test_scheduler_and_workers_go_by_the_same_salt_in_every_attempt() -> None:
+    valid = validate(inference_pb2.GenerateRequest(prompt="the"), catalog(), max_prompt_bytes=1000)
+    opened, prompt = an_open_request(valid, [3] * BLOCK_TOKENS, 90, prefix_salt=b"alice"), [3] * BLOCK_TOKENS
+    for _ in range(2):
+        run = opened.submission()
+        assert list(run.block_hashes) == block_hashes(prompt, b"alice")
+        assert scheduler_pb2.RunSpec.FromString(run.spec).prefix_salt == b"alice"
+        opened.restart("its worker was lost")
 
 
 def test_a_resumption_s_hashes_cover_what_was_generated() -> None:

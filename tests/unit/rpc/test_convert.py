@@ -39,6 +39,13 @@ def test_how_often_a_run_was_preempted_and_whom_to_let_go_first() -> None:
         assert (sequence.is_batch, sequence.num_preemptions) == (is_batch, 1)
 
 
+def test_whose_kv_a_run_may_use() -> None:
+    for salt in (b"", b"a tenant", "Zoë".encode(), bytes(range(256))):
+        spec = scheduler_pb2.RunSpec(token_ids=[7], max_new_tokens=2, prefix_salt=salt)
+        read = scheduler_pb2.RunSpec.FromString(spec.SerializeToString())
+        assert sequence_from_spec(read, RequestId("a.1"), "b").prefix_salt == salt
+
+
 def test_how_a_worker_s_kv_is_used_and_how_far_it_has_got() -> None:
     headroom = Headroom(kv_total_tokens=9, kv_free_tokens=4, max_sequences=3, num_decode_steps=12)
     report = headroom_to_pb(headroom, [], last_assignment=0)

@@ -1,4 +1,4 @@
-// Attention of packed steps over KV that lies contiguous by sequence.
+// Attention of packed steps over KV that lies in pages. Results don't depend on which pages they are.
 #pragma once
 
 #include "tiles.h"
@@ -13,8 +13,10 @@ struct Attention {
     long arena;  // tokens in the arena
     void* out;  // [tokens, heads, dim] of T, row stride ldo
     long ldo;
-    const int64_t* segments;  // [n, 4]: first token, tokens, where its KV starts, context with the new tokens
+    const int64_t* segments;  // [n, 4]: first token, tokens, where its KV starts in `pages`, context with the new tokens
     long num_segments;
+    const int64_t* pages;  // [n]: the arena's page for each `page_tokens` tokens of KV, all sequences' one after another
+    long page_tokens;
     int heads, kv_heads, dim;  // dim: a multiple of VL
     float scale;
     long window;  // tokens to look back to, 0 for all
@@ -25,13 +27,32 @@ constexpr int KEYS = 128;  // keys of a block, a multiple of NR
 constexpr int ROWS = 192;  // query rows (tokens x heads of a group) of a block, about
 constexpr float NEVER = -1e30f;
 
+// Calls use(i, number, place) for each run of tokens that lie side by side: tokens [first + i, first + i + number) of
+// `pages` are the arena's from `place` on.
+template <class Use>
+inline void for_runs(const Attention& at, long first, long count, Use&& use) {
+    long page = first / at.page_tokens, offset = first % at.page_tokens;
+    for (long done = 0; done < count;) {
+        long place = at.pages[page] * at.page_tokens + offset, number = at.page_tokens - offset;
+        while (number < count - done && at.pages[page + 1] == at.pages[page] + 1) {
+            ++page;
+            number += at.page_tokens;
+        }
+        number = std::min(number, count - done);
+        use(done, number, place);
+        done += number;
+        ++page;
+        offset = 0;
+    }
+}
+
 // A block of keys as floats, transposed into panels [KEYS / NR][dim][NR]; keys beyond `count` are zero.
 template <class S>
-void transpose_keys(const S* keys, long count, int dim, float* out) {
+void transpose_keys(const S* const* keys, long count, int dim, float* out) {
     for (long first = 0; first < count; first += NR) {
         float* panel = out + first * dim;
         long here = std::min<long>(NR, count - first);
-        const S* at = keys + first * dim;
+        const S* const* at = keys + first;
 #if defined(__AVX2__)
         // 8 x 8 at a time; with wider vectors a panel is four of these wide instead of two.
         if (here == NR) {
@@ -39,7 +60,7 @@ void transpose_keys(const S* keys, long count, int dim, float* out) {
                 for (int d = 0; d < dim; d += 8) {
                     __m256 row[8], a[8], b[8];
                     for (int i = 0; i < 8; ++i) {
-                        const S* p = at + (c + i) * dim + d;
+                        const S* p = at[c + i] + d;
                         if constexpr (sizeof(S) == 4) {
                             row[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(p));
                         } else {
@@ -68,7 +89,7 @@ void transpose_keys(const S* keys, long count, int dim, float* out) {
         }
 #endif
         for (int d = 0; d < dim; ++d)
-            for (long c = 0; c < NR; ++c) panel[d * NR + c] = c < here ? get(at + c * dim + d) : 0.0f;
+            for (long c = 0; c < NR; ++c) panel[d * NR + c] = c < here ? get(at[c] + d) : 0.0f;
     }
 }
 
@@ -120,14 +141,14 @@ void attend(const Attention& at, const int64_t* segment, int kv_head, long token
     int group = at.heads / at.kv_heads, dim = at.dim;
     long rows = tokens * group;
     long context = segment[3], position = context - segment[1] + token;  // of the first query token
-    const S* keys = static_cast<const S*>(at.keys) + (kv_head * at.arena + segment[2]) * dim;
-    const S* values = static_cast<const S*>(at.values) + (kv_head * at.arena + segment[2]) * dim;
+    const S* keys = static_cast<const S*>(at.keys) + kv_head * at.arena * dim;
+    const S* values = static_cast<const S*>(at.values) + kv_head * at.arena * dim;
     float* memory = reinterpret_cast<float*>(scratch<1>((rows * (2 * dim + KEYS + 3) + 2 * KEYS * dim) * 4 + 1024));
     float* q = memory;  // [rows, dim], scaled
     float* out = q + rows * dim;  // [rows, dim]
     float* scores = out + rows * dim;  // [rows, KEYS]
     float* panel = scores + rows * KEYS;  // [KEYS / NR][dim][NR]
-    float* wide = panel + KEYS * dim;  // values of a block, if they are not floats
+    float* wide = panel + KEYS * dim;  // values of a block, if they are not floats side by side
     float* highest = wide + KEYS * dim;
     float* total = highest + rows;
     for (long t = 0; t < tokens; ++t) {
@@ -143,7 +164,11 @@ void attend(const Attention& at, const int64_t* segment, int kv_head, long token
     long end = position + tokens;
     for (long first = low / KEYS * KEYS; first < end; first += KEYS) {
         long count = std::min<long>(KEYS, end - first);
-        transpose_keys(keys + first * dim, count, dim, panel);
+        const S* key[KEYS];
+        for_runs(at, segment[2] + first, count, [&](long i, long number, long place) {
+            for (long k = 0; k < number; ++k) key[i + k] = keys + (place + k) * dim;
+        });
+        transpose_keys(key, count, dim, panel);
         for (long c = 0; c < count; c += NR)
             // Rows whose positions lie before all of these keys see none of them.
             for (long r = std::max<long>(0, first + c - position) * group / MR * MR; r < rows; r += MR)
@@ -166,13 +191,17 @@ void attend(const Attention& at, const int64_t* segment, int kv_head, long token
             if (past != 1.0f)
                 for (int d = 0; d < dim; d += VL) store(out + r * dim + d, load(out + r * dim + d) * past);
         }
-        const float* mixed;
-        if constexpr (sizeof(S) == 4) {
-            mixed = values + first * dim;
-        } else {
-            for (long i = 0; i < count * dim; i += VL) store(wide + i, load(values + first * dim + i));
-            mixed = wide;
-        }
+        const float* mixed = wide;
+        for_runs(at, segment[2] + first, count, [&](long i, long number, long place) {
+            const S* from = values + place * dim;
+            if constexpr (sizeof(S) == 4) {
+                if (number == count) {
+                    mixed = from;
+                    return;
+                }
+            }
+            for (long k = 0; k < number * dim; k += VL) store(wide + i * dim + k, load(from + k));
+        });
         for (long r = 0; r < rows; r += MR)
             for_rows<MR>(rows - r, [&](auto number) {
                 // Beyond the last of these rows' positions all weights are zero.
@@ -191,8 +220,8 @@ template <class T, class S, int G>
 void attend_one(const Attention& at, const int64_t* segment, int kv_head) {
     int dim = at.dim;
     long context = segment[3], low = at.window ? std::max<long>(0, context - at.window) : 0;
-    const S* keys = static_cast<const S*>(at.keys) + (kv_head * at.arena + segment[2]) * dim;
-    const S* values = static_cast<const S*>(at.values) + (kv_head * at.arena + segment[2]) * dim;
+    const S* keys = static_cast<const S*>(at.keys) + kv_head * at.arena * dim;
+    const S* values = static_cast<const S*>(at.values) + kv_head * at.arena * dim;
     float* memory = reinterpret_cast<float*>(scratch<1>(G * (2 * dim + KEYS) * 4 + 256));
     float *q = memory, *out = q + G * dim, *scores = out + G * dim;
     float highest[G], total[G];
@@ -205,23 +234,26 @@ void attend_one(const Attention& at, const int64_t* segment, int kv_head) {
     std::fill(total, total + G, 0.0f);
     for (long first = low; first < context; first += KEYS) {
         long count = std::min<long>(KEYS, context - first);
-        for (long i = 0; i < count; ++i) {
-            const S* key = keys + (first + i) * dim;
-            vf acc[G];
-            for (int g = 0; g < G; ++g) acc[g] = vf{};
-            for (int d = 0; d < dim; d += VL) {
-                vf value = load(key + d);
-                for (int g = 0; g < G; ++g) acc[g] += value * load(q + g * dim + d);
+        for_runs(at, segment[2] + first, count, [&](long i, long number, long place) {
+            for (const S* key = keys + place * dim; number > 0; --number, ++i, key += dim) {
+                vf acc[G];
+                for (int g = 0; g < G; ++g) acc[g] = vf{};
+                for (int d = 0; d < dim; d += VL) {
+                    vf value = load(key + d);
+                    for (int g = 0; g < G; ++g) acc[g] += value * load(q + g * dim + d);
+                }
+                for (int g = 0; g < G; ++g) scores[g * KEYS + i] = sum(acc[g]);
             }
-            for (int g = 0; g < G; ++g) scores[g * KEYS + i] = sum(acc[g]);
-        }
+        });
         for (int g = 0; g < G; ++g) {
             if (at.softcap > 0) cap(scores + g * KEYS, (count + VL - 1) / VL * VL, at.softcap);
             float past = soften(scores + g * KEYS, count, highest[g], total[g]);
             if (past != 1.0f)
                 for (int d = 0; d < dim; d += VL) store(out + g * dim + d, load(out + g * dim + d) * past);
         }
-        mix<G>(scores, KEYS, values + first * dim, dim, count, out);
+        for_runs(at, segment[2] + first, count, [&](long i, long number, long place) {
+            mix<G>(scores + i, KEYS, values + place * dim, dim, number, out);
+        });
     }
     for (int g = 0; g < G; ++g) {
         T* to = static_cast<T*>(at.out) + segment[0] * at.ldo + (kv_head * G + g) * dim;

@@ -55,6 +55,8 @@ class _Attention(ctypes.Structure):
         ("ldo", ctypes.c_long),
         ("segments", ctypes.c_void_p),
         ("num_segments", ctypes.c_long),
+        ("pages", ctypes.c_void_p),
+        ("page_tokens", ctypes.c_long),
         ("heads", ctypes.c_int),
         ("kv_heads", ctypes.c_int),
         ("dim", ctypes.c_int),
@@ -185,8 +187,10 @@ class Kernels:
         keys: torch.Tensor,
         values: torch.Tensor,
         segments: torch.Tensor,
+        pages: torch.Tensor,
         out: torch.Tensor,
         *,
+        page_tokens: int,
         scale: float,
         window: int | None,
         softcap: float | None,
@@ -197,8 +201,11 @@ class Kernels:
             query: [tokens, heads, head_dim], any strides between tokens and heads.
             keys: [kv_heads, arena tokens, head_dim], the new ones in place.
             values: likewise.
-            segments: int64 [n, 4]: first token, tokens, where the sequence's KV starts, context with the new tokens.
+            segments: int64 [n, 4]: first token, tokens, where the sequence's KV starts in pages, context with the new
+                tokens.
+            pages: int64 [n]: where each page_tokens of KV are in the arena, in pages; see StepPlan.
             out: [tokens, heads, head_dim], contiguous.
+            page_tokens: tokens of a page.
             scale: factor of the scores.
             window: tokens to look back to, itself included; None for all.
             softcap: scores are bent to (-softcap, softcap) by tanh; None for none.
@@ -214,6 +221,8 @@ class Kernels:
             query.shape[1] * query.shape[2],
             segments.data_ptr(),
             segments.shape[0],
+            pages.data_ptr(),
+            page_tokens,
             query.shape[1],
             keys.shape[0],
             query.shape[2],

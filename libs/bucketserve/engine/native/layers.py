@@ -16,7 +16,7 @@ from torch import nn
 
 from bucketserve.core.errors import EngineError
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, current_step, running_step
-from bucketserve.engine.kv_memory import KvMemory
+from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory
 from bucketserve.engine.native.kernels import Kernels
 from bucketserve.engine.native.products import Products, TorchProducts
 
@@ -152,8 +152,10 @@ class FusedLayer(nn.Module):
             qkv[:, : self._heads * dim].view(rows, self._heads, dim),
             keys,
             values,
-            plan.table(self._call.chunk),
+            plan.rows(self._call.chunk),
+            plan.pages,
             attended,
+            page_tokens=PAGE_TOKENS,
             scale=self._call.scale,
             window=self._call.window,
             softcap=self._call.softcap,
@@ -227,10 +229,10 @@ class _Trial:
         trial = [min(number, context) for number in TRIAL]
         segments = [Segment(0, trial[0], 0, trial[0]), Segment(trial[0], trial[1], trial[0], trial[1])]
         layouts, cpu = [calls[i].layout for i in sorted(calls)], torch.device("cpu")
-        slots = torch.arange(sum(trial))
-        self._plan = StepPlan(KvMemory(layouts, sum(trial), torch.float32, cpu), calls, segments, slots)
         dtype = next(model.parameters()).dtype
-        plan = StepPlan(KvMemory(layouts, sum(trial), dtype, cpu), calls, segments, slots)
+        exact, memory = (KvMemory(layouts, sum(trial), one, cpu) for one in (torch.float32, dtype))
+        self._plan = StepPlan(exact, calls, segments, exact.backwards())
+        plan = StepPlan(memory, calls, segments, memory.backwards())
         hooks = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in layers]
         generator = torch.Generator().manual_seed(0)
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]

@@ -156,14 +156,33 @@ def test_attention(
         first, start = first + new, start + context + 3
     # Scores far from zero as well: their maximum must not matter.
     query = (torch.randn(heads, first, dim) * 3).to(q_type).transpose(0, 1)
-    out = torch.full((first, heads, dim), math.nan, dtype=q_type)
-    kernels.attention(
-        query, arena[0], arena[1], torch.tensor(segments), out, scale=dim**-0.5, window=window, softcap=softcap
-    )
+    outs = []
+    # In pages of sizes that divide a block of keys and that do not; in one run, and anywhere.
+    for page_tokens, is_shuffled in ((1200, False), (32, True), (8, True), (3, True)):
+        number = 1200 // page_tokens
+        pages = torch.randperm(number) if is_shuffled else torch.arange(number)
+        places = (pages[:, None] * page_tokens + torch.arange(page_tokens)).flatten()
+        paged = torch.zeros(2, kv_heads, number * page_tokens, dim, dtype=kv_type)
+        paged[:, :, places] = arena[:, :, : number * page_tokens]
+        outs.append(torch.full((first, heads, dim), math.nan, dtype=q_type))
+        kernels.attention(
+            query,
+            paged[0],
+            paged[1],
+            torch.tensor(segments),
+            pages,
+            outs[-1],
+            page_tokens=page_tokens,
+            scale=dim**-0.5,
+            window=window,
+            softcap=softcap,
+        )
     for begin, new, at, context in segments:
         keys, values = (part[:, at : at + context] for part in arena)
         wanted = plain_attention(query[begin : begin + new], keys, values, dim**-0.5, window, softcap)
-        assert relative(out[begin : begin + new], wanted) < (2e-6 if q_type is FLOAT else 4e-3), (new, context)
+        assert relative(outs[0][begin : begin + new], wanted) < (2e-6 if q_type is FLOAT else 4e-3), (new, context)
+    # Where pages are makes no difference, to the bit.
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 @pytest.mark.parametrize("has_norms", [False, True])
