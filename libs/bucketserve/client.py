@@ -17,6 +17,7 @@ import grpc
 
 from bucketserve.rpc.channel import UNARY_TIMEOUT_S, open_channel
 from bucketserve.rpc.status import error_from_call, errors_named, is_answered
+from bucketserve.rpc.tls import Tls
 from bucketserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 __all__ = ["BucketServeClient", "Chunk", "Event", "Finished", "Started"]
@@ -40,9 +41,15 @@ class BucketServeClient:
     UNAVAILABLE or RESOURCE_EXHAUSTED: what to do with the error's retry_delay_s is the caller's decision.
     """
 
-    def __init__(self, address: str, *, options: Sequence[tuple[str, int | str]] = ()) -> None:
-        """Connects when first used; options are further channel arguments."""
-        self._channel = open_channel(address, watched_service=_SERVICE, options=options)
+    def __init__(self, address: str, *, tls: Tls | None = None, options: Sequence[tuple[str, int | str]] = ()) -> None:
+        """Connects when first used.
+
+        Args:
+            address: host:port, or a name with a scheme of gRPC's.
+            tls: whom to trust, such as Tls(ca_file="ca.pem"), and who we are if the gateway asks; None: plain text.
+            options: further channel arguments.
+        """
+        self._channel = open_channel(address, tls, watched_service=_SERVICE, options=options)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> BucketServeClient:

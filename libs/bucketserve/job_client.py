@@ -18,6 +18,7 @@ import grpc
 
 from bucketserve.rpc.channel import UNARY_TIMEOUT_S, open_channel
 from bucketserve.rpc.status import error_from_call, errors_named
+from bucketserve.rpc.tls import Tls
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2, job_pb2_grpc
 
 __all__ = ["JobClient", "Result", "request_from_json", "request_from_line"]
@@ -30,9 +31,9 @@ MAX_SHOWN = 60
 class JobClient:
     """One channel to a gateway. Every method raises the BucketServeError that the server's status names."""
 
-    def __init__(self, address: str) -> None:
-        """Connects when first used."""
-        self._channel = open_channel(address, watched_service="bucketserve.v1.JobService")
+    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
+        """Connects when first used; arguments as BucketServeClient takes them."""
+        self._channel = open_channel(address, tls, watched_service="bucketserve.v1.JobService")
         self.stub = job_pb2_grpc.JobServiceStub(self._channel)
         self._tenants: dict[str, str] = {}
         """Whose the jobs are that were submitted here."""

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import ExitStack
 
 from bucketserve.addresses import Address
-from bucketserve.config import DeploymentSettings, TelemetrySettings
+from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import SettingsError
 from bucketserve.process import default_instance_id, unless_stopped
 from bucketserve.rpc.deployment import Deployment
@@ -37,9 +37,7 @@ FLUSH_S = 2.0
 HEALTH_S = 0.1
 
 
-async def serve(
-    settings: GatewaySettings, deployment: DeploymentSettings, telemetry: TelemetrySettings, stop: asyncio.Event
-) -> None:
+async def serve(settings: GatewaySettings, ours: Deployment, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
     """Runs the gateway until `stop` is set, and then for lame_duck_s and until its streams end, at most drain_s.
 
     Raises:
@@ -49,7 +47,6 @@ async def serve(
     if not settings.models:
         raise SettingsError(["[gateway] models: name at least one, BUCKETSERVE_GATEWAY_MODELS=name=directory"])
     gateway_id = settings.gateway_id or default_instance_id("gateway")
-    ours = Deployment(deployment.name, deployment.token)
     with ExitStack() as stack:
         outlets = stack.enter_context(
             open_telemetry(
@@ -107,11 +104,12 @@ async def serve(
             settings.delivery_listen,
             services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name, ours.health_service],
             on_unexpected=observer.unexpected,
+            tls=ours.tls,
             enable_reflection=False,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, public.grpc_server)
         is_leaving = asyncio.Event()
-        store, room = _job_store(settings, deployment.name)
+        store, room = _job_store(settings, ours.name)
         job_pb2_grpc.add_JobServiceServicer_to_server(
             JobServicer(store, room, catalog, settings, admission=admission, is_leaving=is_leaving.is_set),
             public.grpc_server,
@@ -185,6 +183,8 @@ def _public_server(
             ours.health_service,
         ],
         on_unexpected=observer.unexpected,
+        tls=ours.tls,
+        is_public=True,
         enable_reflection=settings.enable_reflection,
         max_connections=settings.max_connections,
         interceptors=[AdmissionInterceptor(admission, Reads.of(max_message_bytes, admission.refusal))],
