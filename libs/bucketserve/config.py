@@ -135,7 +135,7 @@ class TelemetrySettings(Section):
     otlp_endpoint: Annotated[str, AfterValidator(optional(check_endpoint))] = Field(
         "", repr=False, description="OTLP gRPC endpoint for traces, such as http://jaeger:4317; empty: off"
     )
-    sample_ratio: float = Field(1.0, ge=0, le=1, description="share of new traces that are recorded")
+    sample_ratio: float = Field(1.0, ge=0, le=1, description="share of traces that are recorded")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level to log")
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON")
 

@@ -120,7 +120,9 @@ async def run_bench(options: BenchOptions, console: Console, progress_console: C
 
 
 async def _measure(options: BenchOptions, progress_console: Console) -> tuple[BenchReport, list[Felt]]:
-    async with BucketServeClient(options.address, tls=options.connection.tls) as client:
+    async with BucketServeClient(
+        options.address, tls=options.connection.tls, api_key=options.connection.api_key
+    ) as client:
         models = await client.list_models()
         names = [options.model] if options.model else [model.name for model in models][:2]
         model = next((model for model in models if [model.name] == names), None)

@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -26,7 +26,8 @@ T = TypeVar("T")
 class Connection:
     """What to call a deployment with."""
 
-    tls: Tls | None = None
+    tls: Tls | None
+    api_key: str = field(repr=False)
 
 
 def connects(command: Callable[..., T]) -> Callable[..., T]:
@@ -46,6 +47,12 @@ def connects(command: Callable[..., T]) -> Callable[..., T]:
 
 def _connection(
     *,
+    api_key: Annotated[
+        str,
+        typer.Option(
+            metavar="KEY", envvar="BUCKETSERVE_API_KEY", show_envvar=False, help="default: BUCKETSERVE_API_KEY"
+        ),
+    ] = "",
     tls_ca: Annotated[
         str,
         typer.Option(metavar="FILE", help="PEM with the CAs to trust; default: BUCKETSERVE_TLS_CA_FILE"),
@@ -60,6 +67,13 @@ def _connection(
     flags = {"ca_file": tls_ca or None, "cert_file": tls_cert or None, "key_file": tls_key or None}
     try:
         loaded = load_settings({"tls": TlsSettings}, environ=os.environ, overrides={"tls": flags})
-        return Connection(tls_of(section_of(loaded, "tls", TlsSettings)))
+        return Connection(tls_of(section_of(loaded, "tls", TlsSettings)), _checked_key(api_key.strip()))
     except SettingsError as error:
         raise InputError("; ".join(error.problems)) from None
+
+
+def _checked_key(key: str) -> str:
+    # gRPC would refuse it without a word of what is wrong.
+    if not key.isascii() or not key.isprintable():
+        raise InputError("--api-key: a key has printable ASCII characters only")
+    return key

@@ -56,7 +56,7 @@ def submit(
     lines = list(requests)
 
     async def run() -> job_pb2.Job:
-        async with JobClient(address, tls=connection.tls) as jobs:
+        async with JobClient(address, tls=connection.tls, api_key=connection.api_key) as jobs:
             return await jobs.submit(requests.values(), idempotency_key=key, tenant=tenant, ttl_s=ttl_s)
 
     try:
@@ -85,7 +85,7 @@ def status(
         return
 
     async def run() -> job_pb2.Job:
-        async with JobClient(address, tls=connection.tls) as jobs:
+        async with JobClient(address, tls=connection.tls, api_key=connection.api_key) as jobs:
             return await jobs.get(job_id, tenant=tenant)
 
     _show(asyncio.run(run()))
@@ -107,7 +107,7 @@ def results(
     async def run() -> int:
         num_results = 0
         with replaced_file(output) if output else nullcontext(sys.stdout) as file:
-            async with JobClient(address, tls=connection.tls) as jobs:
+            async with JobClient(address, tls=connection.tls, api_key=connection.api_key) as jobs:
                 async for result in jobs.results(job_id, follow=follow, tenant=tenant):
                     file.write(json.dumps(_to_json(result), ensure_ascii=False) + "\n")
                     num_results += 1
@@ -132,7 +132,7 @@ def cancel(
     """End a job; results that are there stay."""
 
     async def run() -> job_pb2.Job:
-        async with JobClient(address, tls=connection.tls) as jobs:
+        async with JobClient(address, tls=connection.tls, api_key=connection.api_key) as jobs:
             return await jobs.cancel(job_id, tenant=tenant)
 
     _show(asyncio.run(run()))
@@ -163,7 +163,7 @@ def _watch(job_id: str, tenant: str, address: str, connection: Connection) -> No
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
             bar = progress.add_task(escape(job_id), total=None)
-            async with JobClient(address, tls=connection.tls) as jobs:
+            async with JobClient(address, tls=connection.tls, api_key=connection.api_key) as jobs:
                 job = await jobs.get(job_id, tenant=tenant)
                 while True:
                     failed = f"  [red]{job.num_failed} failed[/]" if job.num_failed else ""

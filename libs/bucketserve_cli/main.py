@@ -25,6 +25,7 @@ from bucketserve_cli.bench import BenchOptions, run_bench
 from bucketserve_cli.connection import Connection, connects
 from bucketserve_cli.generate import GenerateOptions, stream_generation
 from bucketserve_cli.job import job_app
+from bucketserve_cli.keys import keys_app
 from bucketserve_cli.services import config_app, gateway, scheduler, worker
 from bucketserve_cli.sim import SimOptions, option_slo, parse_settings, run_simulation
 from bucketserve_cli.sim_tables import run_comparison, run_scenarios
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 app.add_typer(job_app, name="job")
+app.add_typer(keys_app, name="keys")
 for service in (gateway, scheduler, worker):
     app.command()(service)
 
@@ -205,7 +207,7 @@ def generate(
     text = _standard_input() if prompt == "-" else prompt
 
     async def main() -> None:
-        async with BucketServeClient(address, tls=connection.tls) as client:
+        async with BucketServeClient(address, tls=connection.tls, api_key=connection.api_key) as client:
             await stream_generation(client, text, options, errors)
 
     asyncio.run(main())

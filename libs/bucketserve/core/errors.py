@@ -6,6 +6,8 @@ BucketServeError
 │   └── UnknownModelError    nobody serves that model
 ├── DuplicateRequestError    the job's key is taken by another job       ALREADY_EXISTS
 ├── PeerRefusedError         a service of another deployment called      PERMISSION_DENIED
+├── UnauthenticatedError     no key, or one that nobody knows            UNAUTHENTICATED
+├── ForbiddenError           the caller's key is not for that            PERMISSION_DENIED
 ├── OverloadedError          full; try again after retry_delay_s         RESOURCE_EXHAUSTED
 ├── UnavailableError         a part is down; try again                   UNAVAILABLE
 ├── DeadlineError            the deadline passed or can't be met         DEADLINE_EXCEEDED
@@ -29,6 +31,7 @@ __all__ = [
     "DuplicateRequestError",
     "EngineError",
     "FieldViolation",
+    "ForbiddenError",
     "IllegalStepError",
     "InvalidRequestError",
     "ModelLoadError",
@@ -39,6 +42,7 @@ __all__ = [
     "RequestCancelledError",
     "SettingsError",
     "StaleEpochError",
+    "UnauthenticatedError",
     "UnavailableError",
     "UnknownModelError",
 ]
@@ -105,6 +109,18 @@ class PeerRefusedError(BucketServeError):
     """A service that is not one of this deployment called."""
 
     reason = "PEER_REFUSED"
+
+
+class UnauthenticatedError(BucketServeError):
+    """The caller showed no key, or one that nobody knows."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class ForbiddenError(BucketServeError):
+    """The caller's key is not for that."""
+
+    reason = "FORBIDDEN"
 
 
 class OverloadedError(BucketServeError):

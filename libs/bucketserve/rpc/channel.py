@@ -10,7 +10,7 @@ import grpc
 from bucketserve.addresses import channel_target
 from bucketserve.rpc.tls import Tls
 
-__all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "SERVER_OPTIONS", "UNARY_TIMEOUT_S", "open_channel"]
+__all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "SERVER_OPTIONS", "UNARY_TIMEOUT_S", "key_metadata", "open_channel"]
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """A batch assignment carries the prompts of its requests; the public limit is the gateway's max_prompt_bytes."""
@@ -55,6 +55,11 @@ SERVER_OPTIONS: Sequence[tuple[str, int | str]] = [
     # A second process must not silently share the port.
     ("grpc.so_reuseport", 0),
 ]
+
+
+def key_metadata(api_key: str) -> tuple[tuple[str, str], ...]:
+    """Returns what a client's call carries to show its key; nothing without one."""
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
 def open_channel(

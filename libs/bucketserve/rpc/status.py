@@ -6,6 +6,8 @@
 | UnknownModelError    | NOT_FOUND           | ResourceInfo                                                  |
 | DuplicateRequestError| ALREADY_EXISTS      |                                                               |
 | PeerRefusedError     | PERMISSION_DENIED   |                                                               |
+| UnauthenticatedError | UNAUTHENTICATED     |                                                               |
+| ForbiddenError       | PERMISSION_DENIED   |                                                               |
 | OverloadedError      | RESOURCE_EXHAUSTED  | RetryInfo                                                     |
 | UnavailableError     | UNAVAILABLE         | RetryInfo                                                     |
 | DeadlineError        | DEADLINE_EXCEEDED   |                                                               |
@@ -29,11 +31,13 @@ from bucketserve.core.errors import (
     DeadlineError,
     DuplicateRequestError,
     FieldViolation,
+    ForbiddenError,
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
     PeerRefusedError,
     RequestCancelledError,
+    UnauthenticatedError,
     UnavailableError,
     UnknownModelError,
 )
@@ -53,6 +57,8 @@ _CODES: dict[type[BucketServeError], int] = {
     NotFoundError: code_pb2.NOT_FOUND,
     DuplicateRequestError: code_pb2.ALREADY_EXISTS,
     PeerRefusedError: code_pb2.PERMISSION_DENIED,
+    UnauthenticatedError: code_pb2.UNAUTHENTICATED,
+    ForbiddenError: code_pb2.PERMISSION_DENIED,
     OverloadedError: code_pb2.RESOURCE_EXHAUSTED,
     UnavailableError: code_pb2.UNAVAILABLE,
     DeadlineError: code_pb2.DEADLINE_EXCEEDED,
@@ -107,6 +113,10 @@ def error_from_call(error: grpc.aio.AioRpcError) -> BucketServeError | None:
             UnknownModelError(missing[1], (), message) if missing[0] == "model" else NotFoundError(*missing, message)
         ),
         grpc.StatusCode.ALREADY_EXISTS: lambda: DuplicateRequestError(message),
+        grpc.StatusCode.UNAUTHENTICATED: lambda: UnauthenticatedError(message),
+        grpc.StatusCode.PERMISSION_DENIED: lambda: (
+            PeerRefusedError(message) if reason == PeerRefusedError.reason else ForbiddenError(message)
+        ),
         grpc.StatusCode.RESOURCE_EXHAUSTED: lambda: OverloadedError(
             message, reason=reason or "OVERLOADED", retry_delay_s=retry_delay_s
         ),

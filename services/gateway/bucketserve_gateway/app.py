@@ -18,6 +18,7 @@ from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc, inference_pb2, inference_pb2_grpc, job_pb2, job_pb2_grpc
 from bucketserve_gateway.admission import Admission, AdmissionInterceptor
+from bucketserve_gateway.auth import AuthInterceptor, Keys
 from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.job_runner import JobRunner
 from bucketserve_gateway.jobs import JobServicer
@@ -76,6 +77,12 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             on_change=observer.admitted,
             on_refused=observer.refused_at_the_door,
         )
+        keys = Keys(
+            settings.keys_file,
+            default_model=next(iter(settings.models)) if len(settings.models) == 1 else "",
+            on_refused=observer.refused_at_the_door,
+            on_problem=observer.keys_unusable,
+        )
         tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_prompt_bytes, admission.refusal)
         stack.callback(tokenizers.close)
         requests = OpenRequests()
@@ -98,7 +105,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             )
         )
         public = _public_server(
-            settings, ours, observer, admission, largest_message(catalog, settings.max_prompt_bytes)
+            settings, ours, observer, admission, keys, largest_message(catalog, settings.max_prompt_bytes)
         )
         internal = RpcServer(
             settings.delivery_listen,
@@ -172,6 +179,7 @@ def _public_server(
     ours: Deployment,
     observer: GatewayTelemetry,
     admission: Admission,
+    keys: Keys,
     max_message_bytes: int,
 ) -> RpcServer:
     """Returns the clients' server, without its services' handlers."""
@@ -185,9 +193,12 @@ def _public_server(
         on_unexpected=observer.unexpected,
         tls=ours.tls,
         is_public=True,
-        enable_reflection=settings.enable_reflection,
+        enable_reflection=keys.is_open if settings.enable_reflection is None else settings.enable_reflection,
         max_connections=settings.max_connections,
-        interceptors=[AdmissionInterceptor(admission, Reads.of(max_message_bytes, admission.refusal))],
+        interceptors=[
+            AuthInterceptor(keys),
+            AdmissionInterceptor(admission, Reads.of(max_message_bytes, admission.refusal)),
+        ],
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_metadata_size", settings.max_metadata_bytes),

@@ -34,7 +34,10 @@ def encrypted(ours: Authority, papers: Papers, folder: Path) -> dict[str, str]:
 
 
 WRONG: dict[str, tuple[Change, str]] = {
-    "no certificate": (lambda a, p, f: {"cert_file": str(f / "none")}, r"cert_file .*/none: No such file or directory$"),
+    "no certificate": (
+        lambda a, p, f: {"cert_file": str(f / "none")},
+        r"cert_file .*/none: No such file or directory$",
+    ),
     "no key": (lambda a, p, f: {"key_file": str(f / "none")}, r"key_file .*/none: No such file or directory$"),
     "no CA": (lambda a, p, f: {"ca_file": str(f / "none")}, r"ca_file .*/none: No such file or directory$"),
     "a directory": (lambda a, p, f: {"ca_file": str(f)}, r"ca_file .*: Is a directory$"),
