@@ -52,7 +52,7 @@ def new(
     ] = None,
 ) -> None:
     """Draw a key. What the gateway's keys_file needs goes to standard output, the key, this once, to standard error."""
-    from bucketserve_gateway.auth import Key, hash_of, new_key
+    from bucketserve_gateway.keys import Key, hash_of, new_key
 
     key = new_key()
     table = {

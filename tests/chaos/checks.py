@@ -242,7 +242,7 @@ async def _keys(redis_url: str) -> list[str]:
                 if kind == "place":
                     # Enough to follow them in the logs.
                     which = f": {dict(list((await client.hgetall(key)).items())[:5])}"
-            elif kind in ("waiting", "lease", "pending"):
+            elif kind in ("waiting", "lease", "pending", "running"):
                 number = await client.zcard(key)
             if number:
                 found.append(f"store: {number} in {name}{which}")

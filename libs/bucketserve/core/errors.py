@@ -9,6 +9,7 @@ BucketServeError
 ├── UnauthenticatedError     no key, or one that nobody knows            UNAUTHENTICATED
 ├── ForbiddenError           the caller's key is not for that            PERMISSION_DENIED
 ├── OverloadedError          full; try again after retry_delay_s         RESOURCE_EXHAUSTED
+│   └── QuotaExceededError   the tenant has used what it may
 ├── UnavailableError         a part is down; try again                   UNAVAILABLE
 ├── DeadlineError            the deadline passed or can't be met         DEADLINE_EXCEEDED
 ├── RequestCancelledError    the client cancelled                        CANCELLED
@@ -39,6 +40,7 @@ __all__ = [
     "OutOfMemoryError",
     "OverloadedError",
     "PeerRefusedError",
+    "QuotaExceededError",
     "RequestCancelledError",
     "SettingsError",
     "StaleEpochError",
@@ -133,6 +135,16 @@ class OverloadedError(BucketServeError):
         super().__init__(message)
         self.reason = reason
         self.retry_delay_s = retry_delay_s
+
+
+class QuotaExceededError(OverloadedError):
+    """A tenant has used what it may."""
+
+    def __init__(self, tenant: str, limit: str, *, retry_delay_s: float) -> None:
+        """Names the limit, such as "requests a minute", and when to try again, in seconds."""
+        message = f"tenant {tenant!r} has used its {limit}"
+        super().__init__(message, reason="QUOTA_EXCEEDED", retry_delay_s=retry_delay_s)
+        self.tenant = tenant
 
 
 class UnavailableError(BucketServeError):

@@ -8,7 +8,7 @@
 | PeerRefusedError     | PERMISSION_DENIED   |                                                               |
 | UnauthenticatedError | UNAUTHENTICATED     |                                                               |
 | ForbiddenError       | PERMISSION_DENIED   |                                                               |
-| OverloadedError      | RESOURCE_EXHAUSTED  | RetryInfo                                                     |
+| OverloadedError      | RESOURCE_EXHAUSTED  | RetryInfo; QuotaFailure if it is a QuotaExceededError         |
 | UnavailableError     | UNAVAILABLE         | RetryInfo                                                     |
 | DeadlineError        | DEADLINE_EXCEEDED   |                                                               |
 | RequestCancelledError| CANCELLED           |                                                               |
@@ -36,6 +36,7 @@ from bucketserve.core.errors import (
     NotFoundError,
     OverloadedError,
     PeerRefusedError,
+    QuotaExceededError,
     RequestCancelledError,
     UnauthenticatedError,
     UnavailableError,
@@ -84,6 +85,10 @@ def status_of(error: BucketServeError) -> grpc.Status:
             resource_type=error.resource_type, resource_name=_short(error.resource_name)
         )
         status.details.append(_packed(resource))
+    if isinstance(error, QuotaExceededError):
+        failure = error_details_pb2.QuotaFailure()
+        failure.violations.add(subject=f"tenant:{_short(error.tenant)}", description=_short(str(error)))
+        status.details.append(_packed(failure))
     if isinstance(error, OverloadedError | UnavailableError):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(round(error.retry_delay_s * 1e9))

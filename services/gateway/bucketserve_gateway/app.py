@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from bucketserve.addresses import Address
 from bucketserve.config import TelemetrySettings
@@ -13,6 +14,7 @@ from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.server import RpcServer
 from bucketserve.store.job_room import JobRoom
 from bucketserve.store.jobs import JobStore
+from bucketserve.store.quotas import QuotaStore
 from bucketserve.store.redis import connect
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
@@ -23,6 +25,7 @@ from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.job_runner import JobRunner
 from bucketserve_gateway.jobs import JobServicer
 from bucketserve_gateway.models import load_models
+from bucketserve_gateway.quotas import Quotas
 from bucketserve_gateway.reads import Reads
 from bucketserve_gateway.requests import OpenRequests
 from bucketserve_gateway.scheduler_link import SchedulerLink
@@ -77,12 +80,8 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             on_change=observer.admitted,
             on_refused=observer.refused_at_the_door,
         )
-        keys = Keys(
-            settings.keys_file,
-            default_model=next(iter(settings.models)) if len(settings.models) == 1 else "",
-            on_refused=observer.refused_at_the_door,
-            on_problem=observer.keys_unusable,
-        )
+        stores = _stores(settings, ours.name)
+        keys = _keys(settings, observer, stores)
         tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_prompt_bytes, admission.refusal)
         stack.callback(tokenizers.close)
         requests = OpenRequests()
@@ -90,6 +89,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
         scheduler = SchedulerLink(
             settings.scheduler_address.split(","), ours, gateway_id, requests, observer.scheduler_state
         )
+        quotas = Quotas(stores.quotas, keys.limits_of, observer.quota_uncounted)
         inference = InferenceServicer(
             GatewayParts(
                 settings=settings,
@@ -97,6 +97,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                 delivery_address=settings.delivery_address or settings.delivery_listen,
                 catalog=catalog,
                 admission=admission,
+                quotas=quotas,
                 tokenizers=tokenizers,
                 requests=requests,
                 scheduler=scheduler,
@@ -104,9 +105,12 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                 telemetry=observer,
             )
         )
-        public = _public_server(
-            settings, ours, observer, admission, keys, largest_message(catalog, settings.max_prompt_bytes)
+        is_leaving = asyncio.Event()
+        jobs_api = JobServicer(
+            stores.jobs, stores.room, catalog, settings, admission=admission, is_leaving=is_leaving.is_set
         )
+        most_bytes = largest_message(catalog, settings.max_prompt_bytes)
+        public = _public_server(settings, ours, observer, admission, keys, most_bytes, inference, jobs_api)
         internal = RpcServer(
             settings.delivery_listen,
             services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name, ours.health_service],
@@ -114,21 +118,17 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             tls=ours.tls,
             enable_reflection=False,
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, public.grpc_server)
-        is_leaving = asyncio.Event()
-        store, room = _job_store(settings, ours.name)
-        job_pb2_grpc.add_JobServiceServicer_to_server(
-            JobServicer(store, room, catalog, settings, admission=admission, is_leaving=is_leaving.is_set),
-            public.grpc_server,
-        )
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(delivery, internal.grpc_server)
         async with asyncio.TaskGroup() as tasks:
-            link = tasks.create_task(scheduler.run(), name="scheduler-link")
-            watch = tasks.create_task(scheduler.watch(), name="silent-requests")
+            background = [
+                tasks.create_task(scheduler.run(), name="scheduler-link"),
+                tasks.create_task(scheduler.watch(), name="silent-requests"),
+                tasks.create_task(quotas.run(), name="quotas"),
+            ]
             health = tasks.create_task(
                 _show_health([public, internal], scheduler, settings.scheduler_wait_s), name="health"
             )
-            runner = JobRunner(store, inference.generate, gateway_id, settings, observer, room) if store else None
+            runner = _job_runner(stores, inference, gateway_id, settings, observer)
             jobs = tasks.create_task(runner.run(), name="job-runner") if runner else None
             try:
                 await internal.start()
@@ -149,7 +149,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                 await public.stop(FLUSH_S)
                 if jobs is not None:
                     jobs.cancel()
-                for task in (link, watch, health):
+                for task in (*background, health):
                     task.cancel()
                 delivery.close()
                 await internal.stop(FLUSH_S)
@@ -163,15 +163,52 @@ async def _show_health(servers: list[RpcServer], scheduler: SchedulerLink, grace
         await asyncio.sleep(HEALTH_S)
 
 
-def _job_store(settings: GatewaySettings, deployment: str) -> tuple[JobStore, JobRoom] | tuple[None, None]:
-    """Returns where jobs are kept, and the count of what they take there, if this gateway has a store."""
+class _Stores(NamedTuple):
+    """What this gateway keeps in Redis, if it has one."""
+
+    jobs: JobStore | None = None
+    room: JobRoom | None = None
+    quotas: QuotaStore | None = None
+
+
+def _stores(settings: GatewaySettings, deployment: str) -> _Stores:
     if not settings.redis_url:
-        return None, None
+        return _Stores()
     client = connect(settings.redis_url)
     room = JobRoom(
         client, deployment, max_tenant_bytes=settings.max_tenant_job_bytes, max_bytes=settings.max_all_job_bytes
     )
-    return JobStore(client, deployment), room
+    return _Stores(JobStore(client, deployment), room, QuotaStore(client, deployment))
+
+
+def _keys(settings: GatewaySettings, observer: GatewayTelemetry, stores: _Stores) -> Keys:
+    """Returns the keys of clients.
+
+    Raises:
+        SettingsError: their file can't be used.
+    """
+    keys = Keys(
+        settings.keys_file,
+        default_model=next(iter(settings.models)) if len(settings.models) == 1 else "",
+        on_refused=observer.refused_at_the_door,
+        on_problem=observer.keys_unusable,
+    )
+    if keys.has_limits and stores.quotas is None:
+        raise SettingsError(["[gateway] redis_url: needed for what the keys file limits in [[tenants]]"])
+    return keys
+
+
+def _job_runner(
+    stores: _Stores,
+    inference: InferenceServicer,
+    gateway_id: str,
+    settings: GatewaySettings,
+    observer: GatewayTelemetry,
+) -> JobRunner | None:
+    """Returns what runs jobs here; None without a store."""
+    if stores.jobs is None:
+        return None
+    return JobRunner(stores.jobs, inference.generate, gateway_id, settings, observer, stores.room)
 
 
 def _public_server(
@@ -181,9 +218,11 @@ def _public_server(
     admission: Admission,
     keys: Keys,
     max_message_bytes: int,
+    inference: InferenceServicer,
+    jobs: JobServicer,
 ) -> RpcServer:
-    """Returns the clients' server, without its services' handlers."""
-    return RpcServer(
+    """Returns the clients' server."""
+    server = RpcServer(
         settings.listen,
         services=[
             inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
@@ -206,3 +245,6 @@ def _public_server(
             ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes + 1024),
         ],
     )
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server.grpc_server)
+    job_pb2_grpc.add_JobServiceServicer_to_server(jobs, server.grpc_server)
+    return server

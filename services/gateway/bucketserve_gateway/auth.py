@@ -1,49 +1,32 @@
-"""Who calls, and what they may do: keys, the identity that each stands for, and the interceptor that asks for them.
+"""Who calls, and what they may do: the identity that a key stands for, and the interceptor that asks for keys.
 
-A key is 32 random bytes, so that the gateway keeps no more of it than its SHA-256: what can't be guessed needs no slow
-hash. Whatever a client sends is looked at here, message by message, before a servicer sees it; afterwards its tenant is
+Whatever a client sends is looked at here, message by message, before a servicer sees it; afterwards its tenant is
 the key's, and servicers need not know that there are keys.
 """
 
 from __future__ import annotations
 
-import hashlib
-import secrets
-import tomllib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bucketserve.core.errors import ForbiddenError, SettingsError, UnauthenticatedError
 from bucketserve.core.types import RequestClass
 from bucketserve.rpc.convert import request_class_from_pb
 from bucketserve.v1 import inference_pb2, job_pb2
 from bucketserve_gateway.admission import HEALTH
+from bucketserve_gateway.keys import EVERYBODY, Limits, Scope, hash_of, read_keys_file
 
-__all__ = ["MAX_TENANT_CHARACTERS", "AuthInterceptor", "Identity", "Key", "Keys", "Scope", "hash_of", "new_key"]
+__all__ = ["AuthInterceptor", "Identity", "Keys"]
 
-PREFIX = "bsk_"
-"""Of a key: what finds one in a log or a repository knows it by that."""
 MAX_KEY_CHARACTERS = 256
-MAX_TENANT_CHARACTERS = 64
 REFLECTION = "grpc.reflection."
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-
-
-class Scope(StrEnum):
-    """What a key is for."""
-
-    GENERATE = "generate"
-    JOBS = "jobs"
-    ADMIN = "admin"
-    """To speak for any tenant: for what stands between tenants and the gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,32 +108,6 @@ class Identity:
         return ForbiddenError(text)
 
 
-def _distinct(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    if values is not None and (not values or len(set(values)) < len(values)):
-        raise ValueError("name at least one, and each once; leave it out for all")
-    return values
-
-
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("printable characters only")
-    return text
-
-
-class Key(BaseModel):
-    """A table [[keys]] of the file. What is left out allows all, but for the scopes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, AfterValidator(_printable)] = Field(min_length=1, max_length=128)
-    """Whose it is, for those who keep the file."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    tenant: Annotated[str, AfterValidator(_printable)] = Field(min_length=1, max_length=MAX_TENANT_CHARACTERS)
-    models: Annotated[tuple[str, ...] | None, AfterValidator(_distinct)] = None
-    classes: Annotated[tuple[RequestClass, ...] | None, AfterValidator(_distinct)] = None
-    scopes: Annotated[tuple[Scope, ...], AfterValidator(_distinct)] = (Scope.GENERATE, Scope.JOBS)
-
-
 class Keys:
     """The keys of a file, which is read again when it has changed; without a file everybody may do everything."""
 
@@ -165,7 +122,7 @@ class Keys:
         """Reads the file.
 
         Args:
-            file: TOML with tables [[keys]]; empty: there are no keys.
+            file: TOML with tables [[keys]] and [[tenants]]; empty: there are no keys.
             default_model: what a request means that names no model; empty: there are several.
             on_refused: called with the reason of each refusal.
             on_problem: called with what is wrong with a changed file; the keys that were read last stay in force.
@@ -178,7 +135,17 @@ class Keys:
         self._on_refused = on_refused
         self._on_problem = on_problem
         self._stamp = self._read_stamp()
-        self._identities = self._read()
+        self._identities, self._limits = self._read()
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether any tenant's use is limited."""
+        return bool(self._limits)
+
+    def limits_of(self, tenant: str) -> Limits | None:
+        """Returns what a tenant may use; None: as much as there is."""
+        self._read_if_changed()
+        return self._limits.get(tenant) or self._limits.get(EVERYBODY)
 
     @property
     def is_open(self) -> bool:
@@ -214,7 +181,7 @@ class Keys:
             return
         self._stamp = stamp
         try:
-            self._identities = self._read()
+            self._identities, self._limits = self._read()
         except SettingsError as error:
             self._on_problem("; ".join(error.problems))
 
@@ -225,16 +192,16 @@ class Keys:
             return None
         return found and (found.st_mtime_ns, found.st_size, found.st_ino)
 
-    def _read(self) -> dict[str, Identity]:
-        """Returns identities by hash.
+    def _read(self) -> tuple[dict[str, Identity], dict[str, Limits]]:
+        """Returns identities by hash, and limits by tenant.
 
         Raises:
             SettingsError: with everything that is wrong.
         """
         if self._path is None:
-            return {}
-        keys = _keys_in(self._path)
-        return {
+            return {}, {}
+        found = read_keys_file(self._path)
+        identities = {
             key.sha256: Identity(
                 key.tenant,
                 frozenset(key.scopes),
@@ -243,48 +210,9 @@ class Keys:
                 self._default_model,
                 self._on_refused,
             )
-            for key in keys
+            for key in found.keys
         }
-
-
-def _keys_in(path: Path) -> list[Key]:
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise SettingsError([f"keys file {path}: {error.strerror}"]) from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError([f"keys file {path} is not TOML: {error}"]) from None
-    tables = content.get("keys")
-    if content.keys() != {"keys"} or not isinstance(tables, list) or not tables:
-        # Nor is it what somebody wants who takes all keys away: a file that is being written looks like this.
-        raise SettingsError([f"keys file {path}: one or more tables [[keys]] are needed, and nothing else"])
-    keys, problems = list[Key](), list[str]()
-    for i, table in enumerate(tables):
-        try:
-            keys.append(Key.model_validate(table))
-        except ValidationError as error:
-            problems += [
-                f"keys file {path}: keys[{i}].{'.'.join(str(step) for step in item['loc'])}: "
-                + item["msg"].removeprefix("Value error, ")
-                for item in error.errors()
-            ]
-    for kind in ("name", "sha256"):
-        values = [getattr(key, kind) for key in keys]
-        if twice := sorted({value for value in values if values.count(value) > 1}):
-            problems.append(f"keys file {path}: {kind} {twice[0]!r} is there twice")
-    if problems:
-        raise SettingsError(problems)
-    return keys
-
-
-def hash_of(key: str) -> str:
-    """Returns what the file holds of a key."""
-    return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
-
-
-def new_key() -> str:
-    """Returns a key that nobody has."""
-    return PREFIX + secrets.token_urlsafe(32)
+        return identities, {limits.name: limits for limits in found.tenants}
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):

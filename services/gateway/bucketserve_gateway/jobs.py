@@ -21,7 +21,7 @@ from bucketserve.store.job_room import JobRoom
 from bucketserve.store.jobs import LOADING_TTL_S, JobInfo, JobStore
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2, job_pb2_grpc
 from bucketserve_gateway.admission import Admission
-from bucketserve_gateway.auth import MAX_TENANT_CHARACTERS
+from bucketserve_gateway.keys import MAX_TENANT_CHARACTERS
 from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.validation import validate

@@ -28,6 +28,7 @@ class GatewayTelemetry:
         self._metrics = metrics
         self._tracing = tracing
         self._scheduler_away = Repeated()
+        self._quotas_uncounted = Repeated()
 
     def begin(self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str]) -> Span:
         """Starts a request's root span, under the caller's if it sent its context."""
@@ -138,6 +139,11 @@ class GatewayTelemetry:
     def keys_unusable(self, problem: str) -> None:
         """When the file of keys has changed and can't be used; the keys before stay in force."""
         self.log.error("keys.file_unusable", detail=problem)
+
+    def quota_uncounted(self, problem: str) -> None:
+        """When what tenants use can't be counted, and is let in all the same."""
+        if self._quotas_uncounted.is_due(problem):
+            self.log.warning("quotas.uncounted", detail=problem)
 
     def scheduler_state(self, is_connected: bool, detail: str) -> None:
         """When the scheduler's stream comes or goes."""

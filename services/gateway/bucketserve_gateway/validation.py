@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bucketserve.core.errors import FieldViolation, InvalidRequestError
 from bucketserve.v1 import common_pb2, inference_pb2
-from bucketserve_gateway.auth import MAX_TENANT_CHARACTERS
+from bucketserve_gateway.keys import MAX_TENANT_CHARACTERS
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
 
 __all__ = ["ValidRequest", "check_length", "largest_message", "validate"]

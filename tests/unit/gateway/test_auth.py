@@ -10,7 +10,8 @@ from google.protobuf.message import Message
 
 from bucketserve.core.errors import ForbiddenError, SettingsError, UnauthenticatedError
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2
-from bucketserve_gateway.auth import Identity, Keys, hash_of, new_key
+from bucketserve_gateway.auth import Identity, Keys
+from bucketserve_gateway.keys import hash_of, new_key
 
 KEY = new_key()
 GOOD = f'[[keys]]\nname = "a"\nsha256 = "{hash_of(KEY)}"\ntenant = "acme"\n'
@@ -32,7 +33,7 @@ def identity(folder: Path, content: str = "", **more) -> Identity:
     [
         ("", r"one or more tables \[\[keys\]\]"),
         ("keys = []", r"one or more tables \[\[keys\]\]"),
-        ("[keys]\na = 1", r"one or more tables \[\[keys\]\]"),
+        ("[keys]\na = 1", r"write \[\[keys\]\], not \[keys\]"),
         (GOOD + "[more]\n", r"one or more tables \[\[keys\]\]"),
         ("[[keys", "is not TOML"),
         ("[[keys]]\n", r"keys\[0\].name: Field required"),
