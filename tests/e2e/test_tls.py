@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
 import grpc
@@ -41,6 +41,7 @@ from tests.chaos.oracle import expected_tokens
 from tests.cli import run_command
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import events, eventually, metric, status
+from tests.otlp import OtlpReceiver
 
 pytestmark = pytest.mark.e2e
 
@@ -119,12 +120,23 @@ def assert_unsaid(stack: LocalStack, *secrets: str) -> None:
         log = service.log_path.read_text(errors="replace")
         assert log, name
         assert not [secret for secret in secrets if secret in log], name
+        # Nor is there anything that is not in the log's form: whoever fails at a handshake can't fill a disk.
+        assert not [line for line in log.splitlines() if not line.startswith("{")], name
+
+
+@pytest.fixture
+def receiver() -> Iterator[OtlpReceiver]:
+    with OtlpReceiver() as receiver:
+        yield receiver
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_streams_jobs_and_commands_work(kind: str, new_stack: NewStack, tmp_path: Path) -> None:
+async def test_streams_jobs_and_commands_work(
+    kind: str, receiver: OtlpReceiver, new_stack: NewStack, tmp_path: Path
+) -> None:
     locked = Locked(tmp_path / "locked")
-    stack = new_stack(environ=locked.environ, **KINDS[kind])
+    traced = {"BUCKETSERVE_TELEMETRY_OTLP_ENDPOINT": receiver.endpoint}
+    stack = new_stack(environ=locked.environ | traced, **KINDS[kind])
     prompts = [[5 + i, 6, 7 + i] for i in range(8)]
     async with locked.client(stack) as client:
         found = await asyncio.gather(*(tokens_of(client, prompt, 30) for prompt in prompts))
@@ -163,7 +175,12 @@ async def test_streams_jobs_and_commands_work(kind: str, new_stack: NewStack, tm
     assert "UNAUTHENTICATED: a key is needed" in said["no key"][2]
     assert "NOT_FOUND: no job" in said["foreign job"][2]
     assert "UNAVAILABLE" in said["no certificate"][2]
-    assert_unsaid(stack, SECRET[:20], answer[:10], *locked.keys.values(), *map(hash_of, locked.keys.values()))
+    secrets = [SECRET[:20], answer[:10], *locked.keys.values(), *map(hash_of, locked.keys.values())]
+    assert_unsaid(stack, *secrets)
+    await eventually(lambda: any(span.name == "bucketserve.decode" for span in receiver.spans()))
+    spans = str(receiver.spans())
+    assert "bucketserve.tenant" in spans
+    assert not [secret for secret in secrets if secret in spans]
 
 
 async def test_nobody_else_gets_anything(new_stack: NewStack, tmp_path: Path) -> None:
@@ -200,6 +217,7 @@ async def test_nobody_else_gets_anything(new_stack: NewStack, tmp_path: Path) ->
         async with BucketServeClient(stack.gateway_address, tls=tls, api_key=locked.keys["acme"]) as client:
             assert await refused(client, timeout_s=1.0) in ("UNAVAILABLE", "DEADLINE")
     await a_thief_changes_nothing(locked, stack)
+    assert_unsaid(stack, *locked.keys.values(), ours.token)
 
 
 async def a_thief_changes_nothing(locked: Locked, stack: LocalStack) -> None:
