@@ -49,9 +49,11 @@ class Authority:
         self.ca_file = folder / "ca.pem"
         self.ca_file.write_bytes(self._ca.cert_pem.bytes())
 
-    def issue(self, name: str, *hosts: str, is_expired: bool = False) -> Papers:
+    def issue(self, name: str, *hosts: str, is_expired: bool = False, until: datetime.date | None = None) -> Papers:
         """Writes a certificate for these hosts, 127.0.0.1 if none; over those of that name, as whoever renews them."""
         times = {"not_before": LONG_AGO, "not_after": YESTERDAY} if is_expired else {}
+        if until is not None:
+            times = {"not_after": datetime.datetime.combine(until, datetime.time(12), datetime.UTC)}
         leaf = self._ca.issue_cert(*(hosts or ("127.0.0.1",)), **times)
         papers = Papers(self.ca_file, self._folder / f"{name}.pem", self._folder / f"{name}.key")
         replace(papers.cert, b"".join(blob.bytes() for blob in leaf.cert_chain_pems))

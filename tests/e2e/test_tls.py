@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 from collections.abc import AsyncIterator, Iterator, Mapping
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import grpc
@@ -364,7 +365,7 @@ async def test_a_key_opens_what_it_is_for_until_it_is_taken_away(new_stack: NewS
 async def test_certificates_of_all_are_replaced_under_load(new_stack: NewStack, tmp_path: Path) -> None:
     locked, new = Locked(tmp_path / "locked"), Authority(tmp_path / "new")
     stack = new_stack(environ=locked.environ, **KINDS["apart"])
-    papers, fresh = locked.papers, new.issue("service")
+    papers, fresh = locked.papers, new.issue("service", until=date(2222, 2, 2))
 
     async def load(client: BucketServeClient, seconds: float) -> int:
         number, end_s = 0, asyncio.get_running_loop().time() + seconds
@@ -397,6 +398,9 @@ async def test_certificates_of_all_are_replaced_under_load(new_stack: NewStack, 
         stack.gateway_address, tls=Tls(ca_file=str(new.ca_file)), api_key=locked.keys["acme"]
     ) as client:
         assert await load(client, 0.5) > 0
+    for name in stack.services:
+        ends = metric(stack, name, "process_tls_certificate_ends_seconds")
+        assert datetime.fromtimestamp(ends, UTC).date() == date(2222, 2, 2)
     # What was ours is not any more.
     former = Papers(locked.ours.ca_file, papers.cert, papers.key)
     assert former.ca.read_bytes() == new.ca_file.read_bytes()

@@ -37,6 +37,8 @@ class Pems(NamedTuple):
     cert: bytes
     key: bytes
     client_ca: bytes
+    ends_unix_s: float = 0.0
+    """When our certificate does; 0 without one."""
 
 
 class Tls:
@@ -80,6 +82,10 @@ class Tls:
                     _log.warning("tls.files_unusable", extra={"fields": {"detail": "; ".join(error.problems)}})
             return self._pems
 
+    def ends_unix_s(self) -> float:
+        """Returns when our certificate ends; 0 without one."""
+        return self.current().ends_unix_s
+
     def check_service(self) -> None:
         """Checks that this can be a service of a deployment, which serves and calls with one certificate.
 
@@ -88,7 +94,7 @@ class Tls:
         """
         if not self._pems.cert:
             raise SettingsError(["[tls] cert_file: a service needs a certificate of its own, and key_file"])
-        problem = self._problem_of_certificate(self._files.ca)
+        problem, _ = self._try_certificate(self._files.ca)
         if problem:
             raise SettingsError([f"[tls] cert_file {self._files.cert}: {problem}"])
 
@@ -159,12 +165,13 @@ class Tls:
             problems.append(
                 "[tls] client_ca_file is the same as ca_file: its clients could call internal ports; use another CA"
             )
+        ends_unix_s = 0.0
         if not problems and self._files.cert:
-            problem = self._problem_of_certificate(self._files.cert)
+            problem, ends_unix_s = self._try_certificate(self._files.cert)
             problems += [f"[tls] cert_file {self._files.cert}: {problem}"] if problem else []
         if problems:
             raise SettingsError(problems)
-        return Pems(**contents)
+        return Pems(**contents, ends_unix_s=ends_unix_s)
 
     def _read_file(self, field: str, path: str, problems: list[str]) -> bytes:
         try:
@@ -180,8 +187,8 @@ class Tls:
             return content
         return b""
 
-    def _problem_of_certificate(self, trusted: str) -> str:
-        """Returns why somebody who trusts that file would not accept our certificate; empty if he would.
+    def _try_certificate(self, trusted: str) -> tuple[str, float]:
+        """Returns why somebody who trusts that file would not accept our certificate, or "" and when it ends (Unix s).
 
         We call ourselves, and both sides do what anybody does who verifies us. Who trusts the certificate itself sees
         whether the key is its own and whether its time has come and is not over.
@@ -196,26 +203,26 @@ class Tls:
                 context.load_verify_locations(trusted)
                 context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             ours.verify_mode = ssl.CERT_REQUIRED
-            _shake_hands(ours, theirs)
+            return "", _shake_hands(ours, theirs)
         except ssl.SSLCertVerificationError as error:
-            return f"not valid: {error.verify_message}"
+            return f"not valid: {error.verify_message}", 0.0
         except ssl.SSLError as error:
             if error.reason == "KEY_VALUES_MISMATCH":
-                return f"key_file {key} has the key of another certificate"
-            return f"key_file {key} has no key that can be read without a password"
+                return f"key_file {key} has the key of another certificate", 0.0
+            return f"key_file {key} has no key that can be read without a password", 0.0
         except OSError as error:
-            return str(error.strerror)
-        return ""
+            return str(error.strerror), 0.0
 
 
-def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
-    """Lets two sides talk in memory until each has verified the other.
+def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> float:
+    """Lets two sides talk in memory until each has verified the other; returns when the client's certificate ends.
 
     Raises:
         ssl.SSLError: one of them refuses.
     """
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
-    waiting = [client.wrap_bio(down, up), server.wrap_bio(up, down, server_side=True)]
+    served = server.wrap_bio(up, down, server_side=True)
+    waiting = [client.wrap_bio(down, up), served]
     while waiting:
         for side in list(waiting):
             try:
@@ -223,3 +230,5 @@ def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
             except ssl.SSLWantReadError:
                 continue
             waiting.remove(side)
+    shown = served.getpeercert() or {}
+    return float(ssl.cert_time_to_seconds(str(shown["notAfter"])))

@@ -61,6 +61,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                 sample_ratio=telemetry.sample_ratio,
                 log_level=telemetry.log_level,
                 log_format=telemetry.log_format,
+                certificate_ends_unix_s=ours.tls.ends_unix_s if ours.tls else None,
             )
         )
         observer = GatewayTelemetry(outlets.log, outlets.metrics, outlets.tracing)

@@ -109,6 +109,7 @@ async def serve(
                 sample_ratio=telemetry.sample_ratio,
                 log_level=telemetry.log_level,
                 log_format=telemetry.log_format,
+                certificate_ends_unix_s=ours.tls.ends_unix_s if ours.tls else None,
             )
         )
         server = RpcServer(

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def test_every_file_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         Tls(ca_file=str(tmp_path / "a"), cert_file=str(tmp_path / "b"), key_file=str(tmp_path / "c"))
     assert [problem.split()[1] for problem in caught.value.problems] == ["ca_file", "cert_file", "key_file"]
+
+
+def test_when_the_certificate_ends_is_known(tmp_path: Path) -> None:
+    ours = Authority(tmp_path / "ours")
+    tls = ours.issue("service", until=date(2100, 1, 1)).tls()
+    assert tls.ends_unix_s() == datetime(2100, 1, 1, 12, tzinfo=UTC).timestamp()
+    ours.issue("service", until=date(2101, 1, 1))
+    assert tls.ends_unix_s() == datetime(2101, 1, 1, 12, tzinfo=UTC).timestamp()
+    assert Tls(ca_file=str(ours.ca_file)).ends_unix_s() == 0.0
 
 
 def test_nothing_set_is_plain_text() -> None:
