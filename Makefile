@@ -134,8 +134,9 @@ operators: $(READY) ## Capacities at 95 and 99% with loose limits, rivals, ablat
 paper: $(READY) ## Reproduce the paper's evaluation into docs/paper
 	$(BIN)/python benchmarks/paper.py
 
-compose-check: $(READY) ## docker-compose.yml parses, with the real Compose binary
+compose-check: $(READY) ## docker-compose.yml parses, alone and with TLS, with the real Compose binary
 	$(BIN)/docker-compose config -q
+	BUCKETSERVE_SECRETS=/run $(BIN)/docker-compose -f docker-compose.yml -f docker-compose.tls.yml config -q
 
 k8s-render: $(READY) ## Lint, render and validate the Helm chart
 	$(BIN)/python -m pytest -q tests/deploy

@@ -18,7 +18,7 @@ def document() -> str:
         "",
         "Each service answers Prometheus at `/metrics` on its `metrics_listen` address. No label carries an id.",
         "Beside what follows all of them export `process_*` (CPU seconds, resident memory, open files) and",
-        "`process_asyncio_tasks`.",
+        "`process_asyncio_tasks`; with TLS also `process_tls_certificate_ends_seconds`, Unix time.",
     ]
     for service in Service:
         lines += ["", f"## {service.value}", "", "| metric | type | unit | labels | meaning |", "|---|---|---|---|---|"]

@@ -15,8 +15,9 @@ from types import TracebackType
 
 import grpc
 
-from bucketserve.rpc.channel import UNARY_TIMEOUT_S, open_channel
+from bucketserve.rpc.channel import UNARY_TIMEOUT_S, key_metadata, open_channel
 from bucketserve.rpc.status import error_from_call, errors_named, is_answered
+from bucketserve.rpc.tls import Tls
 from bucketserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 __all__ = ["BucketServeClient", "Chunk", "Event", "Finished", "Started"]
@@ -40,9 +41,24 @@ class BucketServeClient:
     UNAVAILABLE or RESOURCE_EXHAUSTED: what to do with the error's retry_delay_s is the caller's decision.
     """
 
-    def __init__(self, address: str, *, options: Sequence[tuple[str, int | str]] = ()) -> None:
-        """Connects when first used; options are further channel arguments."""
-        self._channel = open_channel(address, watched_service=_SERVICE, options=options)
+    def __init__(
+        self,
+        address: str,
+        *,
+        tls: Tls | None = None,
+        api_key: str = "",
+        options: Sequence[tuple[str, int | str]] = (),
+    ) -> None:
+        """Connects when first used.
+
+        Args:
+            address: host:port, or a name with a scheme of gRPC's.
+            tls: whom to trust, such as Tls(ca_file="ca.pem"), and who we are if the gateway asks; None: plain text.
+            api_key: shown with every call, to be kept from whoever can listen by tls; empty: none.
+            options: further channel arguments.
+        """
+        self._metadata = key_metadata(api_key)
+        self._channel = open_channel(address, tls, watched_service=_SERVICE, options=options)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> BucketServeClient:
@@ -123,7 +139,7 @@ class BucketServeClient:
         while True:
             passed_s = time.monotonic() - started_s
             remaining_s = None if timeout_s is None else timeout_s - passed_s
-            call = self.stub.Generate(request, timeout=remaining_s, metadata=tuple(metadata))
+            call = self.stub.Generate(request, timeout=remaining_s, metadata=(*self._metadata, *metadata))
             is_heard = False
             try:
                 async for response in call:
@@ -151,13 +167,13 @@ class BucketServeClient:
             BucketServeError: the one that the server's status names.
         """
         request = inference_pb2.TokenizeRequest(model=model, prompt=prompt)
-        response = await errors_named(self.stub.Tokenize(request, timeout=UNARY_TIMEOUT_S))
+        response = await errors_named(self.stub.Tokenize(request, timeout=UNARY_TIMEOUT_S, metadata=self._metadata))
         return list(response.token_ids)
 
     async def list_models(self) -> list[inference_pb2.Model]:
         """Returns the served models, in name order."""
         request = inference_pb2.ListModelsRequest()
-        response = await errors_named(self.stub.ListModels(request, timeout=UNARY_TIMEOUT_S))
+        response = await errors_named(self.stub.ListModels(request, timeout=UNARY_TIMEOUT_S, metadata=self._metadata))
         return list(response.models)
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "OptionalTarget",
     "Section",
     "TelemetrySettings",
+    "TlsSettings",
     "load_settings",
     "optional",
     "section_of",
@@ -48,7 +49,7 @@ __all__ = [
 
 PREFIX = "BUCKETSERVE_"
 CONFIG_VARIABLE = "BUCKETSERVE_CONFIG"
-SECTIONS = ("gateway", "scheduler", "worker", "deployment", "telemetry")
+SECTIONS = ("gateway", "scheduler", "worker", "deployment", "tls", "telemetry")
 """All that an environment or a file may speak of; a process reads those that concern it."""
 
 
@@ -134,7 +135,7 @@ class TelemetrySettings(Section):
     otlp_endpoint: Annotated[str, AfterValidator(optional(check_endpoint))] = Field(
         "", repr=False, description="OTLP gRPC endpoint for traces, such as http://jaeger:4317; empty: off"
     )
-    sample_ratio: float = Field(1.0, ge=0, le=1, description="share of new traces that are recorded")
+    sample_ratio: float = Field(1.0, ge=0, le=1, description="share of traces that are recorded")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level to log")
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON")
 
@@ -149,6 +150,20 @@ class DeploymentSettings(Section):
     )
     token: str = Field(
         "", repr=False, description="secret that services show each other; empty: whoever knows the name is let in"
+    )
+
+
+class TlsSettings(Section):
+    """[tls]: one for all processes of a deployment, and for those who call them. Files are PEM."""
+
+    ca_file: str = Field("", description="CAs that certify the services, which internal ports ask for; empty: no TLS")
+    cert_file: str = Field("", description="this process's certificate and those between it and the CA")
+    key_file: str = Field("", description="its key, not encrypted")
+    client_ca_file: str = Field(
+        "", description="gateway: CAs of clients' certificates; empty: the public port asks for none"
+    )
+    peer_name: str = Field(
+        "", description="name that the services' certificates carry; empty: the host at which each is called"
     )
 
 

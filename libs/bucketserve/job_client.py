@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import grpc
 
-from bucketserve.rpc.channel import UNARY_TIMEOUT_S, open_channel
+from bucketserve.rpc.channel import UNARY_TIMEOUT_S, key_metadata, open_channel
 from bucketserve.rpc.status import error_from_call, errors_named
+from bucketserve.rpc.tls import Tls
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2, job_pb2_grpc
 
 __all__ = ["JobClient", "Result", "request_from_json", "request_from_line"]
@@ -30,9 +31,10 @@ MAX_SHOWN = 60
 class JobClient:
     """One channel to a gateway. Every method raises the BucketServeError that the server's status names."""
 
-    def __init__(self, address: str) -> None:
-        """Connects when first used."""
-        self._channel = open_channel(address, watched_service="bucketserve.v1.JobService")
+    def __init__(self, address: str, *, tls: Tls | None = None, api_key: str = "") -> None:
+        """Connects when first used; arguments as BucketServeClient takes them."""
+        self._metadata = key_metadata(api_key)
+        self._channel = open_channel(address, tls, watched_service="bucketserve.v1.JobService")
         self.stub = job_pb2_grpc.JobServiceStub(self._channel)
         self._tenants: dict[str, str] = {}
         """Whose the jobs are that were submitted here."""
@@ -63,20 +65,26 @@ class JobClient:
             for request in requests:
                 yield job_pb2.SubmitJobRequest(request=request)
 
-        response: job_pb2.SubmitJobResponse = await errors_named(self.stub.SubmitJob(messages()))
+        response: job_pb2.SubmitJobResponse = await errors_named(
+            self.stub.SubmitJob(messages(), metadata=self._metadata)
+        )
         self._tenants[response.job.job_id] = tenant
         return response.job
 
     async def get(self, job_id: str, *, tenant: str = "") -> job_pb2.Job:
         """Returns state and progress. The tenant, here and below, is that of a job that was submitted elsewhere."""
         request = job_pb2.GetJobRequest(job_id=job_id, tenant=self._tenant_of(job_id, tenant))
-        response: job_pb2.GetJobResponse = await errors_named(self.stub.GetJob(request, timeout=UNARY_TIMEOUT_S))
+        response: job_pb2.GetJobResponse = await errors_named(
+            self.stub.GetJob(request, timeout=UNARY_TIMEOUT_S, metadata=self._metadata)
+        )
         return response.job
 
     async def cancel(self, job_id: str, *, tenant: str = "") -> job_pb2.Job:
         """Ends a job."""
         request = job_pb2.CancelJobRequest(job_id=job_id, tenant=self._tenant_of(job_id, tenant))
-        response: job_pb2.CancelJobResponse = await errors_named(self.stub.CancelJob(request, timeout=UNARY_TIMEOUT_S))
+        response: job_pb2.CancelJobResponse = await errors_named(
+            self.stub.CancelJob(request, timeout=UNARY_TIMEOUT_S, metadata=self._metadata)
+        )
         return response.job
 
     async def results(
@@ -86,7 +94,8 @@ class JobClient:
         call = self.stub.FetchJobResults(
             job_pb2.FetchJobResultsRequest(
                 job_id=job_id, first_index=first_index, follow=follow, tenant=self._tenant_of(job_id, tenant)
-            )
+            ),
+            metadata=self._metadata,
         )
         try:
             async for result in call:

@@ -13,11 +13,28 @@ from typing import TypeVar
 
 import uvloop
 
-from bucketserve.config import DeploymentSettings, Section, TelemetrySettings, load_settings, section_of
+from bucketserve.config import (
+    DeploymentSettings,
+    Section,
+    TelemetrySettings,
+    TlsSettings,
+    load_settings,
+    section_of,
+)
 from bucketserve.core.errors import ModelLoadError, SettingsError
+from bucketserve.rpc.deployment import Deployment
+from bucketserve.rpc.tls import Tls
 from bucketserve.starting import STOP_SIGNALS
 
-__all__ = ["EXIT_FAILED", "EXIT_MISCONFIGURED", "default_instance_id", "run_service", "service_main", "unless_stopped"]
+__all__ = [
+    "EXIT_FAILED",
+    "EXIT_MISCONFIGURED",
+    "default_instance_id",
+    "run_service",
+    "service_main",
+    "tls_of",
+    "unless_stopped",
+]
 
 S = TypeVar("S", bound=Section)
 T = TypeVar("T")
@@ -50,23 +67,40 @@ async def unless_stopped(stop: asyncio.Event, starting: Awaitable[T]) -> T:
 def service_main(
     section: str,
     model: type[S],
-    serve: Callable[[S, DeploymentSettings, TelemetrySettings, asyncio.Event], Awaitable[None]],
+    serve: Callable[[S, Deployment, TelemetrySettings, asyncio.Event], Awaitable[None]],
 ) -> int:
     """Reads a service's settings from the environment and its file, runs it, returns the exit status."""
     try:
         sections: dict[str, type[Section]] = {
             section: model,
             "deployment": DeploymentSettings,
+            "tls": TlsSettings,
             "telemetry": TelemetrySettings,
         }
         loaded = load_settings(sections, environ=os.environ)
+        named = section_of(loaded, "deployment", DeploymentSettings)
+        deployment = Deployment(named.name, named.token, tls_of(section_of(loaded, "tls", TlsSettings)))
+        if deployment.tls is not None:
+            deployment.tls.check_service()
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISCONFIGURED
     settings = section_of(loaded, section, model)
     telemetry = section_of(loaded, "telemetry", TelemetrySettings)
-    deployment = section_of(loaded, "deployment", DeploymentSettings)
     return run_service(lambda stop: serve(settings, deployment, telemetry, stop))
+
+
+def tls_of(settings: TlsSettings) -> Tls | None:
+    """Returns what [tls] says; None if it says nothing.
+
+    Raises:
+        SettingsError: it can't be used.
+    """
+    if not any(settings.model_dump().values()):
+        return None
+    if not settings.ca_file:
+        raise SettingsError(["[tls] ca_file: needed with any other setting of [tls]; it names who is trusted"])
+    return Tls(**settings.model_dump())
 
 
 def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:

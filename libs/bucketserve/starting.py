@@ -1,11 +1,11 @@
-"""What signals mean to a service that is still starting. Imports next to nothing: it runs before all other imports."""
+"""What a service does first. Imports next to nothing: it runs before all other imports."""
 
 from __future__ import annotations
 
 import os
 import signal
 
-__all__ = ["STOP_SIGNALS", "leave_on_signal"]
+__all__ = ["STOP_SIGNALS", "leave_on_signal", "quieten_grpc"]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -20,3 +20,11 @@ def leave_on_signal() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             # Not sys.exit: an import that is under way may catch any exception.
             signal.signal(number, lambda *_: os._exit(0))
+
+
+def quieten_grpc() -> None:
+    """Keeps gRPC's core from writing a line, not in our log's form, about each handshake that fails: anybody can fail.
+
+    It looks at the variable as it is imported. Who wants these lines sets it.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -28,6 +28,7 @@ from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.percentiles import Percentiles
 from bucketserve.sim.workload import Arrivals, make_workload, read_trace
 from bucketserve.v1 import common_pb2
+from bucketserve_cli.connection import Connection
 from bucketserve_cli.terminal import UINT32, InputError, replaced_file
 
 __all__ = ["BenchOptions", "run_bench"]
@@ -43,6 +44,7 @@ class BenchOptions:
     """What the command line asked for."""
 
     address: str
+    connection: Connection
     model: str
     requests: Path | None
     trace: Path | None
@@ -118,7 +120,9 @@ async def run_bench(options: BenchOptions, console: Console, progress_console: C
 
 
 async def _measure(options: BenchOptions, progress_console: Console) -> tuple[BenchReport, list[Felt]]:
-    async with BucketServeClient(options.address) as client:
+    async with BucketServeClient(
+        options.address, tls=options.connection.tls, api_key=options.connection.api_key
+    ) as client:
         models = await client.list_models()
         names = [options.model] if options.model else [model.name for model in models][:2]
         model = next((model for model in models if [model.name] == names), None)

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bucketserve.core.errors import InvalidRequestError, UnavailableError
 from bucketserve.job_client import JobClient, Result, request_from_line
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2
+from bucketserve_cli.connection import Connection, connects
 from bucketserve_cli.terminal import InputError, an_address, console, errors, plain_table, replaced_file
 
 __all__ = ["job_app"]
@@ -37,6 +38,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 @job_app.command()
+@connects
 def submit(
     file: Annotated[Path, typer.Argument(help="JSONL: prompt, messages or token_ids; custom_id, max_tokens, ...")],
     key: Annotated[str, typer.Option(help="idempotency key: submitting again returns the same job")] = "",
@@ -46,13 +48,15 @@ def submit(
     ] = 0,
     wait: Annotated[bool, typer.Option(help="show progress until the job ends; status 1 if a request failed")] = False,
     address: Address = DEFAULT_ADDRESS,
+    *,
+    connection: Connection,
 ) -> None:
     """Submit a file of requests as one job; prints its id."""
     requests = _read(file)
     lines = list(requests)
 
     async def run() -> job_pb2.Job:
-        async with JobClient(address) as jobs:
+        async with JobClient(address, tls=connection.tls, api_key=connection.api_key) as jobs:
             return await jobs.submit(requests.values(), idempotency_key=key, tenant=tenant, ttl_s=ttl_s)
 
     try:
@@ -62,42 +66,48 @@ def submit(
         raise InputError(_ITEM.sub(lambda match: f"{file}:{lines[int(match[1])]}: ", str(error))) from None
     print(job.job_id, flush=True)
     if wait:
-        _watch(job.job_id, tenant, address)
+        _watch(job.job_id, tenant, address, connection)
 
 
 @job_app.command()
+@connects
 def status(
     job_id: Annotated[str, typer.Argument(help="as printed by submit")],
     watch: Annotated[bool, typer.Option(help="show progress until the job ends; status 1 if a request failed")] = False,
     tenant: Tenant = "",
     address: Address = DEFAULT_ADDRESS,
+    *,
+    connection: Connection,
 ) -> None:
     """Show a job's state and progress."""
     if watch:
-        _watch(job_id, tenant, address)
+        _watch(job_id, tenant, address, connection)
         return
 
     async def run() -> job_pb2.Job:
-        async with JobClient(address) as jobs:
+        async with JobClient(address, tls=connection.tls, api_key=connection.api_key) as jobs:
             return await jobs.get(job_id, tenant=tenant)
 
     _show(asyncio.run(run()))
 
 
 @job_app.command()
+@connects
 def results(
     job_id: Annotated[str, typer.Argument(help="as printed by submit")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="file for the JSONL; default: print it")] = None,
     follow: Annotated[bool, typer.Option(help="wait for results still to come")] = False,
     tenant: Tenant = "",
     address: Address = DEFAULT_ADDRESS,
+    *,
+    connection: Connection,
 ) -> None:
     """Fetch results as JSONL, in order of the requests."""
 
     async def run() -> int:
         num_results = 0
         with replaced_file(output) if output else nullcontext(sys.stdout) as file:
-            async with JobClient(address) as jobs:
+            async with JobClient(address, tls=connection.tls, api_key=connection.api_key) as jobs:
                 async for result in jobs.results(job_id, follow=follow, tenant=tenant):
                     file.write(json.dumps(_to_json(result), ensure_ascii=False) + "\n")
                     num_results += 1
@@ -111,15 +121,18 @@ def results(
 
 
 @job_app.command()
+@connects
 def cancel(
     job_id: Annotated[str, typer.Argument(help="as printed by submit")],
     tenant: Tenant = "",
     address: Address = DEFAULT_ADDRESS,
+    *,
+    connection: Connection,
 ) -> None:
     """End a job; results that are there stay."""
 
     async def run() -> job_pb2.Job:
-        async with JobClient(address) as jobs:
+        async with JobClient(address, tls=connection.tls, api_key=connection.api_key) as jobs:
             return await jobs.cancel(job_id, tenant=tenant)
 
     _show(asyncio.run(run()))
@@ -145,12 +158,12 @@ def _read(file: Path) -> dict[int, inference_pb2.GenerateRequest]:
     return requests
 
 
-def _watch(job_id: str, tenant: str, address: str) -> None:
+def _watch(job_id: str, tenant: str, address: str, connection: Connection) -> None:
     async def run() -> job_pb2.Job:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
             bar = progress.add_task(escape(job_id), total=None)
-            async with JobClient(address) as jobs:
+            async with JobClient(address, tls=connection.tls, api_key=connection.api_key) as jobs:
                 job = await jobs.get(job_id, tenant=tenant)
                 while True:
                     failed = f"  [red]{job.num_failed} failed[/]" if job.num_failed else ""

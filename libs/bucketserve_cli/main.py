@@ -22,8 +22,10 @@ from bucketserve.sim.scenarios import SCENARIOS
 from bucketserve.sim.workload import WORKLOADS, Arrivals
 from bucketserve_cli import demo as demo_command
 from bucketserve_cli.bench import BenchOptions, run_bench
+from bucketserve_cli.connection import Connection, connects
 from bucketserve_cli.generate import GenerateOptions, stream_generation
 from bucketserve_cli.job import job_app
+from bucketserve_cli.keys import keys_app
 from bucketserve_cli.services import config_app, gateway, scheduler, worker
 from bucketserve_cli.sim import SimOptions, option_slo, parse_settings, run_simulation
 from bucketserve_cli.sim_tables import run_comparison, run_scenarios
@@ -43,6 +45,7 @@ app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 app.add_typer(job_app, name="job")
+app.add_typer(keys_app, name="keys")
 for service in (gateway, scheduler, worker):
     app.command()(service)
 
@@ -161,6 +164,7 @@ def demo(
 
 
 @app.command()
+@connects
 def generate(
     prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
     address: AddressOption = "127.0.0.1:50051",
@@ -179,6 +183,8 @@ def generate(
     tenant: Annotated[str, typer.Option(help="who asks")] = "",
     ttft_ms: Annotated[int | None, typer.Option(min=1, max=UINT32, help="SLO: time to first token")] = None,
     timeout: Annotated[float, typer.Option(parser=SECONDS, help="deadline in seconds")] = 300.0,
+    *,
+    connection: Connection,
 ) -> None:
     """Continue a prompt; the text streams to standard output, the figures to standard error."""
     options = GenerateOptions(
@@ -201,7 +207,7 @@ def generate(
     text = _standard_input() if prompt == "-" else prompt
 
     async def main() -> None:
-        async with BucketServeClient(address) as client:
+        async with BucketServeClient(address, tls=connection.tls, api_key=connection.api_key) as client:
             await stream_generation(client, text, options, errors)
 
     asyncio.run(main())
@@ -217,17 +223,22 @@ def _standard_input() -> str:
 
 
 @app.command()
+@connects
 def status(
     address: Annotated[
         list[str] | None, typer.Option(help="host:port of a scheduler; repeated: whichever of them leads")
     ] = None,
     watch: Annotated[float, typer.Option(parser=in_range(0, 86_400), help="repeat every so many seconds")] = 0.0,
+    *,
+    connection: Connection,
 ) -> None:
     """Show workers, headroom, buckets and queues, as the scheduler that leads sees them."""
-    asyncio.run(show_status([an_address(each) for each in address or ["127.0.0.1:50052"]], watch, console))
+    addresses = [an_address(each) for each in address or ["127.0.0.1:50052"]]
+    asyncio.run(show_status(addresses, connection, watch, console))
 
 
 @app.command()
+@connects
 def bench(
     address: AddressOption = "127.0.0.1:50051",
     model: Annotated[str, typer.Option("--model", help="served model; may be left out if there is one")] = "",
@@ -249,10 +260,13 @@ def bench(
     seed: Annotated[int, typer.Option(min=0, max=SEED_MAX, help="of all draws")] = 0,
     timeout: Annotated[float, typer.Option(parser=SECONDS, help="deadline of each request, seconds")] = 600.0,
     json_path: Annotated[Path | None, typer.Option("--json", help="write figures and every request here")] = None,
+    *,
+    connection: Connection,
 ) -> None:
     """Send load to a gateway and show TTFT, TPOT, tokens/s and goodput."""
     options = BenchOptions(
         address=address,
+        connection=connection,
         model=model,
         requests=requests,
         trace=trace,

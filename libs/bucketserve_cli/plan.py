@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bucketserve.addresses import Address
-from bucketserve.config import DeploymentSettings, Loaded, TelemetrySettings, load_settings
+from bucketserve.config import DeploymentSettings, Loaded, TelemetrySettings, TlsSettings, load_settings, section_of
+from bucketserve.process import tls_of
+from bucketserve.rpc.tls import Tls
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_worker.settings import WorkerSettings
@@ -98,6 +100,7 @@ class Settings:
                 "scheduler": SchedulerSettings,
                 "worker": WorkerSettings,
                 "deployment": DeploymentSettings,
+                "tls": TlsSettings,
                 "telemetry": TelemetrySettings,
             },
             environ={**os.environ, **spec.environ},
@@ -125,6 +128,14 @@ class Settings:
             return Address("127.0.0.1", port)
         given = self.value(section, name) if port is None else self.given(section, name)
         return Address.parse(given) if given else Address("127.0.0.1", self._free_port())
+
+    def tls(self) -> Tls | None:
+        """Returns how the processes speak to each other; None: in plain text.
+
+        Raises:
+            SettingsError: [tls] can't be used.
+        """
+        return tls_of(section_of(self._loaded, "tls", TlsSettings))
 
     def environ(self, section: str, flags: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
         """Returns a process's variables beside those it inherits: flags, and defaults for what nobody set.

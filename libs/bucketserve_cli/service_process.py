@@ -15,6 +15,7 @@ import grpc
 
 from bucketserve.children import Child
 from bucketserve.rpc.probe import check_health
+from bucketserve.rpc.tls import Tls
 
 __all__ = ["ServiceProcess"]
 
@@ -32,12 +33,17 @@ class ServiceProcess:
         health_address: str,
         log_dir: Path,
         health_service: str = "",
+        tls: Tls | None = None,
     ) -> None:
-        """Starts it, with `environ` over our own environment; health_service is what tells it from others there."""
+        """Starts it, with `environ` over our own environment; health_service is what tells it from others there.
+
+        tls is how it is asked for its health.
+        """
         self.name = name
         self.health_address = health_address
         self.log_path = log_dir / f"{name}.log"
-        self._again = (name, module, environ, health_address, log_dir, health_service)
+        self._again = (name, module, environ, health_address, log_dir, health_service, tls)
+        self._tls = tls
         self._health_service = health_service
         with self.log_path.open("ab") as log:
             self._process = Child([sys.executable, "-m", module], environ={**os.environ, **environ}, output=log)
@@ -57,9 +63,10 @@ class ServiceProcess:
         if self.exit_status is not None:
             return False
         try:
-            return check_health(self.health_address, timeout_s=1.0, service=self._health_service) == "SERVING"
+            health = check_health(self.health_address, timeout_s=1.0, service=self._health_service, tls=self._tls)
         except grpc.RpcError:
             return False
+        return health == "SERVING"
 
     def last_event(self) -> Mapping[str, object]:
         """Returns the last JSON line of its log, empty if there is none."""

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bucketserve.config import Section, TelemetrySettings, load_settings
+from bucketserve.config import Section, TelemetrySettings, TlsSettings, load_settings
 from bucketserve.core.errors import SettingsError
 from bucketserve_cli.terminal import InputError, console, plain_table
 
@@ -65,6 +65,7 @@ def config_show(config: ConfigOption = None) -> None:
         "gateway": GatewaySettings,
         "scheduler": SchedulerSettings,
         "worker": WorkerSettings,
+        "tls": TlsSettings,
         "telemetry": TelemetrySettings,
     }
     try:

@@ -72,6 +72,7 @@ class LocalStack:
         self.deployment = Deployment(
             self.settings.given("deployment", "name") or f"local-{port}",
             self.settings.given("deployment", "token") or secrets.token_hex(16),
+            self.settings.tls(),
         )
         self.metrics_addresses: dict[str, str] = {}
         self.redis_url = ""
@@ -270,7 +271,13 @@ class LocalStack:
         }
         module = self.spec.worker_module if section == "worker" else f"bucketserve_{section}"
         self.services[name] = ServiceProcess(
-            name, module, environ, str(listen.local()), self._log_dir, self.deployment.health_service
+            name,
+            module,
+            environ,
+            str(listen.local()),
+            self._log_dir,
+            self.deployment.health_service,
+            self.deployment.tls,
         )
 
 

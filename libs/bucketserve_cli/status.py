@@ -15,6 +15,7 @@ from rich.text import Text
 from bucketserve.core.errors import UnavailableError
 from bucketserve.rpc.channel import open_channel
 from bucketserve.v1 import common_pb2, scheduler_pb2, scheduler_pb2_grpc
+from bucketserve_cli.connection import Connection
 from bucketserve_cli.terminal import plain_table
 
 __all__ = ["show_status", "status_view"]
@@ -22,7 +23,7 @@ __all__ = ["show_status", "status_view"]
 TIMEOUT_S = 5.0
 
 
-async def show_status(addresses: Sequence[str], watch_s: float, console: Console) -> None:
+async def show_status(addresses: Sequence[str], connection: Connection, watch_s: float, console: Console) -> None:
     """Prints the leading scheduler's state once, or again every watch_s seconds.
 
     Raises:
@@ -30,7 +31,9 @@ async def show_status(addresses: Sequence[str], watch_s: float, console: Console
     """
     async with AsyncExitStack() as stack:
         stubs = {
-            address: scheduler_pb2_grpc.SchedulerServiceStub(await stack.enter_async_context(open_channel(address)))
+            address: scheduler_pb2_grpc.SchedulerServiceStub(
+                await stack.enter_async_context(open_channel(address, connection.tls))
+            )
             for address in addresses
         }
         view = status_view(await _ask_leader(stubs))

@@ -147,7 +147,8 @@ async def warm_up(stack: LocalStack, hops: Hops = dict) -> dict[str, Usage]:
     """
     for index, address in enumerate(stack.gateway_addresses):
         name = f"gateway-{index}" if index else "gateway"
-        async with BucketServeClient(address) as client:
+        key = stack.spec.environ.get("BUCKETSERVE_API_KEY", "")
+        async with BucketServeClient(address, tls=stack.deployment.tls, api_key=key) as client:
             for _ in range(WARM_UP_ROUNDS):
                 with contextlib.suppress(TimeoutError):
                     await _reach_all(stack, name, client, hops)
@@ -242,7 +243,7 @@ async def _keys(redis_url: str) -> list[str]:
                 if kind == "place":
                     # Enough to follow them in the logs.
                     which = f": {dict(list((await client.hgetall(key)).items())[:5])}"
-            elif kind in ("waiting", "lease", "pending"):
+            elif kind in ("waiting", "lease", "pending", "running"):
                 number = await client.zcard(key)
             if number:
                 found.append(f"store: {number} in {name}{which}")

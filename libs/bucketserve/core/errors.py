@@ -6,7 +6,10 @@ BucketServeError
 │   └── UnknownModelError    nobody serves that model
 ├── DuplicateRequestError    the job's key is taken by another job       ALREADY_EXISTS
 ├── PeerRefusedError         a service of another deployment called      PERMISSION_DENIED
+├── UnauthenticatedError     no key, or one that nobody knows            UNAUTHENTICATED
+├── ForbiddenError           the caller's key is not for that            PERMISSION_DENIED
 ├── OverloadedError          full; try again after retry_delay_s         RESOURCE_EXHAUSTED
+│   └── QuotaExceededError   the tenant has used what it may
 ├── UnavailableError         a part is down; try again                   UNAVAILABLE
 ├── DeadlineError            the deadline passed or can't be met         DEADLINE_EXCEEDED
 ├── RequestCancelledError    the client cancelled                        CANCELLED
@@ -29,6 +32,7 @@ __all__ = [
     "DuplicateRequestError",
     "EngineError",
     "FieldViolation",
+    "ForbiddenError",
     "IllegalStepError",
     "InvalidRequestError",
     "ModelLoadError",
@@ -36,9 +40,11 @@ __all__ = [
     "OutOfMemoryError",
     "OverloadedError",
     "PeerRefusedError",
+    "QuotaExceededError",
     "RequestCancelledError",
     "SettingsError",
     "StaleEpochError",
+    "UnauthenticatedError",
     "UnavailableError",
     "UnknownModelError",
 ]
@@ -107,6 +113,18 @@ class PeerRefusedError(BucketServeError):
     reason = "PEER_REFUSED"
 
 
+class UnauthenticatedError(BucketServeError):
+    """The caller showed no key, or one that nobody knows."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class ForbiddenError(BucketServeError):
+    """The caller's key is not for that."""
+
+    reason = "FORBIDDEN"
+
+
 class OverloadedError(BucketServeError):
     """The system is full."""
 
@@ -117,6 +135,16 @@ class OverloadedError(BucketServeError):
         super().__init__(message)
         self.reason = reason
         self.retry_delay_s = retry_delay_s
+
+
+class QuotaExceededError(OverloadedError):
+    """A tenant has used what it may."""
+
+    def __init__(self, tenant: str, limit: str, *, retry_delay_s: float) -> None:
+        """Names the limit, such as "requests a minute", and when to try again, in seconds."""
+        message = f"tenant {tenant!r} has used its {limit}"
+        super().__init__(message, reason="QUOTA_EXCEEDED", retry_delay_s=retry_delay_s)
+        self.tenant = tenant
 
 
 class UnavailableError(BucketServeError):

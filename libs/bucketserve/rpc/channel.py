@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import grpc
 
 from bucketserve.addresses import channel_target
+from bucketserve.rpc.tls import Tls
 
-__all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "SERVER_OPTIONS", "UNARY_TIMEOUT_S", "open_channel"]
+__all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "SERVER_OPTIONS", "UNARY_TIMEOUT_S", "key_metadata", "open_channel"]
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """A batch assignment carries the prompts of its requests; the public limit is the gateway's max_prompt_bytes."""
@@ -56,17 +57,24 @@ SERVER_OPTIONS: Sequence[tuple[str, int | str]] = [
 ]
 
 
+def key_metadata(api_key: str) -> tuple[tuple[str, str], ...]:
+    """Returns what a client's call carries to show its key; nothing without one."""
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+
+
 def open_channel(
     address: str,
+    tls: Tls | None = None,
     *,
     watched_service: str = "",
     method_configs: Sequence[Mapping[str, object]] = (),
     options: Sequence[tuple[str, int | str]] = (),
 ) -> grpc.aio.Channel:
-    """Returns an insecure channel with round robin, keepalive and message limits for long streams.
+    """Returns a channel with round robin, keepalive and message limits for long streams.
 
     Args:
         address: host:port, or a name with a scheme of gRPC's, such as dns:///host:port.
+        tls: how it is secured; None: it isn't.
         watched_service: full name of a service whose health decides where calls go, so that a server that shuts down
             is left before it closes; empty: whoever accepts connections is called.
         method_configs: methodConfig of gRPC's service config, such as a retry policy.
@@ -79,4 +87,8 @@ def open_channel(
     if watched_service:
         config["healthCheckConfig"] = {"serviceName": watched_service}
     ours = [*CHANNEL_OPTIONS, ("grpc.service_config", json.dumps(config))]
-    return grpc.aio.insecure_channel(channel_target(address), options=[*ours, *options])
+    target = channel_target(address)
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=[*ours, *options])
+    credentials = tls.channel_credentials()
+    return grpc.aio.secure_channel(target, credentials, options=[*ours, *tls.channel_options, *options])

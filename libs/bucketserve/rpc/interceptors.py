@@ -20,8 +20,11 @@ R = TypeVar("R")
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
-class _Unreadable:
-    """Stands for a request whose bytes are not the message that the method takes."""
+class _Refused:
+    """Stands for a message that was refused as it was read."""
+
+    def __init__(self, error: BucketServeError) -> None:
+        self.error = error
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -39,18 +42,29 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Wraps handlers of all four kinds."""
-        handler = await continuation(handler_call_details)
+        """Wraps handlers of all four kinds; a call that another interceptor refuses has one of its own."""
+        method = handler_call_details.method
+        try:
+            handler = await continuation(handler_call_details)
+        except BucketServeError as error:
+            refusal = error
+
+            async def refuse(requests: Any, context: Any) -> None:
+                await self._abort(method, context, refusal)
+
+            return grpc.stream_stream_rpc_method_handler(refuse)
         if handler is None:
             return None
-        method = handler_call_details.method
         read: Any = handler.request_deserializer
 
         def deserialize(data: bytes) -> Any:
             try:
                 return read(data)
             except (DecodeError, UnicodeDecodeError):
-                return _Unreadable
+                unreadable = "not a readable message; are all strings valid UTF-8?"
+                return _Refused(InvalidRequestError([FieldViolation("", unreadable)]))
+            except BucketServeError as error:
+                return _Refused(error)
 
         if handler.response_streaming:
             inner: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
@@ -129,6 +143,7 @@ def check_readable(request: Any) -> None:
 
     Raises:
         InvalidRequestError: the bytes were not the message that the method takes.
+        BucketServeError: what the deserialiser raised.
     """
-    if request is _Unreadable:
-        raise InvalidRequestError([FieldViolation("", "not a readable message; are all strings valid UTF-8?")])
+    if isinstance(request, _Refused):
+        raise request.error

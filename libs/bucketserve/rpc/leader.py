@@ -10,6 +10,7 @@ import grpc
 
 from bucketserve.core.errors import UnavailableError
 from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.tls import Tls
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 __all__ = ["LeaderSearch", "Talk"]
@@ -27,9 +28,10 @@ Talk = Callable[[scheduler_pb2_grpc.SchedulerServiceStub, str], Awaitable[None]]
 class LeaderSearch:
     """Keeps talking to whichever scheduler leads."""
 
-    def __init__(self, addresses: Sequence[str], on_state: Callable[[bool, str], None]) -> None:
+    def __init__(self, addresses: Sequence[str], tls: Tls | None, on_state: Callable[[bool, str], None]) -> None:
         """on_state(connected, detail) with every stream that begins, ends or can't be had."""
         self._addresses = addresses
+        self._tls = tls
         self._on_state = on_state
         self._epoch = 0
         self._heard_s = 0.0
@@ -64,7 +66,7 @@ class LeaderSearch:
         while True:
             address = self._addresses[turn % len(self._addresses)]
             try:
-                async with open_channel(address) as channel:
+                async with open_channel(address, self._tls) as channel:
                     await talk(scheduler_pb2_grpc.SchedulerServiceStub(channel), address)
                 detail = "stream ended"
             except grpc.aio.AioRpcError as error:

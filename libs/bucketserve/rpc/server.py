@@ -14,6 +14,7 @@ from bucketserve.core.errors import SettingsError
 from bucketserve.rpc.channel import SERVER_OPTIONS
 from bucketserve.rpc.health import HealthServicer
 from bucketserve.rpc.interceptors import ErrorInterceptor
+from bucketserve.rpc.tls import Tls
 
 __all__ = ["RpcServer"]
 
@@ -36,6 +37,8 @@ class RpcServer:
         *,
         services: Sequence[str],
         on_unexpected: Callable[[str, BaseException], None],
+        tls: Tls | None = None,
+        is_public: bool = False,
         enable_reflection: bool = True,
         max_connections: int = MAX_CONNECTIONS,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
@@ -47,12 +50,15 @@ class RpcServer:
             listen: host:port.
             services: full names such as bucketserve.v1.InferenceService, for health and reflection.
             on_unexpected: called with method and error when a handler fails with an error that is not ours.
+            tls: how connections are secured; None: they aren't.
+            is_public: with TLS, who calls need not have a certificate of the deployment's CA.
             enable_reflection: answer reflection.
             max_connections: further ones are closed at once; less where the process may not open so many files.
             interceptors: see calls before the handlers; what they raise becomes a status.
             options: further channel arguments.
         """
         self._listen = listen
+        self._credentials = None if tls is None else tls.server_credentials(is_public=is_public)
         self._health = HealthServicer([*services, ""])
         most = min(max_connections, _connections_by_descriptors())
         self.grpc_server = grpc.aio.server(
@@ -74,7 +80,10 @@ class RpcServer:
             SettingsError: the address can't be bound.
         """
         try:
-            self.port = self.grpc_server.add_insecure_port(self._listen)
+            if self._credentials is None:
+                self.port = self.grpc_server.add_insecure_port(self._listen)
+            else:
+                self.port = self.grpc_server.add_secure_port(self._listen, self._credentials)
         except RuntimeError as error:
             raise SettingsError([f"can't listen on {self._listen}: {error}; is the port in use?"]) from error
         await self.grpc_server.start()

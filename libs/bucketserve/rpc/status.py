@@ -6,7 +6,9 @@
 | UnknownModelError    | NOT_FOUND           | ResourceInfo                                                  |
 | DuplicateRequestError| ALREADY_EXISTS      |                                                               |
 | PeerRefusedError     | PERMISSION_DENIED   |                                                               |
-| OverloadedError      | RESOURCE_EXHAUSTED  | RetryInfo                                                     |
+| UnauthenticatedError | UNAUTHENTICATED     |                                                               |
+| ForbiddenError       | PERMISSION_DENIED   |                                                               |
+| OverloadedError      | RESOURCE_EXHAUSTED  | RetryInfo; QuotaFailure if it is a QuotaExceededError         |
 | UnavailableError     | UNAVAILABLE         | RetryInfo                                                     |
 | DeadlineError        | DEADLINE_EXCEEDED   |                                                               |
 | RequestCancelledError| CANCELLED           |                                                               |
@@ -29,11 +31,14 @@ from bucketserve.core.errors import (
     DeadlineError,
     DuplicateRequestError,
     FieldViolation,
+    ForbiddenError,
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
     PeerRefusedError,
+    QuotaExceededError,
     RequestCancelledError,
+    UnauthenticatedError,
     UnavailableError,
     UnknownModelError,
 )
@@ -53,6 +58,8 @@ _CODES: dict[type[BucketServeError], int] = {
     NotFoundError: code_pb2.NOT_FOUND,
     DuplicateRequestError: code_pb2.ALREADY_EXISTS,
     PeerRefusedError: code_pb2.PERMISSION_DENIED,
+    UnauthenticatedError: code_pb2.UNAUTHENTICATED,
+    ForbiddenError: code_pb2.PERMISSION_DENIED,
     OverloadedError: code_pb2.RESOURCE_EXHAUSTED,
     UnavailableError: code_pb2.UNAVAILABLE,
     DeadlineError: code_pb2.DEADLINE_EXCEEDED,
@@ -78,6 +85,10 @@ def status_of(error: BucketServeError) -> grpc.Status:
             resource_type=error.resource_type, resource_name=_short(error.resource_name)
         )
         status.details.append(_packed(resource))
+    if isinstance(error, QuotaExceededError):
+        failure = error_details_pb2.QuotaFailure()
+        failure.violations.add(subject=f"tenant:{_short(error.tenant)}", description=_short(str(error)))
+        status.details.append(_packed(failure))
     if isinstance(error, OverloadedError | UnavailableError):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(round(error.retry_delay_s * 1e9))
@@ -107,6 +118,10 @@ def error_from_call(error: grpc.aio.AioRpcError) -> BucketServeError | None:
             UnknownModelError(missing[1], (), message) if missing[0] == "model" else NotFoundError(*missing, message)
         ),
         grpc.StatusCode.ALREADY_EXISTS: lambda: DuplicateRequestError(message),
+        grpc.StatusCode.UNAUTHENTICATED: lambda: UnauthenticatedError(message),
+        grpc.StatusCode.PERMISSION_DENIED: lambda: (
+            PeerRefusedError(message) if reason == PeerRefusedError.reason else ForbiddenError(message)
+        ),
         grpc.StatusCode.RESOURCE_EXHAUSTED: lambda: OverloadedError(
             message, reason=reason or "OVERLOADED", retry_delay_s=retry_delay_s
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -49,6 +49,12 @@ class ProcessMetrics:
     def watch_tasks(self, loop: asyncio.AbstractEventLoop) -> None:
         """Shows the number of the event loop's tasks from now on."""
         self._tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
+
+    def watch_certificate(self, ends_unix_s: Callable[[], float]) -> None:
+        """Shows from now on when the process's TLS certificate ends."""
+        help_text = "When the certificate that the process shows ends, in Unix time."
+        gauge = Gauge("process_tls_certificate_ends_seconds", help_text, registry=self.registry)
+        gauge.set_function(ends_unix_s)
 
     def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
         """Adds to a counter."""

@@ -96,7 +96,7 @@ METRICS: dict[str, Metric] = {
             service=G,
             unit="calls",
             help="Calls refused for what the gateway itself has open: max_calls, max_calls_per_connection, "
-            "max_held_bytes, tokenizer_busy or slow_request.",
+            "max_held_bytes, tokenizer_busy or slow_request; or for their key: unauthenticated or forbidden.",
             labels=("reason",),
         ),
         Metric(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +37,7 @@ def open_telemetry(
     sample_ratio: float = 1.0,
     log_level: str = "info",
     log_format: Literal["auto", "json", "text"] = "auto",
+    certificate_ends_unix_s: Callable[[], float] | None = None,
 ) -> Iterator[Telemetry]:
     """Yields the outlets; on leaving exports the last spans and stops listening.
 
@@ -45,6 +46,8 @@ def open_telemetry(
     """
     log = open_log(service.value, instance_id, level=log_level, style=log_format)
     metrics = ProcessMetrics(service)
+    if certificate_ends_unix_s is not None:
+        metrics.watch_certificate(certificate_ends_unix_s)
     with contextlib.suppress(RuntimeError):
         metrics.watch_tasks(asyncio.get_running_loop())
     tracing = Tracing(

@@ -6,6 +6,7 @@ start and end times; nothing keeps a span open across the queue.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 
 from opentelemetry.context import Context
@@ -14,7 +15,16 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, TraceIdRatioBased
-from opentelemetry.trace import Link, Span, SpanKind, get_current_span, set_span_in_context
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    TraceFlags,
+    get_current_span,
+    set_span_in_context,
+)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from bucketserve.telemetry.names import SPANS
@@ -34,6 +44,7 @@ class Tracing:
     ) -> None:
         """Exports over OTLP gRPC to otlp_endpoint (http://host:4317), in batches, from a thread."""
         self.is_enabled = bool(otlp_endpoint)
+        self._sample_ratio = sample_ratio
         sampler = ParentBased(TraceIdRatioBased(sample_ratio)) if self.is_enabled else ALWAYS_OFF
         resource = Resource.create({"service.name": service_name, "service.instance.id": instance_id})
         self._provider = TracerProvider(sampler=sampler, resource=resource, shutdown_on_exit=False)
@@ -97,6 +108,19 @@ class Tracing:
             return None
         context = _PROPAGATOR.extract({"traceparent": traceparent, "tracestate": tracestate}, Context())
         return context if get_current_span(context).get_span_context().is_valid else None
+
+    def adopt(self, traceparent: str, tracestate: str = "") -> Context | None:
+        """Returns a client's context to use as a parent, as extract does.
+
+        What a client wants recorded is recorded as often as sample_ratio says, whatever trace id it has chosen: our
+        storage is not its to fill. What it doesn't want recorded isn't.
+        """
+        context = self.extract(traceparent, tracestate)
+        if context is None or random.random() < self._sample_ratio:
+            return context
+        theirs = get_current_span(context).get_span_context()
+        ours = SpanContext(theirs.trace_id, theirs.span_id, True, TraceFlags(TraceFlags.DEFAULT), theirs.trace_state)
+        return set_span_in_context(NonRecordingSpan(ours), Context())
 
     @staticmethod
     def context_of(span: Span) -> Context:

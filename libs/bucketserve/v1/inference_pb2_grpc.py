@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Generation and model information, for clients.
+    """Generation and model information, for clients. Where there are keys, calls carry one as metadata,
+    "authorization: Bearer KEY"; without it they are answered UNAUTHENTICATED, and PERMISSION_DENIED if it is not for that.
     """
 
     def __init__(self, channel):
@@ -58,13 +59,15 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """Generation and model information, for clients.
+    """Generation and model information, for clients. Where there are keys, calls carry one as metadata,
+    "authorization: Bearer KEY"; without it they are answered UNAUTHENTICATED, and PERMISSION_DENIED if it is not for that.
     """
 
     def Generate(self, request, context):
         """Generates text for one prompt as a stream: started, chunks, finished.
         Errors: INVALID_ARGUMENT (BadRequest with field violations), NOT_FOUND (unknown model, ResourceInfo),
-        RESOURCE_EXHAUSTED (RetryInfo), UNAVAILABLE (RetryInfo), DEADLINE_EXCEEDED.
+        RESOURCE_EXHAUSTED (RetryInfo, and QuotaFailure if the tenant has used its quota), UNAVAILABLE (RetryInfo),
+        DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,7 +81,7 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the models that can be named in requests.
+        """Lists the models that can be named in requests, with this key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,7 +126,8 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Generation and model information, for clients.
+    """Generation and model information, for clients. Where there are keys, calls carry one as metadata,
+    "authorization: Bearer KEY"; without it they are answered UNAUTHENTICATED, and PERMISSION_DENIED if it is not for that.
     """
 
     @staticmethod

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from bucketserve.starting import leave_on_signal
+from bucketserve.starting import leave_on_signal, quieten_grpc
 
 if __name__ == "__main__":
     # The imports below take seconds.
     leave_on_signal()
+    quieten_grpc()
     # For tokenizers transformers does without torch, and imports it all the same where it is installed: 250 MiB.
     sys.modules["torch"] = None  # type: ignore[assignment]
 

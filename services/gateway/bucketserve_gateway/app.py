@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from bucketserve.addresses import Address
-from bucketserve.config import DeploymentSettings, TelemetrySettings
+from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import SettingsError
 from bucketserve.process import default_instance_id, unless_stopped
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.server import RpcServer
 from bucketserve.store.job_room import JobRoom
 from bucketserve.store.jobs import JobStore
+from bucketserve.store.quotas import QuotaStore
 from bucketserve.store.redis import connect
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc, inference_pb2, inference_pb2_grpc, job_pb2, job_pb2_grpc
 from bucketserve_gateway.admission import Admission, AdmissionInterceptor
+from bucketserve_gateway.auth import AuthInterceptor, Keys
 from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.job_runner import JobRunner
 from bucketserve_gateway.jobs import JobServicer
 from bucketserve_gateway.models import load_models
+from bucketserve_gateway.quotas import Quotas
 from bucketserve_gateway.reads import Reads
 from bucketserve_gateway.requests import OpenRequests
 from bucketserve_gateway.scheduler_link import SchedulerLink
@@ -37,9 +41,7 @@ FLUSH_S = 2.0
 HEALTH_S = 0.1
 
 
-async def serve(
-    settings: GatewaySettings, deployment: DeploymentSettings, telemetry: TelemetrySettings, stop: asyncio.Event
-) -> None:
+async def serve(settings: GatewaySettings, ours: Deployment, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
     """Runs the gateway until `stop` is set, and then for lame_duck_s and until its streams end, at most drain_s.
 
     Raises:
@@ -49,7 +51,6 @@ async def serve(
     if not settings.models:
         raise SettingsError(["[gateway] models: name at least one, BUCKETSERVE_GATEWAY_MODELS=name=directory"])
     gateway_id = settings.gateway_id or default_instance_id("gateway")
-    ours = Deployment(deployment.name, deployment.token)
     with ExitStack() as stack:
         outlets = stack.enter_context(
             open_telemetry(
@@ -60,6 +61,7 @@ async def serve(
                 sample_ratio=telemetry.sample_ratio,
                 log_level=telemetry.log_level,
                 log_format=telemetry.log_format,
+                certificate_ends_unix_s=ours.tls.ends_unix_s if ours.tls else None,
             )
         )
         observer = GatewayTelemetry(outlets.log, outlets.metrics, outlets.tracing)
@@ -79,6 +81,8 @@ async def serve(
             on_change=observer.admitted,
             on_refused=observer.refused_at_the_door,
         )
+        stores = _stores(settings, ours.name)
+        keys = _keys(settings, observer, stores)
         tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_prompt_bytes, admission.refusal)
         stack.callback(tokenizers.close)
         requests = OpenRequests()
@@ -86,6 +90,7 @@ async def serve(
         scheduler = SchedulerLink(
             settings.scheduler_address.split(","), ours, gateway_id, requests, observer.scheduler_state
         )
+        quotas = Quotas(stores.quotas, keys.limits_of, observer.quota_uncounted)
         inference = InferenceServicer(
             GatewayParts(
                 settings=settings,
@@ -93,6 +98,7 @@ async def serve(
                 delivery_address=settings.delivery_address or settings.delivery_listen,
                 catalog=catalog,
                 admission=admission,
+                quotas=quotas,
                 tokenizers=tokenizers,
                 requests=requests,
                 scheduler=scheduler,
@@ -100,30 +106,30 @@ async def serve(
                 telemetry=observer,
             )
         )
-        public = _public_server(
-            settings, ours, observer, admission, largest_message(catalog, settings.max_prompt_bytes)
+        is_leaving = asyncio.Event()
+        jobs_api = JobServicer(
+            stores.jobs, stores.room, catalog, settings, admission=admission, is_leaving=is_leaving.is_set
         )
+        most_bytes = largest_message(catalog, settings.max_prompt_bytes)
+        public = _public_server(settings, ours, observer, admission, keys, most_bytes, inference, jobs_api)
         internal = RpcServer(
             settings.delivery_listen,
             services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name, ours.health_service],
             on_unexpected=observer.unexpected,
+            tls=ours.tls,
             enable_reflection=False,
-        )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, public.grpc_server)
-        is_leaving = asyncio.Event()
-        store, room = _job_store(settings, deployment.name)
-        job_pb2_grpc.add_JobServiceServicer_to_server(
-            JobServicer(store, room, catalog, settings, admission=admission, is_leaving=is_leaving.is_set),
-            public.grpc_server,
         )
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(delivery, internal.grpc_server)
         async with asyncio.TaskGroup() as tasks:
-            link = tasks.create_task(scheduler.run(), name="scheduler-link")
-            watch = tasks.create_task(scheduler.watch(), name="silent-requests")
+            background = [
+                tasks.create_task(scheduler.run(), name="scheduler-link"),
+                tasks.create_task(scheduler.watch(), name="silent-requests"),
+                tasks.create_task(quotas.run(), name="quotas"),
+            ]
             health = tasks.create_task(
                 _show_health([public, internal], scheduler, settings.scheduler_wait_s), name="health"
             )
-            runner = JobRunner(store, inference.generate, gateway_id, settings, observer, room) if store else None
+            runner = _job_runner(stores, inference, gateway_id, settings, observer)
             jobs = tasks.create_task(runner.run(), name="job-runner") if runner else None
             try:
                 await internal.start()
@@ -144,7 +150,7 @@ async def serve(
                 await public.stop(FLUSH_S)
                 if jobs is not None:
                     jobs.cancel()
-                for task in (link, watch, health):
+                for task in (*background, health):
                     task.cancel()
                 delivery.close()
                 await internal.stop(FLUSH_S)
@@ -158,15 +164,52 @@ async def _show_health(servers: list[RpcServer], scheduler: SchedulerLink, grace
         await asyncio.sleep(HEALTH_S)
 
 
-def _job_store(settings: GatewaySettings, deployment: str) -> tuple[JobStore, JobRoom] | tuple[None, None]:
-    """Returns where jobs are kept, and the count of what they take there, if this gateway has a store."""
+class _Stores(NamedTuple):
+    """What this gateway keeps in Redis, if it has one."""
+
+    jobs: JobStore | None = None
+    room: JobRoom | None = None
+    quotas: QuotaStore | None = None
+
+
+def _stores(settings: GatewaySettings, deployment: str) -> _Stores:
     if not settings.redis_url:
-        return None, None
+        return _Stores()
     client = connect(settings.redis_url)
     room = JobRoom(
         client, deployment, max_tenant_bytes=settings.max_tenant_job_bytes, max_bytes=settings.max_all_job_bytes
     )
-    return JobStore(client, deployment), room
+    return _Stores(JobStore(client, deployment), room, QuotaStore(client, deployment))
+
+
+def _keys(settings: GatewaySettings, observer: GatewayTelemetry, stores: _Stores) -> Keys:
+    """Returns the keys of clients.
+
+    Raises:
+        SettingsError: their file can't be used.
+    """
+    keys = Keys(
+        settings.keys_file,
+        default_model=next(iter(settings.models)) if len(settings.models) == 1 else "",
+        on_refused=observer.refused_at_the_door,
+        on_problem=observer.keys_unusable,
+    )
+    if keys.has_limits and stores.quotas is None:
+        raise SettingsError(["[gateway] redis_url: needed for what the keys file limits in [[tenants]]"])
+    return keys
+
+
+def _job_runner(
+    stores: _Stores,
+    inference: InferenceServicer,
+    gateway_id: str,
+    settings: GatewaySettings,
+    observer: GatewayTelemetry,
+) -> JobRunner | None:
+    """Returns what runs jobs here; None without a store."""
+    if stores.jobs is None:
+        return None
+    return JobRunner(stores.jobs, inference.generate, gateway_id, settings, observer, stores.room)
 
 
 def _public_server(
@@ -174,10 +217,13 @@ def _public_server(
     ours: Deployment,
     observer: GatewayTelemetry,
     admission: Admission,
+    keys: Keys,
     max_message_bytes: int,
+    inference: InferenceServicer,
+    jobs: JobServicer,
 ) -> RpcServer:
-    """Returns the clients' server, without its services' handlers."""
-    return RpcServer(
+    """Returns the clients' server."""
+    server = RpcServer(
         settings.listen,
         services=[
             inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
@@ -185,9 +231,14 @@ def _public_server(
             ours.health_service,
         ],
         on_unexpected=observer.unexpected,
-        enable_reflection=settings.enable_reflection,
+        tls=ours.tls,
+        is_public=True,
+        enable_reflection=keys.is_open if settings.enable_reflection is None else settings.enable_reflection,
         max_connections=settings.max_connections,
-        interceptors=[AdmissionInterceptor(admission, Reads.of(max_message_bytes, admission.refusal))],
+        interceptors=[
+            AuthInterceptor(keys),
+            AdmissionInterceptor(admission, Reads.of(max_message_bytes, admission.refusal)),
+        ],
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_metadata_size", settings.max_metadata_bytes),
@@ -195,3 +246,6 @@ def _public_server(
             ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes + 1024),
         ],
     )
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server.grpc_server)
+    job_pb2_grpc.add_JobServiceServicer_to_server(jobs, server.grpc_server)
+    return server

@@ -21,6 +21,7 @@ from bucketserve.store.job_room import JobRoom
 from bucketserve.store.jobs import LOADING_TTL_S, JobInfo, JobStore
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2, job_pb2_grpc
 from bucketserve_gateway.admission import Admission
+from bucketserve_gateway.keys import MAX_TENANT_CHARACTERS
 from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.validation import validate
@@ -41,7 +42,6 @@ FOLLOW_S = 0.5
 DEFAULT_TTL_S = 86_400
 MOST_TTL_S = 30 * 86_400
 MOST_KEY_CHARACTERS = 128
-MOST_TENANT_CHARACTERS = 64
 
 STATES = {
     "loading": job_pb2.JOB_STATE_LOADING,
@@ -242,8 +242,8 @@ def _checked_header(first: job_pb2.SubmitJobRequest) -> job_pb2.JobHeader:
     header, bad = first.header, []
     if len(header.idempotency_key) > MOST_KEY_CHARACTERS:
         bad.append(FieldViolation("header.idempotency_key", f"at most {MOST_KEY_CHARACTERS} characters"))
-    if len(header.tenant) > MOST_TENANT_CHARACTERS:
-        bad.append(FieldViolation("header.tenant", f"at most {MOST_TENANT_CHARACTERS} characters"))
+    if len(header.tenant) > MAX_TENANT_CHARACTERS:
+        bad.append(FieldViolation("header.tenant", f"at most {MAX_TENANT_CHARACTERS} characters"))
     if header.ttl_s > MOST_TTL_S:
         bad.append(FieldViolation("header.ttl_s", f"at most {MOST_TTL_S:,} seconds"))
     if bad:

@@ -24,6 +24,7 @@ from bucketserve.core.errors import (
 from bucketserve.v1 import common_pb2, delivery_pb2, inference_pb2, scheduler_pb2
 from bucketserve_gateway.detokenizer import Detokenizer, StopMatcher
 from bucketserve_gateway.prefixes import block_hashes
+from bucketserve_gateway.quotas import Charge
 from bucketserve_gateway.validation import ValidRequest
 
 __all__ = ["OpenRequest", "OpenRequests"]
@@ -76,6 +77,8 @@ class OpenRequest:
         self.arrival_s = time.monotonic()
         self.heard_s = self.arrival_s
         """When something was last heard of it while it ran."""
+        self.charge: Charge | None = None
+        """What it has taken of its tenant's quotas."""
         self.finished: inference_pb2.GenerateFinished | None = None
         self.error: BucketServeError | None = None
         self._max_attempts = max_attempts

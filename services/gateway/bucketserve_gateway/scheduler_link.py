@@ -60,7 +60,7 @@ class SchedulerLink:
         self._gateway_id = gateway_id
         self._instance = uuid.uuid4().hex
         self._requests = requests
-        self._search = LeaderSearch(addresses, on_state)
+        self._search = LeaderSearch(addresses, deployment.tls, on_state)
         self._problem = ""
         self._outbox: Outbox[Submit] | None = None
         self._waiting_for_room: set[str] = set()

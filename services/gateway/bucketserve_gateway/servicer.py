@@ -16,6 +16,7 @@ from bucketserve.v1 import inference_pb2, inference_pb2_grpc, scheduler_pb2
 from bucketserve_gateway.admission import Admission, Room
 from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.models import ModelCatalog
+from bucketserve_gateway.quotas import Quotas
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
 from bucketserve_gateway.scheduler_link import SchedulerLink
 from bucketserve_gateway.settings import GatewaySettings
@@ -47,6 +48,7 @@ class GatewayParts:
     delivery_address: str
     catalog: ModelCatalog
     admission: Admission
+    quotas: Quotas
     tokenizers: TokenizerPool
     requests: OpenRequests
     scheduler: SchedulerLink
@@ -143,6 +145,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 prompt_ids = await self._tokenize(valid)
             room.resize(num_bytes * TEXT_COPIES + len(prompt_ids) * BYTES_PER_TOKEN)
             max_tokens = check_length(prompt_ids, valid.max_tokens, valid.model.card, _input_field(valid))
+            charge = await parts.quotas.take(valid.tenant, len(prompt_ids) + max_tokens)
         except BucketServeError as error:
             parts.telemetry.refused("", "", error)
             raise
@@ -160,6 +163,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             max_pending_tokens=settings.output_queue_tokens // (1 + (valid.num_logprobs or 0)),
             resume=self._resume,
         )
+        opened.charge = charge
         opened.arrival_s = arrival_s
         opened.deadline_s = None if remaining_s is None else arrival_s + remaining_s
         parts.requests.add(opened)
@@ -170,6 +174,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Takes a request out of the table; what still runs of it is stopped."""
         parts = self._parts
         parts.requests.remove(opened)
+        is_begun = opened.worker_id or opened.tokens
+        parts.quotas.settle(opened.charge, len(opened.prompt_ids) + len(opened.tokens) if is_begun else 0)
         if opened.finished is None:
             parts.scheduler.cancel(opened.model, opened.run_id)
             parts.delivery.stop(opened)

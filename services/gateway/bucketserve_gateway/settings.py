@@ -78,7 +78,12 @@ class GatewaySettings(Section):
         description="on SIGTERM, new requests are still taken for so long after health says NOT_SERVING, seconds",
     )
     drain_s: float = Field(25.0, ge=0, le=600, description="most time to finish on SIGTERM, seconds")
-    enable_reflection: bool = Field(True, description="answer gRPC reflection")
+    keys_file: str = Field(
+        "", description="TOML with the keys of clients, read again when it changes; empty: whoever can call may call"
+    )
+    enable_reflection: bool | None = Field(
+        None, description="answer gRPC reflection; default: unless there is a keys_file"
+    )
 
     @field_validator("delivery_address")
     @classmethod

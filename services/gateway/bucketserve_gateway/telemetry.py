@@ -28,10 +28,11 @@ class GatewayTelemetry:
         self._metrics = metrics
         self._tracing = tracing
         self._scheduler_away = Repeated()
+        self._quotas_uncounted = Repeated()
 
     def begin(self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str]) -> Span:
         """Starts a request's root span, under the caller's if it sent its context."""
-        parent = self._tracing.extract(metadata.get("traceparent", ""), metadata.get("tracestate", ""))
+        parent = self._tracing.adopt(metadata.get("traceparent", ""), metadata.get("tracestate", ""))
         span = self._tracing.start("bucketserve.generate", parent=parent, is_server=True)
         if span.is_recording():
             operation = "chat" if request.WhichOneof("input") == "chat" else "text_completion"
@@ -132,8 +133,17 @@ class GatewayTelemetry:
         self._metrics.set("bucketserve_gateway_held_bytes", num_bytes)
 
     def refused_at_the_door(self, reason: str) -> None:
-        """When a call was refused for what the gateway itself has open."""
+        """When a call was refused for what the gateway itself has open, or for its key."""
         self._metrics.count("bucketserve_gateway_refused_total", reason=reason.lower())
+
+    def keys_unusable(self, problem: str) -> None:
+        """When the file of keys has changed and can't be used; the keys before stay in force."""
+        self.log.error("keys.file_unusable", detail=problem)
+
+    def quota_uncounted(self, problem: str) -> None:
+        """When what tenants use can't be counted, and is let in all the same."""
+        if self._quotas_uncounted.is_due(problem):
+            self.log.warning("quotas.uncounted", detail=problem)
 
     def scheduler_state(self, is_connected: bool, detail: str) -> None:
         """When the scheduler's stream comes or goes."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from bucketserve.core.errors import FieldViolation, InvalidRequestError
 from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway.keys import MAX_TENANT_CHARACTERS
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
 
 __all__ = ["ValidRequest", "check_length", "largest_message", "validate"]
@@ -19,7 +20,6 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
-MAX_TENANT_CHARACTERS = 64
 MAX_CHAT_MESSAGES = 4096
 MAX_ROLE_CHARACTERS = 64
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")

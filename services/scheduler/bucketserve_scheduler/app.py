@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from bucketserve.addresses import Address
-from bucketserve.config import DeploymentSettings, TelemetrySettings
+from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import UnavailableError
 from bucketserve.ports import QueueStore
 from bucketserve.process import default_instance_id
@@ -90,7 +90,7 @@ class _Loops:
 
 
 async def serve(
-    settings: SchedulerSettings, deployment: DeploymentSettings, telemetry: TelemetrySettings, stop: asyncio.Event
+    settings: SchedulerSettings, ours: Deployment, telemetry: TelemetrySettings, stop: asyncio.Event
 ) -> None:
     """Runs the scheduler until `stop` is set.
 
@@ -98,7 +98,6 @@ async def serve(
     Leadership is given up, so that a standby or the next start leads at once.
     """
     scheduler_id = settings.scheduler_id or default_instance_id("scheduler")
-    ours = Deployment(deployment.name, deployment.token)
     gateways = GatewayPeers()
     async with AsyncExitStack() as stack:
         outlets = stack.enter_context(
@@ -110,12 +109,14 @@ async def serve(
                 sample_ratio=telemetry.sample_ratio,
                 log_level=telemetry.log_level,
                 log_format=telemetry.log_format,
+                certificate_ends_unix_s=ours.tls.ends_unix_s if ours.tls else None,
             )
         )
         server = RpcServer(
             settings.listen,
             services=[scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name, ours.health_service],
             on_unexpected=lambda method, error: outlets.log.error("rpc.failed", error=error, method=method),
+            tls=ours.tls,
             enable_reflection=settings.enable_reflection,
         )
         deps = LoopDeps(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from bucketserve.starting import leave_on_signal
+from bucketserve.starting import leave_on_signal, quieten_grpc
 
 if __name__ == "__main__":
     # The imports below take seconds.
     leave_on_signal()
+    quieten_grpc()
 
     from bucketserve.process import service_main
     from bucketserve_worker.app import serve

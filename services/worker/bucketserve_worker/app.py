@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 from bucketserve.addresses import Address
-from bucketserve.config import DeploymentSettings, TelemetrySettings
+from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import EngineError
 from bucketserve.ports import Engine
 from bucketserve.process import default_instance_id, unless_stopped
@@ -34,9 +34,7 @@ HEALTH_S = 0.1
 HANG_CHECK_S = 0.5
 
 
-async def serve(
-    settings: WorkerSettings, deployment: DeploymentSettings, telemetry: TelemetrySettings, stop: asyncio.Event
-) -> None:
+async def serve(settings: WorkerSettings, ours: Deployment, telemetry: TelemetrySettings, stop: asyncio.Event) -> None:
     """Runs the worker until `stop` is set and its requests are finished, or drain_s have passed.
 
     Raises:
@@ -44,7 +42,6 @@ async def serve(
         EngineError: the engine failed; its requests were handed back.
         SettingsError: an address can't be bound.
     """
-    ours = Deployment(deployment.name, deployment.token)
     worker_id = settings.worker_id or default_instance_id("worker")
     with open_telemetry(
         Service.WORKER,
@@ -54,6 +51,7 @@ async def serve(
         sample_ratio=telemetry.sample_ratio,
         log_level=telemetry.log_level,
         log_format=telemetry.log_format,
+        certificate_ends_unix_s=ours.tls.ends_unix_s if ours.tls else None,
     ) as outlets:
         log = outlets.log
         observer = WorkerTelemetry(log, outlets.metrics, outlets.tracing, worker_id, settings.model_name)
@@ -62,6 +60,7 @@ async def serve(
             settings.listen,
             services=[worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name, ours.health_service],
             on_unexpected=lambda method, error: log.error("rpc.failed", error=error, method=method),
+            tls=ours.tls,
             enable_reflection=settings.enable_reflection,
         )
         load: Callable[[], Engine] = engine_loader(settings, lambda text: log.info("model.loading", progress=text))

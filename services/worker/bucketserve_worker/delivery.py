@@ -172,32 +172,41 @@ class _GatewayStream:
 
     async def run(self) -> None:
         """Keeps a call open and sends; returns when idle for long, or when all output has been given up."""
+        tls = self._deployment.tls
+        while True:
+            pems = tls and tls.current()
+            try:
+                opening = open_channel(self.address, tls)
+            except AddressError:
+                # What the gateway calls its address is none: nobody can be reached there.
+                self._give_up(self._clock())
+                return
+            async with opening as channel:
+                stub = delivery_pb2_grpc.DeliveryServiceStub(channel)
+                # A channel keeps the certificates that it was made with.
+                while (tls and tls.current()) is pems:
+                    if await self._converse_or_give_up(stub):
+                        return
+                    await asyncio.sleep(RECONNECT_S)
+
+    async def _converse_or_give_up(self, stub: delivery_pb2_grpc.DeliveryServiceStub) -> bool:
+        """One call, and what follows from its end; returns whether nothing is left to be sent."""
         try:
-            opening = open_channel(self.address)
-        except AddressError:
-            # What the gateway calls its address is none: nobody can be reached there.
+            if not await self._converse(stub):
+                return True
+            self._away_since_s = None
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            # The latter if the gateway ended the call in peace, as it does when it drains, while we wrote.
+            self._away_since_s = self._away_since_s or self._clock()
+        except (_StalledError, TimeoutError):
+            self._away_since_s = self._away_since_s or self._clock() - STALL_S
+        except _TooMuchError:
             self._give_up(self._clock())
-            return
-        async with opening as channel:
-            stub = delivery_pb2_grpc.DeliveryServiceStub(channel)
-            while True:
-                try:
-                    if not await self._converse(stub):
-                        return
-                    self._away_since_s = None
-                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    # The latter if the gateway ended the call in peace, as it does when it drains, while we wrote.
-                    self._away_since_s = self._away_since_s or self._clock()
-                except (_StalledError, TimeoutError):
-                    self._away_since_s = self._away_since_s or self._clock() - STALL_S
-                except _TooMuchError:
-                    self._give_up(self._clock())
-                    return
-                if self._away_since_s is not None and self._clock() - self._away_since_s > self._give_up_s:
-                    self._give_up(self._clock() - self._give_up_s)
-                    if not self._pending:
-                        return
-                await asyncio.sleep(RECONNECT_S)
+            return True
+        if self._away_since_s is not None and self._clock() - self._away_since_s > self._give_up_s:
+            self._give_up(self._clock() - self._give_up_s)
+            return not self._pending
+        return False
 
     def _give_up(self, until_s: float) -> None:
         """Drops what has waited since until_s or longer: all that had been sent before the stream broke, and more."""

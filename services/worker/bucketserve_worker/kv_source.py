@@ -10,9 +10,9 @@ import contextlib
 import mmap
 import os
 import re
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+import grpc
 import xxhash
 
 from bucketserve.addresses import AddressError
@@ -60,9 +60,8 @@ class KvSources:
         self._holder = holder
         self._staging = staging
         self._layout = layout
-        self._channels: dict[str, worker_pb2_grpc.WorkerServiceStub] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
         self._files = _SharedFiles()
-        self._exit = AsyncExitStack()
 
     async def fetch(self, pull: scheduler_pb2.PullKv) -> Fetched:
         """Returns the KV of a run; it stays held at its source until the scheduler ends that.
@@ -96,7 +95,7 @@ class KvSources:
 
     async def close(self) -> None:
         """Closes channels and mappings."""
-        await self._exit.aclose()
+        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
         self._files.close()
 
     def _from_own(self, pull: scheduler_pb2.PullKv) -> StagedKv:
@@ -111,10 +110,11 @@ class KvSources:
         A channel whose peer was away for a moment refuses calls until it has connected anew: this one waits for that,
         or each request that is to move in that time would lose an attempt.
         """
-        stub = await self._stub(pull.source_address)
+        channel = self._channel(pull.source_address)
         request = worker_pb2.FetchKvRequest(run_id=pull.run_id, secret=pull.kv.secret)
         digest, end = xxhash.xxh3_64(), 0
         clock = asyncio.get_running_loop()
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
         call = stub.FetchKv(request, metadata=self._deployment.metadata, wait_for_ready=True)
         try:
             async with asyncio.timeout(SILENCE_S) as silence:
@@ -125,22 +125,26 @@ class KvSources:
                         break
                     block.data[begin:end] = response.piece
                     digest.update(response.piece)
-        except TimeoutError:
-            raise KvTransferError(f"nothing was heard of its source for {SILENCE_S:g} s") from None
+        except (TimeoutError, grpc.aio.AioRpcError) as error:
+            is_away = isinstance(error, TimeoutError) or error.code() is grpc.StatusCode.UNAVAILABLE
+            if is_away and self._channels.get(pull.source_address) is channel:
+                # The next one is made with the certificates that there are then.
+                await self._channels.pop(pull.source_address).close()
+            if isinstance(error, TimeoutError):
+                raise KvTransferError(f"nothing was heard of its source for {SILENCE_S:g} s") from None
+            raise
         finally:
             call.cancel()
         if end != len(block.data):
             raise KvTransferError(f"{end} bytes came, {len(block.data)} were announced")
         return digest.intdigest()
 
-    async def _stub(self, address: str) -> worker_pb2_grpc.WorkerServiceStub:
+    def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
             try:
-                opening = open_channel(address)
+                self._channels[address] = open_channel(address, self._deployment.tls)
             except AddressError as error:
                 raise KvTransferError(str(error)) from error
-            channel = await self._exit.enter_async_context(opening)
-            self._channels[address] = worker_pb2_grpc.WorkerServiceStub(channel)
         return self._channels[address]
 
 

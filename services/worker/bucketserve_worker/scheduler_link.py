@@ -48,7 +48,7 @@ class SchedulerLink:
     ) -> None:
         """on_state(connected, detail) on every change, on_heard() on every message; addresses are tried in turn."""
         self._deployment = deployment
-        self._search = LeaderSearch(addresses, on_state)
+        self._search = LeaderSearch(addresses, deployment.tls, on_state)
         self._hello = hello
         self._new_report = report
         self._on_batch = on_batch

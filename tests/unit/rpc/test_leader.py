@@ -17,7 +17,7 @@ def hello(epoch: int) -> scheduler_pb2.SchedulerHello:
 def test_who_has_heard_a_newer_leader_does_not_listen_to_an_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
     monkeypatch.setattr(leader.time, "monotonic", lambda: now_s)
-    search = LeaderSearch(["a", "b"], lambda is_connected, detail: None)
+    search = LeaderSearch(["a", "b"], None, lambda is_connected, detail: None)
     assert not search.is_present(1e9)
     search.welcomed(hello(5), "a")
     search.welcomed(hello(7), "b")

@@ -45,6 +45,22 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
   "BUCKETSERVE_TELEMETRY_SAMPLE_RATIO" $telemetry.sampleRatio
   "BUCKETSERVE_TELEMETRY_LOG_LEVEL" $telemetry.logLevel
   "BUCKETSERVE_TELEMETRY_LOG_FORMAT" "json" -}}
+{{- with .root.Values.tls }}
+{{- if .existingSecret }}
+{{- $_ := mergeOverwrite $all (dict
+  "BUCKETSERVE_TLS_CA_FILE" "/etc/bucketserve/tls/ca.crt"
+  "BUCKETSERVE_TLS_CERT_FILE" "/etc/bucketserve/tls/tls.crt"
+  "BUCKETSERVE_TLS_KEY_FILE" "/etc/bucketserve/tls/tls.key"
+  "BUCKETSERVE_TLS_PEER_NAME" .peerName) }}
+{{- else if .clientCaSecret }}{{ fail "tls.clientCaSecret needs tls.existingSecret" }}
+{{- end }}
+{{- if and .clientCaSecret (eq $.component "gateway") }}
+{{- $_ := set $all "BUCKETSERVE_TLS_CLIENT_CA_FILE" "/etc/bucketserve/client-ca/ca.crt" }}
+{{- end }}
+{{- end }}
+{{- if and .root.Values.auth.existingSecret (eq .component "gateway") }}
+{{- $_ := set $all "BUCKETSERVE_GATEWAY_KEYS_FILE" "/etc/bucketserve/keys/keys.toml" }}
+{{- end }}
 {{- range $name, $value := mergeOverwrite $all .env .values.extraEnv }}
 - { name: {{ $name }}, value: {{ $value | toString | quote }} }
 {{- end }}
@@ -85,14 +101,44 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 volumes:
   - { name: tmp, emptyDir: {} }
+  {{- range $volume, $secret := include "bucketserve.secrets" . | fromYaml }}
+  - { name: {{ $volume }}, secret: { secretName: {{ $secret }} } }
+  {{- end }}
   {{- if and .root.Values.model.existingClaim (ne .component "scheduler") }}
   - name: models
     persistentVolumeClaim: { claimName: {{ .root.Values.model.existingClaim }}, readOnly: true }
   {{- end }}
 {{- end }}
 
+{{- /* Secrets that a pod reads as files, of which the kubelet keeps what they hold now: name of the volume to secret. */ -}}
+{{- define "bucketserve.secrets" -}}
+{{- with .root.Values.tls.existingSecret }}
+tls: {{ . }}
+{{- end }}
+{{- if eq .component "gateway" }}
+{{- with .root.Values.tls.clientCaSecret }}
+client-ca: {{ . }}
+{{- end }}
+{{- with .root.Values.auth.existingSecret }}
+keys: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* A probe of .port; the kubelet's own speaks no TLS. */ -}}
+{{- define "bucketserve.probe" -}}
+{{- if .root.Values.tls.existingSecret -}}
+exec: { command: [python, -m, bucketserve.probe, "127.0.0.1:{{ .port }}"] }, timeoutSeconds: 5
+{{- else -}}
+grpc: { port: {{ .port }} }
+{{- end }}
+{{- end }}
+
 {{- define "bucketserve.mounts" -}}
 - { name: tmp, mountPath: /tmp }
+{{- range $volume, $secret := include "bucketserve.secrets" . | fromYaml }}
+- { name: {{ $volume }}, mountPath: /etc/bucketserve/{{ $volume }}, readOnly: true }
+{{- end }}
 {{- if and .root.Values.model.existingClaim (ne .component "scheduler") }}
 - { name: models, mountPath: /models, readOnly: true }
 {{- end }}

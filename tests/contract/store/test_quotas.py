@@ -1,0 +1,109 @@
+"""Quotas on a real server: what is taken, what is in the way, what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+
+import pytest
+import redis.asyncio as aioredis
+
+from bucketserve.store.embedded import EmbeddedServer
+from bucketserve.store.quotas import QuotaStore
+from bucketserve.store.redis import connect
+
+pytestmark = pytest.mark.redis
+NONE = {"requests": 0, "tokens": 0, "at_once": 0}
+_names = (f"request-{number}" for number in itertools.count())
+
+
+@pytest.fixture
+async def client(valkey: EmbeddedServer) -> AsyncIterator[aioredis.Redis]:
+    client = connect(valkey.url)
+    await client.flushdb()
+    yield client
+    await client.aclose()
+
+
+async def taken(store: QuotaStore, number: int, *, num_tokens: int = 1, tenant: str = "a", **limits: int) -> int:
+    """How many of so many requests get through at once."""
+    asked = [store.take(tenant, next(_names), num_tokens, **{**NONE, **limits}) for _ in range(number)]
+    return sum(refusal is None for refusal in await asyncio.gather(*asked))
+
+
+async def test_a_minute_s_worth_at_once_shared_by_all_gateways_and_each_tenant_for_itself(
+    client: aioredis.Redis, valkey: EmbeddedServer
+) -> None:
+    one, other = QuotaStore(client), QuotaStore(connect(valkey.url))
+    # A limit so low that none comes back while the test runs.
+    found = await asyncio.gather(*(taken(store, 6, requests=5) for store in (one, other)))
+    assert sum(found) == 5
+    refusal = await one.take("a", "r", 1, **{**NONE, "requests": 5})
+    assert refusal is not None and refusal.limit == "requests a minute"
+    # One in twelve seconds.
+    assert 5 < refusal.retry_delay_s <= 12
+    assert await taken(one, 6, tenant="a/b {x}\n", requests=5) == 5
+    assert await taken(QuotaStore(client, "elsewhere"), 6, requests=5) == 5
+    await other._client.aclose()
+
+
+async def test_tokens_are_taken_with_requests_or_not_at_all(client: aioredis.Redis) -> None:
+    store = QuotaStore(client)
+    assert await taken(store, 10, num_tokens=300, tokens=1000, requests=100) == 3
+    refusal = await store.take("a", "r", 300, **{**NONE, "tokens": 1000, "requests": 100})
+    assert refusal is not None and refusal.limit == "tokens a minute"
+    # What was refused has taken no request either.
+    assert await taken(store, 200, num_tokens=0, tokens=1000, requests=100) == 97
+
+
+async def test_what_is_more_than_a_minute_s_worth_takes_all_of_it(client: aioredis.Redis) -> None:
+    store = QuotaStore(client)
+    assert await taken(store, 2, num_tokens=10**12, tokens=1000) == 1
+    assert await taken(store, 1, tokens=1000) == 0
+
+
+async def test_what_was_not_used_comes_back_at_once(client: aioredis.Redis) -> None:
+    store, limits = QuotaStore(client), {**NONE, "tokens": 1000, "at_once": 2}
+    assert await store.take("a", "x", 1000, **limits) is None
+    assert await taken(store, 1, num_tokens=100, **limits) == 0
+    await store.settle("a", "x", unused=900, tokens=1000)
+    assert await taken(store, 20, num_tokens=450, **limits) == 2
+    # Nobody gets more than a minute's worth by giving back.
+    await store.settle("a", "y", unused=10**9, tokens=1000)
+    assert await taken(store, 3, num_tokens=400, tokens=1000) == 2
+
+
+async def test_what_runs_is_counted_until_it_ends_or_its_gateway_does(client: aioredis.Redis) -> None:
+    store, limits = QuotaStore(client, lease_s=1.0), {**NONE, "at_once": 2}
+    assert [await store.take("a", name, 1, **limits) for name in ("x", "y")] == [None, None]
+    refusal = await store.take("a", "z", 1, **limits)
+    assert refusal is not None and (refusal.limit, refusal.retry_delay_s) == ("requests at once", 1.0)
+    await store.settle("a", "x", unused=0, tokens=0)
+    assert await store.take("a", "z", 1, **limits) is None
+    key = "bs:{default/quota/a}:running"
+    assert await client.zcard(key) == 2
+    before = await client.zscore(key, "y")
+    await asyncio.sleep(0.01)
+    # What is not there any more is not brought back.
+    await store.renew("a", ["y", "x"])
+    assert await client.zrange(key, 0, -1) == [b"z", b"y"]
+    assert await client.zscore(key, "y") > before
+    # Nobody renews them any more.
+    while await store.take("a", "w", 1, **limits):
+        await asyncio.sleep(0.05)
+    assert 0 < await client.pttl(key) <= 1000
+
+
+async def test_keys_of_quotas_go_by_themselves(client: aioredis.Redis) -> None:
+    store = QuotaStore(client)
+    assert await taken(store, 3, num_tokens=50, requests=10, tokens=100, at_once=5) == 2
+    for _ in range(2):
+        keys = await client.keys("bs:*")
+        assert len(keys) == 3
+        assert all([0 < await client.pttl(key) <= 61_001 for key in keys])
+        await store.settle("a", "request-unknown", unused=50, tokens=100)
+    await client.flushdb()
+    await store.settle("a", "x", unused=50, tokens=100)
+    await store.renew("a", ["x"])
+    assert await client.keys("bs:*") == []

@@ -1,0 +1,133 @@
+"""Who gets through a handshake."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from bucketserve.probe import main as probe
+from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.probe import check_health
+from bucketserve.rpc.server import RpcServer
+from bucketserve.rpc.tls import Tls
+from tests.certificates import Authority, replace
+
+
+@asynccontextmanager
+async def serving(tls: Tls | None, *, is_public: bool = False) -> AsyncIterator[str]:
+    server = RpcServer(
+        "127.0.0.1:0", services=[], on_unexpected=lambda method, error: None, tls=tls, is_public=is_public
+    )
+    port = await server.start()
+    await server.set_serving(True)
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+async def answer(address: str, tls: Tls | None) -> str:
+    """SERVING, or the code of the refusal."""
+    async with open_channel(address, tls, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        try:
+            found = await check(health_pb2.HealthCheckRequest(), timeout=20)
+        except grpc.aio.AioRpcError as error:
+            return error.code().name
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(found.status)
+
+
+async def test_an_internal_port_is_open_to_certificates_of_its_ca_alone(tmp_path: Path) -> None:
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    papers = ours.issue("service")
+    async with serving(papers.tls()) as address:
+        assert await answer(address, papers.tls()) == "SERVING"
+        assert await answer(address, ours.issue("second", "elsewhere").tls()) == "SERVING"
+        refused = {
+            "plain text": None,
+            "no certificate": Tls(ca_file=str(ours.ca_file)),
+            "other CA": theirs.issue("theirs").tls(ca_file=ours.ca_file),
+        }
+        for who, tls in refused.items():
+            assert await answer(address, tls) == "UNAVAILABLE", who
+        # Its own settings would not let it begin: this one was good when it was read.
+        late = ours.issue("late")
+        tls = late.tls()
+        old = ours.issue("old", is_expired=True)
+        tls._pems = tls._pems._replace(cert=old.cert.read_bytes(), key=old.key.read_bytes())
+        assert await answer(address, tls) == "UNAVAILABLE"
+
+
+async def test_a_client_leaves_a_server_that_is_not_whom_it_called(tmp_path: Path) -> None:
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    client = ours.issue("client").tls()
+    async with serving(theirs.issue("rogue").tls()) as address:
+        assert await answer(address, client) == "UNAVAILABLE"
+    async with serving(ours.issue("other", "other.example").tls()) as address:
+        assert await answer(address, client) == "UNAVAILABLE"
+        named = ours.issue("client").tls(peer_name="other.example")
+        assert await answer(address, named) == "SERVING"
+    async with serving(None) as address:
+        assert await answer(address, client) == "UNAVAILABLE"
+
+
+async def test_a_public_port_asks_for_certificates_only_if_it_is_told_whose(tmp_path: Path) -> None:
+    ours, clients = Authority(tmp_path / "ours"), Authority(tmp_path / "clients")
+    papers = ours.issue("gateway")
+    anybody = Tls(ca_file=str(ours.ca_file))
+    client = clients.issue("client").tls(ca_file=ours.ca_file)
+    async with serving(papers.tls(), is_public=True) as address:
+        assert await answer(address, anybody) == "SERVING"
+        assert await answer(address, None) == "UNAVAILABLE"
+    tls = papers.tls(client_ca_file=clients.ca_file)
+    async with serving(tls, is_public=True) as public, serving(tls) as internal:
+        assert await answer(public, anybody) == "UNAVAILABLE"
+        assert await answer(public, client) == "SERVING"
+        # So that it can be probed by itself.
+        assert await answer(public, papers.tls()) == "SERVING"
+        # A client's certificate opens no internal port.
+        assert await answer(internal, client) == "UNAVAILABLE"
+
+
+async def test_certificates_and_ca_are_changed_while_it_serves(tmp_path: Path) -> None:
+    old, new = Authority(tmp_path / "old"), Authority(tmp_path / "new")
+    papers = old.issue("service")
+    before, after = papers.tls(), new.issue("service").tls()
+    async with serving(papers.tls()) as address:
+        assert (await answer(address, before), await answer(address, after)) == ("SERVING", "UNAVAILABLE")
+        fresh = new.issue("service")
+        # Nobody is locked out while both are trusted.
+        replace(papers.ca, papers.ca.read_bytes() + new.ca_file.read_bytes())
+        assert await answer(address, before) == "SERVING"
+        replace(papers.cert, fresh.cert.read_bytes())
+        replace(papers.key, fresh.key.read_bytes())
+        assert await answer(address, after) == "SERVING"
+        # What had read them when it began reads them again.
+        assert await answer(address, before) == "SERVING"
+        replace(papers.ca, new.ca_file.read_bytes())
+        assert await answer(address, after) == "SERVING"
+        stale = Authority(tmp_path / "stale").issue("service").tls(ca_file=new.ca_file)
+        assert await answer(address, stale) == "UNAVAILABLE"
+
+
+async def test_the_probe_speaks_as_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    papers = Authority(tmp_path / "ours").issue("service")
+    async with serving(papers.tls()) as address:
+        assert await asyncio.to_thread(probe, [address]) == 1
+        for name, value in papers.environ().items():
+            monkeypatch.setenv(name, value)
+        assert await asyncio.to_thread(probe, [address]) == 0
+        assert await asyncio.to_thread(check_health, address, tls=papers.tls()) == "SERVING"
+    monkeypatch.setenv("BUCKETSERVE_TLS_KEY_FILE", str(tmp_path / "none"))
+    assert probe([address]) == 2
