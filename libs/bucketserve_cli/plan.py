@@ -22,8 +22,8 @@ from bucketserve_worker.settings import WorkerSettings
 
 __all__ = ["Settings", "StackError", "StackSpec", "hold_addresses"]
 
-PER_PROCESS = {"listen", "delivery_listen", "delivery_address", "address", "metrics_listen", "worker_id", "gateway_id",
-               "scheduler_id"}  # fmt: skip
+PER_PROCESS = {"listen", "http_listen", "delivery_listen", "delivery_address", "address", "metrics_listen", "worker_id",
+               "gateway_id", "scheduler_id"}  # fmt: skip
 """Fields of which two processes can't have the same value, unless it is empty."""
 
 
@@ -125,6 +125,10 @@ class Settings:
             return Address("127.0.0.1", port)
         given = self.value(section, name) if port is None else self.given(section, name)
         return Address.parse(given) if given else Address("127.0.0.1", self._free_port())
+
+    def optional_listen(self, section: str, name: str, port: int | None = 0) -> Address | None:
+        """Returns the same where an empty setting means that nobody is to listen: None."""
+        return None if self.given(section, name) == "" else self.listen(section, name, port)
 
     def environ(self, section: str, flags: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
         """Returns a process's variables beside those it inherits: flags, and defaults for what nobody set.

@@ -1,8 +1,9 @@
-"""Composition root of the gateway: settings -> models -> parts -> two servers."""
+"""Composition root of the gateway: settings -> models -> parts -> servers."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from bucketserve.addresses import Address
@@ -22,6 +23,7 @@ from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.job_runner import JobRunner
 from bucketserve_gateway.jobs import JobServicer
 from bucketserve_gateway.models import load_models
+from bucketserve_gateway.openai import HttpServer, OpenAIFacade
 from bucketserve_gateway.reads import Reads
 from bucketserve_gateway.requests import OpenRequests
 from bucketserve_gateway.scheduler_link import SchedulerLink
@@ -86,23 +88,20 @@ async def serve(
         scheduler = SchedulerLink(
             settings.scheduler_address.split(","), ours, gateway_id, requests, observer.scheduler_state
         )
-        inference = InferenceServicer(
-            GatewayParts(
-                settings=settings,
-                gateway_id=gateway_id,
-                delivery_address=settings.delivery_address or settings.delivery_listen,
-                catalog=catalog,
-                admission=admission,
-                tokenizers=tokenizers,
-                requests=requests,
-                scheduler=scheduler,
-                delivery=delivery,
-                telemetry=observer,
-            )
+        parts = GatewayParts(
+            settings=settings,
+            gateway_id=gateway_id,
+            delivery_address=settings.delivery_address or settings.delivery_listen,
+            catalog=catalog,
+            admission=admission,
+            tokenizers=tokenizers,
+            requests=requests,
+            scheduler=scheduler,
+            delivery=delivery,
+            telemetry=observer,
         )
-        public = _public_server(
-            settings, ours, observer, admission, largest_message(catalog, settings.max_prompt_bytes)
-        )
+        inference = InferenceServicer(parts)
+        public, http = _public_server(parts, ours), _http_server(parts, inference)
         internal = RpcServer(
             settings.delivery_listen,
             services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name, ours.health_service],
@@ -121,17 +120,22 @@ async def serve(
             link = tasks.create_task(scheduler.run(), name="scheduler-link")
             watch = tasks.create_task(scheduler.watch(), name="silent-requests")
             health = tasks.create_task(
-                _show_health([public, internal], scheduler, settings.scheduler_wait_s), name="health"
+                _show_health([public, internal, http], scheduler, settings.scheduler_wait_s), name="health"
             )
             runner = JobRunner(store, inference.generate, gateway_id, settings, observer, room) if store else None
             jobs = tasks.create_task(runner.run(), name="job-runner") if runner else None
             try:
-                await internal.start()
-                await public.start()
-                observer.log.info("gateway.ready", listen=settings.listen, models=",".join(settings.models))
+                for server in (internal, public, http):
+                    await server.start()
+                observer.log.info(
+                    "gateway.ready",
+                    listen=settings.listen,
+                    http_listen=settings.http_listen,
+                    models=",".join(settings.models),
+                )
                 await stop.wait()
                 health.cancel()
-                await public.leave(settings.lame_duck_s)
+                await asyncio.gather(public.leave(settings.lame_duck_s), http.leave(settings.lame_duck_s))
                 is_leaving.set()
                 if jobs is not None:
                     # What jobs have running here is given back: another gateway, or this one later, takes it up.
@@ -141,7 +145,7 @@ async def serve(
                 observer.log.info("gateway.drained", is_complete=is_drained, num_left=len(requests))
             finally:
                 # The last messages of the drained streams leave within the grace; what is left is cut.
-                await public.stop(FLUSH_S)
+                await asyncio.gather(public.stop(FLUSH_S), http.stop(FLUSH_S))
                 if jobs is not None:
                     jobs.cancel()
                 for task in (link, watch, health):
@@ -150,7 +154,7 @@ async def serve(
                 await internal.stop(FLUSH_S)
 
 
-async def _show_health(servers: list[RpcServer], scheduler: SchedulerLink, grace_s: float) -> None:
+async def _show_health(servers: Sequence[RpcServer | HttpServer], scheduler: SchedulerLink, grace_s: float) -> None:
     """Keeps health true: SERVING if a request would be served, or would only wait for a scheduler that takes over."""
     while True:
         for server in servers:
@@ -169,14 +173,28 @@ def _job_store(settings: GatewaySettings, deployment: str) -> tuple[JobStore, Jo
     return JobStore(client, deployment), room
 
 
-def _public_server(
-    settings: GatewaySettings,
-    ours: Deployment,
-    observer: GatewayTelemetry,
-    admission: Admission,
-    max_message_bytes: int,
-) -> RpcServer:
+def _http_server(parts: GatewayParts, inference: InferenceServicer) -> HttpServer:
+    """Returns the clients' server of OpenAI's API."""
+    settings = parts.settings
+    facade = OpenAIFacade(
+        inference.generate,
+        parts.catalog,
+        parts.admission,
+        parts.telemetry,
+        max_body_bytes=largest_message(parts.catalog, settings.max_prompt_bytes),
+    )
+    return HttpServer(
+        settings.http_listen,
+        facade,
+        max_connections=settings.max_connections,
+        max_head_bytes=settings.max_metadata_bytes,
+    )
+
+
+def _public_server(parts: GatewayParts, ours: Deployment) -> RpcServer:
     """Returns the clients' server, without its services' handlers."""
+    settings, admission = parts.settings, parts.admission
+    max_message_bytes = largest_message(parts.catalog, settings.max_prompt_bytes)
     return RpcServer(
         settings.listen,
         services=[
@@ -184,7 +202,7 @@ def _public_server(
             job_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
             ours.health_service,
         ],
-        on_unexpected=observer.unexpected,
+        on_unexpected=parts.telemetry.unexpected,
         enable_reflection=settings.enable_reflection,
         max_connections=settings.max_connections,
         interceptors=[AdmissionInterceptor(admission, Reads.of(max_message_bytes, admission.refusal))],
