@@ -394,7 +394,7 @@ def test_errors_name_the_parameter_that_was_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("delay_s", "after", "after_ms"), [(0.0, 1, 0), (0.25, 1, 250), (1.0, 1, 1000), (2.1, 3, 2100)]
+    ("delay_s", "after", "after_ms"), [(0.0, 1, 1), (0.25, 1, 250), (1.0, 1, 1000), (2.1, 3, 2100)]
 )
 def test_when_to_come_again_is_said_in_whole_seconds_and_in_milliseconds(
     delay_s: float, after: int, after_ms: int
@@ -406,6 +406,10 @@ def test_when_to_come_again_is_said_in_whole_seconds_and_in_milliseconds(
     for error in kinds:
         assert dict(headers_of(error)) == {b"retry-after": b"%d" % after, b"retry-after-ms": b"%d" % after_ms}
     assert headers_of(invalid("x")) == []
+    # Nobody is to send again what can't be served, or what workers end of.
+    for reason in ("TOO_LARGE", "ATTEMPTS_EXHAUSTED"):
+        assert headers_of(UnavailableError("no", reason=reason)) == [(b"x-should-retry", b"false")]
+    assert headers_of(EngineError("no")) == headers_of(ValueError()) == [(b"x-should-retry", b"false")]
 
 
 @pytest.mark.parametrize("members", [{}, {"n": 2, "seed": 5, "stop": ["a"], "logprobs": 3}, {"prompt": [1, 2]}])

@@ -11,7 +11,8 @@
 | RequestCancelledError | 499    | server_error          | its reason                      |
 | anything else         | 500    | server_error          | none: what failed is not told   |
 
-429 and 503 come with Retry-After in whole seconds, and with retry-after-ms, which OpenAI's clients prefer.
+429 and 503 come with Retry-After in whole seconds, and with retry-after-ms, which OpenAI's clients prefer. Where
+waiting does not help, x-should-retry tells them not to: they would send a request that ends workers twice more.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from bucketserve.core.errors import (
     UnavailableError,
     UnknownModelError,
 )
+from bucketserve_gateway.job_runner import FOREVER
 
 __all__ = ["ErrorBody", "Headers", "HttpError", "ParameterError", "body_of", "headers_of", "status_of"]
 
@@ -88,16 +90,13 @@ def status_of(error: Exception) -> int:
 
 
 def headers_of(error: Exception) -> Headers:
-    """Returns the headers that belong to an error: when to try again."""
+    """Returns the headers that belong to an error: whether to try again, and when."""
     if isinstance(error, HttpError):
         return error.headers
-    if not isinstance(error, OverloadedError | UnavailableError):
-        return []
-    delay_s = max(error.retry_delay_s, 0.0)
-    return [
-        (b"retry-after", b"%d" % max(math.ceil(delay_s), 1)),
-        (b"retry-after-ms", b"%d" % math.ceil(delay_s * 1e3)),
-    ]
+    if isinstance(error, OverloadedError | UnavailableError) and error.reason not in FOREVER:
+        delay_s = max(error.retry_delay_s, 0.001)
+        return [(b"retry-after", b"%d" % math.ceil(delay_s)), (b"retry-after-ms", b"%d" % math.ceil(delay_s * 1e3))]
+    return [(b"x-should-retry", b"false")] if status_of(error) >= 500 else []
 
 
 def body_of(error: Exception, names: Mapping[str, str]) -> ErrorBody:
