@@ -19,6 +19,7 @@ from bucketserve_cli.stack import LocalStack
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import events, eventually, metric, status
 from tests.e2e.test_cancellation import LARGE_STEPS, PROMPT, SLOW, SLOW_PREFILL, generated, nothing_runs, prefilled
+from tests.otlp import OtlpReceiver
 
 pytestmark = pytest.mark.e2e
 
@@ -569,6 +570,32 @@ async def test_sigterm_lets_streams_finish(new_stack: NewStack) -> None:
 async def _lines(client: httpx.AsyncClient, body: dict[str, Any]) -> list[str]:
     async with client.stream("POST", TEXT, json=body) as answer:
         return [line async for line in answer.aiter_lines() if line]
+
+
+async def test_traces_go_on_through_it_and_secrets_stay_out_of_them(new_stack: NewStack) -> None:
+    marker, trace = "xylophone-4711", "0af7651916cd43dd8448eb211c80319c"
+    headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01", "authorization": f"Bearer {marker}"}
+    with OtlpReceiver() as receiver:
+        stack = new_stack(
+            environ={
+                "BUCKETSERVE_TELEMETRY_OTLP_ENDPOINT": receiver.endpoint,
+                "BUCKETSERVE_TELEMETRY_LOG_LEVEL": "debug",
+            }
+        )
+        async with http(stack) as client:
+            body = {"messages": [{"role": "user", "content": f"Say {marker}"}], "max_tokens": 8, "ignore_eos": True}
+            assert (await client.post(CHAT, json=body, headers=headers)).status_code == 200
+            # Refused ones are logged as well.
+            for wrong in ({**body, "stop": ""}, {**body, marker: marker}, {"prompt": marker}):
+                assert (await client.post(CHAT, json=wrong, headers=headers)).status_code == 400
+            assert (await client.post(f"/v1/{marker}", json=body, headers=headers)).status_code == 404
+        await eventually(lambda: len([s for s in receiver.spans() if s.trace_id == trace]) >= 4)
+        spans = {span.name: span for span in receiver.spans() if span.trace_id == trace}
+        assert spans["bucketserve.generate"].attributes["gen_ai.operation.name"] == "chat"
+        shown = json.dumps([[s.name, {k: str(v) for k, v in s.attributes.items()}] for s in receiver.spans()])
+        logs = "".join(service.log_path.read_text() for service in stack.services.values())
+    assert marker not in shown
+    assert marker not in logs
 
 
 async def test_what_an_operator_turns_off_is_off(new_stack: NewStack) -> None:

@@ -124,6 +124,7 @@ def asking(**members: object) -> bytes:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "SILENT_S", SHORT_S)
     monkeypatch.setattr(server, "ARRIVE_S", SHORT_S)
     monkeypatch.setattr(server, "IDLE_S", SHORT_S)
     monkeypatch.setattr(reads, "READ_S", SHORT_S)

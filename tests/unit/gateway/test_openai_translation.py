@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from typing import Any
 
 import pytest
 from google.protobuf.json_format import MessageToDict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bucketserve.core.errors import (
     BucketServeError,
@@ -420,3 +424,66 @@ def test_what_is_translated_is_valid(members: dict[str, Any]) -> None:
 
 def test_a_caller_may_say_nothing() -> None:
     assert Caller(metadata={}, tenant="", label="", slo=NOBODY.slo) == NOBODY
+
+
+NAMES = st.sampled_from(
+    [
+        "model",
+        "prompt",
+        "messages",
+        "role",
+        "content",
+        "type",
+        "text",
+        "n",
+        "best_of",
+        "echo",
+        "logprobs",
+        "top_logprobs",
+        "stop",
+        "seed",
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_tokens",
+        "max_completion_tokens",
+        "stream",
+        "stream_options",
+        "include_usage",
+        "user",
+        "service_tier",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "logit_bias",
+        "frequency_penalty",
+        "suffix",
+        "stop_token_ids",
+        "ignore_eos",
+        "metadata",
+    ]
+)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "text"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES | st.text(max_size=3), inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@given(members=st.dictionaries(NAMES | st.text(max_size=3), ANYTHING, max_size=8))
+def test_whatever_is_sent_is_translated_or_refused(members: dict[str, Any]) -> None:
+    for read in (completion, chat_completion):
+        try:
+            wanted = read(members, NOBODY)
+        except ParameterError as error:
+            assert len(body_of(error, {})["error"]["message"] or "") > 0
+            continue
+        for request in wanted.requests():
+            assert inference_pb2.GenerateRequest.FromString(request.SerializeToString()) is not None
+            with contextlib.suppress(InvalidRequestError, UnknownModelError):
+                validate(request, catalog_once(), max_prompt_bytes=1000)
+
+
+@functools.cache
+def catalog_once() -> Any:
+    return catalog()

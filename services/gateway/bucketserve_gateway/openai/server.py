@@ -26,6 +26,8 @@ from bucketserve_gateway.openai.facade import OpenAIFacade
 
 __all__ = ["HttpServer"]
 
+SILENT_S = 5.0
+"""For a new connection to begin its first request."""
 ARRIVE_S = 30.0
 """For a head to arrive, for the rest of a body that was refused, and for what was sent to be taken."""
 IDLE_S = 75
@@ -35,7 +37,7 @@ FRAME_BYTES = 1 << 20
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 """A client whose machine is gone is noticed within a minute, though nothing is sent."""
 BACKLOG = 1024
-POLL_S = 0.02
+POLL_S, CUT_S = 0.02, 1.0
 
 
 class HttpServer:
@@ -102,7 +104,8 @@ class HttpServer:
         for connection in list(self._state.connections):
             connection.transport.abort()
         if self._state.tasks:
-            await asyncio.wait(self._state.tasks)
+            # They notice that their clients are gone.
+            await asyncio.wait(self._state.tasks, timeout=CUT_S)
 
 
 async def _listen(address: Address, connection: Callable[[], asyncio.Protocol]) -> asyncio.Server:
@@ -150,7 +153,7 @@ class _Connection(HttpToolsProtocol):
             for name, value in KEEPALIVE.items():
                 if option := getattr(socket, name, None):
                     connection.setsockopt(socket.IPPROTO_TCP, option, value)
-        self._expect_arrival()
+        self._expect_arrival(SILENT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._has_arrived()
@@ -169,7 +172,7 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._part = _Part.HEAD
-        self._expect_arrival()
+        self._expect_arrival(ARRIVE_S)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -192,7 +195,7 @@ class _Connection(HttpToolsProtocol):
             self._expect_taking()
         elif self._part is _Part.BODY:
             # It was answered before all of it had come: what still comes is thrown away.
-            self._expect_arrival()
+            self._expect_arrival(ARRIVE_S)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -224,9 +227,9 @@ class _Connection(HttpToolsProtocol):
         self.transport.close()
         self._expect_taking()
 
-    def _expect_arrival(self) -> None:
+    def _expect_arrival(self, within_s: float) -> None:
         self._has_arrived()
-        self._arrival = self.loop.call_later(ARRIVE_S, self.transport.abort)
+        self._arrival = self.loop.call_later(within_s, self.transport.abort)
 
     def _has_arrived(self) -> None:
         if self._arrival is not None:
