@@ -22,6 +22,7 @@ from bucketserve.v1 import inference_pb2
 from bucketserve_gateway.admission import Admission
 from bucketserve_gateway.models import ModelCard, ModelCatalog
 from bucketserve_gateway.openai.answers import Answer, Choice
+from bucketserve_gateway.openai.bodies import object_of
 from bucketserve_gateway.openai.caller import REQUEST_ID, Caller, caller_of, label_of
 from bucketserve_gateway.openai.errors import Headers, HttpError, body_of, headers_of, status_of
 from bucketserve_gateway.openai.translation import Wanted, chat_completion, completion
@@ -127,7 +128,7 @@ class OpenAIFacade:
             try:
                 body = await self._body(exchange)
                 caller = caller_of(exchange.headers)
-                wanted = read(_object(body), caller)
+                wanted = read(object_of(body), caller)
             except BucketServeError as error:
                 self._telemetry.refused("", "", error)
                 raise
@@ -272,21 +273,6 @@ class _Exchange:
             await self.write(_event(body), is_last=True)
         else:
             await self.answer(status_of(error), body, headers_of(error))
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    """Returns the object that a body consists of.
-
-    Raises:
-        HttpError: it is none; nor is what JSON does not know (NaN), half of a character, or what is too deep to read.
-    """
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise HttpError(400, f"could not parse the JSON body of the request: {error}", "invalid_json") from None
-    if not isinstance(document, dict):
-        raise HttpError(400, "the body of the request must be a JSON object", "invalid_json")
-    return document
 
 
 def _event(document: Mapping[str, Any]) -> bytes:
