@@ -133,6 +133,8 @@ def up(
             console.print(
                 f"\n[bold green]ready[/]  gateway {stack.gateway_address}  model {escape(stack.spec.model_name)}"
             )
+            if stack.http_address:
+                console.print(f"       OpenAI API http://{stack.http_address}/v1", highlight=False)
             console.print(f"       scheduler {stack.scheduler_address}")
             for name, address in stack.metrics_addresses.items():
                 console.print(f"       {name} metrics http://{address}/metrics", highlight=False)

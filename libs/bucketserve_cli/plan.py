@@ -24,8 +24,8 @@ from bucketserve_worker.settings import WorkerSettings
 
 __all__ = ["Settings", "StackError", "StackSpec", "hold_addresses"]
 
-PER_PROCESS = {"listen", "delivery_listen", "delivery_address", "address", "metrics_listen", "worker_id", "gateway_id",
-               "scheduler_id"}  # fmt: skip
+PER_PROCESS = {"listen", "http_listen", "delivery_listen", "delivery_address", "address", "metrics_listen", "worker_id",
+               "gateway_id", "scheduler_id"}  # fmt: skip
 """Fields of which two processes can't have the same value, unless it is empty."""
 
 
@@ -128,6 +128,10 @@ class Settings:
             return Address("127.0.0.1", port)
         given = self.value(section, name) if port is None else self.given(section, name)
         return Address.parse(given) if given else Address("127.0.0.1", self._free_port())
+
+    def optional_listen(self, section: str, name: str, port: int | None = 0) -> Address | None:
+        """Returns the same where an empty setting means that nobody is to listen: None."""
+        return None if self.given(section, name) == "" else self.listen(section, name, port)
 
     def tls(self) -> Tls | None:
         """Returns how the processes speak to each other; None: in plain text.

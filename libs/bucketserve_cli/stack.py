@@ -64,6 +64,10 @@ class LocalStack:
         self.gateway_addresses = self._reached("gateway")
         self.scheduler_addresses = self._reached("scheduler")
         self._deliveries = [self.settings.listen("gateway", "delivery_listen") for _ in self.gateway_addresses]
+        self._https = [
+            self.settings.optional_listen("gateway", "http_listen", None if spec.port is None and not index else 0)
+            for index in range(spec.num_gateways)
+        ]
         self.delivery_addresses = [
             self.settings.given("gateway", "delivery_address") or str(listen.local()) for listen in self._deliveries
         ]
@@ -137,6 +141,11 @@ class LocalStack:
         return self.gateway_addresses[0]
 
     @property
+    def http_address(self) -> str:
+        """Where the first gateway serves OpenAI's HTTP API; empty if it does not."""
+        return str(self._https[0].local()) if self._https[0] else ""
+
+    @property
     def delivery_address(self) -> str:
         """Where workers reach the first gateway."""
         return self.delivery_addresses[0]
@@ -204,6 +213,7 @@ class LocalStack:
                 metrics[name] = Address.parse(given) if given else Address("127.0.0.1", self._ports.take())
         self.metrics_addresses = {name: str(address.local()) for name, address in metrics.items()}
         delivery = {f"{_name('gateway', index)} delivery": address for index, address in enumerate(self._deliveries)}
+        delivery |= {f"{_name('gateway', index)} http": address for index, address in enumerate(self._https) if address}
         named = {f"{name} metrics": address for name, address in metrics.items()}
         self._exit.enter_context(hold_addresses({**self._listens, **delivery, **named}))
         self.redis_url = self.spec.redis_url or self.settings.given("scheduler", "redis_url") or self._start_store()
@@ -248,6 +258,7 @@ class LocalStack:
         }
         defaults = {
             "models": models,
+            "http_listen": str(self._https[index] or ""),
             "delivery_listen": str(self._deliveries[index]),
             "delivery_address": self.delivery_addresses[index],
             "scheduler_address": ",".join(self.scheduler_addresses),

@@ -195,11 +195,11 @@ def test_only_the_public_api_is_open_to_everybody(case: str) -> None:
         if not rule.get("from")
         for port in rule["ports"]
     }
-    assert open_ports == ({50051} if policies else set())
+    assert open_ports == ({50051, 8000} if policies else set())
     assert not policies or policies.keys() == workloads_by_component(case)
     for service in of_kind(case, "Service").values():
         if service["spec"].get("type", "ClusterIP") != "ClusterIP":
-            assert [port["port"] for port in service["spec"]["ports"]] == [50051]
+            assert [port["port"] for port in service["spec"]["ports"]] == [50051, 8000]
 
 
 def workloads_by_component(case: str) -> set[str]:
@@ -276,7 +276,7 @@ def test_every_pod_s_environment_starts_its_service(case: str, release: str, pod
         }
         loaded = load_settings({name: SECTIONS[name] for name in (component, "tls", "telemetry")}, environ=environ)
         settings = loaded.sections[component]
-        for field in ("listen", "delivery_listen", "metrics_listen"):
+        for field in ("listen", "http_listen", "delivery_listen", "metrics_listen"):
             if hasattr(settings, field):
                 assert Address.parse(getattr(settings, field)).is_wildcard
         for field in ("address", "delivery_address"):

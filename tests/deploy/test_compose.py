@@ -58,13 +58,13 @@ def test_variables_are_settings_and_the_service_has_time_to_drain(services: dict
     assert service["cap_drop"] == ["ALL"]
 
 
-def test_only_the_api_and_the_traces_are_published_and_only_to_this_machine(services: dict) -> None:
+def test_only_the_apis_and_the_traces_are_published_and_only_to_this_machine(services: dict) -> None:
     published = {
         name: [(port["host_ip"], port["target"]) for port in service["ports"]]
         for name, service in services.items()
         if "ports" in service
     }
-    assert published == {"gateway": [("127.0.0.1", 50051)], "jaeger": [("127.0.0.1", 16686)]}
+    assert published == {"gateway": [("127.0.0.1", 50051), ("127.0.0.1", 8000)], "jaeger": [("127.0.0.1", 16686)]}
 
 
 def test_workers_load_kernels_from_their_image_where_nothing_is_mounted(services: dict) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 
 from bucketserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc, job_pb2, job_pb2_grpc
+from tests.e2e.hostile_http import HOSTILE_HTTP
 
 __all__ = ["HOSTILE", "burst", "idle_connections", "invented_names", "unread_calls"]
 
@@ -243,7 +244,7 @@ HOSTILE: dict[str, Callable[[str, float], Coroutine[Any, Any, Outcomes]]] = {
 def main(arguments: list[str]) -> int:
     """`python -m tests.e2e.hostile ADDRESS KIND SCALE`: a client of its own; prints what it saw as JSON."""
     address, kind, scale = arguments
-    print(json.dumps(asyncio.run(HOSTILE[kind](address, float(scale)))))
+    print(json.dumps(asyncio.run({**HOSTILE, **HOSTILE_HTTP}[kind](address, float(scale)))))
     return 0
 
 

@@ -30,6 +30,7 @@ def start(service: str, *, prefix: tuple[str, ...] = (), **environ: str) -> subp
             **os.environ,
             f"{name}_LISTEN": f"127.0.0.1:{free_port()}",
             f"{name}_METRICS_LISTEN": "",
+            "BUCKETSERVE_GATEWAY_HTTP_LISTEN": "",
             "BUCKETSERVE_GATEWAY_DELIVERY_LISTEN": f"127.0.0.1:{free_port()}",
             "BUCKETSERVE_GATEWAY_MODELS": f"demo={MODEL}",
             "BUCKETSERVE_SCHEDULER_REDIS_URL": "memory://",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 
 import grpc
+import httpx
+import openai
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -362,6 +365,44 @@ async def test_a_key_opens_what_it_is_for_until_it_is_taken_away(new_stack: NewS
         assert await tokens_of(client, [3, 4], 5) == right([3, 4], 5)
 
 
+async def test_the_http_port_asks_for_the_same_keys(new_stack: NewStack, tmp_path: Path) -> None:
+    locked = Locked(tmp_path / "locked")
+    stack = new_stack(environ=locked.environ, **KINDS["both"])
+    trust = ssl.create_default_context(cafile=str(locked.papers.ca))
+    body = {"model": "demo", "prompt": [3, 4], "max_tokens": 5, "ignore_eos": True}
+
+    async def ask(who: str, **more: object) -> tuple[int, str | None]:
+        headers = {"authorization": f"Bearer {locked.keys.get(who, who)}"} if who else {}
+        headers |= {"x-llm-d-inference-fairness-id": str(more.pop("tenant"))} if "tenant" in more else {}
+        answer = await client.post("/v1/completions", json=body | more, headers=headers)
+        return answer.status_code, (answer.json().get("error") or {}).get("code")
+
+    async with httpx.AsyncClient(base_url=f"https://{stack.http_address}", verify=trust, timeout=60) as client:
+        nobody, forbidden = (401, "invalid_api_key"), (403, "forbidden")
+        assert {who: await ask(who) for who in ("", "x" * 43, "jobs", "narrow", "acme")} == {
+            "": nobody, "x" * 43: nobody, "jobs": forbidden, "narrow": forbidden, "acme": (200, None)
+        }  # fmt: skip
+        assert await ask("acme", tenant="other") == forbidden
+        assert await ask("front", tenant="other") == (200, None)
+        key = {"authorization": f"Bearer {locked.keys['narrow']}"}
+        assert (await client.get("/v1/models", headers=key)).json()["data"] == []
+        assert [(await client.get(path)).status_code for path in ("/v1/models", "/v1/models/demo")] == [401, 401]
+        assert [(await client.get("/v1/models/demo", headers=key)).status_code] == [403]
+        assert (await client.get("/health")).status_code == 200
+    async with openai.AsyncOpenAI(
+        base_url=f"https://{stack.http_address}/v1",
+        api_key=locked.keys["acme"],
+        http_client=httpx.AsyncClient(verify=trust),
+    ) as sdk:
+        stream = await sdk.completions.create(model="demo", prompt="once", max_tokens=4, stream=True)
+        assert [chunk.choices[0].finish_reason async for chunk in stream][-1] == "length"
+    # Plain text, and a certificate that nobody vouches for, get no further than the handshake.
+    for base_url, verify in ((f"http://{stack.http_address}", True), (f"https://{stack.http_address}", True)):
+        async with httpx.AsyncClient(base_url=base_url, verify=verify) as stranger:
+            with pytest.raises(httpx.TransportError):
+                await stranger.get("/health")
+
+
 async def test_certificates_of_all_are_replaced_under_load(new_stack: NewStack, tmp_path: Path) -> None:
     locked, new = Locked(tmp_path / "locked"), Authority(tmp_path / "new")
     stack = new_stack(environ=locked.environ, **KINDS["apart"])
@@ -398,6 +439,8 @@ async def test_certificates_of_all_are_replaced_under_load(new_stack: NewStack, 
         stack.gateway_address, tls=Tls(ca_file=str(new.ca_file)), api_key=locked.keys["acme"]
     ) as client:
         assert await load(client, 0.5) > 0
+    async with httpx.AsyncClient(verify=ssl.create_default_context(cafile=str(new.ca_file))) as client:
+        assert (await client.get(f"https://{stack.http_address}/health")).status_code == 200
     for name in stack.services:
         ends = metric(stack, name, "process_tls_certificate_ends_seconds")
         assert datetime.fromtimestamp(ends, UTC).date() == date(2222, 2, 2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,6 +46,7 @@ class Up:
                 [*command, "--model", str(MODEL), *arguments],
                 env={**os.environ, "BUCKETSERVE_GATEWAY_LISTEN": f"127.0.0.1:{self.port}", "COLUMNS": "200"}
                 | {"BUCKETSERVE_SCHEDULER_LISTEN": f"127.0.0.1:{free_port()}"}
+                | {"BUCKETSERVE_GATEWAY_HTTP_LISTEN": f"127.0.0.1:{free_port()}"}
                 | environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -232,8 +235,8 @@ async def test_a_stack_may_live_on_ipv6_alone(launch, host: str) -> None:
     # What listens on all addresses is reached at one of them.
     reached = "[::1]"
     delivery = free_port()
-    names = ("GATEWAY_LISTEN", "SCHEDULER_LISTEN", "WORKER_LISTEN", "GATEWAY_METRICS_LISTEN", "WORKER_METRICS_LISTEN")
-    environ = {f"BUCKETSERVE_{name}": f"{host}:{free_port()}" for name in names}
+    names = ("GATEWAY", "GATEWAY_HTTP", "SCHEDULER", "WORKER", "GATEWAY_METRICS", "WORKER_METRICS")
+    environ = {f"BUCKETSERVE_{name}_LISTEN": f"{host}:{free_port()}" for name in names}
     scheduler = environ["BUCKETSERVE_SCHEDULER_LISTEN"].replace(host, reached)
     up = ready(
         launch(
@@ -249,6 +252,9 @@ async def test_a_stack_may_live_on_ipv6_alone(launch, host: str) -> None:
     assert isinstance(events[-1], Finished)
     for name in ("gateway", "worker-0"):
         assert f"{name} metrics http://" in up.said()
+    http = environ["BUCKETSERVE_GATEWAY_HTTP_LISTEN"].replace(host, reached)
+    with urllib.request.urlopen(f"http://{http}/health", timeout=10) as answer:
+        assert json.load(answer) == {"status": "SERVING"}
 
 
 @pytest.mark.parametrize(

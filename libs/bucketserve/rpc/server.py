@@ -16,7 +16,7 @@ from bucketserve.rpc.health import HealthServicer
 from bucketserve.rpc.interceptors import ErrorInterceptor
 from bucketserve.rpc.tls import Tls
 
-__all__ = ["RpcServer"]
+__all__ = ["RpcServer", "connections_by_descriptors"]
 
 FOREVER_S = 86_400.0
 """A grace that stop() cuts short."""
@@ -60,7 +60,7 @@ class RpcServer:
         self._listen = listen
         self._credentials = None if tls is None else tls.server_credentials(is_public=is_public)
         self._health = HealthServicer([*services, ""])
-        most = min(max_connections, _connections_by_descriptors())
+        most = min(max_connections, connections_by_descriptors())
         self.grpc_server = grpc.aio.server(
             interceptors=[ErrorInterceptor(on_unexpected), *interceptors],
             # Of an option that is given twice the core takes the first.
@@ -114,12 +114,12 @@ class RpcServer:
             await self._leaving
 
 
-def _connections_by_descriptors() -> int:
+def connections_by_descriptors() -> int:
     """Raises the limit of open files to what is allowed; returns how many connections a server may have by it.
 
-    Half of it, a reserve aside, since a process has two servers at most: neither can take what the other, or the
-    process itself, needs.
+    A third of it, a reserve aside, since a process has three servers at most, one of them for HTTP: none can take what
+    the others, or the process itself, need.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else max((hard - OTHER_DESCRIPTORS) // 2, 16)
+    return MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else max((hard - OTHER_DESCRIPTORS) // 3, 16)

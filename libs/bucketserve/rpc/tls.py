@@ -6,6 +6,7 @@ the handshake. A certificate says that its bearer belongs to the deployment, and
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import ssl
 import threading
@@ -125,6 +126,31 @@ class Tls:
             changed,  # type: ignore[arg-type]
             require_client_authentication=asks,
         )
+
+    def http_context(self) -> ssl.SSLContext:
+        """Returns the same as server_credentials of a public port, for the servers of Python's own TLS."""
+        given, context = self.current(), self._http_context()
+
+        def renewed(connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, former: object) -> None:
+            nonlocal given, context
+            now = self.current()
+            if now is not given:
+                # What is read again here was found good a moment ago; if it is not now, the former stays.
+                with contextlib.suppress(ssl.SSLError, OSError):
+                    given, context = now, self._http_context()
+            connection.context = context
+
+        context.set_servername_callback(renewed)
+        return context
+
+    def _http_context(self) -> ssl.SSLContext:
+        context, given = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self.current()
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self._files.cert, self._files.key, password="")
+        if given.client_ca:
+            context.load_verify_locations(cadata=(given.ca + b"\n" + given.client_ca).decode("ascii"))
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Returns credentials with what the files have now: a channel keeps them as long as it lives."""

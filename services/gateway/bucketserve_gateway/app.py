@@ -1,8 +1,9 @@
-"""Composition root of the gateway: settings -> models -> parts -> two servers."""
+"""Composition root of the gateway: settings -> models -> parts -> servers for clients and for workers."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -18,22 +19,22 @@ from bucketserve.store.quotas import QuotaStore
 from bucketserve.store.redis import connect
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
-from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc, inference_pb2, inference_pb2_grpc, job_pb2, job_pb2_grpc
-from bucketserve_gateway.admission import Admission, AdmissionInterceptor
-from bucketserve_gateway.auth import AuthInterceptor, Keys
+from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
+from bucketserve_gateway.admission import Admission
+from bucketserve_gateway.auth import Keys
 from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.job_runner import JobRunner
 from bucketserve_gateway.jobs import JobServicer
 from bucketserve_gateway.models import load_models
+from bucketserve_gateway.openai import HttpServer
+from bucketserve_gateway.public import grpc_server, http_server
 from bucketserve_gateway.quotas import Quotas
-from bucketserve_gateway.reads import Reads
 from bucketserve_gateway.requests import OpenRequests
 from bucketserve_gateway.scheduler_link import SchedulerLink
 from bucketserve_gateway.servicer import GatewayParts, InferenceServicer
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
 from bucketserve_gateway.tokenizer_pool import TokenizerPool
-from bucketserve_gateway.validation import largest_message
 
 __all__ = ["serve"]
 
@@ -91,27 +92,26 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             settings.scheduler_address.split(","), ours, gateway_id, requests, observer.scheduler_state
         )
         quotas = Quotas(stores.quotas, keys.limits_of, observer.quota_uncounted)
-        inference = InferenceServicer(
-            GatewayParts(
-                settings=settings,
-                gateway_id=gateway_id,
-                delivery_address=settings.delivery_address or settings.delivery_listen,
-                catalog=catalog,
-                admission=admission,
-                quotas=quotas,
-                tokenizers=tokenizers,
-                requests=requests,
-                scheduler=scheduler,
-                delivery=delivery,
-                telemetry=observer,
-            )
+        parts = GatewayParts(
+            settings=settings,
+            gateway_id=gateway_id,
+            delivery_address=settings.delivery_address or settings.delivery_listen,
+            catalog=catalog,
+            keys=keys,
+            admission=admission,
+            quotas=quotas,
+            tokenizers=tokenizers,
+            requests=requests,
+            scheduler=scheduler,
+            delivery=delivery,
+            telemetry=observer,
         )
+        inference = InferenceServicer(parts)
         is_leaving = asyncio.Event()
         jobs_api = JobServicer(
             stores.jobs, stores.room, catalog, settings, admission=admission, is_leaving=is_leaving.is_set
         )
-        most_bytes = largest_message(catalog, settings.max_prompt_bytes)
-        public = _public_server(settings, ours, observer, admission, keys, most_bytes, inference, jobs_api)
+        public, http = grpc_server(parts, ours, inference, jobs_api), http_server(parts, ours, inference)
         internal = RpcServer(
             settings.delivery_listen,
             services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name, ours.health_service],
@@ -127,17 +127,22 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                 tasks.create_task(quotas.run(), name="quotas"),
             ]
             health = tasks.create_task(
-                _show_health([public, internal], scheduler, settings.scheduler_wait_s), name="health"
+                _show_health([public, internal, http], scheduler, settings.scheduler_wait_s), name="health"
             )
             runner = _job_runner(stores, inference, gateway_id, settings, observer)
             jobs = tasks.create_task(runner.run(), name="job-runner") if runner else None
             try:
-                await internal.start()
-                await public.start()
-                observer.log.info("gateway.ready", listen=settings.listen, models=",".join(settings.models))
+                for server in (internal, public, http):
+                    await server.start()
+                observer.log.info(
+                    "gateway.ready",
+                    listen=settings.listen,
+                    http_listen=settings.http_listen,
+                    models=",".join(settings.models),
+                )
                 await stop.wait()
                 health.cancel()
-                await public.leave(settings.lame_duck_s)
+                await asyncio.gather(public.leave(settings.lame_duck_s), http.leave(settings.lame_duck_s))
                 is_leaving.set()
                 if jobs is not None:
                     # What jobs have running here is given back: another gateway, or this one later, takes it up.
@@ -147,7 +152,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                 observer.log.info("gateway.drained", is_complete=is_drained, num_left=len(requests))
             finally:
                 # The last messages of the drained streams leave within the grace; what is left is cut.
-                await public.stop(FLUSH_S)
+                await asyncio.gather(public.stop(FLUSH_S), http.stop(FLUSH_S))
                 if jobs is not None:
                     jobs.cancel()
                 for task in (*background, health):
@@ -156,7 +161,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                 await internal.stop(FLUSH_S)
 
 
-async def _show_health(servers: list[RpcServer], scheduler: SchedulerLink, grace_s: float) -> None:
+async def _show_health(servers: Sequence[RpcServer | HttpServer], scheduler: SchedulerLink, grace_s: float) -> None:
     """Keeps health true: SERVING if a request would be served, or would only wait for a scheduler that takes over."""
     while True:
         for server in servers:
@@ -210,42 +215,3 @@ def _job_runner(
     if stores.jobs is None:
         return None
     return JobRunner(stores.jobs, inference.generate, gateway_id, settings, observer, stores.room)
-
-
-def _public_server(
-    settings: GatewaySettings,
-    ours: Deployment,
-    observer: GatewayTelemetry,
-    admission: Admission,
-    keys: Keys,
-    max_message_bytes: int,
-    inference: InferenceServicer,
-    jobs: JobServicer,
-) -> RpcServer:
-    """Returns the clients' server."""
-    server = RpcServer(
-        settings.listen,
-        services=[
-            inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
-            job_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
-            ours.health_service,
-        ],
-        on_unexpected=observer.unexpected,
-        tls=ours.tls,
-        is_public=True,
-        enable_reflection=keys.is_open if settings.enable_reflection is None else settings.enable_reflection,
-        max_connections=settings.max_connections,
-        interceptors=[
-            AuthInterceptor(keys),
-            AdmissionInterceptor(admission, Reads.of(max_message_bytes, admission.refusal)),
-        ],
-        options=[
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_metadata_size", settings.max_metadata_bytes),
-            # Beyond the soft limit calls would be refused at random.
-            ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes + 1024),
-        ],
-    )
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server.grpc_server)
-    job_pb2_grpc.add_JobServiceServicer_to_server(jobs, server.grpc_server)
-    return server

@@ -80,18 +80,22 @@ class Identity:
             case _:
                 raise self._refusal(f"no key is for {message.DESCRIPTOR.full_name}")
 
+    def may_use(self, model: str) -> bool:
+        """Whether the key is for a model."""
+        return self.models is None or model in self.models
+
     def shown(self, message: Message) -> Message:
         """Returns an answer without the models that the key is not for."""
-        if not isinstance(message, inference_pb2.ListModelsResponse) or self.models is None:
+        if not isinstance(message, inference_pb2.ListModelsResponse):
             return message
-        return inference_pb2.ListModelsResponse(models=[model for model in message.models if model.name in self.models])
+        return inference_pb2.ListModelsResponse(models=[model for model in message.models if self.may_use(model.name)])
 
     def _check_scope(self, scope: Scope) -> None:
         if scope not in self.scopes:
             raise self._refusal(f"this key has no scope {scope.value!r}")
 
     def _check_model(self, name: str) -> None:
-        if self.models is not None and (name or self.default_model) not in self.models:
+        if not self.may_use(name or self.default_model):
             raise self._refusal(f"this key is not for model {name!r}")
 
     def _check_class(self, request_class: RequestClass) -> None:

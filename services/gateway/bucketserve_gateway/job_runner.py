@@ -26,7 +26,7 @@ from bucketserve.v1 import inference_pb2, job_pb2
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
 
-__all__ = ["JobRunner"]
+__all__ = ["FOREVER", "JobRunner"]
 
 LOOK_S = 0.5
 STORE_RETRY_S = 1.0

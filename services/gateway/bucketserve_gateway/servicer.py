@@ -14,6 +14,7 @@ from opentelemetry.trace import Span
 from bucketserve.core.errors import BucketServeError, FieldViolation, InvalidRequestError
 from bucketserve.v1 import inference_pb2, inference_pb2_grpc, scheduler_pb2
 from bucketserve_gateway.admission import Admission, Room
+from bucketserve_gateway.auth import Keys
 from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.quotas import Quotas
@@ -47,6 +48,7 @@ class GatewayParts:
     gateway_id: str
     delivery_address: str
     catalog: ModelCatalog
+    keys: Keys
     admission: Admission
     quotas: Quotas
     tokenizers: TokenizerPool

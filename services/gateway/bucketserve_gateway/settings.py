@@ -17,6 +17,7 @@ class GatewaySettings(Section):
     """[gateway]."""
 
     listen: ListenAddress = Field("127.0.0.1:50051", description="host:port of the public API and health checks")
+    http_listen: OptionalListen = Field("127.0.0.1:8000", description="host:port of OpenAI's HTTP API; empty: off")
     delivery_listen: ListenAddress = Field("127.0.0.1:50053", description="host:port for tokens from workers")
     delivery_address: OptionalTarget = Field(
         "",

@@ -13,7 +13,7 @@ from bucketserve.v1 import common_pb2, inference_pb2, job_pb2
 from bucketserve_gateway.auth import Identity, Keys
 from bucketserve_gateway.keys import hash_of, new_key
 
-KEY = new_key()
+KEY = "bs-" + "a1B2" * 10
 GOOD = f'[[keys]]\nname = "a"\nsha256 = "{hash_of(KEY)}"\ntenant = "acme"\n'
 Generate = inference_pb2.GenerateRequest
 

@@ -1,0 +1,261 @@
+"""The HTTP server in the gateway's event loop: uvicorn's connections, with the bounds that it does not have itself.
+
+A connection that sends no request, sends one slowly, or does not take its response is closed after a while; heads are
+bounded in bytes; what uvicorn keeps of a request beside head and body is bounded too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Any
+
+import orjson
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from bucketserve.addresses import Address
+from bucketserve.core.errors import SettingsError
+from bucketserve.rpc.server import connections_by_descriptors
+from bucketserve.rpc.tls import Tls
+from bucketserve_gateway.openai.errors import HttpError, body_of
+from bucketserve_gateway.openai.facade import OpenAIFacade
+
+__all__ = ["HttpServer"]
+
+SILENT_S = 5.0
+"""For a new connection to begin its first request."""
+ARRIVE_S = 30.0
+"""For a head to arrive, for the rest of a body that was refused, and for what was sent to be taken."""
+IDLE_S = 75
+"""Between requests: longer than clients keep connections, so that none is closed as they use it again."""
+FRAME_BYTES = 1 << 20
+"""Of a body, for the frames of its chunks."""
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+"""A client whose machine is gone is noticed within a minute, though nothing is sent."""
+BACKLOG = 1024
+POLL_S, CUT_S = 0.02, 1.0
+
+
+class HttpServer:
+    """Listens, serves, leaves."""
+
+    def __init__(
+        self, listen: str, facade: OpenAIFacade, *, tls: Tls | None, max_connections: int, max_head_bytes: int
+    ) -> None:
+        """Binds nothing yet; with an empty address it never will.
+
+        Args:
+            listen: host:port; empty for none.
+            facade: what serves.
+            tls: how connections are secured; None: they aren't.
+            max_connections: further ones are closed at once.
+            max_head_bytes: most bytes of a request's head.
+        """
+        self._address = Address.parse(listen) if listen else None
+        self._facade = facade
+        self._tls = None if tls is None else tls.http_context()
+        self._limits = (min(max_connections, connections_by_descriptors()), max_head_bytes)
+        self._state = ServerState()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Binds and accepts connections.
+
+        Raises:
+            SettingsError: the address can't be bound.
+        """
+        if self._address is None:
+            return
+        config = uvicorn.Config(
+            self._facade,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            # What clients do wrong is no event of ours.
+            log_level="critical",
+            access_log=False,
+            proxy_headers=False,
+            timeout_keep_alive=IDLE_S,
+        )
+        config.load()
+        try:
+            self._server = await _listen(
+                self._address, lambda: _Connection(config, self._state, *self._limits), self._tls
+            )
+        except OSError as error:
+            problem = error.strerror or error
+            raise SettingsError([f"http_listen: can't listen on {self._address}: {problem}"]) from error
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """Answers /health accordingly."""
+        self._facade.is_serving = is_serving
+
+    async def leave(self, lame_duck_s: float) -> None:
+        """Parts with clients, as RpcServer.leave does; running exchanges go on until stop()."""
+        await self.set_serving(False)
+        await asyncio.sleep(lame_duck_s)
+        self._close()
+
+    def _close(self) -> None:
+        """Takes no more connections; closes idle ones, and the others as soon as they have answered."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+
+    async def stop(self, grace_s: float) -> None:
+        """Lets running exchanges finish for at most grace_s seconds, then cuts them."""
+        self._close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self._state.connections:
+                    await asyncio.sleep(POLL_S)
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        if self._state.tasks:
+            # They notice that their clients are gone.
+            await asyncio.wait(self._state.tasks, timeout=CUT_S)
+
+
+async def _listen(
+    address: Address, connection: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None
+) -> asyncio.Server:
+    loop, (host, port) = asyncio.get_running_loop(), address
+    patience_s = None if tls is None else SILENT_S
+    if not address.is_wildcard:
+        return await loop.create_server(
+            connection, host, port, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=patience_s
+        )
+    # Of both families, as gRPC's servers do.
+    if socket.has_dualstack_ipv6():
+        bound = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    else:
+        bound = socket.create_server(("0.0.0.0", port))
+    return await loop.create_server(connection, sock=bound, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=patience_s)
+
+
+class _Part(Enum):
+    """Which part of a request is to come."""
+
+    BETWEEN = auto()
+    HEAD = auto()
+    BODY = auto()
+
+
+class _Connection(HttpToolsProtocol):
+    """A client's connection."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, max_connections: int, max_head_bytes: int) -> None:
+        super().__init__(config, state, app_state={})
+        self._max_connections = max_connections
+        self._max_head_bytes = max_head_bytes
+        self._part = _Part.BETWEEN
+        self._num_bytes = 0
+        """Of the request so far, without its body."""
+        self._arrival: asyncio.TimerHandle | None = None
+        """Cuts the connection, unless what is due arrives."""
+        self._taking: asyncio.TimerHandle | None = None
+        """Cuts the connection, unless its client takes what was sent."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self._max_connections:
+            transport.abort()
+            return
+        if connection := transport.get_extra_info("socket"):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in KEEPALIVE.items():
+                if option := getattr(socket, name, None):
+                    connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        self._expect_arrival(SILENT_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._has_arrived()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._num_bytes += len(data)
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._part is _Part.HEAD and self._num_bytes > self._max_head_bytes:
+            self._refuse(HttpError(431, f"a head has at most {self._max_head_bytes} bytes", "headers_too_large"))
+        elif self._num_bytes > self._max_head_bytes + FRAME_BYTES:
+            self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        self._part = _Part.HEAD
+        self._expect_arrival(ARRIVE_S)
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._part = _Part.BODY
+        self._has_arrived()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_bytes -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._part, self._num_bytes = _Part.BETWEEN, 0
+        self._has_arrived()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._expect_taking()
+        elif self._part is _Part.BODY:
+            # It was answered before all of it had come: what still comes is thrown away.
+            self._expect_arrival(ARRIVE_S)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_taking()
+
+    def resume_writing(self) -> None:
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(HttpError(400, msg))
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._expect_taking()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing():
+            self._expect_taking()
+
+    def _refuse(self, error: HttpError) -> None:
+        """Says what is wrong with what is no request, and closes."""
+        body = orjson.dumps(body_of(error, {}))
+        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[error.status] + head + body)
+        self.transport.close()
+        self._expect_taking()
+
+    def _expect_arrival(self, within_s: float) -> None:
+        self._has_arrived()
+        self._arrival = self.loop.call_later(within_s, self.transport.abort)
+
+    def _has_arrived(self) -> None:
+        if self._arrival is not None:
+            self._arrival.cancel()
+            self._arrival = None
+
+    def _expect_taking(self) -> None:
+        if self._taking is None:
+            self._taking = self.loop.call_later(ARRIVE_S, self.transport.abort)

@@ -1,0 +1,68 @@
+"""What clients can reach: the gRPC port with the native services, and the HTTP port."""
+
+from __future__ import annotations
+
+from bucketserve.rpc.deployment import Deployment
+from bucketserve.rpc.server import RpcServer
+from bucketserve.v1 import inference_pb2, inference_pb2_grpc, job_pb2, job_pb2_grpc
+from bucketserve_gateway.admission import AdmissionInterceptor
+from bucketserve_gateway.auth import AuthInterceptor
+from bucketserve_gateway.jobs import JobServicer
+from bucketserve_gateway.openai import HttpServer, OpenAIFacade
+from bucketserve_gateway.reads import Reads
+from bucketserve_gateway.servicer import GatewayParts, InferenceServicer
+from bucketserve_gateway.validation import largest_message
+
+__all__ = ["grpc_server", "http_server"]
+
+
+def grpc_server(parts: GatewayParts, ours: Deployment, inference: InferenceServicer, jobs: JobServicer) -> RpcServer:
+    """Returns the server of the native API and of the other protocols that speak gRPC."""
+    settings, admission, keys = parts.settings, parts.admission, parts.keys
+    max_message_bytes = largest_message(parts.catalog, settings.max_prompt_bytes)
+    server = RpcServer(
+        settings.listen,
+        services=[
+            inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+            job_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+            ours.health_service,
+        ],
+        on_unexpected=parts.telemetry.unexpected,
+        tls=ours.tls,
+        is_public=True,
+        enable_reflection=keys.is_open if settings.enable_reflection is None else settings.enable_reflection,
+        max_connections=settings.max_connections,
+        interceptors=[
+            AuthInterceptor(keys),
+            AdmissionInterceptor(admission, Reads.of(max_message_bytes, admission.refusal)),
+        ],
+        options=[
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_metadata_size", settings.max_metadata_bytes),
+            # Beyond the soft limit calls would be refused at random.
+            ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes + 1024),
+        ],
+    )
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server.grpc_server)
+    job_pb2_grpc.add_JobServiceServicer_to_server(jobs, server.grpc_server)
+    return server
+
+
+def http_server(parts: GatewayParts, ours: Deployment, inference: InferenceServicer) -> HttpServer:
+    """Returns the server of OpenAI's API."""
+    settings = parts.settings
+    facade = OpenAIFacade(
+        inference.generate,
+        parts.catalog,
+        parts.keys,
+        parts.admission,
+        parts.telemetry,
+        max_body_bytes=largest_message(parts.catalog, settings.max_prompt_bytes),
+    )
+    return HttpServer(
+        settings.http_listen,
+        facade,
+        tls=ours.tls,
+        max_connections=settings.max_connections,
+        max_head_bytes=settings.max_metadata_bytes,
+    )

@@ -1,0 +1,268 @@
+"""The HTTP server over real sockets: what is slow, silent or does not read is cut, and keeps nobody's place."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping
+
+import pytest
+
+from bucketserve.core.errors import EngineError, SettingsError
+from bucketserve.store.embedded import free_port
+from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway import reads
+from bucketserve_gateway.admission import Admission
+from bucketserve_gateway.openai import HttpServer, OpenAIFacade, server
+from tests.e2e.observe import eventually
+from tests.unit.gateway.builders import catalog
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
+SHORT_S = 0.3
+"""In place of half a minute."""
+
+
+class Telemetry:
+    """Keeps what nobody foresaw."""
+
+    def __init__(self) -> None:
+        self.unexpected_errors: list[BaseException] = []
+
+    def unexpected(self, method: str, error: BaseException) -> None:
+        self.unexpected_errors.append(error)
+
+    def refused(self, model: str, request_class: str, error: BaseException) -> None:
+        pass
+
+
+class Runs:
+    """Generates chunks of a size, as fast as they are taken; counts those that are open."""
+
+    def __init__(self, num_chunks: int = 2, text: str = "ab", error: Exception | None = None) -> None:
+        self.num_chunks, self.text, self.error = num_chunks, text, error
+        self.num_open = 0
+        self.num_sent = 0
+
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str], remaining_s: float | None
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        self.num_open += 1
+        try:
+            yield inference_pb2.GenerateResponse(started=inference_pb2.GenerateStarted(model="demo", prompt_tokens=1))
+            for _ in range(self.num_chunks):
+                self.num_sent += 1
+                # As where tokens are waited for.
+                await asyncio.sleep(0)
+                yield inference_pb2.GenerateResponse(chunk=inference_pb2.GenerateChunk(text=self.text, token_ids=[5]))
+            if self.error is not None:
+                raise self.error
+            finished = inference_pb2.GenerateFinished(reason=common_pb2.FINISH_REASON_LENGTH)
+            yield inference_pb2.GenerateResponse(finished=finished)
+        finally:
+            self.num_open -= 1
+
+
+class Served:
+    """A server and what is behind it."""
+
+    def __init__(self, runs: Runs, *, max_connections: int = 100) -> None:
+        self.runs = runs
+        self.telemetry = Telemetry()
+        self.admission = Admission(
+            max_calls=100,
+            max_calls_per_connection=100,
+            max_bytes=1 << 20,
+            on_change=lambda calls, num_bytes: None,
+            on_refused=lambda reason: None,
+        )
+        self.port = free_port()
+        facade = OpenAIFacade(runs.generate, catalog(), self.admission, self.telemetry, 100_000)  # type: ignore[arg-type]
+        self.http = HttpServer(f"127.0.0.1:{self.port}", facade, max_connections=max_connections, max_head_bytes=16_384)
+
+    @contextlib.asynccontextmanager
+    async def connected(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    def is_quiet(self) -> bool:
+        """Whether nothing of anybody is left."""
+        state = self.http._state
+        return not (state.connections or state.tasks or self.admission.num_calls or self.runs.num_open)
+
+
+@contextlib.asynccontextmanager
+async def serving(runs: Runs | None = None, **more: int) -> AsyncIterator[Served]:
+    served = Served(runs or Runs(), **more)
+    await served.http.start()
+    try:
+        yield served
+        await eventually(served.is_quiet, 10)
+        assert served.telemetry.unexpected_errors == []
+    finally:
+        await served.http.stop(0)
+
+
+async def rest(reader: asyncio.StreamReader) -> bytes:
+    """Returns what comes until the connection is closed."""
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(10):
+            return await reader.read()
+    return b""
+
+
+def asking(**members: object) -> bytes:
+    """Returns the bytes of a request after which the connection ends."""
+    body = json.dumps({"prompt": "a", **members}).encode()
+    return HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "SILENT_S", SHORT_S)
+    monkeypatch.setattr(server, "ARRIVE_S", SHORT_S)
+    monkeypatch.setattr(server, "IDLE_S", SHORT_S)
+    monkeypatch.setattr(reads, "READ_S", SHORT_S)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\r\n\r\n",
+        b"GET /health HT",
+        b"GET /health HTTP/1.1\r\nX: ",
+        # Kept for a while after an answer, and then no request, or half of one.
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\nGET /hea",
+    ],
+)
+async def test_who_sends_no_request_is_cut(data: bytes) -> None:
+    async with serving() as served, served.connected() as (reader, writer):
+        writer.write(data)
+        answer = await rest(reader)
+        assert answer.count(b"HTTP/1.1 503 ") == data.count(b"\r\n\r\n") - data.startswith(b"\r\n")
+
+
+@pytest.mark.usefixtures("short")
+async def test_a_slow_body_is_told_so() -> None:
+    async with serving() as served, served.connected() as (reader, writer):
+        writer.write(HEAD + b"Content-Length: 100\r\n\r\n{")
+        head, _, body = (await rest(reader)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in head
+    assert json.loads(body)["error"]["code"] == "slow_request"
+
+
+@pytest.mark.usefixtures("short")
+async def test_the_rest_of_a_refused_body_is_thrown_away_and_may_not_take_for_ever() -> None:
+    async with serving() as served, served.connected() as (reader, writer):
+        writer.write(HEAD + b"Content-Length: 200000\r\n\r\n" + b"a" * 150_000)
+        assert b"413" in await reader.readline()
+        await reader.readuntil(b"}}")
+        # All of it comes: the connection is good for more.
+        writer.write(b"a" * 50_000 + b"GET /version HTTP/1.1\r\n\r\n")
+        assert b"200" in await reader.readline()
+    async with serving() as served, served.connected() as (reader, writer):
+        writer.write(HEAD + b"Content-Length: 200000\r\n\r\n" + b"a" * 150_000)
+        assert b" 413 " in await rest(reader)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_who_does_not_read_is_cut(is_stream: bool) -> None:
+    runs = Runs(num_chunks=200, text="x" * 100_000)
+    async with serving(runs) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=1)
+        writer.write(asking(stream=is_stream))
+        await reader.readexactly(10)
+        # It asks for twenty megabytes and takes ten bytes. What it does not take is not made.
+        await eventually(served.is_quiet, 10)
+        assert (runs.num_sent < 200) == is_stream
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def test_who_reads_slowly_gets_everything() -> None:
+    runs = Runs(num_chunks=50, text="x" * 100_000)
+    async with serving(runs) as served, served.connected() as (reader, writer):
+        writer.write(asking(stream=True))
+        pieces = []
+        while piece := await reader.read(200_000):
+            pieces.append(piece)
+            await asyncio.sleep(0.001)
+        assert b"".join(pieces).count(b"x" * 100_000) == 50
+        assert b"".join(pieces).endswith(b"0\r\n\r\n")
+
+
+async def test_an_error_after_the_beginning_is_the_last_event_and_one_nobody_foresaw_is_reported() -> None:
+    for error in (EngineError("secret"), ValueError("secret")):
+        async with serving(Runs(error=error)) as served, served.connected() as (reader, writer):
+            writer.write(asking(stream=True))
+            answer = await rest(reader)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert b"data: [DONE]" not in answer
+            assert b"secret" not in answer
+            assert answer.endswith(
+                b'"message":"internal error","type":"server_error","code":null,"param":null}}\n\n\r\n0\r\n\r\n'
+            )
+            assert served.telemetry.unexpected_errors == ([error] if isinstance(error, ValueError) else [])
+            served.telemetry.unexpected_errors.clear()
+
+
+async def test_one_choice_that_fails_ends_all_of_them() -> None:
+    runs = Runs(error=EngineError("no"))
+    async with serving(runs) as served, served.connected() as (reader, writer):
+        writer.write(asking(n=5))
+        assert (await rest(reader)).startswith(b"HTTP/1.1 500 ")
+
+
+async def test_connections_beyond_the_limit_are_closed() -> None:
+    async with serving(max_connections=2) as served, served.connected(), served.connected() as (reader, writer):
+        async with served.connected() as (third, _):
+            assert await rest(third) == b""
+        writer.write(b"GET /version HTTP/1.1\r\n\r\n")
+        assert b"200" in await reader.readline()
+
+
+async def test_an_address_that_is_taken_is_named() -> None:
+    async with serving() as served:
+        facade = served.http._facade
+        second = HttpServer(f"127.0.0.1:{served.port}", facade, max_connections=5, max_head_bytes=1000)
+        with pytest.raises(SettingsError, match=f"http_listen: can't listen on 127.0.0.1:{served.port}"):
+            await second.start()
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0", "[::]"])
+async def test_every_address_is_one_of_both_families(listen: str) -> None:
+    runs, port = Runs(), free_port()
+    served = Served(runs)
+    http = HttpServer(f"{listen}:{port}", served.http._facade, max_connections=5, max_head_bytes=1000)
+    await http.start()
+    try:
+        for host in ("127.0.0.1", "::1"):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(b"GET /version HTTP/1.1\r\n\r\n")
+            assert b"200" in await reader.readline()
+            writer.close()
+            await writer.wait_closed()
+    finally:
+        await http.stop(0)
+
+
+async def test_what_runs_when_it_ends_is_cut_and_leaves_nothing() -> None:
+    runs = Runs(num_chunks=10**9)
+    served = Served(runs)
+    await served.http.start()
+    async with served.connected() as (reader, writer):
+        writer.write(asking(stream=True))
+        await reader.readline()
+        await served.http.stop(0.1)
+        assert served.is_quiet()

@@ -1,0 +1,157 @@
+"""Tokens and ends of runs in OpenAI's shapes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import orjson
+import pytest
+
+from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway.detokenizer import Detokenizer, TokenBytes
+from bucketserve_gateway.models import ModelCard, ServedModel
+from bucketserve_gateway.openai.answers import Answer
+from bucketserve_gateway.openai.caller import caller_of
+from bucketserve_gateway.openai.translation import chat_completion, completion
+from tests.unit.gateway.builders import byte_fallback_bpe, byte_level_bpe, metaspace_unigram
+
+STARTED = inference_pb2.GenerateStarted(model="demo", prompt_tokens=3)
+FINISHED = inference_pb2.GenerateFinished(
+    reason=common_pb2.FINISH_REASON_STOP, usage=inference_pb2.Usage(cached_prompt_tokens=2)
+)
+
+
+def served(tokenizer: Any) -> ServedModel:
+    card = ModelCard(
+        name="demo",
+        context_tokens=100,
+        vocab_size=len(tokenizer),
+        eos_token_ids=(0,),
+        has_chat_template=False,
+        default_max_tokens=32,
+    )
+    return ServedModel(card, tokenizer, TokenBytes(tokenizer.backend_tokenizer))
+
+
+def answer(model: ServedModel, *, is_chat: bool = False, **members: Any) -> Answer:
+    if is_chat:
+        wanted = chat_completion({"messages": [{"role": "user", "content": "a"}], **members}, caller_of([]))
+    else:
+        wanted = completion({"prompt": "a", **members}, caller_of([]))
+    return Answer(wanted, model, [STARTED] * wanted.num_choices)
+
+
+def position(token_id: int, *top: tuple[int, float], logprob: float = -0.5) -> common_pb2.PositionLogprobs:
+    return common_pb2.PositionLogprobs(
+        chosen=common_pb2.TokenLogprob(token_id=token_id, logprob=logprob),
+        top=[common_pb2.TokenLogprob(token_id=other, logprob=value) for other, value in top],
+    )
+
+
+def chunk(text: str, *positions: common_pb2.PositionLogprobs) -> inference_pb2.GenerateChunk:
+    ids = [each.chosen.token_id for each in positions]
+    return inference_pb2.GenerateChunk(text=text, token_ids=ids, logprobs=positions)
+
+
+@pytest.mark.parametrize("make", [byte_level_bpe, byte_fallback_bpe, metaspace_unigram])
+@pytest.mark.parametrize("text", [" the quick brown fox", " naïve", " 日本語"])
+def test_tokens_put_together_are_the_text(make: Any, text: str) -> None:
+    tokenizer = make()
+    model = served(tokenizer)
+    ids = tokenizer.encode("the" + text, add_special_tokens=False)[1:]
+    expected = Detokenizer(model.token_bytes, tokenizer.encode("the", add_special_tokens=False)).put(ids, is_last=True)
+    positions = [position(token_id) for token_id in ids]
+    whole = answer(model, is_chat=True, logprobs=True).choices[0]
+    # However they are split into deliveries.
+    pieces = [whole.piece(chunk("", each)) for each in positions]
+    entries = [entry for piece in pieces if piece for entry in piece["logprobs"]["content"]]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == expected
+    of_completion = answer(model, logprobs=0).choices[0].piece(chunk(expected, *positions))
+    assert of_completion is not None
+    logprobs = of_completion["logprobs"]
+    raw = [entry["bytes"] for entry in entries]
+    for token, own in zip(logprobs["tokens"], raw, strict=True):
+        assert token == bytes(own).decode(errors="replace") or token.startswith("bytes:\\x")
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+    assert logprobs["text_offset"][0] == 0
+    assert logprobs["text_offset"][-1] < len(expected)
+
+
+def test_parts_of_characters_special_tokens_and_what_is_impossible_can_be_written() -> None:
+    tokenizer = byte_level_bpe()
+    model = served(tokenizer)
+    end = tokenizer.eos_token_id
+    half = tokenizer.convert_tokens_to_ids("æ")  # byte 0xe6, as byte-level vocabularies write it
+    positions = [position(half, (end, -math.inf), (half, -1.0)), position(end, (end, -0.25), (10**6, -3.0))]
+    piece = answer(model, logprobs=2).choices[0].piece(chunk("x", *positions))
+    assert piece is not None
+    logprobs = orjson.loads(orjson.dumps(piece))["logprobs"]
+    assert logprobs["tokens"] == ["bytes:\\xe6", "<|end|>"]
+    # The chosen one is there, though its name is the same as another's or it is not among the likeliest.
+    assert logprobs["top_logprobs"][0] == {"<|end|>": -9999.0, "bytes:\\xe6": -1.0}
+    assert logprobs["top_logprobs"][1] == {"<|end|>": -0.25, "": -3.0}
+    chat = answer(model, is_chat=True, logprobs=True).choices[0].piece(chunk("x", *positions))
+    assert chat is not None
+    first, second = chat["logprobs"]["content"]
+    assert (first["bytes"], second["token"], second["bytes"]) == ([0xE6], "<|end|>", None)
+
+
+def test_a_piece_that_shows_nothing_is_none_and_the_role_comes_once() -> None:
+    model = served(byte_level_bpe())
+    choice = answer(model, is_chat=True).choices[0]
+    quiet = inference_pb2.GenerateChunk(token_ids=[5])
+    assert choice.piece(quiet) is None
+    first, second = choice.piece(chunk("a")), choice.piece(chunk("b"))
+    assert first is not None
+    assert second is not None
+    assert (first["delta"], second["delta"]) == ({"role": "assistant", "content": "a"}, {"content": "b"})
+    assert choice.end(FINISHED) == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
+    assert choice.num_tokens == 1
+    # One that says nothing at all has a role as well.
+    empty = answer(model, is_chat=True).choices[0]
+    assert empty.end(FINISHED)["delta"] == {"role": "assistant"}
+
+
+def test_an_answer_without_a_word_is_whole() -> None:
+    model = served(byte_level_bpe())
+    for members, text in (({}, ""), ({"echo": True}, "a")):
+        whole = answer(model, **members)
+        whole.choices[0].gather(inference_pb2.GenerateResponse(finished=FINISHED))
+        document = whole.whole()
+        assert document["choices"] == [{"index": 0, "text": text, "logprobs": None, "finish_reason": "stop"}]
+        details = {"cached_tokens": 2}
+        usage = {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3, "prompt_tokens_details": details}
+        assert document["usage"] == usage
+    chat = answer(model, is_chat=True, logprobs=True)
+    chat.choices[0].gather(inference_pb2.GenerateResponse(finished=FINISHED))
+    (shown,) = chat.whole()["choices"]
+    assert shown["message"] == {"role": "assistant", "content": "", "refusal": None}
+    assert shown["logprobs"] == {"content": []}
+
+
+def test_usage_in_every_chunk_or_in_the_last() -> None:
+    model = served(byte_level_bpe())
+    options = {"include_usage": True}
+    of_stream = answer(model, stream=True, stream_options=options)
+    assert of_stream.chunk({})["usage"] is None
+    assert of_stream.last_chunk()["usage"]["prompt_tokens"] == 3
+    assert "usage" not in answer(model, stream=True).chunk({})
+    always = answer(model, stream=True, stream_options={**options, "continuous_usage_stats": True})
+    always.choices[0].piece(chunk("a", position(5)))
+    assert always.chunk({})["usage"]["completion_tokens"] == 1
+
+
+def test_a_prompt_counts_once_however_many_choices_it_has() -> None:
+    whole = answer(served(byte_level_bpe()), prompt=["a", "b"], n=3)
+    for choice in whole.choices:
+        choice.gather(inference_pb2.GenerateResponse(finished=FINISHED))
+    assert whole.usage()["prompt_tokens"] == 2 * 3
+    assert whole.usage()["prompt_tokens_details"] == {"cached_tokens": 2 * 2}
+
+
+@pytest.mark.parametrize(("tier", "shown"), [("flex", "flex"), ("auto", "default"), ("priority", "default")])
+def test_the_tier_that_served_is_told_to_who_named_one(tier: str, shown: str) -> None:
+    model = served(byte_level_bpe())
+    assert answer(model, is_chat=True, service_tier=tier).chunk({})["service_tier"] == shown
+    assert "service_tier" not in answer(model, is_chat=True).chunk({})

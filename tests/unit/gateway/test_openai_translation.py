@@ -1,0 +1,489 @@
+"""What a body of OpenAI's API becomes, and what is refused, by which name."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any
+
+import pytest
+from google.protobuf.json_format import MessageToDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bucketserve.core.errors import (
+    BucketServeError,
+    DeadlineError,
+    EngineError,
+    FieldViolation,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+    UnknownModelError,
+)
+from bucketserve.v1 import inference_pb2
+from bucketserve_gateway.openai.caller import Caller, caller_of
+from bucketserve_gateway.openai.errors import ParameterError, body_of, headers_of, status_of
+from bucketserve_gateway.openai.translation import MAX_CHOICES, Wanted, chat_completion, completion
+from bucketserve_gateway.validation import validate
+from tests.unit.gateway.builders import catalog
+
+NOBODY = caller_of([])
+USER = {"role": "user", "content": "hello"}
+DEFAULTS = {"sampling": {"temperature": 1.0}, "requestClass": "REQUEST_CLASS_INTERACTIVE", "slo": {}, "response": {}}
+
+
+def complete(**members: Any) -> Wanted:
+    return completion({"prompt": "a", **members}, NOBODY)
+
+
+def chat(**members: Any) -> Wanted:
+    return chat_completion({"messages": [USER], **members}, NOBODY)
+
+
+def shown(request: inference_pb2.GenerateRequest) -> dict[str, Any]:
+    """A request without what is drawn, as its fields are called in JSON."""
+    return {name: value for name, value in MessageToDict(request).items() if name != "requestId"}
+
+
+def only(wanted: Wanted) -> dict[str, Any]:
+    (request,) = wanted.requests()
+    return shown(request)
+
+
+def refused(read: Any, **members: Any) -> ParameterError:
+    with pytest.raises(ParameterError) as caught:
+        read(**members)
+    return caught.value
+
+
+def test_what_is_not_given_has_the_defaults_of_openai() -> None:
+    assert only(complete()) == {**DEFAULTS, "prompt": "a", "stopping": {"maxTokens": 16}}
+    turns = {"messages": [{"role": "user", "content": "hello"}]}
+    # How much a chat may say by default is the gateway's affair.
+    assert only(chat()) == {**DEFAULTS, "chat": turns, "stopping": {}}
+    for wanted in (complete(), chat()):
+        assert not (wanted.is_stream or wanted.has_usage or wanted.is_echo)
+        assert wanted.tier is None
+        assert wanted.label == wanted.answer_id
+
+
+@pytest.mark.parametrize(
+    ("members", "field", "value"),
+    [
+        ({"model": "demo"}, "model", "demo"),
+        ({"temperature": 0}, "sampling", {"temperature": 0.0}),
+        ({"temperature": 0.5, "top_p": 0.25}, "sampling", {"temperature": 0.5, "topP": 0.25}),
+        ({"seed": 7}, "sampling", {"temperature": 1.0, "seed": "7"}),
+        ({"seed": -1}, "sampling", {"temperature": 1.0, "seed": str(2**64 - 1)}),
+        ({"top_k": 5, "min_p": 0.5}, "sampling", {"temperature": 1.0, "topK": 5, "minP": 0.5}),
+        ({"top_k": -1}, "sampling", {"temperature": 1.0, "topK": 0}),
+        ({"repetition_penalty": 2}, "sampling", {"temperature": 1.0, "repetitionPenalty": 2.0}),
+        ({"max_tokens": 3}, "stopping", {"maxTokens": 3}),
+        ({"stop": "x", "max_tokens": 3}, "stopping", {"maxTokens": 3, "stopStrings": ["x"]}),
+        ({"stop": ["x", "y"], "max_tokens": 3}, "stopping", {"maxTokens": 3, "stopStrings": ["x", "y"]}),
+        ({"stop": None, "max_tokens": 3}, "stopping", {"maxTokens": 3}),
+        ({"stop_token_ids": [1], "max_tokens": 3}, "stopping", {"maxTokens": 3, "stopTokenIds": [1]}),
+        ({"ignore_eos": True, "max_tokens": 3}, "stopping", {"maxTokens": 3, "ignoreEos": True}),
+        ({"service_tier": "flex"}, "requestClass", "REQUEST_CLASS_BATCH"),
+        ({"service_tier": "priority"}, "requestClass", "REQUEST_CLASS_INTERACTIVE"),
+        # Neutral values, in all their forms.
+        ({"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}}, "sampling", {"temperature": 1.0}),
+        ({"frequency_penalty": None, "logit_bias": None, "anything": None}, "sampling", {"temperature": 1.0}),
+        ({"n": 1, "user": "somebody"}, "sampling", {"temperature": 1.0}),
+    ],
+)
+def test_parameters_of_both_kinds(members: dict[str, Any], field: str, value: object) -> None:
+    for wanted in (complete(**members), chat(**members)):
+        assert only(wanted)[field] == value
+
+
+@pytest.mark.parametrize(
+    ("prompt", "inputs"),
+    [
+        ("text", [{"prompt": "text"}]),
+        (["one", "two"], [{"prompt": "one"}, {"prompt": "two"}]),
+        ([1, 2], [{"tokenIds": {"ids": [1, 2]}}]),
+        ([[1, 2], [3]], [{"tokenIds": {"ids": [1, 2]}}, {"tokenIds": {"ids": [3]}}]),
+        # Empty ones are for the native API to refuse.
+        ("", [{"prompt": ""}]),
+        ([[]], [{"tokenIds": {}}]),
+    ],
+)
+def test_prompts_in_all_forms(prompt: object, inputs: list[dict[str, Any]]) -> None:
+    requests = [shown(request) for request in complete(prompt=prompt).requests()]
+    assert [{k: v for k, v in each.items() if k in ("prompt", "tokenIds")} for each in requests] == inputs
+
+
+def test_choices_of_a_prompt_follow_each_other_and_draw_differently() -> None:
+    wanted = complete(prompt=["one", "two"], n=3, seed=2**63 - 2)
+    requests = list(wanted.requests())
+    assert wanted.num_choices == len(requests) == 6
+    assert [request.prompt for request in requests] == ["one"] * 3 + ["two"] * 3
+    seeds = [2**63 - 2, 2**63 - 1, 2**63]
+    assert [request.sampling.seed for request in requests] == seeds * 2
+    # What had no seed is given one for each by the gateway.
+    assert not any(request.sampling.HasField("seed") for request in complete(n=3).requests())
+
+
+def test_text_parts_are_lines() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    system = {"role": "system", "content": "be brief"}
+    past = {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": [], "annotations": []}
+    wanted = chat_completion({"messages": [system, past, {"role": "user", "content": parts}]}, NOBODY)
+    turns = [("system", "be brief"), ("assistant", "yes"), ("user", "one\ntwo")]
+    assert [(turn.role, turn.content) for turn in wanted.prompts[0].chat.messages] == turns
+
+
+def test_options_of_a_stream() -> None:
+    wanted = chat(stream=True, stream_options={"include_usage": True})
+    assert (wanted.is_stream, wanted.has_usage, wanted.has_usage_always) == (True, True, False)
+    wanted = chat(stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    assert (wanted.is_stream, wanted.has_usage, wanted.has_usage_always) == (True, True, True)
+    assert not chat(stream=True, stream_options={}).has_usage
+
+
+def test_log_probabilities_of_both_kinds() -> None:
+    def number(wanted: Wanted) -> int | None:
+        response = wanted.prompts[0].response
+        return response.num_logprobs if response.HasField("num_logprobs") else None
+
+    assert number(complete()) is number(chat()) is number(chat(logprobs=False)) is None
+    assert number(complete(logprobs=0)) == number(chat(logprobs=True)) == 0
+    assert number(complete(logprobs=5)) == number(chat(logprobs=True, top_logprobs=5)) == 5
+
+
+def test_lengths_of_a_chat_by_both_names() -> None:
+    for members in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_completion_tokens": 5, "max_tokens": 5}):
+        assert only(chat(**members))["stopping"] == {"maxTokens": 5}
+    assert refused(chat, max_completion_tokens=5, max_tokens=6).violations[0].field == "max_tokens"
+
+
+def test_neutral_values_of_a_chat_are_taken() -> None:
+    chat(
+        response_format={"type": "text"},
+        tools=[],
+        tool_choice="auto",
+        parallel_tool_calls=True,
+        functions=[],
+        modalities=["text"],
+        store=False,
+        metadata={},
+        safety_identifier="somebody",
+        audio=None,
+    )
+    # Tools that must not be called change nothing of what is said.
+    chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="none")
+
+
+INVALID, UNSUPPORTED, UNKNOWN, VALUE = "invalid_type", "unsupported_parameter", "unknown_parameter", "invalid_value"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("model", 5, INVALID),
+        ("temperature", "hot", INVALID),
+        ("temperature", True, INVALID),
+        ("temperature", math.nan, INVALID),
+        ("temperature", [], INVALID),
+        ("top_p", {}, INVALID),
+        ("seed", 1.5, INVALID),
+        ("seed", 2**64, VALUE),
+        ("seed", -(2**63) - 1, VALUE),
+        ("max_tokens", -1, VALUE),
+        ("max_tokens", 2**32, VALUE),
+        ("max_tokens", 3.0, INVALID),
+        ("max_tokens", True, INVALID),
+        ("top_k", -2, VALUE),
+        ("n", 0, VALUE),
+        ("n", MAX_CHOICES + 1, VALUE),
+        ("n", "2", INVALID),
+        ("stop", 5, INVALID),
+        ("stop", {}, INVALID),
+        ("stop", [5], INVALID),
+        ("stop", [None], INVALID),
+        ("stop", ["a"] * 5, "array_above_max_length"),
+        ("stop", [5] * 100, "array_above_max_length"),
+        ("stop_token_ids", [-1], INVALID),
+        ("stop_token_ids", "abc", INVALID),
+        ("stream", "yes", INVALID),
+        ("stream", 1, INVALID),
+        ("stream_options", {"include_usage": True}, VALUE),
+        ("service_tier", "gold", VALUE),
+        ("service_tier", 5, INVALID),
+        ("user", 5, INVALID),
+        ("frequency_penalty", 0.5, UNSUPPORTED),
+        ("presence_penalty", -1, UNSUPPORTED),
+        ("presence_penalty", False, UNSUPPORTED),
+        ("logit_bias", {"5": 1}, UNSUPPORTED),
+        ("nonsense", 5, UNKNOWN),
+        ("x" * 10_000, 5, UNKNOWN),
+    ],
+)
+def test_what_is_wrong_is_named(name: str, value: object, code: str) -> None:
+    for read in (complete, chat):
+        error = refused(read, **{name: value})
+        assert (error.violations[0].field, error.code) == (name[:64], code)
+
+
+@pytest.mark.parametrize(
+    ("members", "field", "code"),
+    [
+        ({"prompt": None}, "prompt", "missing_required_parameter"),
+        ({"prompt": []}, "prompt", INVALID),
+        ({"prompt": 5}, "prompt", INVALID),
+        ({"prompt": {}}, "prompt", INVALID),
+        ({"prompt": [1, "a"]}, "prompt", INVALID),
+        ({"prompt": ["a", 1]}, "prompt", INVALID),
+        ({"prompt": [[1], "a"]}, "prompt", INVALID),
+        ({"prompt": [True]}, "prompt", INVALID),
+        ({"prompt": [-1]}, "prompt", INVALID),
+        ({"prompt": [2**32]}, "prompt", INVALID),
+        ({"prompt": [[1], [1.5]]}, "prompt[1]", INVALID),
+        ({"prompt": ["a"] * (MAX_CHOICES + 1)}, "prompt", "array_above_max_length"),
+        ({"prompt": ["a"] * 100, "n": 2}, "n", None),
+        ({"suffix": "end"}, "suffix", UNSUPPORTED),
+        ({"best_of": 2}, "best_of", UNSUPPORTED),
+        ({"echo": True, "logprobs": 0}, "logprobs", UNSUPPORTED),
+        ({"logprobs": True}, "logprobs", INVALID),
+        ({"logprobs": -1}, "logprobs", VALUE),
+        ({"messages": [USER]}, "messages", UNKNOWN),
+    ],
+)
+def test_what_is_wrong_with_a_completion(members: dict[str, Any], field: str, code: str | None) -> None:
+    error = refused(complete, **members)
+    assert (error.violations[0].field, error.code) == (field, code)
+
+
+def one_message(**members: Any) -> dict[str, Any]:
+    return {"messages": [{**USER, **members}]}
+
+
+@pytest.mark.parametrize(
+    ("members", "field", "code"),
+    [
+        ({"messages": None}, "messages", "missing_required_parameter"),
+        ({"messages": "hello"}, "messages", INVALID),
+        ({"messages": {}}, "messages", INVALID),
+        ({"messages": ["hello"]}, "messages", INVALID),
+        ({"messages": [{}] * 5000}, "messages", "array_above_max_length"),
+        ({"messages": [USER, {"content": "x"}]}, "messages[1].role", "missing_required_parameter"),
+        (one_message(role=5), "messages[0].role", INVALID),
+        (one_message(content=None), "messages[0].content", INVALID),
+        (one_message(content=5), "messages[0].content", INVALID),
+        (one_message(content=[]), "messages[0].content", INVALID),
+        (one_message(content=["x"]), "messages[0].content", INVALID),
+        (one_message(content=[{"type": "image_url", "image_url": {}}]), "messages[0].content[0].type", UNSUPPORTED),
+        (one_message(content=[{"type": "text"}]), "messages[0].content[0].text", "missing_required_parameter"),
+        (one_message(content=[{"type": "text", "text": "x", "y": 1}]), "messages[0].content[0].y", UNKNOWN),
+        (one_message(name="somebody"), "messages[0].name", UNSUPPORTED),
+        (one_message(tool_calls=[{}]), "messages[0].tool_calls", UNSUPPORTED),
+        (one_message(role="tool", tool_call_id="x"), "messages[0].tool_call_id", UNSUPPORTED),
+        (one_message(extra=1), "messages[0].extra", UNKNOWN),
+        ({"tools": [{"type": "function"}]}, "tools", UNSUPPORTED),
+        ({"tools": [{}], "tool_choice": "auto"}, "tools", UNSUPPORTED),
+        ({"tool_choice": "required"}, "tool_choice", UNSUPPORTED),
+        ({"response_format": {"type": "json_object"}}, "response_format", UNSUPPORTED),
+        ({"functions": [{}]}, "functions", UNSUPPORTED),
+        ({"modalities": ["audio"]}, "modalities", UNSUPPORTED),
+        ({"reasoning_effort": "high"}, "reasoning_effort", UNSUPPORTED),
+        ({"store": True}, "store", UNSUPPORTED),
+        ({"top_logprobs": 2}, "top_logprobs", VALUE),
+        ({"logprobs": 2}, "logprobs", INVALID),
+        ({"prompt": "a"}, "prompt", UNKNOWN),
+        ({"echo": True}, "echo", UNKNOWN),
+        ({"stream": True, "stream_options": []}, "stream_options", INVALID),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", INVALID),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", UNKNOWN),
+    ],
+)
+def test_what_is_wrong_with_a_chat(members: dict[str, Any], field: str, code: str | None) -> None:
+    error = refused(chat, **members)
+    assert (error.violations[0].field, error.code) == (field, code)
+
+
+def headers(**values: str) -> list[tuple[bytes, bytes]]:
+    return [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in values.items()]
+
+
+def test_headers_are_who_asks() -> None:
+    caller = caller_of(
+        headers(x_request_id="mine", x_llm_d_inference_fairness_id="team", x_slo_tpot_ms="50", traceparent="00-1-2-01")
+    )
+    assert caller.metadata["traceparent"] == "00-1-2-01"
+    request = next(completion({"prompt": "a", "user": "somebody"}, caller).requests())
+    assert (request.request_id, request.tenant, request.slo.tpot_ms) == ("mine", "team", 50)
+    assert not request.slo.HasField("ttft_ms")
+    for name in ("x_slo_ttft_ms", "x_llm_d_slo_ttft_ms", "x_dynamo_slo_ttft_ms", "x_sgl_ttft_slo_ms"):
+        assert caller_of(headers(**{name: "200"})).slo.ttft_ms == 200
+    assert caller_of(headers(x_sgl_ttft_slo_ms="1", x_slo_ttft_ms="2")).slo.ttft_ms == 2
+
+
+def test_a_user_is_the_label_unless_there_is_one_or_it_is_not_fit_for_that() -> None:
+    assert complete(user="somebody").label == "somebody"
+    for user in ("", "two words", "x" * 129, "naïve"):
+        assert complete(user=user).label.startswith("cmpl-")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x_slo_ttft_ms", "0"),
+        ("x_slo_ttft_ms", "-5"),
+        ("x_slo_ttft_ms", "1.5"),
+        ("x_slo_ttft_ms", "nan"),
+        ("x_slo_ttft_ms", ""),
+        ("x_slo_ttft_ms", "²"),
+        ("x_slo_tpot_ms", str(2**32)),
+        ("x_slo_tpot_ms", "9" * 5000),
+        ("x_request_id", "two words"),
+        ("x_request_id", "x" * 129),
+        ("x_request_id", "é"),
+    ],
+)
+def test_headers_without_sense_are_refused(name: str, value: str) -> None:
+    with pytest.raises(ParameterError) as caught:
+        caller_of(headers(**{name: value}))
+    assert caught.value.violations[0].field == name.replace("_", "-")
+
+
+def invalid(*fields: str) -> InvalidRequestError:
+    return InvalidRequestError([FieldViolation(field, "wrong") for field in fields])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "code", "param"),
+    [
+        (invalid("sampling.top_p"), 400, "invalid_request_error", None, "top_p"),
+        (invalid("stopping.max_tokens"), 400, "invalid_request_error", None, "max_tokens"),
+        (invalid("stopping.stop_strings[1]", "prompt"), 400, "invalid_request_error", None, "stop"),
+        (invalid("token_ids.ids[3]"), 400, "invalid_request_error", None, "prompt"),
+        (invalid("chat"), 400, "invalid_request_error", None, "messages"),
+        (invalid("chat.messages[2].role"), 400, "invalid_request_error", None, "messages[2].role"),
+        (invalid("response.num_logprobs"), 400, "invalid_request_error", None, "logprobs"),
+        (invalid("tenant"), 400, "invalid_request_error", None, "x-llm-d-inference-fairness-id"),
+        (invalid(""), 400, "invalid_request_error", None, None),
+        (ParameterError("tools", "no", "unsupported_parameter"), 400, "invalid_request_error", UNSUPPORTED, "tools"),
+        (UnknownModelError("x", ["demo"]), 404, "invalid_request_error", "model_not_found", "model"),
+        (
+            OverloadedError("full", reason="QUEUE_TOKENS", retry_delay_s=2),
+            429,
+            "rate_limit_error",
+            "queue_tokens",
+            None,
+        ),
+        (UnavailableError("gone", reason="NO_SCHEDULER"), 503, "server_error", "no_scheduler", None),
+        (DeadlineError("late"), 504, "timeout_error", "deadline", None),
+        (EngineError("secret"), 500, "server_error", None, None),
+        (ValueError("secret"), 500, "server_error", None, None),
+    ],
+)
+def test_errors_have_the_shape_of_openai(
+    error: Exception, status: int, kind: str, code: str | None, param: str | None
+) -> None:
+    assert status_of(error) == status
+    body = body_of(error, {})["error"]
+    assert (body["type"], body["code"], body["param"]) == (kind, code, param)
+    assert body["message"]
+    assert "secret" not in str(body)
+
+
+def test_errors_name_the_parameter_that_was_used() -> None:
+    names = chat(max_completion_tokens=5, logprobs=True, top_logprobs=3).names
+    assert body_of(invalid("stopping.max_tokens"), names)["error"]["param"] == "max_completion_tokens"
+    assert body_of(invalid("response.num_logprobs"), names)["error"]["param"] == "top_logprobs"
+    assert len(str(body_of(invalid("x" * 10_000), {}))) < 12_000
+
+
+@pytest.mark.parametrize(
+    ("delay_s", "after", "after_ms"), [(0.0, 1, 1), (0.25, 1, 250), (1.0, 1, 1000), (2.1, 3, 2100)]
+)
+def test_when_to_come_again_is_said_in_whole_seconds_and_in_milliseconds(
+    delay_s: float, after: int, after_ms: int
+) -> None:
+    kinds: list[BucketServeError] = [
+        OverloadedError("full", reason="QUEUE_TOKENS", retry_delay_s=delay_s),
+        UnavailableError("gone", retry_delay_s=delay_s),
+    ]
+    for error in kinds:
+        assert dict(headers_of(error)) == {b"retry-after": b"%d" % after, b"retry-after-ms": b"%d" % after_ms}
+    assert headers_of(invalid("x")) == []
+    # Nobody is to send again what can't be served, or what workers end of.
+    for reason in ("TOO_LARGE", "ATTEMPTS_EXHAUSTED"):
+        assert headers_of(UnavailableError("no", reason=reason)) == [(b"x-should-retry", b"false")]
+    assert headers_of(EngineError("no")) == headers_of(ValueError()) == [(b"x-should-retry", b"false")]
+
+
+@pytest.mark.parametrize("members", [{}, {"n": 2, "seed": 5, "stop": ["a"], "logprobs": 3}, {"prompt": [1, 2]}])
+def test_what_is_translated_is_valid(members: dict[str, Any]) -> None:
+    for request in complete(**members).requests():
+        validate(request, catalog(), max_prompt_bytes=1000)
+
+
+def test_a_caller_may_say_nothing() -> None:
+    assert Caller(metadata={}, tenant="", label="", slo=NOBODY.slo) == NOBODY
+
+
+NAMES = st.sampled_from(
+    [
+        "model",
+        "prompt",
+        "messages",
+        "role",
+        "content",
+        "type",
+        "text",
+        "n",
+        "best_of",
+        "echo",
+        "logprobs",
+        "top_logprobs",
+        "stop",
+        "seed",
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_tokens",
+        "max_completion_tokens",
+        "stream",
+        "stream_options",
+        "include_usage",
+        "user",
+        "service_tier",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "logit_bias",
+        "frequency_penalty",
+        "suffix",
+        "stop_token_ids",
+        "ignore_eos",
+        "metadata",
+    ]
+)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "text"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES | st.text(max_size=3), inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@given(members=st.dictionaries(NAMES | st.text(max_size=3), ANYTHING, max_size=8))
+def test_whatever_is_sent_is_translated_or_refused(members: dict[str, Any]) -> None:
+    for read in (completion, chat_completion):
+        try:
+            wanted = read(members, NOBODY)
+        except ParameterError as error:
+            assert len(body_of(error, {})["error"]["message"] or "") > 0
+            continue
+        for request in wanted.requests():
+            assert inference_pb2.GenerateRequest.FromString(request.SerializeToString()) is not None
+            with contextlib.suppress(InvalidRequestError, UnknownModelError):
+                validate(request, catalog_once(), max_prompt_bytes=1000)
+
+
+@functools.cache
+def catalog_once() -> Any:
+    return catalog()
