@@ -241,6 +241,9 @@ class SchedulerCore:
             if life := self._lives.in_state(request_id, State.WAITING, State.PREFILL):
                 if life.state is State.PREFILL:
                     self._lives.take_back(life)
+                if life.request.fingerprint:
+                    # It was admitted before: its gateway says it again.
+                    self._leaving.expect(life, now_s)
                 self._end(life, now_s)
                 self._commands.append(RefuseRequest(request_id, RefuseReason.STORE_FULL, self._admission.retry_s()))
 

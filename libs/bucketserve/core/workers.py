@@ -126,7 +126,8 @@ class WorkerState:
     @property
     def takes_new(self) -> bool:
         """Whether it computes prompts that are bound to no fingerprint."""
-        return self.stays and (self.role is WorkerRole.BOTH or bool(self.decodable_tokens))
+        is_decoded = self.role is WorkerRole.BOTH or (self.role is WorkerRole.PREFILL and self.decodable_tokens > 0)
+        return self.stays and is_decoded
 
     def next_assignment(self) -> int:
         """Returns the number of a further order to it."""

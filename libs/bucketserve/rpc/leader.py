@@ -10,6 +10,7 @@ import grpc
 
 from bucketserve.core.errors import UnavailableError
 from bucketserve.rpc.channel import open_channel
+from bucketserve.rpc.status import is_answered
 from bucketserve.rpc.tls import Tls
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 
@@ -36,6 +37,8 @@ class LeaderSearch:
         self._epoch = 0
         self._heard_s = 0.0
         self._absent_since_s: float | None = None
+        self._answered_s: float | None = None
+        """When a scheduler was last there, after a first one had led: it led, or said that it does not."""
         self._is_welcome = False
         self._num_failed = 0
         self.detail = "none was reached yet"
@@ -46,6 +49,12 @@ class LeaderSearch:
         if self._is_welcome:
             return True
         return self._absent_since_s is not None and time.monotonic() - self._absent_since_s < grace_s
+
+    def may_come(self, grace_s: float) -> bool:
+        """Whether a scheduler is heard, or one that may lead again was there not long ago."""
+        if self._is_welcome:
+            return True
+        return self._answered_s is not None and time.monotonic() - self._answered_s < grace_s
 
     def welcomed(self, hello: scheduler_pb2.SchedulerHello, address: str) -> None:
         """Notes that a scheduler has answered.
@@ -71,10 +80,12 @@ class LeaderSearch:
                 detail = "stream ended"
             except grpc.aio.AioRpcError as error:
                 detail = f"{error.code().name}: {error.details()}"
+                if self._answered_s is not None and is_answered(error):
+                    self._answered_s = time.monotonic()
             except UnavailableError as error:
                 detail = str(error)
             if self._is_welcome:
-                self._heard_s = self._absent_since_s = time.monotonic()
+                self._heard_s = self._absent_since_s = self._answered_s = time.monotonic()
                 self._is_welcome = False
             self.detail = f"{address}: {detail}"
             self._on_state(False, self.detail)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import grpc
 
-from bucketserve.core.errors import FieldViolation, InvalidRequestError
+from bucketserve.core.errors import FieldViolation, InvalidRequestError, UnavailableError
 from bucketserve.core.types import RequestId
 from bucketserve.rpc.convert import role_from_pb, role_to_pb
 from bucketserve.rpc.deployment import Deployment
@@ -70,7 +70,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     ) -> AsyncIterator[scheduler_pb2.SubmitResponse]:
         """One stream per gateway."""
         self._deployment.check(context.invocation_metadata())
-        await self._refuse_on_standby(context)
+        self._refuse_on_standby()
         first = await first_message(request_iterator)
         _check("hello", gateway_id=first.hello.gateway_id)
         peer = GatewayPeer(first.hello.gateway_id, Outbox(GATEWAY_OUTBOX_LIMIT), first.hello.instance)
@@ -93,7 +93,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     ) -> AsyncIterator[scheduler_pb2.WorkResponse]:
         """One stream per worker."""
         self._deployment.check(context.invocation_metadata())
-        await self._refuse_on_standby(context)
+        self._refuse_on_standby()
         first = await first_message(request_iterator)
         hello = first.hello
         _check("hello", worker_id=hello.worker_id, model=hello.model, context_tokens=hello.context_tokens)
@@ -157,12 +157,16 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         finally:
             peer.outbox.close()
 
-    async def _refuse_on_standby(self, context: SubmitContext | WorkContext) -> None:
-        """Sends a peer on to the scheduler that leads; it tries the next address."""
+    def _refuse_on_standby(self) -> None:
+        """Sends a peer on to the scheduler that leads; it tries the next address.
+
+        Raises:
+            UnavailableError: this one does not lead.
+        """
         if not self._is_leading():
             problem = self._problem()
             detail = f"no scheduler leads: {problem}" if problem else "standby: another scheduler leads"
-            await context.abort(grpc.StatusCode.UNAVAILABLE, detail)
+            raise UnavailableError(detail, reason="STANDBY")
 
     def _heartbeat(self) -> scheduler_pb2.Heartbeat:
         return scheduler_pb2.Heartbeat(problem=self._problem())

@@ -18,8 +18,9 @@ from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 __all__ = ["SchedulerLink"]
 
 OUTBOX_LIMIT = 65_536
-TAKEOVER_S = 5.0
-"""How long a worker that leaves waits for a scheduler after the one before: it may be needed."""
+TAKEOVER_S = 10.0
+"""How long a worker that leaves looks for a scheduler when none is there, not even one that waits for its store: what
+others of its weights have may need it."""
 
 Work = scheduler_pb2.WorkRequest
 
@@ -91,7 +92,7 @@ class SchedulerLink:
     @property
     def can_bring_work(self) -> bool:
         """Whether a scheduler may yet assign something: none has said NoMoreWork, and one is there or may soon be."""
-        return not self._is_released and self._search.is_present(TAKEOVER_S)
+        return not self._is_released and self._search.may_come(TAKEOVER_S)
 
     def is_present(self, grace_s: float) -> bool:
         """Whether a scheduler is there, or was not long ago."""

@@ -9,6 +9,7 @@ import pytest
 from bucketserve.core import batching
 from bucketserve.core.leaving import RETURN_S
 from bucketserve.core.messages import (
+    AdmitFailed,
     BatchPrefilled,
     Decision,
     DispatchBatch,
@@ -16,6 +17,7 @@ from bucketserve.core.messages import (
     DropReason,
     KvPulled,
     PullKv,
+    RefuseRequest,
     ReleaseWorker,
     RequestCancelled,
     RequestResumed,
@@ -169,6 +171,20 @@ def test_an_attempt_that_is_to_come_is_waited_for_and_not_for_ever() -> None:
         else:
             assert released(under_test.step([], 0.9 + RETURN_S)) == []
             assert released(under_test.step([], 1.0 + RETURN_S)) == ["p"]
+
+
+def test_what_a_full_store_did_not_take_is_to_come_again() -> None:
+    under_test = decoding()
+    under_test.step([WorkerLost(WorkerId("d")), of("d", DECODE)], 1.0)
+    under_test.step([resumed(), *draining("p")], 1.1)
+    refused = under_test.step([AdmitFailed((A2,))], 1.2)
+    assert [type(command) for command in refused.commands] == [RefuseRequest]
+    assert released(refused) == []
+    assert sent(under_test.step([resumed()], 2.3)) == [("p", ("a.2",))]
+    # What had not begun may run anywhere.
+    under_test = core(of("p", PREFILL), of("d", DECODE))
+    under_test.step([RequestSubmitted(a_request("b.1"))], 0.1)
+    assert released(under_test.step([AdmitFailed((RequestId("b.1"),)), *draining("p")], 0.2)) == ["p"]
 
 
 def test_a_new_leader_keeps_those_that_leave_until_it_knows_what_runs_where() -> None:

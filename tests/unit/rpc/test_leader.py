@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import grpc
 import pytest
 
 from bucketserve.core.errors import UnavailableError
@@ -28,3 +31,34 @@ def test_who_has_heard_a_newer_leader_does_not_listen_to_an_older_one(monkeypatc
     now_s = 200.0
     search.welcomed(hello(1), "a")
     assert search.is_present(0)
+
+
+async def test_a_scheduler_that_waits_for_its_store_may_lead_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # After one has led, others say that they don't, or nobody is there.
+    now_s = 100.0
+    monkeypatch.setattr(leader.time, "monotonic", lambda: now_s)
+    turns: asyncio.Queue[Exception | None] = asyncio.Queue()
+    states: asyncio.Queue[bool] = asyncio.Queue()
+    search = LeaderSearch(["127.0.0.1:1"], lambda is_connected, detail: states.put_nowait(is_connected))
+
+    async def talk(stub: object, address: str) -> None:
+        turn = await turns.get()
+        if turn is None:
+            search.welcomed(hello(1), address)
+        else:
+            raise turn
+
+    nobody = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "nobody")
+    details = grpc.aio.Metadata(("grpc-status-details-bin", b""))
+    standby = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), details, "the store is away")
+    running = asyncio.create_task(search.run(talk))
+    found = []
+    for turn in (standby, None, standby, nobody, nobody):
+        now_s += 6.0
+        turns.put_nowait(turn)
+        # Whoever is connected loses the stream next.
+        while await states.get():
+            pass
+        found.append((search.may_come(10.0), search.is_present(10.0)))
+    running.cancel()
+    assert found == [(False, False), (True, True), (True, True), (True, False), (False, False)]
