@@ -117,6 +117,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name, ours.health_service],
             on_unexpected=observer.unexpected,
             tls=ours.tls,
+            reached_at=settings.delivery_address,
             enable_reflection=False,
         )
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(delivery, internal.grpc_server)
