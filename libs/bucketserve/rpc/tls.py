@@ -203,9 +203,9 @@ class Tls:
         }
         if bool(self._files.cert) != bool(self._files.key):
             problems.append("[tls] cert_file and key_file belong together: give both or none")
-        if contents["client_ca"] and contents["client_ca"].strip() == contents["ca"].strip():
+        if not problems and self._files.client_ca and _is_under(self._files.client_ca, self._files.ca):
             problems.append(
-                "[tls] client_ca_file is the same as ca_file: its clients could call internal ports; use another CA"
+                "[tls] client_ca_file has a CA of ca_file, or one below it: its clients could call internal ports"
             )
         ends_unix_s = 0.0
         if not problems and self._files.cert:
@@ -256,6 +256,18 @@ class Tls:
             return f"key_file {key} has no key that can be read without a password", 0.0
         except OSError as error:
             return str(error.strerror), 0.0
+
+
+def _is_under(clients: str, services: str) -> bool:
+    """Whether a CA of the one file is in the other, or was certified by one that is."""
+    theirs, ours = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    theirs.load_verify_locations(clients)
+    ours.load_verify_locations(services)
+    if set(theirs.get_ca_certs(binary_form=True)) & set(ours.get_ca_certs(binary_form=True)):
+        return True
+    names = [ca["subject"] for ca in ours.get_ca_certs()]
+    # Two of one name that certify themselves are two.
+    return any(ca["issuer"] in names and ca["issuer"] != ca["subject"] for ca in theirs.get_ca_certs())
 
 
 def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, host: str) -> float:

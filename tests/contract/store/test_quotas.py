@@ -107,3 +107,17 @@ async def test_keys_of_quotas_go_by_themselves(client: aioredis.Redis) -> None:
     await store.settle("a", "x", unused=50, tokens=100)
     await store.renew("a", ["x"])
     assert await client.keys("bs:*") == []
+
+
+async def test_who_fills_the_server_gets_no_more(client: aioredis.Redis) -> None:
+    store, limits = QuotaStore(client), {"requests": 10, "tokens": 1000, "at_once": 3}
+    await client.config_set("maxmemory-policy", "noeviction")
+    await client.config_set("maxmemory", (await client.info("memory"))["used_memory"] // 2)
+    try:
+        assert await store.take("a", "x", 900, **limits) is None
+        assert await taken(store, 3, num_tokens=200, **limits) == 0
+        await store.renew("a", ["x"])
+        await store.settle("a", "x", unused=900, tokens=1000)
+        assert await taken(store, 5, num_tokens=200, **limits) == 3
+    finally:
+        await client.config_set("maxmemory", 0)
