@@ -42,10 +42,10 @@ class Papers:
 class Authority:
     """A CA of its own, with a folder for what it issues."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, parent: Authority | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._ca = trustme.CA()
+        self._ca = trustme.CA() if parent is None else parent._ca.create_child_ca()
         self.ca_file = folder / "ca.pem"
         self.ca_file.write_bytes(self._ca.cert_pem.bytes())
 

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         settings = load_settings({"tls": TlsSettings}, environ=os.environ)
         health = check_health(arguments[0], tls=tls_of(section_of(settings, "tls", TlsSettings)))
     except grpc.RpcError as error:
-        print(f"{arguments[0]}: {error.code().name}", file=sys.stderr)
+        print(f"{arguments[0]}: {error.code().name}: {error.details()}", file=sys.stderr)
         return 1
     except (AddressError, SettingsError) as error:
         print(error, file=sys.stderr)

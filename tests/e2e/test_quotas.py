@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -57,9 +58,10 @@ async def test_gateways_share_what_a_tenant_may_use(new_stack: NewStack, tmp_pat
 
     written(file, 'name = "acme"\nrequests_per_minute = 10')
     async with client_of(stack, "acme") as here, client_of(stack, "acme", 1) as there:
+        start_s = time.monotonic()
         found = await asyncio.gather(*(outcome(client) for client in (here, there) * 8))
-        # While it lasted some may have come back: one in six seconds.
-        assert 10 <= found.count(full) <= 13
+        # While it lasted some came back: one in six seconds.
+        assert 10 <= found.count(full) <= 11 + (time.monotonic() - start_s) / 6
         assert found.count(full) + found.count(refused) == 16
         for name in ("other", "free"):
             async with client_of(stack, name) as another:

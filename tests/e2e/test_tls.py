@@ -6,14 +6,17 @@ import asyncio
 import json
 import signal
 import ssl
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 
 import grpc
 import httpx
+import jwt
 import openai
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from bucketserve.client import BucketServeClient, Chunk, Finished
@@ -299,7 +302,12 @@ async def refused(client: BucketServeClient, **more) -> str:
 
 async def test_a_key_opens_what_it_is_for_until_it_is_taken_away(new_stack: NewStack, tmp_path: Path) -> None:
     locked = Locked(tmp_path / "locked")
-    stack = new_stack(environ=locked.environ, num_gateways=2, **KINDS["both"])
+    signer = ec.generate_private_key(ec.SECP256R1())
+    signers = jwt.get_algorithm_by_name("ES256").to_jwk(signer.public_key(), as_dict=True)
+    (tmp_path / "jwks.json").write_text(json.dumps({"keys": [{**signers, "kid": "one"}]}))
+    provider = {"JWKS": tmp_path / "jwks.json", "JWT_ISSUER": "id", "JWT_AUDIENCE": "us", "JWT_TENANT_CLAIM": "org"}
+    tokens = {f"BUCKETSERVE_GATEWAY_{name}": str(value) for name, value in provider.items()}
+    stack = new_stack(environ=locked.environ | tokens, num_gateways=2, **KINDS["both"])
     address, ca = stack.gateway_address, Tls(ca_file=str(locked.papers.ca))
     reasons = {}
     for who, more in {
@@ -343,6 +351,14 @@ async def test_a_key_opens_what_it_is_for_until_it_is_taken_away(new_stack: NewS
         async with locked.jobs(stack, name) as jobs:
             with pytest.raises((ForbiddenError, UnauthenticatedError)):
                 await jobs.submit(requests)
+
+    # A token of the provider is as good as a key; its tenant sees what the tenant's keys see.
+    claims = {"iss": "id", "aud": "us", "exp": time.time() + 600, "org": "acme", "scope": "jobs"}
+    async with locked.jobs(stack, jwt.encode(claims, signer, "ES256", headers={"kid": "one"})) as jobs:
+        assert (await jobs.get(job.job_id)).num_done == 1
+    async with locked.jobs(stack, jwt.encode({**claims, "aud": "them"}, signer, "ES256")) as jobs:
+        with pytest.raises(UnauthenticatedError):
+            await jobs.get(job.job_id)
 
     # Health is for everybody; what there is to call is not told.
     assert await asyncio.to_thread(check_health, address, tls=ca) == "SERVING"

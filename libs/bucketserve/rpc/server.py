@@ -39,6 +39,7 @@ class RpcServer:
         on_unexpected: Callable[[str, BaseException], None],
         tls: Tls | None = None,
         is_public: bool = False,
+        reached_at: str = "",
         enable_reflection: bool = True,
         max_connections: int = MAX_CONNECTIONS,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
@@ -52,12 +53,18 @@ class RpcServer:
             on_unexpected: called with method and error when a handler fails with an error that is not ours.
             tls: how connections are secured; None: they aren't.
             is_public: with TLS, who calls need not have a certificate of the deployment's CA.
+            reached_at: host:port at which other services call this one; empty: listen.
             enable_reflection: answer reflection.
             max_connections: further ones are closed at once; less where the process may not open so many files.
             interceptors: see calls before the handlers; what they raise becomes a status.
             options: further channel arguments.
+
+        Raises:
+            SettingsError: the certificate is not for where it is reached.
         """
         self._listen = listen
+        if tls is not None and not is_public:
+            tls.check_address(reached_at or listen)
         self._credentials = None if tls is None else tls.server_credentials(is_public=is_public)
         self._health = HealthServicer([*services, ""])
         most = min(max_connections, connections_by_descriptors())

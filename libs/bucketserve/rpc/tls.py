@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import grpc
 
+from bucketserve.addresses import Address
 from bucketserve.core.errors import SettingsError
 
 __all__ = ["Pems", "Tls"]
@@ -98,6 +99,21 @@ class Tls:
         problem, _ = self._try_certificate(self._files.ca)
         if problem:
             raise SettingsError([f"[tls] cert_file {self._files.cert}: {problem}"])
+
+    def check_address(self, address: str) -> None:
+        """Checks that whoever calls this process at that address finds the name that he looks for.
+
+        Raises:
+            SettingsError: it is not in our certificate.
+        """
+        at = Address.parse(address)
+        host = self._peer_name or ("" if at.is_wildcard else at.host)
+        problem, _ = self._try_certificate(self._files.ca, host)
+        if problem:
+            advice = (
+                "others call this process so: put it into the certificate, or set peer_name to a name that is there"
+            )
+            raise SettingsError([f"[tls] cert_file {self._files.cert}: {problem.rstrip('.')}; {advice}"])
 
     def server_credentials(self, *, is_public: bool) -> grpc.ServerCredentials:
         """Returns credentials that take each handshake's certificate from the files as they are then.
@@ -187,9 +203,9 @@ class Tls:
         }
         if bool(self._files.cert) != bool(self._files.key):
             problems.append("[tls] cert_file and key_file belong together: give both or none")
-        if contents["client_ca"] and contents["client_ca"].strip() == contents["ca"].strip():
+        if not problems and self._files.client_ca and _is_under(self._files.client_ca, self._files.ca):
             problems.append(
-                "[tls] client_ca_file is the same as ca_file: its clients could call internal ports; use another CA"
+                "[tls] client_ca_file has a CA of ca_file, or one below it: its clients could call internal ports"
             )
         ends_unix_s = 0.0
         if not problems and self._files.cert:
@@ -213,15 +229,17 @@ class Tls:
             return content
         return b""
 
-    def _try_certificate(self, trusted: str) -> tuple[str, float]:
+    def _try_certificate(self, trusted: str, host: str = "") -> tuple[str, float]:
         """Returns why somebody who trusts that file would not accept our certificate, or "" and when it ends (Unix s).
+
+        He looks for that host in it, if it is not empty.
 
         We call ourselves, and both sides do what anybody does who verifies us. Who trusts the certificate itself sees
         whether the key is its own and whether its time has come and is not over.
         """
         cert, key = self._files.cert, self._files.key
         ours, theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        theirs.check_hostname = False
+        theirs.check_hostname = bool(host)
         try:
             for context in (ours, theirs):
                 # Without a password OpenSSL would ask for one at the terminal.
@@ -229,7 +247,7 @@ class Tls:
                 context.load_verify_locations(trusted)
                 context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             ours.verify_mode = ssl.CERT_REQUIRED
-            return "", _shake_hands(ours, theirs)
+            return "", _shake_hands(ours, theirs, host)
         except ssl.SSLCertVerificationError as error:
             return f"not valid: {error.verify_message}", 0.0
         except ssl.SSLError as error:
@@ -240,7 +258,19 @@ class Tls:
             return str(error.strerror), 0.0
 
 
-def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> float:
+def _is_under(clients: str, services: str) -> bool:
+    """Whether a CA of the one file is in the other, or was certified by one that is."""
+    theirs, ours = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    theirs.load_verify_locations(clients)
+    ours.load_verify_locations(services)
+    if set(theirs.get_ca_certs(binary_form=True)) & set(ours.get_ca_certs(binary_form=True)):
+        return True
+    names = [ca["subject"] for ca in ours.get_ca_certs()]
+    # Two of one name that certify themselves are two.
+    return any(ca["issuer"] in names and ca["issuer"] != ca["subject"] for ca in theirs.get_ca_certs())
+
+
+def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, host: str) -> float:
     """Lets two sides talk in memory until each has verified the other; returns when the client's certificate ends.
 
     Raises:
@@ -248,7 +278,7 @@ def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> float:
     """
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     served = server.wrap_bio(up, down, server_side=True)
-    waiting = [client.wrap_bio(down, up), served]
+    waiting = [client.wrap_bio(down, up, server_hostname=host or None), served]
     while waiting:
         for side in list(waiting):
             try:

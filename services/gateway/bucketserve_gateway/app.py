@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bucketserve.addresses import Address
 from bucketserve.config import TelemetrySettings
@@ -35,6 +35,9 @@ from bucketserve_gateway.servicer import GatewayParts, InferenceServicer
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
 from bucketserve_gateway.tokenizer_pool import TokenizerPool
+
+if TYPE_CHECKING:
+    from bucketserve_gateway.tokens import Tokens
 
 __all__ = ["serve"]
 
@@ -117,6 +120,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name, ours.health_service],
             on_unexpected=observer.unexpected,
             tls=ours.tls,
+            reached_at=settings.delivery_address,
             enable_reflection=False,
         )
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(delivery, internal.grpc_server)
@@ -125,6 +129,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                 tasks.create_task(scheduler.run(), name="scheduler-link"),
                 tasks.create_task(scheduler.watch(), name="silent-requests"),
                 tasks.create_task(quotas.run(), name="quotas"),
+                tasks.create_task(keys.run(), name="keys"),
             ]
             health = tasks.create_task(
                 _show_health([public, internal, http], scheduler, settings.scheduler_wait_s), name="health"
@@ -187,6 +192,17 @@ def _stores(settings: GatewaySettings, deployment: str) -> _Stores:
     return _Stores(JobStore(client, deployment), room, QuotaStore(client, deployment))
 
 
+def _tokens(settings: GatewaySettings, observer: GatewayTelemetry) -> Tokens | None:
+    """Returns the tokens of an identity provider; None without one."""
+    if not settings.jwks:
+        return None
+    # Cryptography is 10 MiB that a gateway without tokens need not hold.
+    from bucketserve_gateway.tokens import TokenRules, Tokens
+
+    rules = TokenRules(settings.jwks, settings.jwt_issuer, settings.jwt_audience, settings.jwt_tenant_claim)
+    return Tokens(rules, observer.keys_unusable)
+
+
 def _keys(settings: GatewaySettings, observer: GatewayTelemetry, stores: _Stores) -> Keys:
     """Returns the keys of clients.
 
@@ -195,6 +211,7 @@ def _keys(settings: GatewaySettings, observer: GatewayTelemetry, stores: _Stores
     """
     keys = Keys(
         settings.keys_file,
+        tokens=_tokens(settings, observer),
         default_model=next(iter(settings.models)) if len(settings.models) == 1 else "",
         on_refused=observer.refused_at_the_door,
         on_problem=observer.keys_unusable,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
@@ -19,7 +19,10 @@ from bucketserve.core.types import RequestClass
 from bucketserve.rpc.convert import request_class_from_pb
 from bucketserve.v1 import inference_pb2, job_pb2
 from bucketserve_gateway.admission import HEALTH
-from bucketserve_gateway.keys import EVERYBODY, Limits, Scope, hash_of, read_keys_file
+from bucketserve_gateway.keys import EVERYBODY, Grant, Limits, Scope, hash_of, read_keys_file
+
+if TYPE_CHECKING:
+    from bucketserve_gateway.tokens import Tokens
 
 __all__ = ["AuthInterceptor", "Identity", "Keys"]
 
@@ -113,12 +116,16 @@ class Identity:
 
 
 class Keys:
-    """The keys of a file, which is read again when it has changed; without a file everybody may do everything."""
+    """The keys of a file, which is read again when it has changed, and tokens.
+
+    Without a file and tokens everybody may do everything.
+    """
 
     def __init__(
         self,
         file: str,
         *,
+        tokens: Tokens | None = None,
         default_model: str = "",
         on_refused: Callable[[str], None] = lambda reason: None,
         on_problem: Callable[[str], None] = lambda problem: None,
@@ -127,6 +134,7 @@ class Keys:
 
         Args:
             file: TOML with tables [[keys]] and [[tenants]]; empty: there are no keys.
+            tokens: those of an identity provider, which are as good as keys; None: there is none.
             default_model: what a request means that names no model; empty: there are several.
             on_refused: called with the reason of each refusal.
             on_problem: called with what is wrong with a changed file; the keys that were read last stay in force.
@@ -135,6 +143,7 @@ class Keys:
             SettingsError: the file can't be used.
         """
         self._path = Path(file) if file else None
+        self._tokens = tokens
         self._default_model = default_model
         self._on_refused = on_refused
         self._on_problem = on_problem
@@ -154,7 +163,12 @@ class Keys:
     @property
     def is_open(self) -> bool:
         """Whether no key is needed."""
-        return self._path is None
+        return self._path is None and self._tokens is None
+
+    async def run(self) -> None:
+        """Keeps the keys of tokens up to date; ends when there is nothing to do."""
+        if self._tokens is not None:
+            await self._tokens.run()
 
     def identify(self, headers: Mapping[str, str]) -> Identity:
         """Returns who calls, by the header or metadata "authorization: Bearer KEY"; names are in small letters.
@@ -162,18 +176,36 @@ class Keys:
         Raises:
             UnauthenticatedError: there is no key, or one that is not known.
         """
-        if self._path is None:
+        if self.is_open:
             return self._anybody()
         self._read_if_changed()
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            self._on_refused(UnauthenticatedError.reason)
-            raise UnauthenticatedError("a key is needed: authorization: Bearer KEY")
-        identity = self._identities.get(hash_of(key.strip())) if len(key) <= MAX_KEY_CHARACTERS else None
+        try:
+            if scheme.lower() != "bearer" or not key.strip():
+                raise UnauthenticatedError("a key is needed: authorization: Bearer KEY")
+            return self._bearer(key.strip())
+        except UnauthenticatedError as error:
+            self._on_refused(error.reason)
+            raise
+
+    def _bearer(self, key: str) -> Identity:
+        # No key of ours has a dot.
+        if self._tokens is not None and "." in key:
+            return self._identity(self._tokens.grant_of(key))
+        identity = self._identities.get(hash_of(key)) if len(key) <= MAX_KEY_CHARACTERS else None
         if identity is None:
-            self._on_refused(UnauthenticatedError.reason)
             raise UnauthenticatedError("this key is not known here")
         return identity
+
+    def _identity(self, grant: Grant) -> Identity:
+        return Identity(
+            grant.tenant,
+            frozenset(grant.scopes),
+            None if grant.models is None else frozenset(grant.models),
+            frozenset(RequestClass if grant.classes is None else grant.classes),
+            self._default_model,
+            self._on_refused,
+        )
 
     def _anybody(self) -> Identity:
         # Whose tenant is "" names his own, as ADMIN may.
@@ -205,17 +237,7 @@ class Keys:
         if self._path is None:
             return {}, {}
         found = read_keys_file(self._path)
-        identities = {
-            key.sha256: Identity(
-                key.tenant,
-                frozenset(key.scopes),
-                None if key.models is None else frozenset(key.models),
-                frozenset(RequestClass if key.classes is None else key.classes),
-                self._default_model,
-                self._on_refused,
-            )
-            for key in found.keys
-        }
+        identities = {key.sha256: self._identity(key) for key in found.keys}
         return identities, {limits.name: limits for limits in found.tenants}
 
 

@@ -22,6 +22,7 @@ from bucketserve.core.types import RequestClass
 __all__ = [
     "EVERYBODY",
     "MAX_TENANT_CHARACTERS",
+    "Grant",
     "Key",
     "KeysFile",
     "Limits",
@@ -61,18 +62,23 @@ def _printable(text: str) -> str:
     return text
 
 
-class Key(BaseModel):
-    """A table [[keys]] of the file. What is left out allows all, but for the scopes."""
+class Grant(BaseModel):
+    """What somebody may do. What is left out allows all, but for the scopes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, AfterValidator(_printable)] = Field(min_length=1, max_length=128)
-    """Whose it is, for those who keep the file."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     tenant: Annotated[str, AfterValidator(_printable)] = Field(min_length=1, max_length=MAX_TENANT_CHARACTERS)
     models: Annotated[tuple[str, ...] | None, AfterValidator(_distinct)] = None
     classes: Annotated[tuple[RequestClass, ...] | None, AfterValidator(_distinct)] = None
     scopes: Annotated[tuple[Scope, ...], AfterValidator(_distinct)] = (Scope.GENERATE, Scope.JOBS)
+
+
+class Key(Grant):
+    """A table [[keys]] of the file."""
+
+    name: Annotated[str, AfterValidator(_printable)] = Field(min_length=1, max_length=128)
+    """Whose it is, for those who keep the file."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class Limits(BaseModel):

@@ -82,9 +82,33 @@ class GatewaySettings(Section):
     keys_file: str = Field(
         "", description="TOML with the keys of clients, read again when it changes; empty: whoever can call may call"
     )
-    enable_reflection: bool | None = Field(
-        None, description="answer gRPC reflection; default: unless there is a keys_file"
+    jwks: str = Field(
+        "",
+        description="file or https URL with the public keys (JSON Web Key Set) of an identity provider, whose tokens "
+        "are as good as keys; empty: none",
     )
+    jwt_issuer: str = Field("", validate_default=True, description="iss of its tokens; needed with jwks")
+    jwt_audience: str = Field(
+        "", validate_default=True, description="aud of those that are for this deployment; needed with jwks"
+    )
+    jwt_tenant_claim: str = Field("tenant", min_length=1, description="claim that names the tenant")
+    enable_reflection: bool | None = Field(
+        None, description="answer gRPC reflection; default: unless there are keys_file or jwks"
+    )
+
+    @field_validator("jwks")
+    @classmethod
+    def _is_no_plain_url(cls, value: str) -> str:
+        if "://" in value and not value.startswith("https://"):
+            raise ValueError("name a file or an https:// URL: who could change the keys could be anybody")
+        return value
+
+    @field_validator("jwt_issuer", "jwt_audience")
+    @classmethod
+    def _are_named(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("jwks") and not value:
+            raise ValueError("needed with jwks: any other token of the provider would do")
+        return value
 
     @field_validator("delivery_address")
     @classmethod

@@ -61,6 +61,7 @@ async def serve(settings: WorkerSettings, ours: Deployment, telemetry: Telemetry
             services=[worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name, ours.health_service],
             on_unexpected=lambda method, error: log.error("rpc.failed", error=error, method=method),
             tls=ours.tls,
+            reached_at=settings.address,
             enable_reflection=settings.enable_reflection,
         )
         load: Callable[[], Engine] = engine_loader(settings, lambda text: log.info("model.loading", progress=text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from bucketserve.core.errors import SettingsError
 from bucketserve.probe import main as probe
 from bucketserve.rpc.channel import open_channel
 from bucketserve.rpc.probe import check_health
@@ -72,12 +74,52 @@ async def test_a_client_leaves_a_server_that_is_not_whom_it_called(tmp_path: Pat
     client = ours.issue("client").tls()
     async with serving(theirs.issue("rogue").tls()) as address:
         assert await answer(address, client) == "UNAVAILABLE"
-    async with serving(ours.issue("other", "other.example").tls()) as address:
+    async with serving(ours.issue("other", "other.example").tls(peer_name="other.example")) as address:
         assert await answer(address, client) == "UNAVAILABLE"
         named = ours.issue("client").tls(peer_name="other.example")
         assert await answer(address, named) == "SERVING"
     async with serving(None) as address:
         assert await answer(address, client) == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "listen", "reached_at", "peer_name", "is_right"),
+    [
+        (("127.0.0.1",), "127.0.0.1:0", "", "", True),
+        (("127.0.0.1",), "127.0.0.1:0", "10.0.0.7:1", "", False),
+        (("10.0.0.7",), "[::]:0", "10.0.0.7:1", "", True),
+        (("fd00::7",), "[::]:0", "[fd00::7]:1", "", True),
+        (("fd00::7",), "[::]:0", "[fd00::8]:1", "", False),
+        (("*.pods.example",), "0.0.0.0:0", "worker.pods.example:1", "", True),
+        (("worker.example",), "0.0.0.0:0", "gateway.example:1", "", False),
+        # Where it is reached is not known.
+        (("worker.example",), "0.0.0.0:0", "", "", True),
+        (("bucketserve",), "0.0.0.0:0", "10.0.0.7:1", "bucketserve", True),
+        (("10.0.0.7",), "0.0.0.0:0", "10.0.0.7:1", "bucketserve", False),
+    ],
+)
+async def test_a_service_whose_certificate_is_for_another_name_does_not_begin(
+    hosts: tuple[str, ...], listen: str, reached_at: str, peer_name: str, is_right: bool, tmp_path: Path
+) -> None:
+    tls = Authority(tmp_path / "ours").issue("service", *hosts).tls(peer_name=peer_name)
+
+    def new(is_public: bool) -> RpcServer:
+        return RpcServer(
+            listen,
+            services=[],
+            on_unexpected=lambda method, error: None,
+            tls=tls,
+            is_public=is_public,
+            reached_at=reached_at,
+        )
+
+    # Clients come by names that nobody here knows.
+    new(is_public=True)
+    if is_right:
+        new(is_public=False)
+    else:
+        with pytest.raises(SettingsError, match=r"is not valid for '.*'; others call this process so: put it into"):
+            new(is_public=False)
 
 
 async def test_a_public_port_asks_for_certificates_only_if_it_is_told_whose(tmp_path: Path) -> None:
@@ -120,8 +162,6 @@ async def test_certificates_and_ca_are_changed_while_it_serves(tmp_path: Path) -
 
 
 async def test_the_probe_speaks_as_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import asyncio
-
     papers = Authority(tmp_path / "ours").issue("service")
     async with serving(papers.tls()) as address:
         assert await asyncio.to_thread(probe, [address]) == 1

@@ -39,7 +39,7 @@ def test_a_new_key_opens_what_its_table_says(tmp_path: Path) -> None:
     [
         (["--tenant", ""], "--tenant: "),
         (["--tenant", "x" * 65], "--tenant: String should have at most 64"),
-        (["--tenant", "a\nb"], "--name: printable characters only"),
+        (["--tenant", "a\nb"], "--tenant: printable characters only"),
         (["--tenant", "a", "--model", "m", "--model", "m"], "--models: name at least one, and each once"),
         (["--tenant", "a", "--scope", "root"], "root"),
         ([], "--tenant"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.message import Message
+from grpc_reflection.v1alpha import reflection_pb2
 
 from bucketserve.core.errors import ForbiddenError, SettingsError, UnauthenticatedError
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2
@@ -119,6 +120,7 @@ PERMITTED: list[tuple[str, Message]] = [
     ("", Generate(tenant="acme")),
     ("", submit(header=job_pb2.JobHeader())),
     ("", job_pb2.GetJobRequest(job_id="x")),
+    ("", reflection_pb2.ServerReflectionRequest(list_services="")),
     ('models = ["demo"]', Generate(model="demo")),
     # The one that is served.
     ('models = ["demo"]', Generate()),

@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
+import trustme
 
 from bucketserve.config import TlsSettings
 from bucketserve.core.errors import SettingsError
@@ -23,6 +24,12 @@ Change = Callable[[Authority, Papers, Path], dict[str, str]]
 def written(folder: Path, content: bytes) -> str:
     (folder / "odd.pem").write_bytes(content)
     return str(folder / "odd.pem")
+
+
+def both(ours: Authority, folder: Path) -> list[Path]:
+    """CA files, ours and another."""
+    other = folder / "another" / "ca.pem"
+    return [ours.ca_file, other if other.exists() else Authority(other.parent).ca_file]
 
 
 def encrypted(ours: Authority, papers: Papers, folder: Path) -> dict[str, str]:
@@ -65,7 +72,22 @@ WRONG: dict[str, tuple[Change, str]] = {
     "certificate alone": (lambda a, p, f: {"key_file": ""}, r"cert_file and key_file belong together"),
     "key alone": (lambda a, p, f: {"cert_file": ""}, r"cert_file and key_file belong together"),
     "neither": (lambda a, p, f: {"cert_file": "", "key_file": ""}, r"a service needs a certificate of its own"),
-    "clients of our CA": (lambda a, p, f: {"client_ca_file": str(p.ca)}, r"client_ca_file is the same as ca_file"),
+    "clients of our CA": (lambda a, p, f: {"client_ca_file": str(p.ca)}, r"client_ca_file has a CA of ca_file"),
+    "clients of ours and theirs": (
+        lambda a, p, f: {"client_ca_file": written(f, b"".join(map(Path.read_bytes, both(a, f))))},
+        r"client_ca_file has a CA of ca_file",
+    ),
+    "we of ours and the clients'": (
+        lambda a, p, f: {
+            "ca_file": written(f, b"".join(map(Path.read_bytes, both(a, f)))),
+            "client_ca_file": str(both(a, f)[1]),
+        },
+        r"client_ca_file has a CA of ca_file",
+    ),
+    "clients of a CA below ours": (
+        lambda a, p, f: {"client_ca_file": str(Authority(f / "below", a).ca_file)},
+        r"client_ca_file has a CA of ca_file, or one below it",
+    ),
     "CA not named": (lambda a, p, f: {"ca_file": ""}, r"ca_file: needed with any other setting of \[tls\]"),
 }
 
@@ -95,6 +117,14 @@ def test_when_the_certificate_ends_is_known(tmp_path: Path) -> None:
     ours.issue("service", until=date(2101, 1, 1))
     assert tls.ends_unix_s() == datetime(2101, 1, 1, 12, tzinfo=UTC).timestamp()
     assert Tls(ca_file=str(ours.ca_file)).ends_unix_s() == 0.0
+
+
+def test_clients_of_another_ca_are_welcome_whatever_it_is_called(tmp_path: Path) -> None:
+    for name in ("ours", "clients"):
+        ca = trustme.CA(organization_name="one", organization_unit_name="name")
+        (tmp_path / f"{name}.pem").write_bytes(ca.cert_pem.bytes())
+    tls = Tls(ca_file=str(tmp_path / "ours.pem"), client_ca_file=str(tmp_path / "clients.pem"))
+    assert tls.current().client_ca
 
 
 def test_nothing_set_is_plain_text() -> None:

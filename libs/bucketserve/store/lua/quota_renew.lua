@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Renews the leases of a tenant's requests that still run.  KEYS: running.  ARGV: lease in milliseconds, names...
 -- O(k log n).
 local time = redis.call('TIME')

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Ends a request of a tenant and gives back what it did not use.
 -- KEYS: tokens, running.  ARGV: name, how much sooner all will have come back (seconds).  O(log n).
 redis.call('ZREM', KEYS[2], ARGV[1])

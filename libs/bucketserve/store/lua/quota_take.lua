@@ -1,4 +1,6 @@
--- Takes a request and its tokens from what a tenant may have, if there is enough of everything.
+#!lua flags=allow-oom
+-- Takes a request and its tokens from what a tenant may have, if there is enough of everything. Works in a full server:
+-- nobody gets more by filling it.
 -- KEYS: requests, tokens, running.
 -- ARGV: name, tokens, requests a minute, tokens a minute, requests at once (0: no limit), lease in milliseconds.
 -- Returns which limit is in the way (0: none; 1, 2, 3 as above) and for how many milliseconds.  O(log n).
