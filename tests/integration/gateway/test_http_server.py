@@ -156,7 +156,6 @@ async def test_a_slow_body_is_told_so() -> None:
         writer.write(HEAD + b"Content-Length: 100\r\n\r\n{")
         head, _, body = (await rest(reader)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 ")
-    assert b"connection: close" in head
     assert json.loads(body)["error"]["code"] == "slow_request"
 
 
@@ -188,6 +187,36 @@ async def test_who_does_not_read_is_cut(is_stream: bool) -> None:
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
+
+
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /version HTTP/1.1\r\n" + b"X:\r\n" * 2000,
+        CHUNKED + b"1\r\n{\r\n" * 5000,
+        CHUNKED + b"0\r\n" + b"X:\r\n" * 2000,
+        b"GET /version HTTP/1.1\r\n\r\n" * 2000,
+    ],
+)
+async def test_what_is_made_of_too_many_pieces_is_cut_before_all_of_them_are_looked_at(data: bytes) -> None:
+    async with serving() as served, served.connected() as (reader, writer):
+        with contextlib.suppress(ConnectionError):
+            writer.write(data)
+            await writer.drain()
+        assert (await rest(reader)).count(b"HTTP/1.1 200 ") <= server.MAX_PIPELINED + 1
+
+
+@pytest.mark.parametrize("size", [100, 1000])
+async def test_a_body_in_many_frames_is_read(size: int) -> None:
+    body = json.dumps({"prompt": "a" * 99_000}).encode()
+    pieces = [body[i : i + size] for i in range(0, len(body), size)]
+    frames = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    async with serving() as served, served.connected() as (reader, writer):
+        writer.write(CHUNKED + frames)
+        assert b" 200 " in await reader.readline()
 
 
 async def test_who_reads_slowly_gets_everything() -> None:

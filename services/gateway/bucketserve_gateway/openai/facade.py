@@ -38,7 +38,6 @@ STREAM_HEADERS: Headers = [
     # Proxies that would gather it first.
     (b"x-accel-buffering", b"no"),
 ]
-CLOSE = (b"connection", b"close")
 MODELS = "/v1/models"
 READERS = {"/v1/completions": completion, "/v1/chat/completions": chat_completion}
 
@@ -156,7 +155,8 @@ class OpenAIFacade:
         try:
             return await self._reads.read(exchange.peer, lambda: exchange.body(self._max_body_bytes))
         except OverloadedError as error:
-            raise HttpError(408, str(error), error.reason.lower(), [CLOSE]) from None
+            # The connection stays for what still comes: closed now, the client might never see why.
+            raise HttpError(408, str(error), error.reason.lower()) from None
 
     async def _run(self, exchange: _Exchange, wanted: Wanted, caller: Caller) -> None:
         """Runs all choices at once, and answers."""
