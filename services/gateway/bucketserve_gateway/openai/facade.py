@@ -39,6 +39,8 @@ STREAM_HEADERS: Headers = [
     (b"x-accel-buffering", b"no"),
 ]
 MODELS = "/v1/models"
+MAX_POSITIONS = 16
+"""Tokens whose log-probabilities are written down at once."""
 READERS = {"/v1/completions": completion, "/v1/chat/completions": chat_completion}
 
 T = TypeVar("T")
@@ -180,7 +182,7 @@ class OpenAIFacade:
 
     @staticmethod
     async def _stream(exchange: _Exchange, answer: Answer, choice: Choice, run: Events) -> None:
-        async for event in run:
+        async for event in _small(run):
             is_end = event.HasField("finished")
             piece = choice.end(event.finished) if is_end else choice.piece(event.chunk)
             if piece is not None:
@@ -289,8 +291,28 @@ async def _started(run: Events) -> inference_pb2.GenerateStarted:
 
 
 async def _gather(choice: Choice, run: Events) -> None:
-    async for event in run:
+    async for event in _small(run):
         choice.gather(event)
+
+
+async def _small(run: Events) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    """Yields a run's events, those with many log-probabilities in parts between which others have their turn.
+
+    What waited for a client that does not read may be thousands of them, which take time to write down.
+    """
+    async for event in run:
+        chunk = event.chunk
+        if len(chunk.logprobs) <= MAX_POSITIONS:
+            yield event
+            continue
+        for start in range(0, len(chunk.logprobs), MAX_POSITIONS):
+            part = slice(start, start + MAX_POSITIONS)
+            yield inference_pb2.GenerateResponse(
+                chunk=inference_pb2.GenerateChunk(
+                    text="" if start else chunk.text, token_ids=chunk.token_ids[part], logprobs=chunk.logprobs[part]
+                )
+            )
+            await asyncio.sleep(0)
 
 
 async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
