@@ -39,8 +39,8 @@ STREAM_HEADERS: Headers = [
     (b"x-accel-buffering", b"no"),
 ]
 MODELS = "/v1/models"
-MAX_POSITIONS = 16
-"""Tokens whose log-probabilities are written down at once."""
+MAX_LOGPROBS = 128
+"""Log-probabilities that are written down at once."""
 READERS = {"/v1/completions": completion, "/v1/chat/completions": chat_completion}
 
 T = TypeVar("T")
@@ -302,11 +302,12 @@ async def _small(run: Events) -> AsyncIterator[inference_pb2.GenerateResponse]:
     """
     async for event in run:
         chunk = event.chunk
-        if len(chunk.logprobs) <= MAX_POSITIONS:
+        most = max(MAX_LOGPROBS // (1 + len(chunk.logprobs[0].top)), 1) if chunk.logprobs else 0
+        if len(chunk.logprobs) <= most:
             yield event
             continue
-        for start in range(0, len(chunk.logprobs), MAX_POSITIONS):
-            part = slice(start, start + MAX_POSITIONS)
+        for start in range(0, len(chunk.logprobs), most):
+            part = slice(start, start + most)
             yield inference_pb2.GenerateResponse(
                 chunk=inference_pb2.GenerateChunk(
                     text="" if start else chunk.text, token_ids=chunk.token_ids[part], logprobs=chunk.logprobs[part]
