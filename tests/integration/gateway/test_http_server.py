@@ -231,6 +231,41 @@ async def test_who_reads_slowly_gets_everything() -> None:
         assert b"".join(pieces).endswith(b"0\r\n\r\n")
 
 
+class ManyLogprobs(Runs):
+    """Generates all its tokens at once, with three alternatives each."""
+
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str], remaining_s: float | None
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        top = [common_pb2.TokenLogprob(token_id=i, logprob=-1.0) for i in (5, 6, 7)]
+        positions = [
+            common_pb2.PositionLogprobs(chosen=common_pb2.TokenLogprob(token_id=5 + i % 300), top=top)
+            for i in range(1000)
+        ]
+        async for event in super().generate(request, metadata, remaining_s):
+            if event.HasField("chunk"):
+                event.chunk.ClearField("token_ids")
+                event.chunk.token_ids.extend(position.chosen.token_id for position in positions)
+                event.chunk.logprobs.extend(positions)
+            yield event
+
+
+async def test_many_log_probabilities_come_in_parts_and_none_is_missing() -> None:
+    answers = []
+    for is_stream in (True, False):
+        async with serving(ManyLogprobs(num_chunks=1)) as served, served.connected() as (reader, writer):
+            writer.write(asking(stream=is_stream, logprobs=3))
+            answers.append((await rest(reader)).partition(b"\r\n\r\n")[2])
+    lines = [line.removeprefix(b"data: ") for line in answers[0].splitlines() if line.startswith(b"data: {")]
+    choices = [json.loads(line)["choices"][0] for line in lines]
+    whole = json.loads(answers[1])
+    assert len(choices) > 20
+    assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"] == "ab"
+    tokens = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["tokens"]]
+    assert tokens == whole["choices"][0]["logprobs"]["tokens"]
+    assert len(tokens) == whole["usage"]["completion_tokens"] == 1000
+
+
 async def test_an_error_after_the_beginning_is_the_last_event_and_one_nobody_foresaw_is_reported() -> None:
     for error in (EngineError("secret"), ValueError("secret")):
         async with serving(Runs(error=error)) as served, served.connected() as (reader, writer):
