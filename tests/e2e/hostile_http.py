@@ -92,7 +92,7 @@ async def http_unread(address: str, scale: float) -> Outcomes:
     chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1000, "ignore_eos": True}
     many = json.dumps({**chat, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
     found = await send(address, [post(many)] * max(round(100 * scale), 1), hold_s=1 + 4 * min(scale, 1))
-    choices = json.dumps({**chat, "n": 128}).encode()
+    choices = json.dumps({**chat, "n": 16}).encode()
     tasks = [asyncio.create_task(exchange(address, post(choices))) for _ in range(max(round(20 * scale), 1))]
     await asyncio.sleep(1)
     for task in tasks:

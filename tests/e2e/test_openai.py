@@ -536,6 +536,23 @@ async def test_a_stream_that_fails_ends_with_an_error(new_stack: NewStack) -> No
     assert "data: [DONE]" not in lines
 
 
+async def test_without_a_scheduler_it_is_unavailable_for_a_while(new_stack: NewStack) -> None:
+    stack = new_stack(environ={"BUCKETSERVE_GATEWAY_SCHEDULER_WAIT_S": "1"})
+    async with http(stack) as client:
+        stack.services["scheduler"].signal(signal.SIGKILL)
+
+        async def says_so() -> bool:
+            return (await client.get("/health")).status_code == 503
+
+        await eventually(says_so)
+        answer = await client.post(TEXT, json={"prompt": "a", "stream": True})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_scheduler")
+        assert int(answer.headers["retry-after"]) >= 1
+        stack.restart("scheduler")
+        await eventually(lambda: stack.is_serving("gateway"))
+        assert (await client.post(TEXT, json={"prompt": "a"})).status_code == 200
+
+
 async def test_sigterm_lets_streams_finish(new_stack: NewStack) -> None:
     stack = new_stack(environ={**SLOW, "BUCKETSERVE_GATEWAY_LAME_DUCK_S": "2"})
     body = {"prompt": [5], "max_tokens": 200, "ignore_eos": True}
@@ -550,7 +567,8 @@ async def test_sigterm_lets_streams_finish(new_stack: NewStack) -> None:
 
         await eventually(says_so, 2)
         # Until those who watch have left, requests are taken.
-        assert (await other.post(TEXT, json={"prompt": "a", "max_tokens": 2})).status_code == 200
+        late = await other.post(TEXT, json={"prompt": "a", "max_tokens": 2})
+        assert (late.status_code, late.headers["connection"]) == (200, "close")
 
         async def is_closed() -> bool:
             try:

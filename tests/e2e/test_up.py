@@ -253,6 +253,7 @@ async def test_a_stack_may_live_on_ipv6_alone(launch, host: str) -> None:
     for name in ("gateway", "worker-0"):
         assert f"{name} metrics http://" in up.said()
     http = environ["BUCKETSERVE_GATEWAY_HTTP_LISTEN"].replace(host, reached)
+    assert "OpenAI API http://" in up.said()
     with urllib.request.urlopen(f"http://{http}/health", timeout=10) as answer:
         assert json.load(answer) == {"status": "SERVING"}
 

@@ -156,7 +156,6 @@ async def test_a_slow_body_is_told_so() -> None:
         writer.write(HEAD + b"Content-Length: 100\r\n\r\n{")
         head, _, body = (await rest(reader)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 ")
-    assert b"connection: close" in head
     assert json.loads(body)["error"]["code"] == "slow_request"
 
 
@@ -190,6 +189,36 @@ async def test_who_does_not_read_is_cut(is_stream: bool) -> None:
             await writer.wait_closed()
 
 
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /version HTTP/1.1\r\n" + b"X:\r\n" * 2000,
+        CHUNKED + b"1\r\n{\r\n" * 5000,
+        CHUNKED + b"0\r\n" + b"X:\r\n" * 2000,
+        b"GET /version HTTP/1.1\r\n\r\n" * 2000,
+    ],
+)
+async def test_what_is_made_of_too_many_pieces_is_cut_before_all_of_them_are_looked_at(data: bytes) -> None:
+    async with serving() as served, served.connected() as (reader, writer):
+        with contextlib.suppress(ConnectionError):
+            writer.write(data)
+            await writer.drain()
+        assert (await rest(reader)).count(b"HTTP/1.1 200 ") <= server.MAX_PIPELINED + 1
+
+
+@pytest.mark.parametrize("size", [100, 1000])
+async def test_a_body_in_many_frames_is_read(size: int) -> None:
+    body = json.dumps({"prompt": "a" * 99_000}).encode()
+    pieces = [body[i : i + size] for i in range(0, len(body), size)]
+    frames = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    async with serving() as served, served.connected() as (reader, writer):
+        writer.write(CHUNKED + frames)
+        assert b" 200 " in await reader.readline()
+
+
 async def test_who_reads_slowly_gets_everything() -> None:
     runs = Runs(num_chunks=50, text="x" * 100_000)
     async with serving(runs) as served, served.connected() as (reader, writer):
@@ -200,6 +229,41 @@ async def test_who_reads_slowly_gets_everything() -> None:
             await asyncio.sleep(0.001)
         assert b"".join(pieces).count(b"x" * 100_000) == 50
         assert b"".join(pieces).endswith(b"0\r\n\r\n")
+
+
+class ManyLogprobs(Runs):
+    """Generates all its tokens at once, with three alternatives each."""
+
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str], remaining_s: float | None
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        top = [common_pb2.TokenLogprob(token_id=i, logprob=-1.0) for i in (5, 6, 7)]
+        positions = [
+            common_pb2.PositionLogprobs(chosen=common_pb2.TokenLogprob(token_id=5 + i % 300), top=top)
+            for i in range(1000)
+        ]
+        async for event in super().generate(request, metadata, remaining_s):
+            if event.HasField("chunk"):
+                event.chunk.ClearField("token_ids")
+                event.chunk.token_ids.extend(position.chosen.token_id for position in positions)
+                event.chunk.logprobs.extend(positions)
+            yield event
+
+
+async def test_many_log_probabilities_come_in_parts_and_none_is_missing() -> None:
+    answers = []
+    for is_stream in (True, False):
+        async with serving(ManyLogprobs(num_chunks=1)) as served, served.connected() as (reader, writer):
+            writer.write(asking(stream=is_stream, logprobs=3))
+            answers.append((await rest(reader)).partition(b"\r\n\r\n")[2])
+    lines = [line.removeprefix(b"data: ") for line in answers[0].splitlines() if line.startswith(b"data: {")]
+    choices = [json.loads(line)["choices"][0] for line in lines]
+    whole = json.loads(answers[1])
+    assert len(choices) > 20
+    assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"] == "ab"
+    tokens = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["tokens"]]
+    assert tokens == whole["choices"][0]["logprobs"]["tokens"]
+    assert len(tokens) == whole["usage"]["completion_tokens"] == 1000
 
 
 async def test_an_error_after_the_beginning_is_the_last_event_and_one_nobody_foresaw_is_reported() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import time
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from bucketserve.v1 import common_pb2, inference_pb2
@@ -181,7 +182,7 @@ class _Tokens:
         shown: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for position in positions:
             chosen = position.chosen
-            text, raw = self._text(chosen.token_id)
+            text, values = self._text(chosen.token_id)
             shown["tokens"].append(text)
             shown["token_logprobs"].append(_finite(chosen.logprob))
             tops: dict[str, float] = {}
@@ -190,30 +191,36 @@ class _Tokens:
                 tops.setdefault(self._text(top.token_id)[0], _finite(top.logprob))
             shown["top_logprobs"].append(tops)
             shown["text_offset"].append(self._offset)
-            self._offset += len(self._utf8.decode(raw or b""))
+            self._offset += len(self._utf8.decode(bytes(values or ())))
             self._previous = chosen.token_id
         return shown
 
     def _chat_token(self, token: common_pb2.TokenLogprob) -> Json:
-        text, raw = self._text(token.token_id)
-        return {"token": text, "logprob": _finite(token.logprob), "bytes": None if raw is None else list(raw)}
+        text, values = self._text(token.token_id)
+        return {"token": text, "logprob": _finite(token.logprob), "bytes": values}
 
-    def _text(self, token_id: int) -> tuple[str, bytes | None]:
+    def _text(self, token_id: int) -> tuple[str, list[int] | None]:
         """Returns a token as a text of its own, and the bytes that it adds; None for one that is never shown."""
         # The first one follows a prompt, which is not known here: any token before it does.
         previous = token_id if self._previous is None else self._previous
         raw = self._model.token_bytes(token_id, previous)
         if raw is None:
             return self._model.tokenizer.convert_ids_to_tokens(token_id) or "", None
-        try:
-            return raw.decode(), raw
-        except UnicodeDecodeError:
-            # As OpenAI writes a part of a character.
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
+        return _written(raw)
+
+
+@lru_cache(maxsize=1 << 16)
+def _written(raw: bytes) -> tuple[str, list[int]]:
+    """Returns the bytes of a token as text and as numbers, which nobody may change."""
+    try:
+        return raw.decode(), list(raw)
+    except UnicodeDecodeError:
+        # As OpenAI writes a part of a character.
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw)
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, LEAST_LOGPROB)
+    return logprob if logprob > LEAST_LOGPROB else LEAST_LOGPROB
 
 
 def _shown(request: inference_pb2.GenerateRequest, model: ServedModel) -> str:

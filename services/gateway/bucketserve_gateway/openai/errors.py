@@ -38,11 +38,13 @@ from bucketserve.core.errors import (
 )
 from bucketserve_gateway.job_runner import FOREVER
 
-__all__ = ["ErrorBody", "Headers", "HttpError", "ParameterError", "body_of", "headers_of", "status_of"]
+__all__ = ["CLOSE", "ErrorBody", "Headers", "HttpError", "ParameterError", "body_of", "headers_of", "status_of"]
 
 Headers = list[tuple[bytes, bytes]]
 ErrorBody = dict[str, dict[str, str | None]]
 
+CLOSE = (b"connection", b"close")
+"""The header of a response after which the connection ends."""
 MAX_CHARACTERS = 1024
 """Of a message, which may repeat what a client sent."""
 INVALID = "invalid_request_error"

@@ -39,8 +39,9 @@ STREAM_HEADERS: Headers = [
     # Proxies that would gather it first.
     (b"x-accel-buffering", b"no"),
 ]
-CLOSE = (b"connection", b"close")
 MODELS = "/v1/models"
+MAX_LOGPROBS = 128
+"""Log-probabilities that are written down at once."""
 READERS = {"/v1/completions": completion, "/v1/chat/completions": chat_completion}
 
 T = TypeVar("T")
@@ -168,7 +169,8 @@ class OpenAIFacade:
         try:
             return await self._reads.read(exchange.peer, lambda: exchange.body(self._max_body_bytes))
         except OverloadedError as error:
-            raise HttpError(408, str(error), error.reason.lower(), [CLOSE]) from None
+            # The connection stays for what still comes: closed now, the client might never see why.
+            raise HttpError(408, str(error), error.reason.lower()) from None
 
     async def _run(self, exchange: _Exchange, wanted: Wanted, caller: Caller, identity: Identity) -> None:
         """Runs all choices at once, and answers."""
@@ -193,7 +195,7 @@ class OpenAIFacade:
 
     @staticmethod
     async def _stream(exchange: _Exchange, answer: Answer, choice: Choice, run: Events) -> None:
-        async for event in run:
+        async for event in _small(run):
             is_end = event.HasField("finished")
             piece = choice.end(event.finished) if is_end else choice.piece(event.chunk)
             if piece is not None:
@@ -302,8 +304,29 @@ async def _started(run: Events) -> inference_pb2.GenerateStarted:
 
 
 async def _gather(choice: Choice, run: Events) -> None:
-    async for event in run:
+    async for event in _small(run):
         choice.gather(event)
+
+
+async def _small(run: Events) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    """Yields a run's events, those with many log-probabilities in parts between which others have their turn.
+
+    What waited for a client that does not read may be thousands of them, which take time to write down.
+    """
+    async for event in run:
+        chunk = event.chunk
+        most = max(MAX_LOGPROBS // (1 + len(chunk.logprobs[0].top)), 1) if chunk.logprobs else 0
+        if len(chunk.logprobs) <= most:
+            yield event
+            continue
+        for start in range(0, len(chunk.logprobs), most):
+            part = slice(start, start + most)
+            yield inference_pb2.GenerateResponse(
+                chunk=inference_pb2.GenerateChunk(
+                    text="" if start else chunk.text, token_ids=chunk.token_ids[part], logprobs=chunk.logprobs[part]
+                )
+            )
+            await asyncio.sleep(0)
 
 
 async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

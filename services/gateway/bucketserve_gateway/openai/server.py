@@ -23,7 +23,7 @@ from bucketserve.addresses import Address
 from bucketserve.core.errors import SettingsError
 from bucketserve.rpc.server import connections_by_descriptors
 from bucketserve.rpc.tls import Tls
-from bucketserve_gateway.openai.errors import HttpError, body_of
+from bucketserve_gateway.openai.errors import CLOSE, HttpError, body_of
 from bucketserve_gateway.openai.facade import OpenAIFacade
 
 __all__ = ["HttpServer"]
@@ -36,6 +36,10 @@ IDLE_S = 75
 """Between requests: longer than clients keep connections, so that none is closed as they use it again."""
 FRAME_BYTES = 1 << 20
 """Of a body, for the frames of its chunks."""
+MAX_PIECES, BYTES_PER_PIECE = 500, 64
+"""Headers and frames of a request: so many, and one more for each so many bytes of its body."""
+MAX_PIPELINED = 16
+"""Requests of a connection that wait for the one before them."""
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 """A client whose machine is gone is noticed within a minute, though nothing is sent."""
 BACKLOG = 1024
@@ -99,6 +103,8 @@ class HttpServer:
     async def leave(self, lame_duck_s: float) -> None:
         """Parts with clients, as RpcServer.leave does; running exchanges go on until stop()."""
         await self.set_serving(False)
+        # Who is answered meanwhile leaves by itself: no request of its crosses the closing of its connection.
+        self._state.default_headers.append(CLOSE)
         await asyncio.sleep(lame_duck_s)
         self._close()
 
@@ -158,6 +164,8 @@ class _Connection(HttpToolsProtocol):
         self._part = _Part.BETWEEN
         self._num_bytes = 0
         """Of the request so far, without its body."""
+        self._num_pieces = 0
+        self._num_body_bytes = 0
         self._arrival: asyncio.TimerHandle | None = None
         """Cuts the connection, unless what is due arrives."""
         self._taking: asyncio.TimerHandle | None = None
@@ -191,6 +199,8 @@ class _Connection(HttpToolsProtocol):
             self.transport.abort()
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._cut()
         self._part = _Part.HEAD
         self._expect_arrival(ARRIVE_S)
         super().on_message_begin()
@@ -200,12 +210,18 @@ class _Connection(HttpToolsProtocol):
         self._has_arrived()
         super().on_headers_complete()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_piece()
+        super().on_header(name, value)
+
     def on_body(self, body: bytes) -> None:
         self._num_bytes -= len(body)
+        self._num_body_bytes += len(body)
+        self._count_piece()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._part, self._num_bytes = _Part.BETWEEN, 0
+        self._part, self._num_bytes, self._num_pieces, self._num_body_bytes = _Part.BETWEEN, 0, 0, 0
         self._has_arrived()
         super().on_message_complete()
 
@@ -241,11 +257,23 @@ class _Connection(HttpToolsProtocol):
 
     def _refuse(self, error: HttpError) -> None:
         """Says what is wrong with what is no request, and closes."""
+        if self.transport.is_closing():
+            return
         body = orjson.dumps(body_of(error, {}))
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[error.status] + head + body)
         self.transport.close()
         self._expect_taking()
+
+    def _count_piece(self) -> None:
+        self._num_pieces += 1
+        if self._num_pieces > MAX_PIECES + self._num_body_bytes // BYTES_PER_PIECE:
+            self._cut()
+
+    def _cut(self) -> None:
+        """Ends the connection, and the reading of what has come: that might take longer than others can wait."""
+        self.transport.abort()
+        raise ConnectionAbortedError
 
     def _expect_arrival(self, within_s: float) -> None:
         self._has_arrived()
