@@ -89,7 +89,7 @@ class Identity:
 
     def shown(self, message: Message) -> Message:
         """Returns an answer without the models that the key is not for."""
-        if not isinstance(message, inference_pb2.ListModelsResponse):
+        if not isinstance(message, inference_pb2.ListModelsResponse) or self.models is None:
             return message
         return inference_pb2.ListModelsResponse(models=[model for model in message.models if self.may_use(model.name)])
 

@@ -39,7 +39,7 @@ async def test_a_scheduler_that_waits_for_its_store_may_lead_again(monkeypatch: 
     monkeypatch.setattr(leader.time, "monotonic", lambda: now_s)
     turns: asyncio.Queue[Exception | None] = asyncio.Queue()
     states: asyncio.Queue[bool] = asyncio.Queue()
-    search = LeaderSearch(["127.0.0.1:1"], lambda is_connected, detail: states.put_nowait(is_connected))
+    search = LeaderSearch(["127.0.0.1:1"], None, lambda is_connected, detail: states.put_nowait(is_connected))
 
     async def talk(stub: object, address: str) -> None:
         turn = await turns.get()
