@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from bucketserve.addresses import Address
 from bucketserve.config import DeploymentSettings, TelemetrySettings
 from bucketserve.core.errors import SettingsError
+from bucketserve.facades import kserve_pb2, kserve_pb2_grpc, vllm_pb2, vllm_pb2_grpc
 from bucketserve.process import default_instance_id, unless_stopped
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.server import RpcServer
@@ -21,6 +22,7 @@ from bucketserve_gateway.admission import Admission, AdmissionInterceptor
 from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.job_runner import JobRunner
 from bucketserve_gateway.jobs import JobServicer
+from bucketserve_gateway.kserve import KserveServicer
 from bucketserve_gateway.models import load_models
 from bucketserve_gateway.reads import Reads
 from bucketserve_gateway.requests import OpenRequests
@@ -30,6 +32,7 @@ from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
 from bucketserve_gateway.tokenizer_pool import TokenizerPool
 from bucketserve_gateway.validation import largest_message
+from bucketserve_gateway.vllm_engine import VllmEngineServicer
 
 __all__ = ["serve"]
 
@@ -86,20 +89,19 @@ async def serve(
         scheduler = SchedulerLink(
             settings.scheduler_address.split(","), ours, gateway_id, requests, observer.scheduler_state
         )
-        inference = InferenceServicer(
-            GatewayParts(
-                settings=settings,
-                gateway_id=gateway_id,
-                delivery_address=settings.delivery_address or settings.delivery_listen,
-                catalog=catalog,
-                admission=admission,
-                tokenizers=tokenizers,
-                requests=requests,
-                scheduler=scheduler,
-                delivery=delivery,
-                telemetry=observer,
-            )
+        parts = GatewayParts(
+            settings=settings,
+            gateway_id=gateway_id,
+            delivery_address=settings.delivery_address or settings.delivery_listen,
+            catalog=catalog,
+            admission=admission,
+            tokenizers=tokenizers,
+            requests=requests,
+            scheduler=scheduler,
+            delivery=delivery,
+            telemetry=observer,
         )
+        inference = InferenceServicer(parts)
         public = _public_server(
             settings, ours, observer, admission, largest_message(catalog, settings.max_prompt_bytes)
         )
@@ -109,12 +111,14 @@ async def serve(
             on_unexpected=observer.unexpected,
             enable_reflection=False,
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, public.grpc_server)
         is_leaving = asyncio.Event()
         store, room = _job_store(settings, deployment.name)
-        job_pb2_grpc.add_JobServiceServicer_to_server(
+        _add_services(
+            public,
+            parts,
+            inference,
             JobServicer(store, room, catalog, settings, admission=admission, is_leaving=is_leaving.is_set),
-            public.grpc_server,
+            is_leaving,
         )
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(delivery, internal.grpc_server)
         async with asyncio.TaskGroup() as tasks:
@@ -150,6 +154,28 @@ async def serve(
                 await internal.stop(FLUSH_S)
 
 
+def _add_services(
+    public: RpcServer, parts: GatewayParts, inference: InferenceServicer, jobs: JobServicer, is_leaving: asyncio.Event
+) -> None:
+    """Adds our services to the clients' server, and those of others' protocols."""
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, public.grpc_server)
+    job_pb2_grpc.add_JobServiceServicer_to_server(jobs, public.grpc_server)
+    kserve = KserveServicer(
+        inference.generate,
+        parts.catalog,
+        parts.admission,
+        max_streams=parts.settings.max_infer_streams,
+        is_serving=lambda: public.is_serving,
+        is_leaving=is_leaving.is_set,
+        on_unexpected=parts.telemetry.unexpected,
+    )
+    kserve_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(kserve, public.grpc_server)
+    engine = VllmEngineServicer(
+        inference.generate, parts.catalog, parts.admission, parts.requests, is_serving=lambda: public.is_serving
+    )
+    vllm_pb2_grpc.add_VllmEngineServicer_to_server(engine, public.grpc_server)
+
+
 async def _show_health(servers: list[RpcServer], scheduler: SchedulerLink, grace_s: float) -> None:
     """Keeps health true: SERVING if a request would be served, or would only wait for a scheduler that takes over."""
     while True:
@@ -182,6 +208,8 @@ def _public_server(
         services=[
             inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
             job_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+            kserve_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+            vllm_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name,
             ours.health_service,
         ],
         on_unexpected=observer.unexpected,
