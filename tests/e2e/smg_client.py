@@ -7,8 +7,11 @@ the gateway's.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import io
 import json
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -17,6 +20,8 @@ import grpc
 from google.protobuf.json_format import MessageToDict
 from smg_grpc_proto import vllm_engine_pb2 as engine
 from smg_grpc_proto import vllm_engine_pb2_grpc
+from smg_grpc_proto.generated import common_pb2 as common
+from tokenizers import Tokenizer
 
 PROMPT, IDS = "In the beginning", [5, 6, 7]
 ALONE = [("grpc.use_local_subchannel_pool", 1)]
@@ -78,6 +83,18 @@ async def generate(stub: Stub, address: str) -> object:
     }
     found = await asyncio.gather(*(taken(stub.Generate(asked)) for asked in calls.values()))
     return dict(zip(calls, found, strict=True))
+
+
+async def tokenizer(stub: Stub, address: str) -> object:
+    """The ids of a prompt by the files that the gateway gives out."""
+    pieces = [piece async for piece in stub.GetTokenizer(common.GetTokenizerRequest())]
+    data = b"".join(piece.data for piece in pieces)
+    assert [piece.sha256 for piece in pieces[:-1]] == [""] * (len(pieces) - 1)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        made = Tokenizer.from_str(archive.read("tokenizer.json").decode())
+        names = archive.namelist()
+    digest = hashlib.sha256(data).hexdigest()
+    return {"names": names, "ids": made.encode(PROMPT).ids, "is_whole": pieces[-1].sha256 == digest, "digest": digest}
 
 
 async def stop_at(stub: Stub, address: str) -> object:
@@ -153,7 +170,7 @@ async def overload(stub: Stub, address: str) -> object:
 
 
 DO: dict[str, Callable[[Stub, str], Coroutine[Any, Any, object]]] = {
-    each.__name__: each for each in (describe, generate, stop_at, cancel, abort, deadline, errors, overload)
+    each.__name__: each for each in (describe, generate, tokenizer, stop_at, cancel, abort, deadline, errors, overload)
 }
 
 

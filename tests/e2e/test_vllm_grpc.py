@@ -77,6 +77,16 @@ async def test_a_router_gets_the_tokens_of_our_api(stack: LocalStack) -> None:
 
 
 @pytest.mark.stack(environ=SLOW)
+async def test_a_router_gets_the_tokenizer_and_nothing_else_of_the_models_files(stack: LocalStack) -> None:
+    found, again = await seen(stack, "tokenizer"), await seen(stack, "tokenizer")
+    async with BucketServeClient(stack.gateway_address) as client:
+        assert found["ids"] == await client.tokenize(PROMPT)
+    assert found["is_whole"] and found == again
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= set(found["names"])
+    assert not any(name.endswith((".safetensors", ".py")) for name in found["names"])
+
+
+@pytest.mark.stack(environ=SLOW)
 async def test_a_stop_token_ends_the_output_and_is_named(stack: LocalStack) -> None:
     found = await seen(stack, "stop_at")
     (complete,) = found["completes"]

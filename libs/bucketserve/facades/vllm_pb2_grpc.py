@@ -65,6 +65,11 @@ class VllmEngineStub:
                 request_serializer=bucketserve_dot_facades_dot_vllm__pb2.GetLoadsRequest.SerializeToString,
                 response_deserializer=bucketserve_dot_facades_dot_vllm__pb2.GetLoadsResponse.FromString,
                 _registered_method=True)
+        self.GetTokenizer = channel.unary_stream(
+                '/vllm.grpc.engine.VllmEngine/GetTokenizer',
+                request_serializer=bucketserve_dot_facades_dot_vllm__pb2.GetTokenizerRequest.SerializeToString,
+                response_deserializer=bucketserve_dot_facades_dot_vllm__pb2.GetTokenizerChunk.FromString,
+                _registered_method=True)
 
 
 class VllmEngineServicer:
@@ -114,6 +119,13 @@ class VllmEngineServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTokenizer(self, request, context):
+        """The files of the model's tokenizer, as a ZIP archive in pieces: routers tokenise themselves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VllmEngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -146,6 +158,11 @@ def add_VllmEngineServicer_to_server(servicer, server):
                     servicer.GetLoads,
                     request_deserializer=bucketserve_dot_facades_dot_vllm__pb2.GetLoadsRequest.FromString,
                     response_serializer=bucketserve_dot_facades_dot_vllm__pb2.GetLoadsResponse.SerializeToString,
+            ),
+            'GetTokenizer': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetTokenizer,
+                    request_deserializer=bucketserve_dot_facades_dot_vllm__pb2.GetTokenizerRequest.FromString,
+                    response_serializer=bucketserve_dot_facades_dot_vllm__pb2.GetTokenizerChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -311,6 +328,33 @@ class VllmEngine:
             '/vllm.grpc.engine.VllmEngine/GetLoads',
             bucketserve_dot_facades_dot_vllm__pb2.GetLoadsRequest.SerializeToString,
             bucketserve_dot_facades_dot_vllm__pb2.GetLoadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vllm.grpc.engine.VllmEngine/GetTokenizer',
+            bucketserve_dot_facades_dot_vllm__pb2.GetTokenizerRequest.SerializeToString,
+            bucketserve_dot_facades_dot_vllm__pb2.GetTokenizerChunk.FromString,
             options,
             channel_credentials,
             insecure,

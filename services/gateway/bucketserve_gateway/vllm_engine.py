@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import io
 import time
+import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import grpc
 
 from bucketserve import __version__
-from bucketserve.core.errors import FieldViolation, InvalidRequestError, UnknownModelError
+from bucketserve.core.errors import FieldViolation, InvalidRequestError, NotFoundError, UnknownModelError
 from bucketserve.facades import vllm_pb2, vllm_pb2_grpc
 from bucketserve.rpc.convert import finish_reason_from_pb
 from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway.admission import Admission
-from bucketserve_gateway.models import ModelCard, ModelCatalog
+from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
 from bucketserve_gateway.requests import OpenRequests
 from bucketserve_gateway.servicer import Generate, text_metadata
 
@@ -29,6 +33,12 @@ __all__ = ["VllmEngineServicer", "request_of"]
 
 MAX_ABORTS = 4096
 """Ids of one Abort."""
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json", "config.json", "generation_config.json"),
+)
+PIECE_BYTES = 64 << 10
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -128,12 +138,15 @@ class VllmEngineServicer(vllm_pb2_grpc.VllmEngineServicer):
         self._started_s = time.monotonic()
         self._runs: dict[tuple[str, str], set[_Run]] = {}
         """By connection and request id; there may be several of a name."""
+        self._archive = b""
+        """Of the tokenizer, once somebody has asked for it."""
+        self._archiving = asyncio.Lock()
 
     async def Generate(
         self, request: vllm_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[vllm_pb2.GenerateResponse]:
         """Chunks if asked for, then complete: with all tokens if there were no chunks."""
-        is_streamed, asked = request.stream, request_of(request, self._model())
+        is_streamed, asked = request.stream, request_of(request, self._model().card)
         with_top = bool(asked.response.num_logprobs)
         complete = vllm_pb2.GenerateComplete(finish_reason="abort")
         with self._run(context.peer(), request.request_id) as run, self._admission.room() as room:
@@ -175,8 +188,8 @@ class VllmEngineServicer(vllm_pb2_grpc.VllmEngineServicer):
     async def GetModelInfo(
         self, request: vllm_pb2.GetModelInfoRequest, context: Context
     ) -> vllm_pb2.GetModelInfoResponse:
-        """The model; no path of a tokenizer, since what is on this machine is nothing to clients."""
-        card = self._model()
+        """The model; no path of a tokenizer: GetTokenizer has what is there."""
+        card = self._model().card
         return vllm_pb2.GetModelInfoResponse(
             model_path=card.name,
             is_generation=True,
@@ -211,21 +224,38 @@ class VllmEngineServicer(vllm_pb2_grpc.VllmEngineServicer):
             timestamp=datetime.now(UTC).isoformat(), version=__version__, dp_rank_count=1, loads=[load]
         )
 
-    def _model(self) -> ModelCard:
+    async def GetTokenizer(
+        self, request: vllm_pb2.GetTokenizerRequest, context: Context
+    ) -> AsyncIterator[vllm_pb2.GetTokenizerChunk]:
+        """The archive, which is made when it is first wanted and the same at every gateway."""
+        model = self._model()
+        if model.directory is None:
+            raise NotFoundError("tokenizer", model.card.name)
+        async with self._archiving:
+            if not self._archive:
+                self._archive = await asyncio.to_thread(_archive_of, model.directory)
+        archive = self._archive
+        for start in range(0, len(archive), PIECE_BYTES):
+            piece = vllm_pb2.GetTokenizerChunk(data=archive[start : start + PIECE_BYTES])
+            if start + PIECE_BYTES >= len(archive):
+                piece.sha256 = hashlib.sha256(archive).hexdigest()
+            yield piece
+
+    def _model(self) -> ServedModel:
         """Returns the only model.
 
         Raises:
             UnknownModelError: there are several.
         """
-        cards = self._catalog.cards()
-        if len(cards) != 1:
-            names = [card.name for card in cards]
+        models = self._catalog.models()
+        if len(models) != 1:
+            names = [model.card.name for model in models]
             message = (
                 "requests of vllm.grpc.engine.VllmEngine name no model, so they need a gateway that serves exactly "
                 f"one; this one serves {', '.join(names)}"
             )
             raise UnknownModelError("", names, message)
-        return cards[0]
+        return models[0]
 
     @contextlib.contextmanager
     def _run(self, peer: str, request_id: str) -> Iterator[_Run]:
@@ -267,6 +297,19 @@ class _Run:
             return None
         finally:
             self._wait = None
+
+
+def _archive_of(directory: Path) -> bytes:
+    """Returns a ZIP archive of a tokenizer's files; equal files make equal archives."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as writer:
+        for name in TOKENIZER_FILES:
+            if (directory / name).is_file():
+                # Without the times of the files.
+                entry = zipfile.ZipInfo(name)
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                writer.writestr(entry, (directory / name).read_bytes())
+    return archive.getvalue()
 
 
 def _chunk(chunk: inference_pb2.GenerateChunk, prompt_tokens: int, with_top: bool) -> vllm_pb2.GenerateResponse:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import io
 import math
+import os
+import random
+import zipfile
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from bucketserve.core.errors import InvalidRequestError, OverloadedError, UnknownModelError
+from bucketserve.core.errors import InvalidRequestError, NotFoundError, OverloadedError, UnknownModelError
 from bucketserve.facades import vllm_pb2
 from bucketserve.v1 import inference_pb2
 from bucketserve_gateway.models import ModelCatalog
@@ -255,3 +261,25 @@ async def test_what_is_said_of_model_server_and_load() -> None:
     (load,) = (await site.servicer.GetLoads(vllm_pb2.GetLoadsRequest(), Caller())).loads
     assert (load.num_running_reqs, load.num_waiting_reqs, load.num_total_reqs, load.num_used_tokens) == (1, 1, 2, 3)
     assert (await site.servicer.GetServerInfo(vllm_pb2.GetServerInfoRequest(), Caller())).active_requests == 2
+
+
+async def test_the_tokenizers_files_make_one_archive_wherever_they_are(tmp_path: Path) -> None:
+    served, archives = catalog().get("demo"), []
+    for number in range(2):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        for name in ("tokenizer.json", "model.safetensors", "a.py"):
+            # Of more than a piece, packed.
+            (directory / name).write_bytes(random.Random(1).randbytes(200_000))
+            os.utime(directory / name, (number * 10**6, number * 10**6))
+        site = Site(ModelCatalog({"demo": replace(served, directory=directory)}))
+        calls = [site.servicer.GetTokenizer(vllm_pb2.GetTokenizerRequest(), Caller()) for _ in range(2)]
+        for call in calls:
+            pieces = [piece async for piece in call]
+            archives.append(b"".join(piece.data for piece in pieces))
+            assert pieces[-1].sha256 == hashlib.sha256(archives[-1]).hexdigest()
+    assert len(set(archives)) == 1
+    with zipfile.ZipFile(io.BytesIO(archives[0])) as archive:
+        assert archive.namelist() == ["tokenizer.json"]
+    with pytest.raises(NotFoundError):
+        await anext(Site().servicer.GetTokenizer(vllm_pb2.GetTokenizerRequest(), Caller()))
