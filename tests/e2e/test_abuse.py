@@ -227,13 +227,14 @@ async def test_hostile_clients_harm_nobody_else(new_stack: NewStack) -> None:
     assert victims.failures == []
     assert all(peak < limits[stack.services[name].pid] for name, peak in peaks.items()), peaks
     for kind, (outcomes, took_s, longest_s) in seen.items():
-        # gRPC takes calls in as they come: what comes behind a burst waits until the burst is in, and no longer.
-        more_s = MORE_S + (took_s if kind == "bursts" else 0.0)
+        # gRPC takes calls in as they come: what comes behind a burst waits until the burst is in, and no longer. So it
+        # is with messages of millions of parts, each of which takes a quarter of a second to read.
+        more_s = MORE_S + (took_s if kind in ("bursts", "many_messages", "large_tensors") else 0.0)
         assert longest_s <= before_s + more_s, (kind, longest_s, before_s)
         allowed = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
         allowed |= {"RESOURCE_EXHAUSTED?"} if kind in MAY_BE_BARE else set()
         # What grpc.aio's client makes of a refusal that comes while it is still sending.
-        allowed |= {"INTERNAL?"} if kind == "large_jobs" else set()
+        allowed |= {"INTERNAL?"} if kind in ("large_jobs", "large_tensors") else set()
         assert outcomes.keys() <= allowed, (kind, outcomes)
     for name in ("open_calls", "held_bytes"):
         await eventually(lambda name=name: metric(stack, "gateway", f"bucketserve_gateway_{name}") == 0)

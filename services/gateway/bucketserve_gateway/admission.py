@@ -150,9 +150,9 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         def door(context: Any) -> contextlib.AbstractContextManager[None]:
             return contextlib.nullcontext() if is_health else self._admission.call(context.peer())
 
-        async def request_of(requests: AsyncIterator[Any], context: Any) -> Any:
+        async def request_of(context: Any) -> Any:
             if handler.request_streaming:
-                return requests
+                return _requests_of(context)
             request = await reads.read(context.peer(), context.read)
             if request is grpc.aio.EOF:
                 raise InvalidRequestError([FieldViolation("", "the call ended before its request")])
@@ -163,7 +163,7 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
 
             async def stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
                 with door(context):
-                    answers = inner(await request_of(requests, context), context)
+                    answers = inner(await request_of(context), context)
                     if not inspect.isasyncgen(answers):
                         # It writes its answers to the context.
                         await answers
@@ -178,7 +178,14 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
 
         async def single(requests: AsyncIterator[Any], context: Any) -> Any:
             with door(context):
-                answer = inner(await request_of(requests, context), context)
+                answer = inner(await request_of(context), context)
                 return await answer if inspect.isawaitable(answer) else answer
 
         return grpc.stream_unary_rpc_method_handler(single, handler.request_deserializer, handler.response_serializer)
+
+
+async def _requests_of(context: Any) -> AsyncIterator[Any]:
+    """Yields the requests of a stream without keeping any; gRPC's own iterator keeps the last one until the next."""
+    while (box := [await context.read()])[0] is not grpc.aio.EOF:
+        check_readable(box[0])
+        yield box.pop()

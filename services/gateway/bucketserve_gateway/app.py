@@ -164,6 +164,7 @@ def _add_services(
         inference.generate,
         parts.catalog,
         parts.admission,
+        max_prompt_bytes=parts.settings.max_prompt_bytes,
         max_streams=parts.settings.max_infer_streams,
         is_serving=lambda: public.is_serving,
         is_leaving=is_leaving.is_set,

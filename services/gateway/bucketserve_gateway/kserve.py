@@ -53,6 +53,7 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         catalog: ModelCatalog,
         admission: Admission,
         *,
+        max_prompt_bytes: int,
         max_streams: int,
         is_serving: Callable[[], bool],
         is_leaving: Callable[[], bool],
@@ -62,6 +63,7 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         self._generate = generate
         self._catalog = catalog
         self._admission = admission
+        self._max_prompt_bytes = max_prompt_bytes
         self._max_streams = max_streams
         self._is_serving = is_serving
         self._is_leaving = is_leaving
@@ -133,7 +135,7 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: kserve_pb2.ModelInferRequest, context: Context
     ) -> kserve_pb2.ModelInferResponse:
         """The whole text as one response."""
-        asked = inference_of(request)
+        asked = inference_of(request, self._max_prompt_bytes)
         if asked.is_streamed:
             description = "ModelInfer has one response; use ModelStreamInfer, or leave it out"
             raise InvalidRequestError([FieldViolation("inputs.stream", description)])
@@ -188,11 +190,20 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         try:
             while True:
                 await stream.slots.acquire()
+                # Looked at before anything else may happen: a message may be many times as large as its bytes.
                 message = await anext(requests, None)
                 if message is None:
                     break
-                stream.begin(self._run(stream, message, metadata, context.time_remaining()))
+                # Clients are told only by an error's text which request failed; what is no label is not repeated.
+                label = message.id if len(message.id) <= MAX_LABEL_CHARACTERS else ""
+                asked: Inference | BucketServeError
+                try:
+                    asked = inference_of(message, self._max_prompt_bytes)
+                except BucketServeError as error:
+                    # Not with the frames that it came through, which have the message.
+                    asked = error.with_traceback(None)
                 del message
+                stream.begin(self._run(stream, label, asked, metadata, context.time_remaining()))
             if stream.runs:
                 await asyncio.wait(stream.runs)
         except asyncio.CancelledError:
@@ -205,20 +216,19 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
     async def _run(
         self,
         stream: _Stream,
-        message: kserve_pb2.ModelInferRequest,
+        label: str,
+        asked: Inference | BucketServeError,
         metadata: Mapping[str, str],
         remaining_s: float | None,
     ) -> None:
         """Puts a request's responses into the stream, or what went wrong."""
-        # Clients of a stream are told only by the text which request failed; what is no label is not repeated.
-        label = message.id if len(message.id) <= MAX_LABEL_CHARACTERS else ""
         try:
+            if isinstance(asked, BucketServeError):
+                raise asked
             if self._is_leaving():
                 raise UnavailableError("the gateway is shutting down", reason="DRAINING", retry_delay_s=1.0)
             # A request is a call like any other.
             with self._admission.call(stream.peer):
-                asked = inference_of(message)
-                del message
                 answers = self._answers(asked, metadata, remaining_s)
                 async with contextlib.aclosing(answers):
                     async for answer in answers:

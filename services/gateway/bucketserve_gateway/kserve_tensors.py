@@ -57,8 +57,8 @@ class Inference:
         return response
 
 
-def inference_of(message: kserve_pb2.ModelInferRequest) -> Inference:
-    """Returns what a request asks for.
+def inference_of(message: kserve_pb2.ModelInferRequest, max_prompt_bytes: int) -> Inference:
+    """Returns what a request asks for; a longer prompt is refused before it is copied.
 
     Raises:
         InvalidRequestError: with everything that is wrong with the tensors and the parameters.
@@ -67,7 +67,7 @@ def inference_of(message: kserve_pb2.ModelInferRequest) -> Inference:
     bad: Bad = []
     check_version(message.model_name, message.model_version)
     request = inference_pb2.GenerateRequest(request_id=message.id, model=message.model_name)
-    elements = _elements(message, bad)
+    elements = _elements(message, max_prompt_bytes, bad)
     if "text_input" in elements:
         request.prompt = elements["text_input"]
     given: dict[str, tuple[str, object]] = {}
@@ -104,7 +104,7 @@ def check_version(name: str, version: str) -> None:
         raise UnknownModelError(name, [], f"model {name!r} has version {VERSION} only")
 
 
-def _elements(message: kserve_pb2.ModelInferRequest, bad: Bad) -> dict[str, Any]:
+def _elements(message: kserve_pb2.ModelInferRequest, max_bytes: int, bad: Bad) -> dict[str, Any]:
     """Returns the element of each input: text, or for stream, which is also called streaming, a truth value."""
     inputs, raw = message.inputs, message.raw_input_contents
     if len(inputs) > MAX_INPUTS:
@@ -130,7 +130,7 @@ def _elements(message: kserve_pb2.ModelInferRequest, bad: Bad) -> dict[str, Any]
             bad.append(FieldViolation(f"{where}.contents", "must be left out beside raw_input_contents"))
         else:
             try:
-                found[name] = _element(tensor, raw[index] if raw else None)
+                found[name] = _element(tensor, raw[index] if raw else None, max_bytes)
             except ValueError as error:
                 bad.append(FieldViolation(where, f"{name}: {error}"))
     if "text_input" not in found and not bad:
@@ -138,11 +138,11 @@ def _elements(message: kserve_pb2.ModelInferRequest, bad: Bad) -> dict[str, Any]
     return found
 
 
-def _element(tensor: kserve_pb2.ModelInferRequest.InferInputTensor, raw: bytes | None) -> str | bool:
+def _element(tensor: kserve_pb2.ModelInferRequest.InferInputTensor, raw: bytes | None, max_bytes: int) -> str | bool:
     """Returns a tensor's one element.
 
     Raises:
-        ValueError: it has another number of them, or one that is no such thing; the message says which.
+        ValueError: it has another number of them, or one that is too long or no such thing; the message says which.
     """
     if tensor.datatype == "BOOL":
         truths = list(raw) if raw is not None and len(raw) <= 1 else tensor.contents.bool_contents[:2]
@@ -153,10 +153,14 @@ def _element(tensor: kserve_pb2.ModelInferRequest.InferInputTensor, raw: bytes |
         if len(tensor.contents.bytes_contents) != 1:
             raise ValueError("its bytes_contents are not one element")
         element = tensor.contents.bytes_contents[0]
+    elif len(raw) > max_bytes + 4:
+        element = raw
     else:
         if len(raw) < 4 or int.from_bytes(raw[:4], "little") != len(raw) - 4:
             raise ValueError("its raw contents are not one element: 4 bytes of its length, little-endian, and itself")
         element = raw[4:]
+    if len(element) > max_bytes:
+        raise ValueError(f"at most {max_bytes} bytes")
     try:
         return element.decode()
     except UnicodeDecodeError:

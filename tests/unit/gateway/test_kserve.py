@@ -49,6 +49,7 @@ class Site:
             self.generate,
             catalog(),
             self.admission,
+            max_prompt_bytes=1000,
             max_streams=max_streams,
             is_serving=lambda: self.is_serving,
             is_leaving=lambda: self.is_leaving,

@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 from bucketserve.core.errors import InvalidRequestError, UnknownModelError
 from bucketserve.facades import kserve_pb2
 from bucketserve.v1 import common_pb2
-from bucketserve_gateway.kserve_tensors import inference_of
+from bucketserve_gateway import kserve_tensors
 
 Tensor = kserve_pb2.ModelInferRequest.InferInputTensor
 Output = kserve_pb2.ModelInferRequest.InferRequestedOutputTensor
+
+
+def inference_of(request: kserve_pb2.ModelInferRequest) -> kserve_tensors.Inference:
+    return kserve_tensors.inference_of(request, 100_000)
 
 
 def text(value: bytes = b"hello", name: str = "text_input", **more) -> Tensor:
@@ -82,6 +86,8 @@ BAD: dict[str, tuple[kserve_pb2.ModelInferRequest, set[str]]] = {
     "no truth values": (a_request(truth(contents={})), {"inputs[1]"}),
     "many truth values": (a_request(truth(contents={"bool_contents": [True] * 9})), {"inputs[1]"}),
     "a prompt that is no UTF-8": (a_request(text(b"\xff"), alone=True), {"inputs[0]"}),
+    "a long prompt": (a_request(text(b"x" * 100_001), alone=True), {"inputs[0]"}),
+    "a long raw prompt": (a_request(raw=[prefixed(b"x" * 100_001)]), {"inputs[0]"}),
     "shared memory": (
         a_request(text(parameters={"shared_memory_region": {"string_param": "x"}}), alone=True),
         {"inputs[0].parameters"},
@@ -129,7 +135,7 @@ BAD: dict[str, tuple[kserve_pb2.ModelInferRequest, set[str]]] = {
     "settings that are no JSON": (a_request(settings(b"{")), {"sampling_parameters"}),
     "settings that are a list": (a_request(settings([1])), {"sampling_parameters"}),
     "settings within settings within": (a_request(settings(b"[" * 60_000)), {"sampling_parameters"}),
-    "settings of a megabyte": (a_request(settings({"stop": "x" * 1_000_000})), {"sampling_parameters"}),
+    "settings of 70 KB": (a_request(settings({"stop": "x" * 70_000})), {"sampling_parameters"}),
     "many settings": (a_request(settings({f"p{i}": 1 for i in range(1000)})), {"sampling_parameters"}),
     "a number that Python would not read": (
         a_request(settings(b'{"seed": ' + b"9" * 5000 + b"}")),
