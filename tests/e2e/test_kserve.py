@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,6 +26,7 @@ from tests.e2e.test_stack import SLOW
 pytestmark = pytest.mark.e2e
 
 PROMPT = "In the beginning"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "clients-grpc.md"
 
 
 async def start(stack: LocalStack, what: str) -> asyncio.subprocess.Process:
@@ -118,6 +121,18 @@ async def test_what_can_not_be_served_is_told_and_harms_nothing_beside_it(stack:
     assert len(found["errors"]) == 9
     assert all("request bad: INVALID_ARGUMENT: " in error for error in found["errors"])
     assert found["reasons"] == {"before": "length", "after": "length"}
+
+
+@pytest.mark.stack(environ=SLOW)
+async def test_the_example_of_the_documents_runs(stack: LocalStack, tmp_path: Path) -> None:
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    assert "127.0.0.1:50051" in snippet
+    file = tmp_path / "snippet.py"
+    file.write_text(snippet.replace("127.0.0.1:50051", stack.gateway_address))
+    process = await asyncio.create_subprocess_exec(sys.executable, str(file), stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    assert {line[:1] for line in out.decode().splitlines()[-4:]} == {"a", "b"}
 
 
 async def test_a_stream_that_wants_too_much_is_told_when_to_come_again(new_stack: NewStack) -> None:
