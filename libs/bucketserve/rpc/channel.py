@@ -9,7 +9,14 @@ import grpc
 
 from bucketserve.addresses import channel_target
 
-__all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "SERVER_OPTIONS", "UNARY_TIMEOUT_S", "open_channel"]
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "MAX_MESSAGE_BYTES",
+    "SERVER_OPTIONS",
+    "UNARY_TIMEOUT_S",
+    "open_channel",
+    "open_sync_channel",
+]
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """A batch assignment carries the prompts of its requests; the public limit is the gateway's max_prompt_bytes."""
@@ -75,8 +82,19 @@ def open_channel(
     Raises:
         AddressError: the address is neither.
     """
+    ours = _options(watched_service, method_configs)
+    return grpc.aio.insecure_channel(channel_target(address), options=[*ours, *options])
+
+
+def open_sync_channel(
+    address: str, *, watched_service: str = "", options: Sequence[tuple[str, int | str]] = ()
+) -> grpc.Channel:
+    """Returns the same for code without asyncio."""
+    return grpc.insecure_channel(channel_target(address), options=[*_options(watched_service, ()), *options])
+
+
+def _options(watched_service: str, method_configs: Sequence[Mapping[str, object]]) -> list[tuple[str, int | str]]:
     config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": list(method_configs)}
     if watched_service:
         config["healthCheckConfig"] = {"serviceName": watched_service}
-    ours = [*CHANNEL_OPTIONS, ("grpc.service_config", json.dumps(config))]
-    return grpc.aio.insecure_channel(channel_target(address), options=[*ours, *options])
+    return [*CHANNEL_OPTIONS, ("grpc.service_config", json.dumps(config))]
