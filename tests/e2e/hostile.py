@@ -21,7 +21,7 @@ import grpc
 from bucketserve.facades import kserve_pb2
 from bucketserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc, job_pb2, job_pb2_grpc
 
-__all__ = ["HOSTILE", "burst", "idle_connections", "invented_names", "unread_calls"]
+__all__ = ["GENERATE", "HOSTILE", "burst", "idle_connections", "invented_names", "unread_calls"]
 
 Outcomes = Counter[str]
 GENERATE = "/bucketserve.v1.InferenceService/Generate"
@@ -157,7 +157,7 @@ async def idle(address: str, scale: float) -> Outcomes:
     return Counter()
 
 
-async def unread_calls(address: str, number: int, hold_s: float) -> Outcomes:
+async def unread_calls(address: str, number: int, hold_s: float, method: str = GENERATE) -> Outcomes:
     """Calls that never send their request."""
 
     async def nothing() -> AsyncIterator[bytes]:
@@ -166,7 +166,7 @@ async def unread_calls(address: str, number: int, hold_s: float) -> Outcomes:
         yield b""
 
     async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
-        call = channel.stream_stream(GENERATE)
+        call = channel.stream_stream(method)
         return Counter(await asyncio.gather(*(outcome(call(nothing(), timeout=hold_s + 60)) for _ in range(number))))
 
 

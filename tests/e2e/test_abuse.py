@@ -25,7 +25,7 @@ from bucketserve.rpc.status import error_from_call
 from bucketserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from bucketserve_cli.stack import LocalStack
 from tests.e2e.conftest import NewStack
-from tests.e2e.hostile import HOSTILE, burst, idle_connections, invented_names, unread_calls
+from tests.e2e.hostile import GENERATE, HOSTILE, burst, idle_connections, invented_names, unread_calls
 from tests.e2e.memory_limit import limited, peak_bytes
 from tests.e2e.observe import eventually, metric
 from tests.e2e.test_stack import run
@@ -266,14 +266,17 @@ async def test_idle_connections_and_unread_calls_block_nobody(new_stack: NewStac
         assert check_health(stack.delivery_address, timeout_s=10) == "SERVING"
         await eventually(lambda: stack.is_serving("gateway"), 30)
         assert len((await run(client, 5, 5))[0]) == 5
-    unread = asyncio.create_task(unread_calls(stack.gateway_address, 400, 20))
-    await eventually(lambda: metric(stack, "gateway", "bucketserve_gateway_open_calls") >= 200)
-    async with BucketServeClient(stack.gateway_address, options=ALONE) as other:
-        for _ in range(5):
-            assert len((await asyncio.wait_for(run(other, 5, 5), 10))[0]) == 5
-    unread.cancel()
-    await asyncio.gather(unread, return_exceptions=True)
-    await eventually(lambda: metric(stack, "gateway", "bucketserve_gateway_open_calls") == 0)
+    for method in (GENERATE, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"):
+        before = metric(stack, "gateway", "bucketserve_gateway_refused_total", reason="slow_request")
+        unread = asyncio.create_task(unread_calls(stack.gateway_address, 400, 20, method))
+        await eventually(lambda: metric(stack, "gateway", "bucketserve_gateway_open_calls") >= 200)
+        async with BucketServeClient(stack.gateway_address, options=ALONE) as other:
+            for _ in range(5):
+                assert len((await asyncio.wait_for(run(other, 5, 5), 10))[0]) == 5
+        assert metric(stack, "gateway", "bucketserve_gateway_refused_total", reason="slow_request") > before
+        unread.cancel()
+        await asyncio.gather(unread, return_exceptions=True)
+        await eventually(lambda: metric(stack, "gateway", "bucketserve_gateway_open_calls") == 0)
 
 
 async def test_what_clients_invent_makes_no_series(new_stack: NewStack) -> None:

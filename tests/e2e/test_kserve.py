@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from bucketserve import __version__
 from bucketserve.client import BucketServeClient
+from bucketserve.facades import kserve_pb2, kserve_pb2_grpc
 from bucketserve.rpc.probe import check_health
 from bucketserve.v1 import common_pb2
 from bucketserve_cli.stack import LocalStack
@@ -148,6 +150,60 @@ async def test_a_stream_that_wants_too_much_is_told_when_to_come_again(new_stack
     assert refused > 0 and found["reasons"]["after"] == "length"
     assert all("RESOURCE_EXHAUSTED: " in error and "(again in 1 s)" in error for error in found["errors"]), found
     assert metric(stack, "gateway", "bucketserve_gateway_refused_total", reason="max_calls") == refused
+
+
+def asked(label: str, **parameters: int) -> kserve_pb2.ModelInferRequest:
+    request = kserve_pb2.ModelInferRequest(id=label)
+    request.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(PROMPT.encode())
+    request.inputs.add(name="stream", datatype="BOOL", shape=[1]).contents.bool_contents.append(True)
+    request.parameters["ignore_eos"].bool_param = True
+    for name, value in parameters.items():
+        request.parameters[name].int64_param = value
+    return request
+
+
+async def test_who_does_not_read_a_stream_ends_its_own_work(new_stack: NewStack) -> None:
+    stack = new_stack(environ={"BUCKETSERVE_GATEWAY_OUTPUT_QUEUE_TOKENS": "50"})
+    # A window that does not grow: what the client does not take stays at the server.
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
+    async with (
+        grpc.aio.insecure_channel(stack.gateway_address, options=options) as channel,
+        BucketServeClient(stack.gateway_address) as client,
+    ):
+        call = kserve_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer()
+        for number in range(20):
+            await call.write(asked(str(number), max_tokens=2000))
+        await call.read()
+        others = [await client.generate_text(PROMPT, max_tokens=20) for _ in range(3)]
+        assert len(set(others)) == 1
+        await eventually(lambda: metric(stack, "worker-0", "vllm:num_requests_running") == 0)
+        await call.done_writing()
+        ends: dict[str, str] = {}
+        while (answer := await call.read()) is not grpc.aio.EOF:
+            if answer.infer_response.parameters["triton_final_response"].bool_param:
+                assert answer.infer_response.id not in ends
+                ends[answer.infer_response.id] = answer.error_message
+        assert len(ends) == 20
+        # Whoever did not end within what is kept was cut.
+        cut = [error for error in ends.values() if error]
+        assert cut and all("RESOURCE_EXHAUSTED: the client does not read its stream" in error for error in cut), ends
+
+
+@pytest.mark.stack(environ=SLOW)
+async def test_a_gateway_that_ends_finishes_what_runs_on_a_stream(stack: LocalStack) -> None:
+    gateway = stack.services["gateway"]
+    async with grpc.aio.insecure_channel(stack.gateway_address) as channel:
+        stub = kserve_pb2_grpc.GRPCInferenceServiceStub(channel)
+        idle, busy = stub.ModelStreamInfer(), stub.ModelStreamInfer()
+        await idle.write(asked("idle", max_tokens=1))
+        await busy.write(asked("busy", max_tokens=100))
+        await busy.read()
+        gateway.signal(signal.SIGTERM)
+        last = kserve_pb2.ModelStreamInferResponse()
+        while not last.infer_response.parameters["triton_final_response"].bool_param:
+            last = await busy.read()
+        assert not last.error_message
+        assert await asyncio.to_thread(gateway.wait, 60) == 0
 
 
 @pytest.mark.stack(environ=SLOW)

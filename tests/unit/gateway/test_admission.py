@@ -126,11 +126,10 @@ async def test_a_stream_of_requests_keeps_none_of_them() -> None:
     class Request:
         """May be large."""
 
-    class Call:
-        async def read(self) -> object:
-            return Request()
+    async def read() -> Request:
+        return Request()
 
-    requests = _requests_of(Call())
+    requests = _requests_of(read)
     for _ in range(2):
         request = await anext(requests)
         is_there = weakref.ref(request)
