@@ -123,6 +123,8 @@ async def test_what_can_not_be_served_is_told_and_harms_nothing_beside_it(stack:
     assert len(found["errors"]) == 9
     assert all("request bad: INVALID_ARGUMENT: " in error for error in found["errors"])
     assert found["reasons"] == {"before": "length", "after": "length"}
+    refused = metric(stack, "gateway", "bucketserve_gateway_requests_total", outcome="invalid_request")
+    assert refused == 2 * 9
 
 
 @pytest.mark.stack(environ=SLOW)

@@ -160,19 +160,26 @@ def _add_services(
     """Adds our services to the clients' server, and those of others' protocols."""
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, public.grpc_server)
     job_pb2_grpc.add_JobServiceServicer_to_server(jobs, public.grpc_server)
+    generate, settings, telemetry = inference.generate, parts.settings, parts.telemetry
     kserve = KserveServicer(
-        inference.generate,
+        generate,
         parts.catalog,
         parts.admission,
-        max_prompt_bytes=parts.settings.max_prompt_bytes,
-        max_streams=parts.settings.max_infer_streams,
+        max_prompt_bytes=settings.max_prompt_bytes,
+        max_streams=settings.max_infer_streams,
         is_serving=lambda: public.is_serving,
         is_leaving=is_leaving.is_set,
-        on_unexpected=parts.telemetry.unexpected,
+        on_refused=lambda error: telemetry.refused("", "", error),
+        on_unexpected=telemetry.unexpected,
     )
     kserve_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(kserve, public.grpc_server)
     engine = VllmEngineServicer(
-        inference.generate, parts.catalog, parts.admission, parts.requests, is_serving=lambda: public.is_serving
+        generate,
+        parts.catalog,
+        parts.admission,
+        parts.requests,
+        is_serving=lambda: public.is_serving,
+        on_refused=lambda error: telemetry.refused("", "", error),
     )
     vllm_pb2_grpc.add_VllmEngineServicer_to_server(engine, public.grpc_server)
 

@@ -57,9 +57,10 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         max_streams: int,
         is_serving: Callable[[], bool],
         is_leaving: Callable[[], bool],
+        on_refused: Callable[[BucketServeError], None],
         on_unexpected: Callable[[str, BaseException], None],
     ) -> None:
-        """Takes what serves the requests, and who says how the gateway is."""
+        """Takes what serves the requests, and who says how the gateway is; reports what never comes to be served."""
         self._generate = generate
         self._catalog = catalog
         self._admission = admission
@@ -67,6 +68,7 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         self._max_streams = max_streams
         self._is_serving = is_serving
         self._is_leaving = is_leaving
+        self._on_refused = on_refused
         self._on_unexpected = on_unexpected
         self._streams: set[_Stream] = set()
 
@@ -135,7 +137,9 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: kserve_pb2.ModelInferRequest, context: Context
     ) -> kserve_pb2.ModelInferResponse:
         """The whole text as one response."""
-        asked = inference_of(request, self._max_prompt_bytes)
+        asked = self._asked(request)
+        if isinstance(asked, BucketServeError):
+            raise asked
         if asked.is_streamed:
             description = "ModelInfer has one response; use ModelStreamInfer, or leave it out"
             raise InvalidRequestError([FieldViolation("inputs.stream", description)])
@@ -196,12 +200,7 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
                     break
                 # Clients are told only by an error's text which request failed; what is no label is not repeated.
                 label = message.id if len(message.id) <= MAX_LABEL_CHARACTERS else ""
-                asked: Inference | BucketServeError
-                try:
-                    asked = inference_of(message, self._max_prompt_bytes)
-                except BucketServeError as error:
-                    # Not with the frames that it came through, which have the message.
-                    asked = error.with_traceback(None)
+                asked = self._asked(message)
                 del message
                 stream.begin(self._run(stream, label, asked, metadata, context.time_remaining()))
             if stream.runs:
@@ -212,6 +211,15 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         except Exception as error:
             stream.error = error
         await stream.answers.put(None)
+
+    def _asked(self, message: kserve_pb2.ModelInferRequest) -> Inference | BucketServeError:
+        """Returns what a request asks for, or what is wrong with it, which is reported."""
+        try:
+            return inference_of(message, self._max_prompt_bytes)
+        except BucketServeError as error:
+            self._on_refused(error)
+            # Not with the frames that it came through, which have the message.
+            return error.with_traceback(None)
 
     async def _run(
         self,

@@ -20,7 +20,13 @@ from typing import Any
 import grpc
 
 from bucketserve import __version__
-from bucketserve.core.errors import FieldViolation, InvalidRequestError, NotFoundError, UnknownModelError
+from bucketserve.core.errors import (
+    BucketServeError,
+    FieldViolation,
+    InvalidRequestError,
+    NotFoundError,
+    UnknownModelError,
+)
 from bucketserve.facades import vllm_pb2, vllm_pb2_grpc
 from bucketserve.rpc.convert import finish_reason_from_pb
 from bucketserve.v1 import common_pb2, inference_pb2
@@ -128,13 +134,15 @@ class VllmEngineServicer(vllm_pb2_grpc.VllmEngineServicer):
         requests: OpenRequests,
         *,
         is_serving: Callable[[], bool],
+        on_refused: Callable[[BucketServeError], None],
     ) -> None:
-        """Takes what serves the requests, and the table of those that are open."""
+        """Takes what serves the requests, and the table of those that are open; reports what never gets there."""
         self._generate = generate
         self._catalog = catalog
         self._admission = admission
         self._requests = requests
         self._is_serving = is_serving
+        self._on_refused = on_refused
         self._started_s = time.monotonic()
         self._runs: dict[tuple[str, str], set[_Run]] = {}
         """By connection and request id; there may be several of a name."""
@@ -146,7 +154,12 @@ class VllmEngineServicer(vllm_pb2_grpc.VllmEngineServicer):
         self, request: vllm_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[vllm_pb2.GenerateResponse]:
         """Chunks if asked for, then complete: with all tokens if there were no chunks."""
-        is_streamed, asked = request.stream, request_of(request, self._model().card)
+        is_streamed = request.stream
+        try:
+            asked = request_of(request, self._model().card)
+        except BucketServeError as error:
+            self._on_refused(error)
+            raise
         with_top = bool(asked.response.num_logprobs)
         complete = vllm_pb2.GenerateComplete(finish_reason="abort")
         with self._run(context.peer(), request.request_id) as run, self._admission.room() as room:

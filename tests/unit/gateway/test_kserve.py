@@ -44,6 +44,7 @@ class Site:
         self.generate = Generation()
         self.admission = an_admission(**limits)
         self.unexpected: list[BaseException] = []
+        self.refused: list[BaseException] = []
         self.is_serving, self.is_leaving = True, False
         self.servicer = KserveServicer(
             self.generate,
@@ -53,6 +54,7 @@ class Site:
             max_streams=max_streams,
             is_serving=lambda: self.is_serving,
             is_leaving=lambda: self.is_leaving,
+            on_refused=self.refused.append,
             on_unexpected=lambda method, error: self.unexpected.append(error),
         )
 
@@ -118,6 +120,7 @@ async def test_a_request_that_fails_leaves_the_others() -> None:
         requests.send(None)
         assert texts([answer async for answer in answers], "good") == ["b", "", "stop"]
     assert site.is_empty() and not site.unexpected
+    assert len(site.refused) == 3
 
 
 async def test_what_nobody_foresaw_is_reported_and_not_told() -> None:

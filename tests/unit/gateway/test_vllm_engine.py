@@ -129,8 +129,14 @@ class Site:
         self.generate = Generation()
         self.admission = an_admission(**limits)
         self.requests = OpenRequests()
+        self.refused: list[BaseException] = []
         self.servicer = VllmEngineServicer(
-            self.generate, models or catalog(), self.admission, self.requests, is_serving=lambda: True
+            self.generate,
+            models or catalog(),
+            self.admission,
+            self.requests,
+            is_serving=lambda: True,
+            on_refused=self.refused.append,
         )
 
     def run(self, label: str, peer: str = "a", **fields) -> Answers:
@@ -243,6 +249,7 @@ async def test_a_gateway_with_several_models_says_why_it_can_not() -> None:
     site = Site(ModelCatalog(models))
     with pytest.raises(UnknownModelError, match="exactly one; this one serves one, two"):
         await _rest(site.run("x"))
+    assert len(site.refused) == 1
     with pytest.raises(UnknownModelError):
         await site.servicer.GetModelInfo(vllm_pb2.GetModelInfoRequest(), Caller())
 
