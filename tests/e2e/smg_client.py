@@ -163,7 +163,7 @@ async def errors(stub: Stub, address: str) -> object:
 
 async def overload(stub: Stub, address: str) -> object:
     """Twenty at once."""
-    calls = [stub.Generate(request(max_tokens=50, ignore_eos=True)) for _ in range(20)]
+    calls = [stub.Generate(request(max_tokens=100, ignore_eos=True)) for _ in range(20)]
     found = await asyncio.gather(*map(taken, calls))
     found.append(await taken(stub.Generate(request(max_tokens=3, ignore_eos=True))))
     return [Counter(each.get("error", "OK").partition(":")[0] for each in found), found[-1]["tokens"]]

@@ -72,9 +72,9 @@ async def test_tritons_client_gets_the_text_of_our_api(stack: LocalStack) -> Non
     wanted = {"long": long, "0": text, "1": text, "2": text, "whole": text, "seeded": seeded}
     assert {label: "".join(pieces) for label, pieces in found["answers"].items()} == wanted
     # Piece by piece where that was asked for.
-    assert len(found["answers"]["whole"]) == 1 < len(found["answers"]["0"]) < len(found["answers"]["long"])
+    assert len(found["answers"]["whole"]) == 1 < len(found["answers"]["0"])
     assert found["reasons"].keys() == wanted.keys() and set(found["reasons"].values()) <= {"length", "stop"}
-    assert found["order"][-1] == "long"
+    assert found["order"].index("0") < found["order"].index("long")
     assert (found["only"], found["errors"]) == (["text_output"], [])
 
 

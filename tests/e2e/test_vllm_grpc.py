@@ -69,7 +69,7 @@ async def test_a_router_gets_the_tokens_of_our_api(stack: LocalStack) -> None:
     assert whole["output_logprobs"]["token_ids"] == wanted["ids"]
     assert [len(each["values"]) for each in whole["output_logprobs"]["top_logprobs"]] == [2] * 20
     for name in wanted:
-        assert found[name]["chunks"] > 1
+        assert found[name]["chunks"] >= 1
         (complete,) = found[name]["completes"]
         assert (complete["finish_reason"], complete["completion_tokens"]) == ("length", 20)
         assert complete["prompt_tokens"] == (prompt_tokens if name == "text" else len(IDS))

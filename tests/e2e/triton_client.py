@@ -188,7 +188,7 @@ def overload(client: InferenceServerClient) -> object:
     """Twenty at once on one stream."""
     stream = Stream(client)
     for number in range(20):
-        stream.send(str(number), *inputs(stream=True), max_tokens=50, ignore_eos=True)
+        stream.send(str(number), *inputs(stream=True), max_tokens=100, ignore_eos=True)
     stream.take_all(20)
     stream.send("after", *inputs(stream=True), max_tokens=3)
     stream.take_all(21)
