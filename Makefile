@@ -87,7 +87,7 @@ perplexity: $(READY) ## What bfloat16 and 8-bit weights cost, on the demo model
 
 check: protos-check lint types imports docs-check ## Everything that is checked without running it
 
-protos: $(READY) ## Generate libs/bucketserve/v1 from protos/
+protos: $(READY) ## Generate the code below libs from protos/
 	$(BIN)/python scripts/gen_protos.py
 
 protos-check: $(READY) ## Lint the protos, fail on breaking changes and if the generated code is not current

@@ -1,4 +1,4 @@
-"""Generates the protobuf and gRPC code under libs/bucketserve/v1 from protos/; --check fails if it is not current."""
+"""Generates the protobuf and gRPC code under libs/ from protos/; --check fails if it is not current."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ OUT = ROOT / "libs"
 
 def generate(out: Path) -> list[Path]:
     """Writes the generated modules below out and returns their paths relative to it."""
-    sources = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.rglob("*.proto"))
+    sources = sorted(path.relative_to(PROTOS) for path in PROTOS.rglob("*.proto"))
     include = Path(grpc_tools.__file__).parent / "_proto"
-    (out / "bucketserve" / "v1").mkdir(parents=True, exist_ok=True)
+    folders = sorted({source.parent for source in sources})
+    for folder in folders:
+        (out / folder).mkdir(parents=True, exist_ok=True)
     args = [
         "protoc",
         f"-I{PROTOS}",
@@ -29,13 +31,14 @@ def generate(out: Path) -> list[Path]:
         f"--pyi_out={out}",
         f"--grpc_python_out={out}",
     ]
-    if protoc.main([*args, *sources]) != 0:
+    if protoc.main([*args, *map(str, sources)]) != 0:
         raise SystemExit("protoc failed; its message is above")
-    package = out / "bucketserve" / "v1"
-    (package / "__init__.py").write_text(
-        '"""Generated from protos/bucketserve/v1 by scripts/gen_protos.py; never edited."""\n'
-    )
-    return sorted(path.relative_to(out) for path in package.iterdir() if path.suffix in {".py", ".pyi"})
+    for folder in folders:
+        (out / folder / "__init__.py").write_text(
+            f'"""Generated from protos/{folder} by scripts/gen_protos.py; never edited."""\n'
+        )
+    written = (path for folder in folders for path in (out / folder).iterdir() if path.suffix in {".py", ".pyi"})
+    return sorted(path.relative_to(out) for path in written)
 
 
 def main() -> int:
@@ -44,7 +47,7 @@ def main() -> int:
         "--check", action="store_true", help="fail if the committed code differs from what would be generated"
     )
     if not parser.parse_args().check:
-        print(f"wrote {len(generate(OUT))} files below {OUT / 'bucketserve' / 'v1'}")
+        print(f"wrote {len(generate(OUT))} files below {OUT}")
         return 0
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)

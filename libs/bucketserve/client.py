@@ -16,18 +16,18 @@ from types import TracebackType
 import grpc
 
 from bucketserve.rpc.channel import UNARY_TIMEOUT_S, key_metadata, open_channel
-from bucketserve.rpc.status import error_from_call, errors_named, is_answered
+from bucketserve.rpc.status import FailedCall, error_from_call, errors_named, is_answered
 from bucketserve.rpc.tls import Tls
 from bucketserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
-__all__ = ["BucketServeClient", "Chunk", "Event", "Finished", "Started"]
+__all__ = ["SERVICE", "Attempts", "BucketServeClient", "Chunk", "Event", "Finished", "Started", "generate_request"]
 
 Started = inference_pb2.GenerateStarted
 Chunk = inference_pb2.GenerateChunk
 Finished = inference_pb2.GenerateFinished
 Event = Started | Chunk | Finished
 
-_SERVICE = "bucketserve.v1.InferenceService"
+SERVICE = "bucketserve.v1.InferenceService"
 RECONNECT_S = 5.0
 """As long as it takes to find a gateway again whose restart was not noticed yet."""
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.2, 0.5
@@ -58,7 +58,7 @@ class BucketServeClient:
             options: further channel arguments.
         """
         self._metadata = key_metadata(api_key)
-        self._channel = open_channel(address, tls, watched_service=_SERVICE, options=options)
+        self._channel = open_channel(address, tls, watched_service=SERVICE, options=options)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> BucketServeClient:
@@ -104,23 +104,19 @@ class BucketServeClient:
             BucketServeError: the one that the server's status names.
             grpc.aio.AioRpcError: any other failure.
         """
-        if sum(given is not None for given in (prompt, token_ids, chat)) > 1:
-            raise ValueError("give one of prompt, token_ids and chat")
-        request = inference_pb2.GenerateRequest(
-            request_id=request_id,
-            model=model,
+        request = generate_request(
             prompt=prompt,
-            token_ids=None if token_ids is None else inference_pb2.TokenIds(ids=token_ids),
-            chat=None if chat is None else _chat(chat),
+            token_ids=token_ids,
+            chat=chat,
+            model=model,
+            request_id=request_id,
+            max_tokens=max_tokens,
             sampling=sampling,
-            stopping=common_pb2.StoppingParams(
-                max_tokens=max_tokens,
-                stop_strings=[stop_strings] if isinstance(stop_strings, str) else stop_strings,
-                stop_token_ids=stop_token_ids,
-                ignore_eos=ignore_eos,
-            ),
-            response=inference_pb2.ResponseOptions(num_logprobs=num_logprobs),
-            request_class=common_pb2.REQUEST_CLASS_BATCH if is_batch else common_pb2.REQUEST_CLASS_INTERACTIVE,
+            stop_strings=stop_strings,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+            num_logprobs=num_logprobs,
+            is_batch=is_batch,
             tenant=tenant,
             slo=slo,
         )
@@ -135,11 +131,9 @@ class BucketServeClient:
         metadata: Sequence[tuple[str, str]] = (),
     ) -> AsyncIterator[Event]:
         """Like generate, for a request message."""
-        started_s, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        attempts = Attempts(timeout_s)
         while True:
-            passed_s = time.monotonic() - started_s
-            remaining_s = None if timeout_s is None else timeout_s - passed_s
-            call = self.stub.Generate(request, timeout=remaining_s, metadata=(*self._metadata, *metadata))
+            call = self.stub.Generate(request, timeout=attempts.begin(), metadata=(*self._metadata, *metadata))
             is_heard = False
             try:
                 async for response in call:
@@ -147,13 +141,11 @@ class BucketServeClient:
                     yield getattr(response, response.WhichOneof("event"))
                 return
             except grpc.aio.AioRpcError as error:
-                is_lost = error.code() is grpc.StatusCode.UNAVAILABLE and not is_answered(error)
-                if is_heard or not is_lost or passed_s + pause_s > min(RECONNECT_S, timeout_s or RECONNECT_S):
+                if (pause_s := attempts.pause_after(error, is_heard=is_heard)) is None:
                     raise error_from_call(error) or error from None
             finally:
                 call.cancel()
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _MOST_PAUSE_S)
 
     async def generate_text(self, prompt: str, **options: object) -> str:
         """Returns the whole text; options as for generate."""
@@ -175,6 +167,75 @@ class BucketServeClient:
         request = inference_pb2.ListModelsRequest()
         response = await errors_named(self.stub.ListModels(request, timeout=UNARY_TIMEOUT_S, metadata=self._metadata))
         return list(response.models)
+
+
+class Attempts:
+    """How often a request is sent, and when: what a client does if its connection fails."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        """Begins now."""
+        self._timeout_s = timeout_s
+        self._started_s = time.monotonic()
+        self._passed_s = 0.0
+        self._pause_s = _FIRST_PAUSE_S
+
+    def begin(self) -> float | None:
+        """Returns what the attempt that begins now has of the timeout."""
+        self._passed_s = time.monotonic() - self._started_s
+        return None if self._timeout_s is None else self._timeout_s - self._passed_s
+
+    def pause_after(self, error: FailedCall, *, is_heard: bool) -> float | None:
+        """Returns how long to wait before the next attempt, in seconds; None if there is none."""
+        is_lost = error.code() is grpc.StatusCode.UNAVAILABLE and not is_answered(error)
+        most_s = min(RECONNECT_S, self._timeout_s or RECONNECT_S)
+        if is_heard or not is_lost or self._passed_s + self._pause_s > most_s:
+            return None
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _MOST_PAUSE_S)
+        return pause_s
+
+
+def generate_request(
+    *,
+    prompt: str | None = None,
+    token_ids: Sequence[int] | None = None,
+    chat: Sequence[tuple[str, str]] | None = None,
+    model: str = "",
+    request_id: str = "",
+    max_tokens: int | None = None,
+    sampling: common_pb2.SamplingParams | None = None,
+    stop_strings: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    num_logprobs: int | None = None,
+    is_batch: bool = False,
+    tenant: str = "",
+    slo: common_pb2.Slo | None = None,
+) -> inference_pb2.GenerateRequest:
+    """Returns a request; exactly one of prompt, token_ids and chat, a sequence of (role, content), is given.
+
+    Raises:
+        ValueError: more than one kind of prompt is given, or a value does not fit its field.
+    """
+    if sum(given is not None for given in (prompt, token_ids, chat)) > 1:
+        raise ValueError("give one of prompt, token_ids and chat")
+    return inference_pb2.GenerateRequest(
+        request_id=request_id,
+        model=model,
+        prompt=prompt,
+        token_ids=None if token_ids is None else inference_pb2.TokenIds(ids=token_ids),
+        chat=None if chat is None else _chat(chat),
+        sampling=sampling,
+        stopping=common_pb2.StoppingParams(
+            max_tokens=max_tokens,
+            stop_strings=[stop_strings] if isinstance(stop_strings, str) else stop_strings,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+        ),
+        response=inference_pb2.ResponseOptions(num_logprobs=num_logprobs),
+        request_class=common_pb2.REQUEST_CLASS_BATCH if is_batch else common_pb2.REQUEST_CLASS_INTERACTIVE,
+        tenant=tenant,
+        slo=slo,
+    )
 
 
 def _chat(turns: Sequence[tuple[str, str]]) -> inference_pb2.Chat:

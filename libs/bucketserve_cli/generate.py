@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 
-from bucketserve.client import BucketServeClient, Chunk, Finished
+from bucketserve.client import BucketServeClient, Chunk, Event, Finished
 from bucketserve.v1 import common_pb2
+from bucketserve_cli.terminal import as_json, print_json
 
 __all__ = ["GenerateOptions", "stream_generation"]
 
@@ -32,10 +35,11 @@ class GenerateOptions:
     tenant: str
     ttft_ms: int | None
     timeout_s: float
+    is_json: bool
 
 
 async def stream_generation(client: BucketServeClient, prompt: str, options: GenerateOptions, errors: Console) -> None:
-    """Writes the text to standard output as it comes, and one line of figures to `errors`.
+    """Writes the text to standard output as it comes, and one line of figures to `errors`; or all of it as JSON.
 
     Raises:
         BucketServeError: the request was refused or failed.
@@ -60,6 +64,9 @@ async def stream_generation(client: BucketServeClient, prompt: str, options: Gen
         slo=common_pb2.Slo(ttft_ms=options.ttft_ms),
         timeout_s=options.timeout_s,
     )
+    if options.is_json:
+        print_json(await _collected(events))
+        return
     is_mid_line = False
     try:
         async for event in events:
@@ -75,6 +82,21 @@ async def stream_generation(client: BucketServeClient, prompt: str, options: Gen
         # What follows, an error or a shell's prompt, begins on a line of its own.
         if is_mid_line:
             sys.stdout.write("\n")
+
+
+async def _collected(events: AsyncIterator[Event]) -> dict[str, Any]:
+    """Returns all that is told of a request."""
+    found: dict[str, Any] = {}
+    text, token_ids = list[str](), list[int]()
+    async for event in events:
+        if isinstance(event, Chunk):
+            text.append(event.text)
+            token_ids += event.token_ids
+        else:
+            found.update(as_json(event))
+    found.pop("prompt_tokens", None)
+    reason = found.pop("reason").removeprefix("FINISH_REASON_").lower()
+    return {"text": "".join(text), "token_ids": token_ids, "finish_reason": reason, **found}
 
 
 def _figures(finished: Finished) -> str:

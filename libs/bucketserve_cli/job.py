@@ -19,7 +19,16 @@ from bucketserve.core.errors import InvalidRequestError, UnavailableError
 from bucketserve.job_client import JobClient, Result, request_from_line
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2
 from bucketserve_cli.connection import Connection, connects
-from bucketserve_cli.terminal import InputError, an_address, console, errors, plain_table, replaced_file
+from bucketserve_cli.terminal import (
+    InputError,
+    an_address,
+    as_json,
+    console,
+    errors,
+    plain_table,
+    print_json,
+    replaced_file,
+)
 
 __all__ = ["job_app"]
 
@@ -27,6 +36,7 @@ job_app = typer.Typer(help="Batch jobs: submit thousands of requests at once, fe
 
 Address = Annotated[str, typer.Option(help="host:port of a gateway", callback=an_address)]
 Tenant = Annotated[str, typer.Option(help="whose job it is, if submit was told")]
+Json = Annotated[bool, typer.Option("--json", help="print the job as a JSON object")]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 POLL_S = 0.5
 PATIENCE_S = 60.0
@@ -47,6 +57,7 @@ def submit(
         int, typer.Option(min=0, max=MAX_TTL_S, help="seconds to keep the job after its last progress; 0: a day")
     ] = 0,
     wait: Annotated[bool, typer.Option(help="show progress until the job ends; status 1 if a request failed")] = False,
+    is_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
     *,
     connection: Connection,
@@ -64,9 +75,12 @@ def submit(
     except InvalidRequestError as error:
         # What the gateway finds wrong with the Nth request is wrong with a line.
         raise InputError(_ITEM.sub(lambda match: f"{file}:{lines[int(match[1])]}: ", str(error))) from None
-    print(job.job_id, flush=True)
+    if is_json and not wait:
+        _show(job, is_json)
+    elif not is_json:
+        print(job.job_id, flush=True)
     if wait:
-        _watch(job.job_id, tenant, address, connection)
+        _watch(job.job_id, tenant, address, connection, is_json)
 
 
 @job_app.command()
@@ -75,20 +89,21 @@ def status(
     job_id: Annotated[str, typer.Argument(help="as printed by submit")],
     watch: Annotated[bool, typer.Option(help="show progress until the job ends; status 1 if a request failed")] = False,
     tenant: Tenant = "",
+    is_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
     *,
     connection: Connection,
 ) -> None:
     """Show a job's state and progress."""
     if watch:
-        _watch(job_id, tenant, address, connection)
+        _watch(job_id, tenant, address, connection, is_json)
         return
 
     async def run() -> job_pb2.Job:
         async with JobClient(address, tls=connection.tls, api_key=connection.api_key) as jobs:
             return await jobs.get(job_id, tenant=tenant)
 
-    _show(asyncio.run(run()))
+    _show(asyncio.run(run()), is_json)
 
 
 @job_app.command()
@@ -125,6 +140,7 @@ def results(
 def cancel(
     job_id: Annotated[str, typer.Argument(help="as printed by submit")],
     tenant: Tenant = "",
+    is_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
     *,
     connection: Connection,
@@ -135,7 +151,7 @@ def cancel(
         async with JobClient(address, tls=connection.tls, api_key=connection.api_key) as jobs:
             return await jobs.cancel(job_id, tenant=tenant)
 
-    _show(asyncio.run(run()))
+    _show(asyncio.run(run()), is_json)
 
 
 def _read(file: Path) -> dict[int, inference_pb2.GenerateRequest]:
@@ -158,7 +174,7 @@ def _read(file: Path) -> dict[int, inference_pb2.GenerateRequest]:
     return requests
 
 
-def _watch(job_id: str, tenant: str, address: str, connection: Connection) -> None:
+def _watch(job_id: str, tenant: str, address: str, connection: Connection, is_json: bool) -> None:
     async def run() -> job_pb2.Job:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
@@ -179,7 +195,7 @@ def _watch(job_id: str, tenant: str, address: str, connection: Connection) -> No
                     job = await _get_patiently(jobs, job_id, tenant)
 
     job = asyncio.run(run())
-    _show(job)
+    _show(job, is_json)
     if job.num_failed or job.state != job_pb2.JOB_STATE_COMPLETED:
         raise typer.Exit(1)
 
@@ -195,9 +211,12 @@ async def _get_patiently(jobs: JobClient, job_id: str, tenant: str) -> job_pb2.J
             await asyncio.sleep(max(error.retry_delay_s, POLL_S))
 
 
-def _show(job: job_pb2.Job) -> None:
-    table = plain_table("job", "state", "requests", "done", "failed")
+def _show(job: job_pb2.Job, is_json: bool) -> None:
     state = job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_").lower()
+    if is_json:
+        print_json({**as_json(job), "state": state})
+        return
+    table = plain_table("job", "state", "requests", "done", "failed")
     table.add_row(job.job_id, state, f"{job.num_requests:,}", f"{job.num_done:,}", f"{job.num_failed:,}")
     console.print(table)
 

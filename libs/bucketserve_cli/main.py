@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from bucketserve import __version__
 from bucketserve.client import BucketServeClient
 from bucketserve.core.errors import SettingsError
 from bucketserve.sim.errors import SimulationError
@@ -20,8 +21,11 @@ from bucketserve.sim.limits import OutputLimits
 from bucketserve.sim.policies import POLICIES
 from bucketserve.sim.scenarios import SCENARIOS
 from bucketserve.sim.workload import WORKLOADS, Arrivals
+from bucketserve.sync_client import SyncClient
+from bucketserve.v1 import common_pb2
 from bucketserve_cli import demo as demo_command
 from bucketserve_cli.bench import BenchOptions, run_bench
+from bucketserve_cli.chat import Conversation, run_chat
 from bucketserve_cli.connection import Connection, connects
 from bucketserve_cli.generate import GenerateOptions, stream_generation
 from bucketserve_cli.job import job_app
@@ -38,7 +42,6 @@ __all__ = ["app"]
 
 app = typer.Typer(
     cls=Commands,
-    help="BucketServe: LLM serving over gRPC with adaptive length buckets.",
     add_completion=False,
     # An error that nobody expected is a defect, whose traceback should be as Python writes it.
     pretty_exceptions_enable=False,
@@ -49,6 +52,7 @@ app.add_typer(keys_app, name="keys")
 for service in (gateway, scheduler, worker):
     app.command()(service)
 
+ServedOption = Annotated[str, typer.Option("--model", help="served model; may be left out if there is one")]
 ModelOption = Annotated[str, typer.Option("--model", help="directory of a causal LM, or hf://organisation/name")]
 AddressOption = Annotated[str, typer.Option(help="host:port of the gateway", callback=an_address)]
 SECONDS = in_range(0, 1e6, low_open=True)
@@ -56,6 +60,21 @@ RATE = in_range(0, 1e6, low_open=True)
 SEED_MAX = 2**63 - 1
 
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "models" / "demo" / "model"
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"bucketserve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _any_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and leave", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """BucketServe: LLM serving over gRPC with adaptive length buckets."""
 
 
 def default_model() -> str:
@@ -170,7 +189,7 @@ def demo(
 def generate(
     prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
     address: AddressOption = "127.0.0.1:50051",
-    model: Annotated[str, typer.Option("--model", help="served model; may be left out if there is one")] = "",
+    model: ServedOption = "",
     chat: Annotated[bool, typer.Option(help="send the prompt as a user's turn")] = False,
     max_tokens: Annotated[int | None, typer.Option(min=1, max=UINT32, help="most tokens to generate")] = None,
     temperature: Annotated[float, typer.Option(parser=in_range(0, 100), help="0 is greedy")] = 0.0,
@@ -185,6 +204,9 @@ def generate(
     tenant: Annotated[str, typer.Option(help="who asks")] = "",
     ttft_ms: Annotated[int | None, typer.Option(min=1, max=UINT32, help="SLO: time to first token")] = None,
     timeout: Annotated[float, typer.Option(parser=SECONDS, help="deadline in seconds")] = 300.0,
+    is_json: Annotated[
+        bool, typer.Option("--json", help="print text and figures as one JSON object at the end")
+    ] = False,
     *,
     connection: Connection,
 ) -> None:
@@ -205,6 +227,7 @@ def generate(
         tenant=tenant,
         ttft_ms=ttft_ms,
         timeout_s=timeout,
+        is_json=is_json,
     )
     text = _standard_input() if prompt == "-" else prompt
 
@@ -226,24 +249,53 @@ def _standard_input() -> str:
 
 @app.command()
 @connects
+def chat(
+    address: AddressOption = "127.0.0.1:50051",
+    model: ServedOption = "",
+    system: Annotated[str, typer.Option(help="what the model is told first")] = "",
+    max_tokens: Annotated[int | None, typer.Option(min=1, max=UINT32, help="most tokens of an answer")] = None,
+    temperature: Annotated[float, typer.Option(parser=in_range(0, 100), help="0 is greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(parser=in_range(0, 1, low_open=True), help="1 keeps all tokens")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="the same one gives the same text")] = None,
+    tenant: Annotated[str, typer.Option(help="who asks")] = "",
+    timeout: Annotated[float, typer.Option(parser=SECONDS, help="deadline of an answer, seconds")] = 300.0,
+    *,
+    connection: Connection,
+) -> None:
+    """Talk to a model, line by line: at a terminal, or with the lines of a pipe. /reset, /system TEXT, /quit."""
+    with SyncClient(address, tls=connection.tls, api_key=connection.api_key) as client:
+        run_chat(
+            client,
+            Conversation(system),
+            model=model,
+            max_tokens=max_tokens,
+            sampling=common_pb2.SamplingParams(temperature=temperature, top_p=top_p, seed=seed),
+            tenant=tenant,
+            timeout_s=timeout,
+        )
+
+
+@app.command()
+@connects
 def status(
     address: Annotated[
         list[str] | None, typer.Option(help="host:port of a scheduler; repeated: whichever of them leads")
     ] = None,
     watch: Annotated[float, typer.Option(parser=in_range(0, 86_400), help="repeat every so many seconds")] = 0.0,
+    is_json: Annotated[bool, typer.Option("--json", help="print a line of JSON each time")] = False,
     *,
     connection: Connection,
 ) -> None:
     """Show workers, headroom, buckets and queues, as the scheduler that leads sees them."""
     addresses = [an_address(each) for each in address or ["127.0.0.1:50052"]]
-    asyncio.run(show_status(addresses, connection, watch, console))
+    asyncio.run(show_status(addresses, connection, watch, console, is_json=is_json))
 
 
 @app.command()
 @connects
 def bench(
     address: AddressOption = "127.0.0.1:50051",
-    model: Annotated[str, typer.Option("--model", help="served model; may be left out if there is one")] = "",
+    model: ServedOption = "",
     requests: Annotated[
         Path | None, typer.Option(help="JSON with requests[] of prompt_ids and output_len, sent in order")
     ] = None,

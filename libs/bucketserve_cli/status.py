@@ -16,15 +16,17 @@ from bucketserve.core.errors import UnavailableError
 from bucketserve.rpc.channel import open_channel
 from bucketserve.v1 import common_pb2, scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_cli.connection import Connection
-from bucketserve_cli.terminal import plain_table
+from bucketserve_cli.terminal import as_json, plain_table, print_json
 
 __all__ = ["show_status", "status_view"]
 
 TIMEOUT_S = 5.0
 
 
-async def show_status(addresses: Sequence[str], connection: Connection, watch_s: float, console: Console) -> None:
-    """Prints the leading scheduler's state once, or again every watch_s seconds.
+async def show_status(
+    addresses: Sequence[str], connection: Connection, watch_s: float, console: Console, *, is_json: bool = False
+) -> None:
+    """Prints the leading scheduler's state once, or again every watch_s seconds; as JSON one line each time.
 
     Raises:
         UnavailableError: no scheduler at these addresses answers, or one does and is a standby.
@@ -36,6 +38,15 @@ async def show_status(addresses: Sequence[str], connection: Connection, watch_s:
             )
             for address in addresses
         }
+        if is_json:
+            print_json(as_json(await _ask_leader(stubs)))
+            while watch_s:
+                await asyncio.sleep(watch_s)
+                try:
+                    print_json(as_json(await _ask_leader(stubs)))
+                except UnavailableError as error:
+                    print_json({"error": str(error)})
+            return
         view = status_view(await _ask_leader(stubs))
         if not watch_s:
             console.print(view)

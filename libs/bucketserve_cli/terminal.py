@@ -6,6 +6,7 @@ line on standard error that begins with "error:", whatever the terminal's width.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import Any, TextIO
 
 import grpc
 import typer
+from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -30,12 +32,14 @@ __all__ = [
     "Commands",
     "InputError",
     "an_address",
+    "as_json",
     "console",
     "describe",
     "errors",
     "in_range",
     "plain_table",
     "print_error",
+    "print_json",
     "replaced_file",
 ]
 
@@ -78,7 +82,7 @@ class Commands(TyperGroup):
         except InputError as error:
             print_error(str(error))
             status = 2
-        except (BucketServeError, grpc.aio.AioRpcError) as error:
+        except (BucketServeError, grpc.RpcError) as error:
             print_error(describe(error))
             status = 1
         except OSError as error:
@@ -87,14 +91,40 @@ class Commands(TyperGroup):
         sys.exit(status if isinstance(status, int) else 0)
 
 
-def describe(error: BucketServeError | grpc.aio.AioRpcError) -> str:
+def describe(error: BucketServeError | grpc.RpcError) -> str:
     """Returns what the server said: the reason, the message with every violation, when to try again."""
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
+    if not isinstance(error, BucketServeError):
+        # With asyncio or without: the error of a call knows how the call ended.
+        call: Any = error
+        return f"{call.code().name}: {call.details()}"
     text = f"{error.reason}: {error}"
     if isinstance(error, OverloadedError | UnavailableError):
         text += f" (try again in {error.retry_delay_s:g} s)"
     return text
+
+
+def print_json(value: object) -> None:
+    """Writes one line of JSON to standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def as_json(message: Message) -> dict[str, Any]:
+    """Returns a message as JSON has it: fields by name, values of enumerations by theirs, all numbers as numbers."""
+
+    def one(field: Any, value: Any) -> Any:
+        if field.message_type is not None:
+            return as_json(value)
+        return field.enum_type.values_by_number[value].name if field.enum_type is not None else value
+
+    found: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.is_repeated:
+            found[field.name] = [one(field, each) for each in value]
+        elif not field.has_presence or message.HasField(field.name):
+            found[field.name] = one(field, value)
+    return found
 
 
 def print_error(message: str) -> None:

@@ -56,6 +56,9 @@ class Relay:
         self.resume()
         if self._server is not None:
             self._server.close()
+            # What has just been accepted is among the open ones a few turns of the loop later.
+            for _ in range(10):
+                await asyncio.sleep(0)
             # What is still on its way ends within this loop, or its sockets would be left open.
             while self._open:
                 self.cut()

@@ -18,10 +18,11 @@ from typing import Any
 
 import grpc
 
+from bucketserve.facades import kserve_pb2
 from bucketserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc, job_pb2, job_pb2_grpc
 from tests.e2e.hostile_http import HOSTILE_HTTP
 
-__all__ = ["HOSTILE", "burst", "idle_connections", "invented_names", "unread_calls"]
+__all__ = ["GENERATE", "HOSTILE", "burst", "idle_connections", "invented_names", "unread_calls"]
 
 Outcomes = Counter[str]
 GENERATE = "/bucketserve.v1.InferenceService/Generate"
@@ -96,6 +97,12 @@ async def many_ids(address: str, scale: float) -> Outcomes:
     return await raw(address, [b"\x2a" + varint(len(ids)) + ids] * max(round(3 * scale), 1))
 
 
+async def many_messages(address: str, scale: float) -> Outcomes:
+    """Conversations of four million messages, which take two hundred megabytes to look at."""
+    turns = b"\x0a\x00" * 4_000_000
+    return await raw(address, [b"\x22" + varint(len(turns)) + turns] * max(round(9 * scale), 2))
+
+
 async def many_stops(address: str, scale: float) -> Outcomes:
     """A million stop strings, stop ids; the largest allowed ones."""
     stops = [
@@ -151,7 +158,7 @@ async def idle(address: str, scale: float) -> Outcomes:
     return Counter()
 
 
-async def unread_calls(address: str, number: int, hold_s: float) -> Outcomes:
+async def unread_calls(address: str, number: int, hold_s: float, method: str = GENERATE) -> Outcomes:
     """Calls that never send their request."""
 
     async def nothing() -> AsyncIterator[bytes]:
@@ -160,7 +167,7 @@ async def unread_calls(address: str, number: int, hold_s: float) -> Outcomes:
         yield b""
 
     async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
-        call = channel.stream_stream(GENERATE)
+        call = channel.stream_stream(method)
         return Counter(await asyncio.gather(*(outcome(call(nothing(), timeout=hold_s + 60)) for _ in range(number))))
 
 
@@ -215,6 +222,43 @@ async def large_jobs(address: str, scale: float) -> Outcomes:
         return Counter(await asyncio.gather(*map(outcome, calls)))
 
 
+async def large_tensors(address: str, scale: float) -> Outcomes:
+    """Streams of tensors of 11 MB, and of a million tensors or parameters, more at once than may be open."""
+    tensor = kserve_pb2.ModelInferRequest.InferInputTensor(name="text_input", datatype="BYTES", shape=[1])
+    text = b"x" * 11_000_000
+    large = kserve_pb2.ModelInferRequest(
+        inputs=[tensor], raw_input_contents=[len(text).to_bytes(4, "little") + text]
+    ).SerializeToString()
+    # Of nothing each: inputs, raw contents.
+    sent = [large, b"\x2a\x00" * 4_000_000, b"\x3a\x00" * 4_000_000]
+    parameters = {str(i): kserve_pb2.InferParameter() for i in range(300_000)}
+    sent.append(kserve_pb2.ModelInferRequest(parameters=parameters).SerializeToString())
+
+    async def one(channel: grpc.aio.Channel, kinds: list[bytes]) -> Outcomes:
+        call = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(iter(kinds), timeout=TIMEOUT_S)
+        answers: list[bytes] = []
+
+        async def taken() -> AsyncIterator[None]:
+            async for answer in call:
+                answers.append(answer)
+                yield
+
+        end = await outcome(taken())
+        errors = [kserve_pb2.ModelStreamInferResponse.FromString(answer).error_message for answer in answers]
+        return Counter([end, *(error.partition(":")[0] for error in errors)])
+
+    found: Outcomes = Counter()
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(address, options=OPTIONS)) for _ in range(8)
+        ]
+        calls = [one(channel, [large] * 3) for channel in channels for _ in range(max(round(6 * scale), 1))]
+        calls += [one(channel, sent) for channel in channels[: max(round(4 * scale), 1)]]
+        for each in await asyncio.gather(*calls):
+            found += each
+    return found
+
+
 def varint(number: int) -> bytes:
     """Returns a number as protobuf writes it."""
     written = bytearray()
@@ -231,12 +275,14 @@ HOSTILE: dict[str, Callable[[str, float], Coroutine[Any, Any, Outcomes]]] = {
         long_tokenising,
         long_chats,
         many_ids,
+        many_messages,
         many_stops,
         bursts,
         idle,
         slow_calls,
         names,
         large_jobs,
+        large_tensors,
     )
 }
 

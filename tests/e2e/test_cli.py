@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from bucketserve import __version__
 from bucketserve_cli.stack import LocalStack
 from tests.cli import run_command
 from tests.e2e.conftest import NewStack
-from tests.e2e.observe import status
+from tests.e2e.observe import eventually, metric, status
 
 pytestmark = pytest.mark.e2e
 
@@ -57,6 +58,7 @@ def test_the_readme_runs_as_pasted_and_the_command_line_keeps_its_word(new_stack
     at = ("--address", stack.gateway_address)
     _runs_the_readme(stack, tmp_path)
     _generates(at)
+    _chats(stack, at)
     _breaks_off(at)
     _reads_and_writes_files(at, tmp_path)
     _shows_tables(stack, at, tmp_path)
@@ -94,6 +96,12 @@ def _generates(at: tuple[str, ...]) -> None:
     assert out.endswith("\n")
     assert re.search(r"length: \d+ prompt \+ 3 output tokens.*, bucket \[\d+, \d+\)", err)
     assert checked(as_process("generate", "-", "--max-tokens", "3", *at, stdin=b"x"))[0] == out
+    whole, err = bucketserve("generate", "x", "--max-tokens", "3", "--json", *at)
+    found = json.loads(whole)
+    assert (found["text"] + "\n", len(found["token_ids"]), found["finish_reason"], err) == (out, 3, "length", "")
+    assert found["usage"]["output_tokens"] == 3 and found["batch"]["num_requests"] == 1
+    assert bucketserve("generate", "x", "--model", "nobody", "--json", *at, status=1)[0] == ""
+    assert bucketserve("--version")[0] == f"bucketserve {__version__}\n"
     _, err = checked(as_process("generate", "-", *at, stdin=b"Gr\xf6\xdfe"), 2)
     assert "standard input is not UTF-8" in err
     _, err = bucketserve("generate", "x", "--model", "[/nobody]", *at, status=1)
@@ -104,6 +112,49 @@ def _generates(at: tuple[str, ...]) -> None:
     assert "DEADLINE" in err
     _, err = bucketserve("generate", "x", "--address", "127.0.0.1:1", status=1)
     assert "Connection refused" in err
+
+
+def _chats(stack: LocalStack, at: tuple[str, ...]) -> None:
+    lines = b"Who was Noah?\nAnd who was Moses?\n"
+    out, _ = checked(as_process("chat", "--max-tokens", "4", *at, stdin=lines))
+    assert out.count("\n") >= 2
+    again, _ = checked(as_process("chat", "--max-tokens", "4", "--system", "Be brief.", *at, stdin=lines))
+    assert again != out
+    _, err = checked(as_process("chat", "--model", "nobody", *at, stdin=lines), 1)
+    assert "served: demo" in err
+    for is_terminal in (False, True):
+        _stops_an_answer(stack, at, is_terminal=is_terminal)
+
+
+def _stops_an_answer(stack: LocalStack, at: tuple[str, ...], *, is_terminal: bool) -> None:
+    """Ctrl-C ends the answer; the next line has one too, and the program ends when it is told to."""
+    ours, theirs = os.openpty() if is_terminal else os.pipe()[::-1]
+    process = subprocess.Popen(
+        [*BUCKETSERVE, "chat", "--max-tokens", "1500", *at],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    os.close(theirs)
+    assert process.stdout is not None
+
+    def read_answer() -> None:
+        """Waits for some of it; a prompt is none."""
+        seen = b""
+        while len(seen.replace(b"> ", b"")) < 3:
+            seen += process.stdout.read1(1)
+
+    os.write(ours, b"one\n")
+    read_answer()
+    process.send_signal(signal.SIGINT)
+    os.write(ours, b"two\n")
+    asyncio.run(eventually(lambda: metric(stack, "gateway", "bucketserve_gateway_open_requests") == 1))
+    read_answer()
+    process.send_signal(signal.SIGINT)
+    os.write(ours, b"/quit\n")
+    _, err = process.communicate(timeout=60)
+    os.close(ours)
+    assert (process.returncode, b"Traceback" in err) == (0, False), err
 
 
 def _breaks_off(at: tuple[str, ...]) -> None:
@@ -148,6 +199,12 @@ def _reads_and_writes_files(at: tuple[str, ...], tmp_path: Path) -> None:
     assert (out.stat().st_mode & 0o777, link.is_symlink()) == (0o640, True)
     assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.jsonl"]
     assert checked(as_process("job", "results", job_id, "-o", "/dev/stdout", *at))[0] == printed
+    state = {"job_id": job_id, "state": "completed", "num_requests": 5, "num_done": 5, "num_failed": 0}
+    for command in (("status", job_id), ("status", job_id, "--watch"), ("cancel", job_id)):
+        assert state.items() <= json.loads(bucketserve("job", *command, "--json", *at)[0]).items()
+    submitted = json.loads(bucketserve("job", "submit", str(file), "--json", *at)[0])
+    waited = json.loads(bucketserve("job", "submit", str(file), "--json", "--wait", *at)[0])
+    assert submitted["num_requests"] == waited["num_done"] == 5
     # A request that fails shows in the status of who waited for it.
     file.write_text(json.dumps({"token_ids": [5] * 2047, "max_tokens": 100}))
     code, out_, _ = run_command("job", "submit", str(file), "--wait", *at)
@@ -170,6 +227,9 @@ def _reads_and_writes_files(at: tuple[str, ...], tmp_path: Path) -> None:
 def _shows_tables(stack: LocalStack, at: tuple[str, ...], tmp_path: Path) -> None:
     out, _ = bucketserve("status", "--address", stack.scheduler_address)
     assert re.search(r"worker +role .* report age *\n", out)
+    (model,) = json.loads(bucketserve("status", "--json", "--address", stack.scheduler_address)[0])["models"]
+    assert (model["model"], model["workers"][0]["worker_id"]) == ("demo", "worker-0")
+    assert model["workers"][0]["report"]["kv_total_tokens"] > 0
     # Narrow: lines are broken, nothing is cut away.
     file = tmp_path / "one.jsonl"
     file.write_text('{"prompt": "x", "max_tokens": 1}')

@@ -9,15 +9,19 @@ import asyncio
 import os
 import random
 from collections import Counter
+from collections.abc import MutableMapping
+from functools import partial
 
 import grpc
 import pytest
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
+from bucketserve.facades import kserve_pb2, vllm_pb2
 from bucketserve.job_client import JobClient
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import delivery_pb2, inference_pb2, job_pb2, scheduler_pb2, worker_pb2
+from bucketserve_gateway.kserve_tensors import PARAMETERS
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import eventually, metric
 
@@ -40,6 +44,8 @@ ALLOWED = {
     # A stranger at an internal port.
     grpc.StatusCode.PERMISSION_DENIED,
 }
+KSERVE, VLLM = "/inference.GRPCInferenceService", "/vllm.grpc.engine.VllmEngine"
+"""Methods of others' protocols; the rest are of ours."""
 KNOWN_JOBS: list[str] = []
 """So that some calls find one."""
 TEXTS = ["", "a", "\x00", "é" * 50, "x" * 5000, "demo", "🙂" * 20, "-1", "../../etc/passwd", "%s%n", "{}}:{"]
@@ -54,7 +60,10 @@ def fill(message: Message, rng: random.Random, depth: int = 0) -> Message:
             continue
         values = [value(field, rng) for _ in range(rng.randint(0, 4) if field.is_repeated else 1)]
         if field.message_type is not None:
-            if depth > 3 or field.message_type.GetOptions().map_entry:
+            if depth > 3:
+                continue
+            if field.message_type.GetOptions().map_entry:
+                fill_map(getattr(message, field.name), field.message_type, rng, depth)
                 continue
             for _ in values:
                 target = getattr(message, field.name)
@@ -64,6 +73,17 @@ def fill(message: Message, rng: random.Random, depth: int = 0) -> Message:
         else:
             setattr(message, field.name, values[0])
     return message
+
+
+def fill_map(entries: MutableMapping, of: Descriptor, rng: random.Random, depth: int) -> None:
+    """Sets random entries to random values; half of those that have names have ones that mean something."""
+    key, kept = of.fields_by_name["key"], of.fields_by_name["value"]
+    for _ in range(rng.randint(0, 3)):
+        name = rng.choice(sorted(PARAMETERS)) if key.type == key.TYPE_STRING and rng.random() < 0.5 else value(key, rng)
+        if kept.message_type is None:
+            entries[name] = value(kept, rng)
+        else:
+            fill(entries[name], rng, depth + 1)
 
 
 def value(field: FieldDescriptor, rng: random.Random) -> object:
@@ -108,6 +128,44 @@ def upload(rng: random.Random) -> list[bytes]:
     return messages
 
 
+def infer(rng: random.Random) -> bytes:
+    """A request with the tensors that it should have, more often than not, of which some are not as they should be."""
+    if rng.random() < 0.2:
+        return payload(kserve_pb2.ModelInferRequest, rng)
+    message = kserve_pb2.ModelInferRequest(model_name=rng.choice(["demo", "demo", "", "x"]), id=rng.choice(TEXTS))
+    contents = {
+        "text_input": [b"a", b"In the beginning", b"\xff\xfe", b"", "é".encode() * 500],
+        "stream": [b"\x01", b"\x00", b"\x02", b"", b"\x01\x01"],
+        "sampling_parameters": [
+            *(b'{"max_tokens": 3}', b'{"temperature": NaN}', b'{"top_p": 1e999}', b"[" * 5000, b'"x"', b"{"),
+            *(b'{"stop": ["\\ud800"]}', b'{"seed": -1, "top_k": 1.5}', b'{"max_tokens": ' + b"9" * 5000 + b"}"),
+        ],
+        "nobody": [b"x"],
+    }
+    is_raw = rng.random() < 0.6
+    for name in ["text_input", *rng.choices(sorted(contents), k=rng.randint(0, 2))]:
+        element, kind = rng.choice(contents[name]), "BOOL" if name == "stream" else "BYTES"
+        kind = kind if rng.random() < 0.9 else rng.choice(["BOOL", "BYTES", "FP32", ""])
+        shape = [1] if rng.random() < 0.9 else rng.choice([[], [1, 1], [0], [-1], [2**62, 2**62], [2], [1] * 300])
+        tensor = message.inputs.add(name=name, datatype=kind, shape=shape)
+        if is_raw:
+            size = len(element) if rng.random() < 0.9 else rng.choice([0, 1, 2**31, 2**32 - 1])
+            prefix = b"" if kind == "BOOL" else size.to_bytes(4, "little")
+            message.raw_input_contents.append(prefix + element)
+        elif kind == "BOOL":
+            tensor.contents.bool_contents.extend(element[:1] == b"\x01" for _ in range(rng.choice([1, 1, 0, 3])))
+        else:
+            tensor.contents.bytes_contents.extend([element] * rng.choice([1, 1, 1, 0, 2]))
+    if rng.random() < 0.1:
+        message.raw_input_contents.append(b"")
+    if rng.random() < 0.3:
+        message.outputs.add(name=rng.choice(["text_output", "finish_reason", "x", ""]))
+    if rng.random() < 0.4:
+        fill_map(message.parameters, type(message).DESCRIPTOR.fields_by_name["parameters"].message_type, rng, 0)
+    message.parameters["max_tokens"].int64_param = rng.randint(1, 20)
+    return message.SerializeToString()
+
+
 UNARY = [
     ("gateway", "InferenceService/Tokenize", inference_pb2.TokenizeRequest),
     ("gateway", "InferenceService/ListModels", inference_pb2.ListModelsRequest),
@@ -115,17 +173,25 @@ UNARY = [
     ("gateway", "JobService/GetJob", job_pb2.GetJobRequest),
     ("gateway", "JobService/CancelJob", job_pb2.CancelJobRequest),
     ("scheduler", "SchedulerService/GetStatus", scheduler_pb2.GetStatusRequest),
+    ("gateway", f"{KSERVE}/ModelReady", kserve_pb2.ModelReadyRequest),
+    ("gateway", f"{KSERVE}/ModelMetadata", kserve_pb2.ModelMetadataRequest),
+    ("gateway", f"{KSERVE}/ModelConfig", kserve_pb2.ModelConfigRequest),
+    *[("gateway", f"{KSERVE}/ModelInfer", kserve_pb2.ModelInferRequest)] * 4,
+    ("gateway", f"{VLLM}/Abort", vllm_pb2.AbortRequest),
+    ("gateway", f"{VLLM}/GetLoads", vllm_pb2.GetLoadsRequest),
 ]
 STREAMED = [("gateway", "InferenceService/Generate", inference_pb2.GenerateRequest)] * 4
 STREAMED += [
     ("worker", "WorkerService/FetchKv", worker_pb2.FetchKvRequest),
     ("gateway", "JobService/FetchJobResults", job_pb2.FetchJobResultsRequest),
+    *[("gateway", f"{VLLM}/Generate", vllm_pb2.GenerateRequest)] * 4,
 ]
 UPLOADS = [("gateway", "JobService/SubmitJob", job_pb2.SubmitJobRequest)] * 2
 BIDIRECTIONAL = [
     ("scheduler", "SchedulerService/Submit", scheduler_pb2.SubmitRequest),
     ("scheduler", "SchedulerService/Work", scheduler_pb2.WorkRequest),
     ("delivery", "DeliveryService/Deliver", delivery_pb2.DeliverRequest),
+    *[("gateway", f"{KSERVE}/ModelStreamInfer", kserve_pb2.ModelInferRequest)] * 2,
 ]
 
 
@@ -133,24 +199,27 @@ async def send(
     channels: dict[str, grpc.aio.Channel], deployment: Deployment, rng: random.Random
 ) -> tuple[str, grpc.StatusCode, str]:
     target, method, kind = rng.choice(UNARY + STREAMED + UPLOADS + BIDIRECTIONAL)
-    path, channel = f"/bucketserve.v1.{method}", channels[target]
+    path, channel = method if method.startswith("/") else f"/bucketserve.v1.{method}", channels[target]
+    make = partial(infer, rng) if kind is kserve_pb2.ModelInferRequest else partial(payload, kind, rng)
     # Most come as a service gone wrong, some as strangers.
     metadata = deployment.metadata if rng.random() < 0.9 else ()
     try:
         if (target, method, kind) in UNARY:
-            await channel.unary_unary(path)(payload(kind, rng), timeout=20, metadata=metadata)
+            await channel.unary_unary(path)(make(), timeout=20, metadata=metadata)
         elif (target, method, kind) in STREAMED:
             # Results may be waited for as long as a job takes to come in.
             timeout_s = 1 if kind is job_pb2.FetchJobResultsRequest else 20
-            async for _ in channel.unary_stream(path)(payload(kind, rng), timeout=timeout_s, metadata=metadata):
+            async for _ in channel.unary_stream(path)(make(), timeout=timeout_s, metadata=metadata):
                 pass
         elif (target, method, kind) in UPLOADS:
             await channel.stream_unary(path)(iter(upload(rng)), timeout=20)
         else:
-            messages = [payload(kind, rng) for _ in range(rng.randint(1, 4))]
+            messages = [make() for _ in range(rng.randint(1, 4))]
             call = channel.stream_stream(path)(iter(messages), timeout=1, metadata=metadata)
-            async for _ in call:
-                pass
+            async for answer in call:
+                # Errors of a stream's requests are in its responses.
+                said = kserve_pb2.ModelStreamInferResponse.FromString(answer) if KSERVE in method else None
+                assert said is None or "INTERNAL" not in said.error_message, said
     except grpc.aio.AioRpcError as error:
         if error.details() == "Internal error from Core":
             # Said by the client's library when the server ends a stream that it is still writing to.
@@ -202,6 +271,12 @@ async def test_no_input_breaks_anything(new_stack: NewStack) -> None:
         ("JobService/GetJob", "OK"),
         ("JobService/GetJob", "NOT_FOUND"),
         ("JobService/FetchJobResults", "OK"),
+        (f"{KSERVE}/ModelInfer", "OK"),
+        (f"{KSERVE}/ModelInfer", "INVALID_ARGUMENT"),
+        (f"{KSERVE}/ModelInfer", "NOT_FOUND"),
+        (f"{KSERVE}/ModelStreamInfer", "OK"),
+        (f"{VLLM}/Generate", "OK"),
+        (f"{VLLM}/Generate", "INVALID_ARGUMENT"),
     ):
         assert seen[method, code] > 0, (method, code, seen)
     # What was submitted as a job may still run.

@@ -10,7 +10,15 @@ import grpc
 from bucketserve.addresses import channel_target
 from bucketserve.rpc.tls import Tls
 
-__all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "SERVER_OPTIONS", "UNARY_TIMEOUT_S", "key_metadata", "open_channel"]
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "MAX_MESSAGE_BYTES",
+    "SERVER_OPTIONS",
+    "UNARY_TIMEOUT_S",
+    "key_metadata",
+    "open_channel",
+    "open_sync_channel",
+]
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """A batch assignment carries the prompts of its requests; the public limit is the gateway's max_prompt_bytes."""
@@ -83,12 +91,30 @@ def open_channel(
     Raises:
         AddressError: the address is neither.
     """
+    target, ours = channel_target(address), _options(tls, watched_service, method_configs)
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=[*ours, *options])
+    return grpc.aio.secure_channel(target, tls.channel_credentials(), options=[*ours, *options])
+
+
+def open_sync_channel(
+    address: str,
+    tls: Tls | None = None,
+    *,
+    watched_service: str = "",
+    options: Sequence[tuple[str, int | str]] = (),
+) -> grpc.Channel:
+    """Returns the same for code without asyncio."""
+    target, ours = channel_target(address), _options(tls, watched_service, ())
+    if tls is None:
+        return grpc.insecure_channel(target, options=[*ours, *options])
+    return grpc.secure_channel(target, tls.channel_credentials(), options=[*ours, *options])
+
+
+def _options(
+    tls: Tls | None, watched_service: str, method_configs: Sequence[Mapping[str, object]]
+) -> list[tuple[str, int | str]]:
     config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": list(method_configs)}
     if watched_service:
         config["healthCheckConfig"] = {"serviceName": watched_service}
-    ours = [*CHANNEL_OPTIONS, ("grpc.service_config", json.dumps(config))]
-    target = channel_target(address)
-    if tls is None:
-        return grpc.aio.insecure_channel(target, options=[*ours, *options])
-    credentials = tls.channel_credentials()
-    return grpc.aio.secure_channel(target, credentials, options=[*ours, *tls.channel_options, *options])
+    return [*CHANNEL_OPTIONS, ("grpc.service_config", json.dumps(config)), *(tls.channel_options if tls else ())]

@@ -33,6 +33,11 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._changed = asyncio.Event()
         self._watches: Counter[str] = Counter()
 
+    @property
+    def is_serving(self) -> bool:
+        """What everybody is told."""
+        return self._is_serving
+
     def set_serving(self, is_serving: bool) -> None:
         """Tells everybody who asks or watches; without effect after leave()."""
         if self._is_leaving or is_serving == self._is_serving:

@@ -114,6 +114,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
             raise error
         if isinstance(error, BucketServeError):
+            # The frames that it came through have the request, which may be large, and the answer may take a while.
+            error.__traceback__ = None
             await context.abort_with_status(status_of(error))
         if isinstance(error, NotImplementedError):
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not implemented")

@@ -96,6 +96,11 @@ class RpcServer:
         await self.grpc_server.start()
         return self.port
 
+    @property
+    def is_serving(self) -> bool:
+        """What health checks are answered."""
+        return self._health.is_serving
+
     async def set_serving(self, is_serving: bool) -> None:
         """Answers health checks and watchers with SERVING or NOT_SERVING, for every service."""
         self._health.set_serving(is_serving)

@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -43,7 +43,7 @@ from bucketserve.core.errors import (
     UnknownModelError,
 )
 
-__all__ = ["DOMAIN", "error_from_call", "errors_named", "is_answered", "status_of"]
+__all__ = ["DOMAIN", "FailedCall", "error_from_call", "errors_named", "is_answered", "status_of"]
 
 DOMAIN = "bucketserve"
 MAX_CHARACTERS = 256
@@ -52,6 +52,8 @@ MAX_DETAIL_BYTES = 4096
 """Violations beyond this are left out: peers refuse trailers of more than 8 KiB or so."""
 
 T = TypeVar("T")
+FailedCall: TypeAlias = "grpc.aio.AioRpcError | grpc.Call"
+"""With asyncio or without."""
 
 _CODES: dict[type[BucketServeError], int] = {
     InvalidRequestError: code_pb2.INVALID_ARGUMENT,
@@ -96,7 +98,7 @@ def status_of(error: BucketServeError) -> grpc.Status:
     return rpc_status.to_status(status)
 
 
-def error_from_call(error: grpc.aio.AioRpcError) -> BucketServeError | None:
+def error_from_call(error: FailedCall) -> BucketServeError | None:
     """Returns our error for a failed call, if its status says which; None for any other failure."""
     status = _read_status(error)
     message = error.details() or error.code().name
@@ -147,12 +149,12 @@ async def errors_named(call: Awaitable[T]) -> T:
         raise error_from_call(error) or error from None
 
 
-def is_answered(error: grpc.aio.AioRpcError) -> bool:
+def is_answered(error: FailedCall) -> bool:
     """Returns whether a server of the project gave this status; otherwise gRPC did, for want of a connection."""
     return _read_status(error) is not None
 
 
-def _read_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
+def _read_status(error: FailedCall) -> status_pb2.Status | None:
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             return status_pb2.Status.FromString(value)

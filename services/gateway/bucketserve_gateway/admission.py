@@ -10,6 +10,7 @@ import contextlib
 import inspect
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -23,6 +24,7 @@ __all__ = ["Admission", "AdmissionInterceptor", "Room"]
 RETRY_S = 1.0
 HEALTH = "/grpc.health.v1.Health/"
 HEALTH_READS = 64
+REFLECTION = "/grpc.reflection."
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -139,7 +141,10 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        is_health = str(handler_call_details.method).startswith(HEALTH)
+        method = str(handler_call_details.method)
+        is_health = method.startswith(HEALTH)
+        # Our own services bound their streams of requests; the library's would be as many as calls may be open.
+        is_reflection = method.startswith(REFLECTION)
         reads = self._health_reads if is_health else self._reads
         inner: Any = next(
             behavior
@@ -150,9 +155,11 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         def door(context: Any) -> contextlib.AbstractContextManager[None]:
             return contextlib.nullcontext() if is_health else self._admission.call(context.peer())
 
-        async def request_of(requests: AsyncIterator[Any], context: Any) -> Any:
+        async def request_of(context: Any) -> Any:
             if handler.request_streaming:
-                return requests
+                return _requests_of(
+                    partial(reads.read, context.peer(), context.read) if is_reflection else context.read
+                )
             request = await reads.read(context.peer(), context.read)
             if request is grpc.aio.EOF:
                 raise InvalidRequestError([FieldViolation("", "the call ended before its request")])
@@ -163,7 +170,7 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
 
             async def stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
                 with door(context):
-                    answers = inner(await request_of(requests, context), context)
+                    answers = inner(await request_of(context), context)
                     if not inspect.isasyncgen(answers):
                         # It writes its answers to the context.
                         await answers
@@ -178,7 +185,14 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
 
         async def single(requests: AsyncIterator[Any], context: Any) -> Any:
             with door(context):
-                answer = inner(await request_of(requests, context), context)
+                answer = inner(await request_of(context), context)
                 return await answer if inspect.isawaitable(answer) else answer
 
         return grpc.stream_unary_rpc_method_handler(single, handler.request_deserializer, handler.response_serializer)
+
+
+async def _requests_of(read: Callable[[], Awaitable[Any]]) -> AsyncIterator[Any]:
+    """Yields the requests of a stream without keeping any; gRPC's own iterator keeps the last one until the next."""
+    while (box := [await read()])[0] is not grpc.aio.EOF:
+        check_readable(box[0])
+        yield box.pop()

@@ -114,7 +114,10 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
         jobs_api = JobServicer(
             stores.jobs, stores.room, catalog, settings, admission=admission, is_leaving=is_leaving.is_set
         )
-        public, http = grpc_server(parts, ours, inference, jobs_api), http_server(parts, ours, inference)
+        public, http = (
+            grpc_server(parts, ours, inference, jobs_api, is_leaving.is_set),
+            http_server(parts, ours, inference),
+        )
         internal = RpcServer(
             settings.delivery_listen,
             services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name, ours.health_service],

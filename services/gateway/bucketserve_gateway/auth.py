@@ -28,6 +28,8 @@ __all__ = ["AuthInterceptor", "Identity", "Keys"]
 
 MAX_KEY_CHARACTERS = 256
 REFLECTION = "grpc.reflection."
+FACADES = ("inference.", "vllm.grpc.engine.")
+"""Packages of the other protocols at this port."""
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -78,7 +80,8 @@ class Identity:
             case inference_pb2.ListModelsRequest():
                 # The answer has what the key may use.
                 pass
-            case _ if message.DESCRIPTOR.full_name.startswith(REFLECTION):
+            case _ if message.DESCRIPTOR.full_name.startswith((REFLECTION, *FACADES)):
+                # What is asked for in another protocol is permitted when it is translated (public.py).
                 pass
             case _:
                 raise self._refusal(f"no key is for {message.DESCRIPTOR.full_name}")

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 
 from bucketserve.core.errors import (
@@ -23,6 +22,7 @@ from bucketserve.core.errors import (
 from bucketserve.store.job_room import JobRoom
 from bucketserve.store.jobs import JobInfo, JobStore
 from bucketserve.v1 import inference_pb2, job_pb2
+from bucketserve_gateway.servicer import Generate
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
 
@@ -38,10 +38,6 @@ GIVE_BACK_S = 2.0
 """Most that giving back may take: a store that does not answer must not keep a gateway that is to end."""
 FOREVER = ("ATTEMPTS_EXHAUSTED", "TOO_LARGE")
 """Reasons of UNAVAILABLE that waiting does not help."""
-
-Generate = Callable[
-    [inference_pb2.GenerateRequest, Mapping[str, str], float | None], AsyncIterator[inference_pb2.GenerateResponse]
-]
 
 
 class JobRunner:

@@ -65,6 +65,8 @@ class ServedModel:
     """Of what its token ids mean."""
     bytes_per_token: float | None = None
     """Most bytes of text that a token stands for; None where a token may stand for any number."""
+    directory: Path | None = None
+    """Where its files are; None if it was not loaded from any."""
 
     @property
     def max_text_bytes(self) -> float:
@@ -141,7 +143,7 @@ def _load_model(name: str, source: str, default_max_tokens: int) -> ServedModel:
     if backend is None:
         raise ModelLoadError("it has no tokenizer.json; convert its tokenizer to the fast form")
     return ServedModel(
-        card, tokenizer, TokenBytes(backend), tokenizer_fingerprint(directory), bytes_per_token(tokenizer)
+        card, tokenizer, TokenBytes(backend), tokenizer_fingerprint(directory), bytes_per_token(tokenizer), directory
     )
 
 

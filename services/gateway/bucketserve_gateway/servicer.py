@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from opentelemetry.trace import Span
@@ -25,7 +26,7 @@ from bucketserve_gateway.telemetry import GatewayTelemetry
 from bucketserve_gateway.tokenizer_pool import TokenizerPool
 from bucketserve_gateway.validation import ValidRequest, check_length, validate
 
-__all__ = ["GatewayParts", "InferenceServicer"]
+__all__ = ["GatewayParts", "Generate", "InferenceServicer", "text_metadata"]
 
 TEXT_COPIES = 4
 """Of a request's bytes while it is open: the message, its strings."""
@@ -33,6 +34,11 @@ BYTES_PER_TOKEN = 48
 """Of a prompt token: a Python integer, its places in a tuple and in the scheduler's record."""
 RETRY_S, MOST_RETRY_S = 0.2, 5.0
 """Before the third attempt of a request, and twice as long before each further one, up to the second."""
+
+Generate = Callable[
+    [inference_pb2.GenerateRequest, Mapping[str, str], float | None], AsyncIterator[inference_pb2.GenerateResponse]
+]
+"""InferenceServicer.generate, for whoever else takes requests in."""
 
 GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
 TokenizeContext = grpc.aio.ServicerContext[inference_pb2.TokenizeRequest, inference_pb2.TokenizeResponse]
@@ -69,7 +75,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: GenerateContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """One request of a client."""
-        async for response in self.generate(request, _text_metadata(context), context.time_remaining()):
+        async for response in self.generate(request, text_metadata(context), context.time_remaining()):
             yield response
 
     async def generate(
@@ -248,6 +254,6 @@ def _input_field(valid: ValidRequest) -> str:
     return "chat" if valid.chat is not None else "prompt"
 
 
-def _text_metadata(context: GenerateContext) -> dict[str, str]:
+def text_metadata(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
     """Returns the call's metadata that is text."""
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}

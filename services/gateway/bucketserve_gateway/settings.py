@@ -55,6 +55,13 @@ class GatewaySettings(Section):
     max_streams_per_connection: int = Field(
         1_000, ge=1, le=100_000, description="calls open at once on a connection; further ones are refused"
     )
+    max_infer_streams: int = Field(
+        16,
+        ge=2,
+        le=100_000,
+        description="ModelStreamInfer calls open at once, each with up to 64 requests; a connection has at most as "
+        "many as are still free. Each may hold two of the largest messages, of 12 MB or more",
+    )
     max_held_bytes: int = Field(
         256 * 1024 * 1024, ge=1024, description="most bytes of prompts that open requests hold, as text and as tokens"
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 
 import grpc
 import pytest
@@ -23,6 +23,7 @@ from bucketserve.core.errors import (
 )
 from bucketserve.rpc.server import RpcServer
 from bucketserve.store.embedded import free_port
+from bucketserve.sync_client import SyncClient
 from bucketserve.v1 import inference_pb2, inference_pb2_grpc
 from bucketserve_cli.terminal import describe
 from tests.chaos.proxy import Relay
@@ -37,6 +38,7 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, num_chunks: int = 1, error: BucketServeError | None = None, *, waits: bool = False) -> None:
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.num_chunks, self.error, self.waits = num_chunks, error, waits
+        self.num_left = 0
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
@@ -45,7 +47,10 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
         for _ in range(self.num_chunks):
             yield inference_pb2.GenerateResponse(chunk=inference_pb2.GenerateChunk(text="a"))
         if self.waits:
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.num_left += 1
         if self.error is not None:
             raise self.error
 
@@ -71,8 +76,32 @@ async def serving(gateway: Gateway, port: int = 0) -> AsyncIterator[str]:
         await server.stop(0)
 
 
-async def text(client: BucketServeClient, **more: object) -> str:
+@asynccontextmanager
+async def with_asyncio(address: str) -> AsyncIterator[BucketServeClient]:
+    async with BucketServeClient(address) as client:
+        yield client
+
+
+@asynccontextmanager
+async def without_asyncio(address: str) -> AsyncIterator[SyncClient]:
+    with SyncClient(address) as client:
+        yield client
+
+
+Open = Callable[[str], AbstractAsyncContextManager[BucketServeClient | SyncClient]]
+both = pytest.mark.parametrize("open_client", [with_asyncio, without_asyncio], ids=["aio", "sync"])
+
+
+async def text(client: BucketServeClient | SyncClient, **more: object) -> str:
+    if isinstance(client, SyncClient):
+        return await asyncio.to_thread(client.generate_text, "x", **more)
     return "".join([event.text async for event in client.generate(prompt="x", **more) if isinstance(event, Chunk)])
+
+
+async def models(client: BucketServeClient | SyncClient) -> object:
+    if isinstance(client, SyncClient):
+        return await asyncio.to_thread(client.list_models)
+    return await client.list_models()
 
 
 ERRORS: list[tuple[BucketServeError, str]] = [
@@ -95,11 +124,14 @@ ERRORS: list[tuple[BucketServeError, str]] = [
 ]
 
 
+@both
 @pytest.mark.parametrize(("error", "said"), ERRORS, ids=[error.reason for error, _ in ERRORS])
-async def test_what_a_server_answers_is_told_as_it_is_and_not_repeated(error: BucketServeError, said: str) -> None:
+async def test_what_a_server_answers_is_told_as_it_is_and_not_repeated(
+    error: BucketServeError, said: str, open_client: Open
+) -> None:
     gateway = Gateway(num_chunks=0, error=error)
-    async with serving(gateway) as address, BucketServeClient(address) as client:
-        for call in (text(client), client.list_models()):
+    async with serving(gateway) as address, open_client(address) as client:
+        for call in (text(client), models(client)):
             with pytest.raises(type(error)) as caught:
                 await call
             assert describe(caught.value) == said
@@ -107,9 +139,10 @@ async def test_what_a_server_answers_is_told_as_it_is_and_not_repeated(error: Bu
     assert len(gateway.requests) == 1
 
 
-async def test_a_request_waits_for_a_gateway_that_is_just_coming_up() -> None:
+@both
+async def test_a_request_waits_for_a_gateway_that_is_just_coming_up(open_client: Open) -> None:
     gateway, port = Gateway(), free_port()
-    async with BucketServeClient(f"127.0.0.1:{port}") as client:
+    async with open_client(f"127.0.0.1:{port}") as client:
         answer = asyncio.create_task(text(client))
         await asyncio.sleep(0.3)
         async with serving(gateway, port):
@@ -117,13 +150,16 @@ async def test_a_request_waits_for_a_gateway_that_is_just_coming_up() -> None:
     assert len(gateway.requests) == 1
 
 
+@both
 @pytest.mark.parametrize(("num_chunks", "num_sent"), [(0, 2), (1, 1)])
-async def test_a_request_is_sent_again_only_if_nothing_was_heard_of_it(num_chunks: int, num_sent: int) -> None:
+async def test_a_request_is_sent_again_only_if_nothing_was_heard_of_it(
+    num_chunks: int, num_sent: int, open_client: Open
+) -> None:
     gateway = Gateway(num_chunks, waits=True)
     async with serving(gateway) as address:
         relay = Relay(address)
         await relay.start()
-        async with BucketServeClient(relay.address) as client:
+        async with open_client(relay.address) as client:
             answer = asyncio.create_task(text(client))
             await eventually(lambda: gateway.requests)
             # The chunk, if there is one, is on its way.
@@ -139,9 +175,10 @@ async def test_a_request_is_sent_again_only_if_nothing_was_heard_of_it(num_chunk
     assert len(gateway.requests) == num_sent
 
 
-async def test_a_string_of_stop_strings_is_one_and_two_prompts_are_refused() -> None:
+@both
+async def test_a_string_of_stop_strings_is_one_and_two_prompts_are_refused(open_client: Open) -> None:
     gateway = Gateway()
-    async with serving(gateway) as address, BucketServeClient(address) as client:
+    async with serving(gateway) as address, open_client(address) as client:
         await text(client, stop_strings="thee")
         await text(client, stop_strings=["thee", "thou"])
         for more in ({"token_ids": [1]}, {"chat": [("user", "x")]}):
@@ -150,8 +187,29 @@ async def test_a_string_of_stop_strings_is_one_and_two_prompts_are_refused() -> 
     assert [list(request.stopping.stop_strings) for request in gateway.requests] == [["thee"], ["thee", "thou"]]
 
 
-async def test_a_deadline_holds_for_all_attempts_together() -> None:
-    async with BucketServeClient(f"127.0.0.1:{free_port()}") as client:
+@both
+async def test_a_deadline_holds_for_all_attempts_together(open_client: Open) -> None:
+    async with open_client(f"127.0.0.1:{free_port()}") as client:
         with pytest.raises(UnavailableError) as caught:
             await text(client, timeout_s=0.3)
         assert "refused" in str(caught.value)
+
+
+async def test_leaving_the_iteration_cancels_the_request() -> None:
+    gateway = Gateway(waits=True)
+    async with serving(gateway) as address:
+        async with BucketServeClient(address) as client, aclosing(client.generate(prompt="x")) as events:
+            assert (await anext(events)).text == "a"
+        await eventually(lambda: gateway.num_left == 1)
+
+        def leave(client: SyncClient) -> None:
+            events = client.generate(prompt="x")
+            assert next(events).text == "a"
+            events.close()
+
+        with SyncClient(address) as sync_client:
+            await asyncio.to_thread(leave, sync_client)
+            await eventually(lambda: gateway.num_left == 2)
+            # From several threads at once.
+            gateway.waits = False
+            assert await asyncio.gather(*(text(sync_client) for _ in range(20))) == ["a"] * 20

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bucketserve.v1 import scheduler_pb2
+from bucketserve.v1 import common_pb2, inference_pb2, scheduler_pb2
+from bucketserve_gateway.admission import Admission
 from bucketserve_gateway.detokenizer import TokenBytes
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
 from bucketserve_gateway.requests import OpenRequest
@@ -131,3 +133,64 @@ def catalog(name: str = "demo", context_tokens: int = 100) -> ModelCatalog:
         default_max_tokens=32,
     )
     return ModelCatalog({name: ServedModel(card, tokenizer, TokenBytes(tokenizer.backend_tokenizer))})
+
+
+class Caller:
+    """What a handler sees of a call."""
+
+    def __init__(self, peer: str = "ipv4:127.0.0.1:1", remaining_s: float | None = None) -> None:
+        self._peer = peer
+        self._remaining_s = remaining_s
+
+    def peer(self) -> str:
+        return self._peer
+
+    def time_remaining(self) -> float | None:
+        return self._remaining_s
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("traceparent", "00-1"),)
+
+
+class Generation:
+    """Stands for InferenceServicer.generate: requests that go on as a test says."""
+
+    def __init__(self) -> None:
+        self.started: list[inference_pb2.GenerateRequest] = []
+        self.remaining_s: list[float | None] = []
+        self.num_open = 0
+        self.may_end = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def __call__(
+        self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str], remaining_s: float | None
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Starts, sends a token, waits, sends another one, ends."""
+        self.started.append(request)
+        self.remaining_s.append(remaining_s)
+        self.num_open += 1
+        try:
+            if self.error is not None:
+                raise self.error
+            yield inference_pb2.GenerateResponse(started=inference_pb2.GenerateStarted(model="demo", prompt_tokens=3))
+            for number, text in enumerate(("a", "b")):
+                logprob = common_pb2.TokenLogprob(token_id=number, logprob=-1.0)
+                position = common_pb2.PositionLogprobs(chosen=logprob, top=[logprob, logprob])
+                chunk = inference_pb2.GenerateChunk(text=text, token_ids=[number], logprobs=[position])
+                yield inference_pb2.GenerateResponse(chunk=chunk)
+                await self.may_end.wait()
+            usage = inference_pb2.Usage(prompt_tokens=3, output_tokens=2, cached_prompt_tokens=1)
+            finished = inference_pb2.GenerateFinished(
+                reason=common_pb2.FINISH_REASON_STOP, usage=usage, matched_stop="end"
+            )
+            yield inference_pb2.GenerateResponse(finished=finished)
+        finally:
+            self.num_open -= 1
+
+
+def an_admission(**limits: int) -> Admission:
+    return Admission(
+        **{"max_calls": 1000, "max_calls_per_connection": 1000, "max_bytes": 1 << 20, **limits},
+        on_change=lambda calls, size: None,
+        on_refused=lambda reason: None,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from contextlib import ExitStack
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from bucketserve.core.errors import OverloadedError
 from bucketserve_gateway import reads as module
-from bucketserve_gateway.admission import Admission
+from bucketserve_gateway.admission import Admission, _requests_of
 from bucketserve_gateway.reads import Reads
 
 
@@ -119,3 +120,19 @@ async def test_nobody_is_hurried_while_there_are_places(monkeypatch: pytest.Monk
         await reads.read("other", lambda: asyncio.sleep(0))
     may_come.set()
     assert await slow is True
+
+
+async def test_a_stream_of_requests_keeps_none_of_them() -> None:
+    class Request:
+        """May be large."""
+
+    async def read() -> Request:
+        return Request()
+
+    requests = _requests_of(read)
+    for _ in range(2):
+        request = await anext(requests)
+        is_there = weakref.ref(request)
+        del request
+        assert is_there() is None
+    await requests.aclose()

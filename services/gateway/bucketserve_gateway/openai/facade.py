@@ -28,6 +28,7 @@ from bucketserve_gateway.openai.caller import REQUEST_ID, Caller, caller_of, lab
 from bucketserve_gateway.openai.errors import Headers, HttpError, body_of, headers_of, status_of
 from bucketserve_gateway.openai.translation import Wanted, chat_completion, completion
 from bucketserve_gateway.reads import Reads
+from bucketserve_gateway.servicer import Generate
 from bucketserve_gateway.telemetry import GatewayTelemetry
 
 __all__ = ["OpenAIFacade"]
@@ -49,9 +50,6 @@ Message = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 Events = AsyncGenerator[inference_pb2.GenerateResponse, None]
-Generate = Callable[
-    [inference_pb2.GenerateRequest, Mapping[str, str], float | None], AsyncIterator[inference_pb2.GenerateResponse]
-]
 
 
 class _ClientGoneError(Exception):

@@ -1,0 +1,1 @@
+"""Generated from protos/bucketserve/facades by scripts/gen_protos.py; never edited."""
