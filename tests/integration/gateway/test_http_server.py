@@ -14,6 +14,7 @@ from bucketserve.store.embedded import free_port
 from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway import reads
 from bucketserve_gateway.admission import Admission
+from bucketserve_gateway.auth import Keys
 from bucketserve_gateway.openai import HttpServer, OpenAIFacade, server
 from tests.e2e.observe import eventually
 from tests.unit.gateway.builders import catalog
@@ -77,8 +78,10 @@ class Served:
             on_refused=lambda reason: None,
         )
         self.port = free_port()
-        facade = OpenAIFacade(runs.generate, catalog(), self.admission, self.telemetry, 100_000)  # type: ignore[arg-type]
-        self.http = HttpServer(f"127.0.0.1:{self.port}", facade, max_connections=max_connections, max_head_bytes=16_384)
+        facade = OpenAIFacade(runs.generate, catalog(), Keys(""), self.admission, self.telemetry, 100_000)  # type: ignore[arg-type]
+        self.http = HttpServer(
+            f"127.0.0.1:{self.port}", facade, tls=None, max_connections=max_connections, max_head_bytes=16_384
+        )
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
@@ -299,7 +302,7 @@ async def test_connections_beyond_the_limit_are_closed() -> None:
 async def test_an_address_that_is_taken_is_named() -> None:
     async with serving() as served:
         facade = served.http._facade
-        second = HttpServer(f"127.0.0.1:{served.port}", facade, max_connections=5, max_head_bytes=1000)
+        second = HttpServer(f"127.0.0.1:{served.port}", facade, tls=None, max_connections=5, max_head_bytes=1000)
         with pytest.raises(SettingsError, match=f"http_listen: can't listen on 127.0.0.1:{served.port}"):
             await second.start()
 
@@ -308,7 +311,7 @@ async def test_an_address_that_is_taken_is_named() -> None:
 async def test_every_address_is_one_of_both_families(listen: str) -> None:
     runs, port = Runs(), free_port()
     served = Served(runs)
-    http = HttpServer(f"{listen}:{port}", served.http._facade, max_connections=5, max_head_bytes=1000)
+    http = HttpServer(f"{listen}:{port}", served.http._facade, tls=None, max_connections=5, max_head_bytes=1000)
     await http.start()
     try:
         for host in ("127.0.0.1", "::1"):

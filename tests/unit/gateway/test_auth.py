@@ -188,7 +188,7 @@ def test_every_message_of_the_public_api_has_a_rule(tmp_path: Path) -> None:
 def test_models_that_a_key_is_not_for_are_not_shown(tmp_path: Path) -> None:
     both = inference_pb2.ListModelsResponse(models=[{"name": "demo"}, {"name": "big"}])
     assert [model.name for model in identity(tmp_path, 'models = ["demo"]').shown(both).models] == ["demo"]
-    assert identity(tmp_path).shown(both) is both
+    assert identity(tmp_path).shown(both) == both
 
 
 def test_without_a_file_everybody_may_do_everything_and_names_his_tenant() -> None:
