@@ -540,6 +540,7 @@ async def test_without_a_scheduler_it_is_unavailable_for_a_while(new_stack: NewS
     stack = new_stack(environ={"BUCKETSERVE_GATEWAY_SCHEDULER_WAIT_S": "1"})
     async with http(stack) as client:
         stack.services["scheduler"].signal(signal.SIGKILL)
+        stack.services["scheduler"].wait(10)
 
         async def says_so() -> bool:
             return (await client.get("/health")).status_code == 503
