@@ -1,8 +1,8 @@
-"""What it brings to plan KV by what outputs were like: the whole stack, limits far above the outputs, by pairs.
+"""How much goes at once where KV is planned by what outputs were like: the whole stack, limits far above the outputs.
 
 The fake engine has a clock like a GPU's: a decode step takes as long for many sequences as for one. Every request asks
-for 2,048 tokens and ends after 50 to 300 at a stop token. Once all KV that a request may use is reserved, once it is
-taken as it is used; by turns.
+for 2,048 tokens and ends after 50 to 300 at a stop token. Before ADR 24 engines could reserve all that a request may
+use, which is what docs/benchmarks.md compares with.
 
     python benchmarks/kv_growth.py [--requests 600] [--rounds 2]
 """
@@ -92,20 +92,18 @@ async def serve(address: str, asked: list[Asked]) -> tuple[float, int, int]:
 async def run(options: argparse.Namespace, console: Console) -> None:
     """Measures and prints."""
     asked = draw(options.requests)
-    table = Table("KV", "round", "output tokens/s", "at once, most", "preemptions")
+    table = Table("round", "output tokens/s", "at once, most", "preemptions")
     loop = asyncio.get_running_loop()
     with tempfile.TemporaryDirectory() as folder:
         model = long_model(Path(folder))
         for number in range(1, options.rounds + 1):
-            for grows, name in (("false", "reserved in full"), ("true", "as it is used")):
-                environ = ENVIRON | {"BUCKETSERVE_WORKER_FAKE_GROWS_KV": grows}
-                stack = LocalStack(StackSpec(model=model, engine="fake", environ=environ))
-                await loop.run_in_executor(None, stack.__enter__)
-                try:
-                    rate, most, preemptions = await serve(stack.gateway_address, asked)
-                finally:
-                    await loop.run_in_executor(None, stack.__exit__, None, None, None)
-                table.add_row(name, str(number), f"{rate:,.0f}", str(most), str(preemptions))
+            stack = LocalStack(StackSpec(model=model, engine="fake", environ=dict(ENVIRON)))
+            await loop.run_in_executor(None, stack.__enter__)
+            try:
+                rate, most, preemptions = await serve(stack.gateway_address, asked)
+            finally:
+                await loop.run_in_executor(None, stack.__exit__, None, None, None)
+            table.add_row(str(number), f"{rate:,.0f}", str(most), str(preemptions))
     console.print(table)
     console.print(conditions())
 

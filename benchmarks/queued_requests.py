@@ -32,8 +32,8 @@ CONTEXT = 20_000
 ENVIRON = {
     "BUCKETSERVE_WORKER_CONTEXT_TOKENS": str(CONTEXT),
     "BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": str(CONTEXT),
-    # One request holds all of it, so that the others wait.
-    "BUCKETSERVE_WORKER_FAKE_GROWS_KV": "false",
+    # One request holds the only place, so that the others wait.
+    "BUCKETSERVE_WORKER_MAX_SEQUENCES": "1",
     "BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "200000",
     "BUCKETSERVE_TELEMETRY_LOG_LEVEL": "warning",
 }

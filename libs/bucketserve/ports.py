@@ -275,9 +275,6 @@ class EngineInfo:
     kv_bytes_per_token: int
     pays_padding: bool
     """Whether it computes padding tokens (padded batches) or none (packed batches)."""
-    grows_kv: bool = False
-    """Whether sequences take KV as they use it, and the engine lets some go when it runs out (StepOutput.preempted).
-    Else all that a sequence may use is reserved when its prompt begins."""
     kv_layout: str
     """Number type and shape of the KV of a token; engines whose layouts agree may exchange KV."""
     fingerprint: str
@@ -287,7 +284,10 @@ class EngineInfo:
 
 
 class Engine(Protocol):
-    """A model on a device. Not thread-safe: one thread owns it and calls everything."""
+    """A model on a device. Not thread-safe: one thread owns it and calls everything.
+
+    Sequences take KV as they use it; when it runs out, some are let go (core/preemption.py, StepOutput.preempted).
+    """
 
     @property
     def info(self) -> EngineInfo:
@@ -297,7 +297,7 @@ class Engine(Protocol):
         """Memory and slots free now; last_assignment is 0 (the worker fills it in)."""
 
     def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
-        """Queues sequences for prefill; they begin in order, as memory allows (EngineInfo.grows_kv).
+        """Queues sequences for prefill; they begin in order, as memory allows.
 
         Args:
             sequences: a batch, to be prefilled together.

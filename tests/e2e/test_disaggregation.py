@@ -80,11 +80,11 @@ async def test_either_side_may_die_under_load(stack: LocalStack, victim: str) ->
 
 async def test_a_new_leader_finds_everything_where_it_is(new_stack: NewStack) -> None:
     small = ({}, {"BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "800"})
-    full = {"BUCKETSERVE_WORKER_FAKE_GROWS_KV": "false"}
-    stack = new_stack(roles=("prefill", "decode"), environ=SLOW | full, worker_environ=small)
+    stack = new_stack(roles=("prefill", "decode"), environ=SLOW, worker_environ=small)
     async with BucketServeClient(stack.gateway_address) as client:
-        wanted, _ = await run(client, 100, 100)
-        running = [asyncio.create_task(run(client, 100, 100)) for _ in range(8)]
+        # Four of them fit the decode side with all their output: nobody is let go there.
+        wanted, _ = await run(client, 150, 50)
+        running = [asyncio.create_task(run(client, 150, 50)) for _ in range(8)]
         await eventually(lambda: metric(stack, PREFILL, "bucketserve_worker_kv_held_tokens") >= 300)
         stack.services["scheduler"].signal(signal.SIGKILL)
         stack.services["scheduler"].wait(5)

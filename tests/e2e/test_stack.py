@@ -85,20 +85,18 @@ async def test_batches_shrink_with_the_reported_headroom(new_stack: NewStack) ->
             environ={
                 "BUCKETSERVE_TELEMETRY_OTLP_ENDPOINT": receiver.endpoint,
                 "BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "4000",
-                # A request holds all that it may use from its beginning.
-                "BUCKETSERVE_WORKER_FAKE_GROWS_KV": "false",
                 # What gathers goes in batches as large as memory allows.
                 "BUCKETSERVE_SCHEDULER_SMALL_BATCH_TOKENS": "0",
                 # Slow prefill: requests gather while a batch is computed.
-                "BUCKETSERVE_WORKER_FAKE_PREFILL_US_PER_TOKEN": "10000",
+                "BUCKETSERVE_WORKER_FAKE_PREFILL_US_PER_TOKEN": "2000",
                 "BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "10000",
             },
         )
         async with BucketServeClient(stack.gateway_address) as client:
             free = [run(client, 20, 40, request_id=f"free-{i}") for i in range(40)]
             first = await asyncio.gather(*free)
-            # Four long ones hold 3,200 of 4,000 tokens while the rest is served.
-            holders = [asyncio.create_task(run(client, 20, 780, request_id=f"hold-{i}")) for i in range(4)]
+            # Four long ones hold 3,200 of 4,000 tokens, and some more, while the rest is served.
+            holders = [asyncio.create_task(run(client, 800, 150, request_id=f"hold-{i}")) for i in range(4)]
             await eventually(lambda: metric(stack, "worker-0", "bucketserve_worker_kv_free_tokens") <= 800)
             tight = [run(client, 20, 40, request_id=f"tight-{i}") for i in range(40)]
             second = await asyncio.gather(*tight)

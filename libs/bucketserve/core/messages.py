@@ -147,9 +147,6 @@ class WorkerJoined:
     headroom: Headroom
     context_tokens: int
     pays_padding: bool
-    grows_kv: bool = False
-    """Its sequences take KV as they use it, and some are let go when it runs out. Else all that a sequence may use is
-    taken when it comes."""
     fingerprint: str = ""
     """Of weights, number type and engine: workers with the same generate the same."""
     tokenizer: str = ""

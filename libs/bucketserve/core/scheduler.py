@@ -341,7 +341,7 @@ class SchedulerCore:
         worker = WorkerState.joined(event, self._fleet.outputs)
         for at in event.running:
             if self._adopt(at, event.worker_id, now_s) and (life := self._lives.get(at.request_id)):
-                worker.take(life.request)
+                worker.take(life.request, is_held=at.is_held)
         self._fleet.join(worker)
         self._affinity.index.join(event.worker_id, event.headroom.kv_total_tokens)
         for life in self._lives.at(event.worker_id):

@@ -46,8 +46,7 @@ class WorkerState:
     outputs: OutputBook
     """Of the model; shared by its workers."""
     kv: KvBook
-    """What its sequences are likely to need, if they take KV as they use it."""
-    grows_kv: bool = False
+    """What its sequences are likely to need."""
     fingerprint: str = ""
     tokenizer: str = ""
     generation: int = 0
@@ -108,7 +107,6 @@ class WorkerState:
             num_assigned=event.headroom.last_assignment,
             outputs=outputs,
             kv=KvBook(outputs),
-            grows_kv=event.grows_kv,
         )
         state.kv.at_step(event.headroom.num_decode_steps)
         return state
@@ -155,14 +153,14 @@ class WorkerState:
             self.batch_of[request.request_id] = batch.batch_id
             self.take(request)
 
-    def take(self, request: Request) -> None:
-        """Notes a request that is there or about to be."""
+    def take(self, request: Request, *, is_held: bool = False) -> None:
+        """Notes a request that is there or about to be; is_held: its prompt's KV waits there, and nothing more."""
         self.requests.add(request.request_id)
         if request.tpot_slo_s is not None:
             self.promised[request.request_id] = request.tpot_slo_s
         if request.request_class is RequestClass.BATCH:
             self.batch_class.add(request.request_id)
-        if self.role is WorkerRole.PREFILL:
+        if self.role is WorkerRole.PREFILL or is_held:
             self.kv.hold(request, request.prompt_tokens)
         else:
             self.kv.add(request)
@@ -225,24 +223,22 @@ class WorkerState:
         """Returns the KV tokens that a request is likely to need here in all: a prefill worker holds prompts only."""
         if self.role is WorkerRole.PREFILL:
             return request.prompt_tokens
-        if self.grows_kv and request.may_be_preempted:
+        if request.may_be_preempted:
             return request.prompt_tokens + self.outputs.expected(request)
         return request.reserved_tokens
 
     def _kv_tokens_at_first(self, request: Request) -> int:
         """Returns the KV tokens that a request takes when its prompt begins."""
-        return request.prompt_tokens if self.grows_kv and request.may_be_preempted else self.kv_tokens(request)
+        return request.prompt_tokens if request.may_be_preempted else self.kv_tokens(request)
 
     def tokens_held(self, request: Request) -> int:
         """Returns the KV tokens that become free when a request leaves."""
-        if self.grows_kv:
-            return self.kv.tokens(request.request_id)
-        return self.kv_tokens(request)
+        return self.kv.tokens(request.request_id)
 
     def free_tokens(self, without: Mapping[RequestId, Request] | None = None) -> int:
         """KV tokens free by its report, less what was assigned since and what is on its way.
 
-        Where sequences take KV as they use it, no more than what their peak leaves.
+        No more than what the peak of its sequences leaves.
 
         Args:
             without: if given, requests here that are taken to have left, as have those that did since its report.
@@ -254,7 +250,7 @@ class WorkerState:
             free -= batch.kv_tokens
         if self.incoming:
             free -= sum(self.incoming.values())
-        return min(free, self.headroom.kv_total_tokens - self.kv.peak(without or ())) if self.grows_kv else free
+        return min(free, self.headroom.kv_total_tokens - self.kv.peak(without or ()))
 
     def safe_tokens(self, reserve: float) -> int:
         """M_safe in tokens (paper, formula 5): the reserve is for surprises."""

@@ -47,8 +47,6 @@ class FakeSettings:
     step_s: float = 0.0
     prefill_s_per_token: float = 0.0
     decode_s_per_sequence: float = 0.0
-    grows_kv: bool = True
-    """Sequences take KV as they use it, as in an engine with pages. Else each has all it may use when it begins."""
 
 
 @dataclass(slots=True)
@@ -56,8 +54,6 @@ class _Sequence:
     spec: SequenceSpec
     state: int
     """Running hash of all tokens so far."""
-    is_reserved: bool
-    """It has all the KV that it may use from its beginning."""
     num_prefilled: int = 0
     num_generated: int = 0
     max_chunk_tokens: int = 0
@@ -71,6 +67,11 @@ class _Sequence:
     @property
     def remaining(self) -> int:
         return len(self.spec.token_ids) - self.num_prefilled
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether it has all the KV that it may use from its beginning."""
+        return self.spec.hands_over or self.spec.num_preemptions >= MAX_PREEMPTIONS
 
     @property
     def kv_tokens(self) -> int:
@@ -117,7 +118,6 @@ class FakeEngine:
             context_tokens=self.settings.context_tokens,
             kv_bytes_per_token=KV_BYTES,
             pays_padding=False,
-            grows_kv=self.settings.grows_kv,
             kv_layout="fake",
             fingerprint=settings_fingerprint({"engine": "fake", "vocab_size": self.settings.vocab_size}),
         )
@@ -144,8 +144,8 @@ class FakeEngine:
                 raise EngineError(f"{spec.reserved_tokens} tokens can never fit: the context is {most} tokens here")
         self._check_new([spec.request_id for spec in sequences])
         for spec in sequences:
-            state, is_reserved = _hash(spec.token_ids), self._is_reserved(spec)
-            self._waiting[spec.request_id] = _Sequence(spec, state, is_reserved, max_chunk_tokens=max_chunk_tokens)
+            state = _hash(spec.token_ids)
+            self._waiting[spec.request_id] = _Sequence(spec, state, max_chunk_tokens=max_chunk_tokens)
 
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:
         """See ports.Engine."""
@@ -169,12 +169,11 @@ class FakeEngine:
         sequence = _Sequence(
             spec,
             int.from_bytes(state, "big"),
-            self._is_reserved(spec),
             num_prefilled=len(spec.token_ids),
             num_generated=len(generated),
             first_token_s=self.clock(),
         )
-        may_go = [s for s in self._begun() if s.loss is not None] if self.settings.grows_kv else []
+        may_go = [s for s in self._begun() if s.loss is not None]
         free_at_most = self._free() + sum(s.kv_tokens for s in may_go)
         if spec.reserved_tokens > self._most_tokens or sequence.kv_tokens > free_at_most:
             raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
@@ -247,9 +246,6 @@ class FakeEngine:
         """Returns the sequences that have KV: those that wait have none before their first piece."""
         return [*self._running.values(), *(s for s in self._waiting.values() if s.num_prefilled)]
 
-    def _is_reserved(self, spec: SequenceSpec) -> bool:
-        return not self.settings.grows_kv or spec.hands_over or spec.num_preemptions >= MAX_PREEMPTIONS
-
     @property
     def _most_tokens(self) -> int:
         """Tokens that a sequence may have, generated ones included."""
@@ -277,7 +273,7 @@ class FakeEngine:
         if not self._waiting:
             return []
         slots, free = self.settings.max_sequences - len(self._running), self._free() - self._growth()
-        spare = math.ceil(self.settings.kv_total_tokens * SPARE_SHARE) if self.settings.grows_kv else 0
+        spare = math.ceil(self.settings.kv_total_tokens * SPARE_SHARE)
         is_empty, may_begin = not self._begun(), True
         ready: list[_Sequence] = []
         for sequence in self._waiting.values():

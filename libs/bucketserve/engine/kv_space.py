@@ -12,6 +12,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from bucketserve.core.errors import EngineError
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory, num_pages
@@ -46,8 +47,8 @@ class KvSpace:
         """Starts with everything free."""
         self.memory = memory
         self._keeps_prefixes = keeps_prefixes
-        self._free = list(range(memory.num_pages - 1, -1, -1))
-        """Pages with nothing in them; the last one goes first, so that those of a sequence often lie side by side."""
+        self._free = list(range(memory.num_pages))
+        """Pages with nothing in them, a heap: the first one goes first, so that a sequence's often lie side by side."""
         self._num_users = [0] * memory.num_pages
         self._blocks: dict[tuple[_Block | bytes, tuple[int, ...]], _Block] = {}
         self._block_of: list[_Block | None] = [None] * memory.num_pages
@@ -106,12 +107,9 @@ class KvSpace:
         number = self.missing(table, num_tokens)
         if number > self.num_free_pages:
             raise EngineError(f"{number} pages of KV are wanted and {self.num_free_pages} are free")
-        for _ in range(number):
-            if self._free:
-                page = self._free.pop()
-            else:
-                page, _ = self._kept.popitem(last=False)
-                self._hide(page)
+        pages = [heappop(self._free) if self._free else self._give_up() for _ in range(number)]
+        # What was kept of a sequence goes from its end on: as it lay side by side it is to lie again.
+        for page in sorted(pages):
             self._num_users[page] = 1
             table.pages.append(page)
 
@@ -181,9 +179,15 @@ class KvSpace:
         self._num_users[page] -= 1
         if not self._num_users[page]:
             if self._block_of[page] is None:
-                self._free.append(page)
+                heappush(self._free, page)
             else:
                 self._kept[page] = None
+
+    def _give_up(self) -> int:
+        """Returns the page whose use is longest ago, of those that are kept."""
+        page, _ = self._kept.popitem(last=False)
+        self._hide(page)
+        return page
 
     def _hide(self, page: int) -> None:
         """Lets nobody find a page any more."""

@@ -172,7 +172,6 @@ def build_engine(
             context_tokens=context,
             kv_bytes_per_token=per_token,
             pays_padding=False,
-            grows_kv=True,
             kv_layout=memory.layout,
             fingerprint=fingerprint,
             tokenizer=tokenizer,

@@ -122,7 +122,6 @@ def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
         headroom=headroom_from_pb(hello.report),
         context_tokens=hello.context_tokens,
         pays_padding=hello.pays_padding,
-        grows_kv=hello.grows_kv,
         fingerprint=hello.fingerprint,
         tokenizer=hello.tokenizer,
         running=tuple(

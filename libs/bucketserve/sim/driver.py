@@ -40,7 +40,7 @@ from bucketserve.core.types import Batch, FinishReason, Request, RequestClass, R
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.latency import CostMode, DeviceModel
 from bucketserve.sim.ledger import Ledger, Outcome, Record
-from bucketserve.sim.sequence import KvPolicy, SimSequence, StepOutcome, WorkerSpec
+from bucketserve.sim.sequence import SimSequence, StepOutcome, WorkerSpec
 from bucketserve.sim.slo import Slo
 from bucketserve.sim.window import Window
 from bucketserve.sim.worker import SimWorker
@@ -230,7 +230,6 @@ class Simulation:
             headroom=worker.headroom(),
             context_tokens=self._device.context_tokens,
             pays_padding=worker.spec.cost is CostMode.PADDED,
-            grows_kv=worker.spec.mode.kv is KvPolicy.GROWING,
         )
 
     def _happen(self, entry: tuple[float, int, SimWorker | _Move | None], events: list[Event]) -> None:

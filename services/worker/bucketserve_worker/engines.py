@@ -26,7 +26,6 @@ def _fake(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Calla
         max_step_tokens=settings.max_step_tokens or defaults.max_step_tokens,
         step_s=settings.fake_decode_us_per_step / 1e6,
         prefill_s_per_token=settings.fake_prefill_us_per_token / 1e6,
-        grows_kv=settings.fake_grows_kv,
     )
     return lambda: FakeEngine(fake)
 

@@ -56,9 +56,6 @@ class WorkerSettings(Section):
     )
     fake_prefill_us_per_token: float = Field(50.0, ge=0, description="fake engine: prefill time per token")
     fake_decode_us_per_step: float = Field(5_000.0, ge=0, description="fake engine: time of a decode step")
-    fake_grows_kv: bool = Field(
-        True, description="fake engine: KV is taken as it is used; false: all that a request may use is reserved"
-    )
     flush_ms: float = Field(20.0, ge=0, le=1000, description="tokens wait at most this to share a message")
     gateway_timeout_s: float = Field(
         2.5, gt=0, description="output for an unreachable gateway is given up after this; its requests go on elsewhere"

@@ -281,7 +281,6 @@ class Worker:
             address=self._settings.address or self._settings.listen,
             engine=self._info.name,
             pays_padding=self._info.pays_padding,
-            grows_kv=self._info.grows_kv,
             context_tokens=self._info.context_tokens,
             report=report,
             running=[self._running_run(key, running) for key, running in self.running],

@@ -15,20 +15,16 @@ CONTEXT, BUDGET, STEP_TOKENS = 256, 608, 64
 """Whole pages, as every kv_tokens that a test asks for has to be."""
 
 
-def fake(*, grows_kv: bool) -> Callable[..., Engine]:
-    def build(*, max_sequences: int = 16, kv_tokens: int = BUDGET) -> Engine:
-        return FakeEngine(
-            FakeSettings(
-                kv_total_tokens=kv_tokens,
-                context_tokens=CONTEXT,
-                max_step_tokens=STEP_TOKENS,
-                max_sequences=max_sequences,
-                vocab_size=models.VOCAB,
-                grows_kv=grows_kv,
-            )
+def fake(*, max_sequences: int = 16, kv_tokens: int = BUDGET) -> Engine:
+    return FakeEngine(
+        FakeSettings(
+            kv_total_tokens=kv_tokens,
+            context_tokens=CONTEXT,
+            max_step_tokens=STEP_TOKENS,
+            max_sequences=max_sequences,
+            vocab_size=models.VOCAB,
         )
-
-    return build
+    )
 
 
 def packed(kernels: str) -> Callable[..., Engine]:
@@ -46,8 +42,7 @@ def packed(kernels: str) -> Callable[..., Engine]:
 
 
 ENGINES = {
-    "fake": pytest.param(fake(grows_kv=True)),
-    "fake-reserves": pytest.param(fake(grows_kv=False)),
+    "fake": pytest.param(fake),
     "torch": pytest.param(packed("torch"), marks=pytest.mark.engine),
     "auto": pytest.param(packed("auto"), marks=pytest.mark.engine),
 }

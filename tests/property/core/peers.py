@@ -64,12 +64,12 @@ class Run:
 
     @property
     def is_growing(self) -> bool:
-        """Whether it takes KV as it uses it, at a worker where that is so."""
+        """Whether it takes KV as it uses it."""
         return not self.hands_over and self.request.may_be_preempted
 
     @property
     def grown_tokens(self) -> int:
-        """KV tokens that it has at such a worker once it has begun."""
+        """KV tokens that it has once it has begun."""
         if not self.is_growing:
             return self.reserved_tokens
         return self.request.prompt_tokens + max(self.num_generated - 1, 0)
@@ -135,7 +135,6 @@ class Worker:
     context_tokens: int
     clients: dict[RequestId, Client]
     """Of every run, to deliver to."""
-    grows_kv: bool = False
     resumptions: list[Request] = field(default_factory=list)
     """Of those that it let go, as their gateways want to go on."""
     num_decode_steps: int = 0
@@ -168,7 +167,6 @@ class Worker:
             headroom=self.headroom(),
             context_tokens=self.context_tokens,
             pays_padding=False,
-            grows_kv=self.grows_kv,
             fingerprint=self.fingerprint,
             tokenizer=self.tokenizer,
             running=running,
@@ -201,32 +199,26 @@ class Worker:
         )
 
     def used(self) -> int:
-        if not self.grows_kv:
-            return sum(run.reserved_tokens for run in self.runs.values())
         return sum(run.grown_tokens for run in self.runs.values() if self.has_begun(run))
 
     def has_begun(self, run: Run) -> bool:
-        """Whether it has KV here, where that grows: one that is pulled has from when it has come."""
+        """Whether it has KV here: one that is pulled has from when it has come."""
         is_own = run.pull is not None and run.pull.source_id == self.worker_id
         return run.phase in (Phase.DECODING, Phase.HELD) or is_own
 
     def to_come(self) -> int:
-        """KV tokens that those which wait take when they begin, where it grows."""
-        if not self.grows_kv:
-            return 0
+        """KV tokens that those which wait take when they begin."""
         return sum(run.grown_tokens for run in self.runs.values() if run.phase is Phase.QUEUED)
 
     def free(self) -> int:
         return self.capacity - self.used()
 
     def growth(self) -> int:
-        """KV tokens that the next step takes, where it grows."""
+        """KV tokens that the next step takes."""
         return sum(run.phase is Phase.DECODING and run.is_growing for run in self.runs.values())
 
     def fits(self, run: Run) -> bool:
         """Whether a prompt may begin."""
-        if not self.grows_kv:
-            return True
         is_empty = not any(self.has_begun(other) for other in self.runs.values())
         spare = 0 if is_empty else math.ceil(self.capacity * SPARE_SHARE)
         return run.grown_tokens <= self.free() - self.growth() - spare
@@ -347,7 +339,7 @@ class Worker:
 
     def make_room(self) -> None:
         """Lets runs go until the next step has room."""
-        while self.grows_kv and self.free() < self.growth():
+        while self.free() < self.growth():
             losses = {rid: cost for rid, run in reversed(self.runs.items()) if (cost := self.loss(run)) is not None}
             # Whoever may not be let go has all that it may use.
             assert losses
@@ -392,7 +384,7 @@ class Worker:
         run = self.runs[request_id]
         pull = run.pull
         assert pull is not None
-        if is_ok and self.grows_kv and not self.has_begun(run) and run.grown_tokens > self.free():
+        if is_ok and not self.has_begun(run) and run.grown_tokens > self.free():
             is_ok = False
         if is_ok:
             run.phase, run.num_generated, run.pull, run.assignment = Phase.DECODING, 1, None, pull.assignment

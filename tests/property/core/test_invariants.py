@@ -282,8 +282,7 @@ def worlds(draw: st.DrawFn) -> World:
     for i, role in enumerate(draw(fleets)):
         capacity, kind = draw(st.integers(500, 6000)), draw(st.sampled_from(["AT1", "AT1", "BT1", "A"]))
         context = draw(st.sampled_from([1024, CONTEXT, 4096]))
-        grows_kv = draw(st.booleans())
-        workers.append(Worker(WorkerId(f"w{i}"), capacity, role, kind[:1], kind[1:], context, {}, grows_kv))
+        workers.append(Worker(WorkerId(f"w{i}"), capacity, role, kind[:1], kind[1:], context, {}))
     return World(draw(core_settings), workers, draw(outputs))
 
 
@@ -297,12 +296,10 @@ SHORT = {request_class.value: (100,) for request_class in RequestClass}
 
 @st.composite
 def crowded_worlds(draw: st.DrawFn) -> World:
-    """Small workers whose KV grows, most of them, and outputs that are believed to be short."""
+    """Small workers, and outputs that are believed to be short."""
     workers = []
     for i, role in enumerate(draw(fleets)):
-        capacity, grows_kv = draw(st.integers(170, 500)), draw(st.sampled_from([True, True, True, False]))
-        worker = Worker(WorkerId(f"w{i}"), capacity, role, "A", "", CONTEXT, {}, grows_kv)
-        workers.append(worker)
+        workers.append(Worker(WorkerId(f"w{i}"), draw(st.integers(170, 500)), role, "A", "", CONTEXT, {}))
     world = World(draw(core_settings), workers, draw(st.sampled_from([SHORT, {"batch": SHORT["batch"]}, {}])))
     for worker in workers:
         world.connect(worker)
@@ -339,12 +336,9 @@ def test_a_recorded_log_replays_to_the_same_decisions(world: World, script: list
     world.check_replay()
 
 
-def a_world(core_settings: CoreSettings, *capacities: int, grows_kv: bool = False) -> World:
-    workers = [
-        Worker(WorkerId(f"w{i}"), capacity, BOTH, "A", "", CONTEXT, {}, grows_kv)
-        for i, capacity in enumerate(capacities)
-    ]
-    world = World(core_settings, workers, SHORT if grows_kv else None)
+def a_world(core_settings: CoreSettings, *capacities: int, outputs: dict[str, tuple[int, ...]] | None = None) -> World:
+    workers = [Worker(WorkerId(f"w{i}"), capacity, BOTH, "A", "", CONTEXT, {}) for i, capacity in enumerate(capacities)]
+    world = World(core_settings, workers, outputs)
     for worker in workers:
         world.connect(worker)
     return world
@@ -457,7 +451,7 @@ def test_whatever_is_let_go_for_a_flood_of_urgent_ones_comes_to_its_end(
     world = a_world(
         CoreSettings(max_queued_requests=10_000, batch_patience_s=1.0, deferred_share=0.5),
         *[500] * num_workers,
-        grows_kv=True,
+        outputs=SHORT,
     )
     batch_class = [world.request(*shape, request_class=RequestClass.BATCH, tenant="patient") for shape in patient]
     world.submit(batch_class)

@@ -85,7 +85,7 @@ class World:
 
     def __repr__(self) -> str:
         workers = ", ".join(
-            f"{w.worker_id} {w.role.value} {w.capacity} {w.context_tokens} {w.fingerprint}/{w.tokenizer} {w.grows_kv}"
+            f"{w.worker_id} {w.role.value} {w.capacity} {w.context_tokens} {w.fingerprint}/{w.tokenizer}"
             for w in self.workers.values()
         )
         return f"World({workers}; {self.settings})"
@@ -332,7 +332,7 @@ class World:
         """What runs at a worker is known to be there, or is told to stop; who may not be let go has room there."""
         for worker in self.workers.values():
             stays = [run.reserved_tokens for run in worker.runs.values() if not run.is_growing]
-            assert not worker.grows_kv or sum(stays) <= worker.capacity
+            assert sum(stays) <= worker.capacity
             for request_id in worker.runs if worker.is_connected else ():
                 life = self.core._lives.get(request_id)
                 is_known = life is not None and worker.worker_id in life.workers

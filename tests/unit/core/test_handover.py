@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from bucketserve.core.messages import (
     BatchPrefilled,
     CancelAtWorker,
@@ -28,6 +30,8 @@ from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
 from bucketserve.core.types import Batch, RequestClass, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request, at, finished, joined, reported
+
+pytestmark = pytest.mark.usefixtures("all_that_may_be_is_expected")
 
 P, D = WorkerId("p"), WorkerId("d")
 
@@ -208,7 +212,7 @@ def test_a_transfer_whose_end_was_lost_with_the_stream_has_ended_all_the_same() 
 def rejoined_for_both(core: SchedulerCore, free: int = 500) -> list[object]:
     """The prefill worker is one for everything now, and still holds the KV of a request."""
     held = replace(at("a"), is_held=True)
-    event = replace(joined("p", free=free, running=(held,)), role=WorkerRole.BOTH)
+    event = replace(joined("p", free=free, total=free + 100, running=(held,)), role=WorkerRole.BOTH)
     return list(core.step([WorkerLost(D), event], 0.3).commands)
 
 

@@ -29,13 +29,9 @@ from bucketserve.core.settings import CoreSettings, EdgeRule
 from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, RequestClass, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request, at, finished, joined, reported
 
+pytestmark = pytest.mark.usefixtures("all_that_may_be_is_expected")
+
 BATCH = RequestClass.BATCH
-
-
-@pytest.fixture(autouse=True)
-def _all_that_may_be_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of outputs nothing is known here: they count in full, so that the numbers below can be added up."""
-    monkeypatch.setattr("bucketserve.core.outputs.UNKNOWN_SHARE", 1.0)
 
 
 def core(**settings) -> SchedulerCore:
@@ -43,7 +39,7 @@ def core(**settings) -> SchedulerCore:
 
 
 def growing(name: str = "w", free: int = 1000, role: WorkerRole = WorkerRole.BOTH, **more) -> WorkerJoined:
-    return replace(joined(name, free=free, **more), grows_kv=True, role=role)
+    return replace(joined(name, free=free, **more), role=role)
 
 
 def submitted(*names: str, **more) -> list[RequestSubmitted]:
@@ -74,13 +70,13 @@ def begun(worker: str, names: tuple[str, ...], assignment: int = 1, **more) -> l
     return [BatchPrefilled(worker_id=WorkerId(worker), assignment=assignment, request_ids=ids), report]
 
 
-def busy(*prompts: tuple[str, int], max_sequences: int = 64, free: int = 1000, grows_kv: bool = True) -> SchedulerCore:
+def busy(*prompts: tuple[str, int], max_sequences: int = 64, free: int = 1000) -> SchedulerCore:
     """A worker whose memory is full with batch-class requests, each of a prompt and 100 tokens of output."""
     under_test = core()
     events = [patient(name, prompt_tokens=tokens, output=100)[0] for name, tokens in prompts]
-    worker = replace(growing(free=free, max_sequences=max_sequences), grows_kv=grows_kv)
+    worker = growing(free=free, max_sequences=max_sequences)
     assert sum(len(names) for _, names in sent(under_test.step([worker, *events], 0.0))) == len(prompts)
-    held = sum(tokens + (0 if grows_kv else 100) for _, tokens in prompts)
+    held = sum(tokens for _, tokens in prompts)
     names = tuple(sorted(name for name, _ in prompts))
     under_test.step(begun("w", names, free=free - held, total=free, max_sequences=max_sequences), 0.1)
     return under_test
@@ -103,8 +99,8 @@ def test_batch_class_goes_first_then_who_never_went_then_who_has_least_to_comput
 
 def test_the_cheapest_go_and_no_more_than_has_to() -> None:
     for output, gone in ((8, "d"), (100, "c"), (189, "dc"), (220, "cb"), (910, "dcba")):
-        under_test = busy(("a", 300), ("b", 200), ("c", 100), ("d", 1), free=1010, grows_kv=False)
-        # Nine tokens are free, with each of them 100 more than its prompt.
+        under_test = busy(("a", 300), ("b", 200), ("c", 100), ("d", 1), free=1010)
+        # At the most nine tokens will be free, with each of them 100 more than its prompt.
         assert let_go(under_test.step(urgent(output=output), 0.2)) == [("w", name) for name in gone], output
 
 
@@ -297,12 +293,12 @@ def test_who_went_twice_has_its_kv_reserved_in_full_from_then_on() -> None:
         assert sum(len(names) for _, names in sent(decision)) == others
 
 
-def test_requests_count_with_what_outputs_are_like_where_kv_grows() -> None:
-    for event, number in ((growing(), 9), (joined(), 2)):
+def test_requests_count_with_what_outputs_are_like_until_they_may_not_be_let_go() -> None:
+    for num_preemptions, number in ((0, 9), (MAX_PREEMPTIONS, 2)):
         under_test = core()
         under_test.restore(parked=[], running={}, edges=(), outputs={"interactive": (0, 0, 0, 0, 0, FEW)})
-        names = [f"r{i:02}" for i in range(20)]
-        decision = under_test.step([event, *submitted(*names, prompt_tokens=100, max_new_tokens=300)], 0.0)
+        more = {"prompt_tokens": 100, "max_new_tokens": 300, "num_preemptions": num_preemptions}
+        decision = under_test.step([growing(), *submitted(*(f"r{i:02}" for i in range(20)), **more)], 0.0)
         # A hundred and eight tokens each, or four hundred.
         assert [len(batch) for _, batch in sent(decision)] == [number]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from bucketserve.core.messages import (
     BatchPrefilled,
     DispatchBatch,
@@ -16,7 +18,9 @@ from bucketserve.core.messages import (
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
 from bucketserve.core.types import Batch, StepSample, WorkerId, WorkerRole
-from tests.builders import a_request, joined, reported
+from tests.builders import a_request, finished, joined, reported
+
+pytestmark = pytest.mark.usefixtures("all_that_may_be_is_expected")
 
 SLOW_STEPS = tuple(StepSample(prefill_tokens=n, duration_s=0.01 * n) for n in (10, 50, 100, 200, 30, 70))
 
@@ -67,7 +71,9 @@ def test_nothing_switches_unless_it_is_asked_for_or_if_the_shortage_does_not_las
         (batch, *_) = flood(core, 1, now_s)
         assert switches(core, now_s + 1.0) == []
         done = BatchPrefilled(worker_id=batch.worker_id, assignment=batch.assignment, request_ids=batch.request_ids)
-        core.step([done, reported("p0", free=2000, total=2000, last_assignment=batch.assignment)], now_s + 1.6)
+        ends = [finished(request_id, "p0", batch.assignment) for request_id in batch.request_ids]
+        report = reported("p0", free=2000, total=2000, last_assignment=batch.assignment)
+        core.step([done, *ends, report], now_s + 1.6)
         assert switches(core, now_s + 3.0) == []
 
 

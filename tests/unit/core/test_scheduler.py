@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from bucketserve.core.messages import (
     AdmitFailed,
     AdmitRequest,
@@ -38,6 +40,8 @@ from bucketserve.core.types import (
     WorkerId,
 )
 from tests.builders import a_request, at, finished, joined, reported
+
+pytestmark = pytest.mark.usefixtures("all_that_may_be_is_expected")
 
 W = WorkerId("w")
 FCFS = QueueOrder.FCFS
@@ -114,8 +118,9 @@ def test_what_a_report_does_not_contain_yet_is_still_counted() -> None:
     # The report was sent before the batch arrived (last_assignment 0): 80 of 200 tokens are left, 72 of them safe.
     late = batches(under_test.step([reported(free=200, total=200), *submitted("c", "d", max_new_tokens=50)], 0.1))
     assert [batch.request_ids for batch in late] == [("c",)]
-    # This one contains both batches.
-    after = under_test.step([reported(free=200, total=200, last_assignment=2), prefilled(first[0])], 0.2)
+    # This one contains both batches, of which the first has ended.
+    ends = [prefilled(first[0]), finished("a"), finished("b")]
+    after = under_test.step([reported(free=140, total=200, last_assignment=2), *ends], 0.2)
     assert [batch.request_ids for batch in batches(after)] == [("d",)]
 
 

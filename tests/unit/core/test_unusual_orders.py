@@ -36,6 +36,8 @@ from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
 from bucketserve.core.types import FinishReason, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request, at, finished, joined
 
+pytestmark = pytest.mark.usefixtures("all_that_may_be_is_expected")
+
 A = RequestId("a")
 BOTH, PREFILL, DECODE = WorkerRole.BOTH, WorkerRole.PREFILL, WorkerRole.DECODE
 

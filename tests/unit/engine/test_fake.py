@@ -26,16 +26,12 @@ def until_somebody_goes(engine: FakeEngine) -> StepOutput:
 
 
 def test_kv_is_taken_as_it_is_used() -> None:
-    engine, reserves = an_engine(1000), an_engine(1000, grows_kv=False)
-    assert (engine.info.grows_kv, reserves.info.grows_kv) == (True, False)
-    for each in (engine, reserves):
-        each.add([spec("a", 100, 500)])
-    assert (free(engine), free(reserves)) == (900, 400)
+    engine = an_engine(1000)
+    engine.add([spec("a", 100, 500)])
+    assert free(engine) == 900
     frees = [engine.step() and free(engine) for _ in range(4)]
     # The prompt's step brings a token whose KV the next step computes.
     assert frees == [900, 899, 898, 897]
-    reserves.step()
-    assert free(reserves) == 400
     # One that is not let go any more has all that it may use at once.
     engine.add([spec("b", 100, 200, num_preemptions=MAX_PREEMPTIONS)])
     assert free(engine) == 597

@@ -145,6 +145,22 @@ def test_the_one_used_longest_ago_goes_first_and_of_one_its_end() -> None:
     assert not under_test._blocks
 
 
+def test_a_sequence_s_pages_lie_side_by_side_where_they_can() -> None:
+    under_test = space(8)
+    prompts = [tokens_of(4, 1000 * i) for i in range(3)]
+    tables = [compute(under_test, prompt) for prompt in prompts[:2]]
+    assert [list(table.pages) for table in tables] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    under_test.release(tables[1], prompts[1])
+    # In pages that were kept, of which the last one is given up first.
+    assert list(compute(under_test, prompts[2]).pages) == [4, 5, 6, 7]
+    # In pages that were free, in whatever order they became so.
+    under_test = space(8)
+    tables = [under_test.take(2 * PAGE_TOKENS, SALT) for _ in range(4)]
+    for number in (2, 0, 1):
+        under_test.release(tables[number])
+    assert list(compute(under_test, prompts[0]).pages) == [0, 1, 2, 3]
+
+
 def test_what_a_sequence_has_is_never_given_up() -> None:
     under_test = space(6)
     tokens = tokens_of(3)

@@ -50,6 +50,4 @@ def test_how_a_worker_s_kv_is_used_and_how_far_it_has_got() -> None:
     headroom = Headroom(kv_total_tokens=9, kv_free_tokens=4, max_sequences=3, num_decode_steps=12)
     report = headroom_to_pb(headroom, [], last_assignment=0)
     assert headroom_from_pb(report) == headroom
-    for grows_kv in (True, False):
-        joined = joined_from_pb(scheduler_pb2.WorkerHello(worker_id="w", report=report, grows_kv=grows_kv))
-        assert (joined.grows_kv, joined.headroom) == (grows_kv, headroom)
+    assert joined_from_pb(scheduler_pb2.WorkerHello(worker_id="w", report=report)).headroom == headroom
