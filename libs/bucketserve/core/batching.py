@@ -25,6 +25,8 @@ __all__ = ["BatchFormer", "Formed"]
 INFINITY = float("inf")
 RECLAIM_S = 0.2
 """Batch-class requests go so long before one in time would be too late: until then others may end by themselves."""
+SHARED_S = 0.15
+"""Most time that a batch which joins the end of another one takes with it."""
 BESIDE_S = 0.1
 """A request goes beside a long prompt so long before it would be too late."""
 
@@ -273,9 +275,14 @@ class BatchFormer:
         self.wake_s = at_s if self.wake_s is None else min(self.wake_s, at_s)
 
     def _due_there(self, worker: WorkerState, now_s: float) -> float:
-        """Returns when the prompts must be computed that a worker has still to do: the earliest target among them."""
+        """Returns when a worker must be done if more is to share a step with what it has still to compute.
+
+        By the earliest target among that, and soon in any case: until then it is open to nobody else.
+        """
+        if not worker.batch_of:
+            return INFINITY
         lives = (self._lives.get(request_id) for request_id in worker.batch_of)
-        return min((_due_s(life.request, now_s) for life in lives if life is not None), default=INFINITY)
+        return min([now_s + SHARED_S, *(_due_s(life.request, now_s) for life in lives if life is not None)])
 
     def _cut(
         self, lane: Lane, bucket: Bucket, first: Request, worker: WorkerState, now_s: float
