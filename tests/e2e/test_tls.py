@@ -26,6 +26,7 @@ from bucketserve.core.errors import (
     NotFoundError,
     UnauthenticatedError,
 )
+from bucketserve.facades import kserve_pb2, kserve_pb2_grpc
 from bucketserve.job_client import JobClient
 from bucketserve.rpc.channel import key_metadata, open_channel
 from bucketserve.rpc.deployment import Deployment
@@ -286,8 +287,11 @@ async def refusals(address: str, tls: Tls | None, ours: Deployment) -> set[str]:
 
 async def code_of(call) -> str:
     try:
-        async for _ in call:
-            pass
+        if isinstance(call, grpc.aio.UnaryUnaryCall):
+            await call
+        else:
+            async for _ in call:
+                pass
     except grpc.aio.AioRpcError as error:
         return error.code().name
     return "OK"
@@ -359,6 +363,19 @@ async def test_a_key_opens_what_it_is_for_until_it_is_taken_away(new_stack: NewS
     async with locked.jobs(stack, jwt.encode({**claims, "aud": "them"}, signer, "ES256")) as jobs:
         with pytest.raises(UnauthenticatedError):
             await jobs.get(job.job_id)
+
+    # The other protocols at this port ask for the same keys.
+    tensor = kserve_pb2.ModelInferRequest.InferInputTensor(name="text_input", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(b"once")
+    asked = kserve_pb2.ModelInferRequest(model_name="demo", inputs=[tensor])
+    async with open_channel(address, ca) as channel:
+        infer = kserve_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+        keys = {"": "", **locked.keys}
+        codes = {who: await code_of(infer(asked, metadata=key_metadata(key))) for who, key in keys.items()}
+    assert codes == {
+        "": "UNAUTHENTICATED", "jobs": "PERMISSION_DENIED", "narrow": "PERMISSION_DENIED", "acme": "OK", "other": "OK",
+        "front": "OK",
+    }  # fmt: skip
 
     # Health is for everybody; what there is to call is not told.
     assert await asyncio.to_thread(check_health, address, tls=ca) == "SERVING"
