@@ -101,7 +101,10 @@ class KvPuller:
                 fetched = await self._sources.fetch(pull)
             self._on_transfer(pull, fetched, start_s, "")
             self._resume(pull, fetched)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                # Called off: whoever did it has said so.
+                raise
             # Whatever it is, the scheduler has to hear of it: the run is neither here nor there.
             if fetched is not None:
                 fetched.block.release()

@@ -48,6 +48,15 @@ class Fetched:
     transport: str
 
 
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """The way to another worker."""
+
+    channel: grpc.aio.Channel
+    num_calls: int = 0
+    """That use it now: it is closed under none of them."""
+
+
 class KvSources:
     """Fetches KV by the nearest way; keeps channels and mappings."""
 
@@ -60,7 +69,7 @@ class KvSources:
         self._holder = holder
         self._staging = staging
         self._layout = layout
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._peers: dict[str, _Peer] = {}
         self._files = _SharedFiles()
 
     async def fetch(self, pull: scheduler_pb2.PullKv) -> Fetched:
@@ -95,7 +104,7 @@ class KvSources:
 
     async def close(self) -> None:
         """Closes channels and mappings."""
-        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
+        await asyncio.gather(*(peer.channel.close() for peer in self._peers.values()))
         self._files.close()
 
     def _from_own(self, pull: scheduler_pb2.PullKv) -> StagedKv:
@@ -110,11 +119,12 @@ class KvSources:
         A channel whose peer was away for a moment refuses calls until it has connected anew: this one waits for that,
         or each request that is to move in that time would lose an attempt.
         """
-        channel = self._channel(pull.source_address)
+        peer = self._peer(pull.source_address)
         request = worker_pb2.FetchKvRequest(run_id=pull.run_id, secret=pull.kv.secret)
         digest, end = xxhash.xxh3_64(), 0
         clock = asyncio.get_running_loop()
-        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        stub = worker_pb2_grpc.WorkerServiceStub(peer.channel)
+        peer.num_calls += 1
         call = stub.FetchKv(request, metadata=self._deployment.metadata, wait_for_ready=True)
         try:
             async with asyncio.timeout(SILENCE_S) as silence:
@@ -127,25 +137,28 @@ class KvSources:
                     digest.update(response.piece)
         except (TimeoutError, grpc.aio.AioRpcError) as error:
             is_away = isinstance(error, TimeoutError) or error.code() is grpc.StatusCode.UNAVAILABLE
-            if is_away and self._channels.get(pull.source_address) is channel:
-                # The next one is made with the certificates that there are then.
-                await self._channels.pop(pull.source_address).close()
+            if is_away and self._peers.get(pull.source_address) is peer:
+                # The next channel is made with the certificates that there are then; others still use this one.
+                del self._peers[pull.source_address]
             if isinstance(error, TimeoutError):
                 raise KvTransferError(f"nothing was heard of its source for {SILENCE_S:g} s") from None
             raise
         finally:
             call.cancel()
+            peer.num_calls -= 1
+            if not peer.num_calls and self._peers.get(pull.source_address) is not peer:
+                await peer.channel.close()
         if end != len(block.data):
             raise KvTransferError(f"{end} bytes came, {len(block.data)} were announced")
         return digest.intdigest()
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
+    def _peer(self, address: str) -> _Peer:
+        if address not in self._peers:
             try:
-                self._channels[address] = open_channel(address, self._deployment.tls)
+                self._peers[address] = _Peer(open_channel(address, self._deployment.tls))
             except AddressError as error:
                 raise KvTransferError(str(error)) from error
-        return self._channels[address]
+        return self._peers[address]
 
 
 async def _copy(source: memoryview, block: StagedKv) -> int:

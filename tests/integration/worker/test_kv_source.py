@@ -147,6 +147,38 @@ async def test_a_source_of_which_nothing_is_heard_is_given_up(is_there: bool, mo
         assert staging.num_blocks == 0
 
 
+async def test_a_source_that_is_given_up_for_one_run_goes_on_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_source, "SILENCE_S", 1.0)
+    kv = held_in(KvStaging(2 * len(DATA))).describe("L", None)
+    goes_on = asyncio.Event()
+
+    class Slow(Source):
+        async def FetchKv(self, request, context) -> AsyncIterator[worker_pb2.FetchKvResponse]:
+            if not request.secret:
+                await asyncio.sleep(600)
+            # It says something now and then until the other one was given up.
+            begin = 0
+            while not goes_on.is_set():
+                yield worker_pb2.FetchKvResponse(piece=self.data[begin : begin + 10])
+                begin += 10
+                await asyncio.sleep(0.1)
+            yield worker_pb2.FetchKvResponse(piece=self.data[begin:])
+
+    silent = scheduler_pb2.HeldKv()
+    silent.CopyFrom(kv)
+    silent.secret = b""
+    kv.secret = b"slow"
+    async with fetching(Slow(DATA)) as (sources, address, staging):
+        slow = asyncio.create_task(sources.fetch(pull(kv, address)))
+        with pytest.raises(KvTransferError, match="nothing was heard"):
+            await sources.fetch(pull(silent, address))
+        goes_on.set()
+        fetched = await slow
+        assert bytes(fetched.block.data) == DATA
+        fetched.block.release()
+        assert staging.num_blocks == 0
+
+
 async def test_kv_of_another_model_is_refused_before_anything_moves() -> None:
     source = Source(DATA)
     async with fetching(source) as (sources, address, staging):
