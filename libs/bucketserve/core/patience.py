@@ -1,4 +1,4 @@
-"""For how long a request is waited for: until its deadline, and while no worker here could go on with it.
+"""For how long a request is waited for: until its deadline, until one comes that could go on with it, while it moves.
 
 Orphans are parked requests that no worker here may serve, or could hold if it were empty. What is stuck was prefilled,
 and no worker here could decode it. For both a worker may come, or come back.
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 
 from bucketserve.core.due import DueTimes
 from bucketserve.core.fleet import Fleet
-from bucketserve.core.lifecycle import Life, Lifecycle
+from bucketserve.core.lifecycle import Life, Lifecycle, State
 from bucketserve.core.messages import DropReason
 from bucketserve.core.types import Request, RequestId
 
-__all__ = ["PATIENCE_S", "REJOIN_S", "Patience"]
+__all__ = ["PATIENCE_S", "PULL_S", "REJOIN_S", "Patience"]
 
 PATIENCE_S = 30.0
 """How long a request waits apart for a worker that could serve it, when there is none: one of its fingerprint or
@@ -22,10 +22,12 @@ tokenizer, one that could hold it, or a decode worker large enough for the KV th
 began earlier has waited since then, and KV since it was computed, whoever led meanwhile."""
 REJOIN_S = 10.0
 """But at least so long from when a leader hears of it: its workers may be on their way to it."""
+PULL_S = 45.0
+"""How long a decode worker has to answer an order to pull. It gives a transfer up by itself well before."""
 
 
 class Patience:
-    """Owns deadlines, orphans and what is stuck. Ends nothing itself: it says what is to be dropped."""
+    """Owns deadlines, orphans, what is stuck and what moves. Ends nothing itself: it says what is to be dropped."""
 
     def __init__(self, lives: Lifecycle, fleet: Fleet) -> None:
         """Reads the workers; parks requests."""
@@ -34,6 +36,8 @@ class Patience:
         self._deadlines = DueTimes()
         self._orphans = DueTimes()
         """When each is given up."""
+        self._pulls = DueTimes()
+        """When each answer has to be here; that of some has come."""
         self._stuck: dict[RequestId, float] = {}
         """When each is given up, if it is stuck until then without a break."""
         self._held_since: dict[RequestId, float] = {}
@@ -59,6 +63,7 @@ class Patience:
         """Forgets a request that has ended."""
         self._deadlines.forget(request_id)
         self._orphans.forget(request_id)
+        self._pulls.forget(request_id)
         self._stuck.pop(request_id, None)
         self._held_since.pop(request_id, None)
 
@@ -70,9 +75,13 @@ class Patience:
         """Notes since when a worker that has joined holds a request's KV: if it is stuck, it has been since then."""
         self._held_since[request_id] = since_s
 
+    def pulled(self, request_id: RequestId, now_s: float) -> None:
+        """Notes that a decode worker was told to pull a request's KV."""
+        self._pulls.set(request_id, now_s + PULL_S)
+
     def next_s(self) -> float | None:
-        """Returns when the next request is late; None if none has a deadline."""
-        return self._deadlines.next_s()
+        """Returns when the next request is late, or an answer missing; None if nothing is waited for so."""
+        return min((at_s for due in (self._deadlines, self._pulls) if (at_s := due.next_s()) is not None), default=None)
 
     def late(self, now_s: float) -> Iterator[Life]:
         """Yields what can't be in time any more, to be dropped; what runs may do so until its deadline itself."""
@@ -100,6 +109,12 @@ class Patience:
             if life := self._lives.get(self._orphans.pop()):
                 is_served = self._fleet.serves(life.request)
                 yield life, DropReason.TOO_LARGE if is_served else DropReason.NO_LIKE_WORKER
+
+    def unanswered(self, now_s: float) -> Iterator[Life]:
+        """Yields what is still being pulled though its decode worker should have said how that ended, to be dropped."""
+        while (due_s := self._pulls.next_s()) is not None and due_s <= now_s:
+            if life := self._lives.in_state(self._pulls.pop(), State.PULLING):
+                yield life
 
     def stuck(self, request_ids: Iterable[RequestId], now_s: float) -> list[tuple[Life, DropReason]]:
         """Takes all that is stuck now; returns what has been for too long, to be dropped, and why."""

@@ -134,6 +134,8 @@ class SchedulerCore:
         faults = [fault for event in events if (fault := self._try(event, now_s))]
         for life in self._patience.late(now_s):
             self._drop(life, DropReason.DEADLINE, now_s, at=life.workers)
+        for life in self._patience.unanswered(now_s):
+            self._drop(life, DropReason.WORKER_FAILED, now_s)
         if self._edges.update(self._lanes, self._fleet, now_s):
             self._commands.append(ChangeEdges(self._edges.edges))
         if counts := self._fleet.outputs.to_save(now_s):
@@ -460,6 +462,7 @@ class SchedulerCore:
         for pull in pulls:
             if life := self._lives.get(pull.request_id):
                 self._lives.pull(life, pull.target_id, pull.assignment)
+                self._patience.pulled(pull.request_id, now_s)
                 self._commands.append(pull)
         for life, reason in self._patience.stuck(stuck, now_s):
             self._drop(life, reason, now_s)

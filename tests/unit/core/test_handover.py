@@ -26,6 +26,7 @@ from bucketserve.core.messages import (
     WorkerJoined,
     WorkerLost,
 )
+from bucketserve.core.patience import PULL_S
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
 from bucketserve.core.types import Batch, RequestClass, RequestId, WorkerId, WorkerRole
@@ -72,6 +73,30 @@ def test_prompts_are_computed_on_one_worker_and_go_on_at_the_other() -> None:
     later = core.step([done, reported("d", free=600, num_running=1)], 0.5)
     assert ForgetRequest(RequestId("a")) in later.commands
     assert [c.request_id for c in later.commands if isinstance(c, PullKv)] == ["c"]
+
+
+def test_a_transfer_that_nobody_says_the_end_of_ends_the_attempt() -> None:
+    core = world()
+    (batch,) = start(core, "a")
+    decision = core.step([prefilled(batch)], 0.2)
+    assert decision.wake_s == 0.2 + PULL_S
+    # Its worker is here and reports, as if it had never been told.
+    assert core.step([reported("d", free=1000)], 0.2 + PULL_S - 1).drops == ()
+    late = core.step([], 0.2 + PULL_S)
+    assert late.drops == (Drop(RequestId("a"), DropReason.WORKER_FAILED),)
+    assert {c.worker_id for c in late.commands if isinstance(c, CancelAtWorker)} == {P, D}
+    # An answer that comes after all is about nothing, and the next attempt finds all of the room.
+    assert core.step([moved("a")], 0.3 + PULL_S).commands == ()
+    assert len(start(core, "b", now_s=1.0 + PULL_S)) == 1
+
+
+def test_only_the_last_order_to_pull_is_waited_for() -> None:
+    core = world()
+    (batch,) = start(core, "a")
+    core.step([prefilled(batch)], 0.2)
+    core.step([moved("a")], 0.4)
+    assert core.step([], 0.3 + PULL_S).drops == ()
+    assert core.step([finished("a", "d", output_tokens=300)], 0.4 + PULL_S).wake_s is None
 
 
 def test_a_failed_transfer_ends_the_attempt_on_both_sides() -> None:
