@@ -2,8 +2,8 @@
 
 What has tokens of one engine can go on nowhere else. While others of a fingerprint stay that do the same, one that
 drains is released at once. The last ones take what is bound to their fingerprint until they are released: what was lost
-with another of theirs, what was let go to make room, what is held for a decode worker. For how long they have they know
-themselves.
+with another of theirs, what was let go to make room, what is held for a decode worker, what has ended and whose output
+may not arrive. For how long they have they know themselves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from bucketserve.core.fleet import Fleet
 from bucketserve.core.lifecycle import UNKNOWN, Life, Lifecycle
 from bucketserve.core.messages import ReleaseWorker
 from bucketserve.core.types import RequestId
+from bucketserve.core.workers import WorkerState
 
 __all__ = ["RETURN_S", "Leaving"]
 
@@ -42,9 +43,16 @@ class Leaving:
     def expect(self, life: Life, now_s: float) -> None:
         """Notes that a request's worker lost it or let it go, and that it will be resumed."""
         if life.fingerprint is not None:
-            name = _name(life.request.request_id)
-            self._expected.pop(name, None)
-            self._expected[name] = life.fingerprint, now_s + RETURN_S
+            self._expect(_name(life.request.request_id), life.fingerprint, now_s)
+
+    def lost(self, worker: WorkerState, now_s: float, request_id: RequestId | None = None) -> None:
+        """Notes that output of a request that has ended did not arrive; None: of whichever ended last at the worker."""
+        name = worker.worker_id if request_id is None else _name(request_id)
+        self._expect(name, worker.fingerprint, now_s)
+
+    def _expect(self, name: str, fingerprint: str, now_s: float) -> None:
+        self._expected.pop(name, None)
+        self._expected[name] = fingerprint, now_s + RETURN_S
 
     def came(self, request_id: RequestId) -> None:
         """Notes that the next attempt is here."""
@@ -67,7 +75,8 @@ class Leaving:
 
     def _is_needed(self, fingerprint: str) -> bool:
         is_expected = any(expected in (fingerprint, UNKNOWN) for expected, _ in self._expected.values())
-        return is_expected or self._lives.has_bound(fingerprint)
+        may_come = any(worker.is_delivering and worker.fingerprint == fingerprint for worker in self._fleet)
+        return is_expected or may_come or self._lives.has_bound(fingerprint)
 
 
 def _name(request_id: RequestId) -> str:

@@ -153,6 +153,8 @@ class WorkerJoined:
     """Fingerprint of its model's tokenizer; empty: it knows of none."""
     running: tuple[RunningRequest, ...] = ()
     """Requests that the worker still has from before."""
+    is_delivering: bool = False
+    """As in WorkerReported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +164,8 @@ class WorkerReported:
     worker_id: WorkerId
     headroom: Headroom
     steps: tuple[StepSample, ...] = ()
+    is_delivering: bool = False
+    """Whether it has output that no gateway has acknowledged yet, maybe of requests that have ended at it."""
 
 
 @dataclass(frozen=True, slots=True)

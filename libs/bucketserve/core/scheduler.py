@@ -204,6 +204,8 @@ class SchedulerCore:
                 self._affinity.index.leave(worker_id)
                 if worker is not None:
                     self._former.worker_left(worker)
+                    if worker.is_delivering and not worker.is_released:
+                        self._leaving.lost(worker, now_s)
                 for life in self._lives.at(worker_id):
                     self._drop(life, DropReason.WORKER_LOST, now_s)
 
@@ -262,9 +264,13 @@ class SchedulerCore:
 
     def _finish(self, event: RequestFinished, now_s: float) -> None:
         life = self._lives.get(event.request_id)
+        worker = self._fleet.get(event.worker_id)
+        is_lost = event.reason is FinishReason.ERROR and event.is_retryable
+        if life is None and is_lost and worker is not None:
+            self._leaving.lost(worker, now_s, event.request_id)
         if life is None or not life.is_of(event.worker_id, event.assignment):
             return
-        if event.reason is FinishReason.ERROR and event.is_retryable:
+        if is_lost:
             self._drop(life, DropReason.WORKER_FAILED, now_s, at=(life.target_id,))
             return
         if life.target_id is not None:
@@ -280,6 +286,9 @@ class SchedulerCore:
             self._admission.drain.finished(life.request.prefill_tokens, now_s)
         if event.reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._fleet.outputs.ended(life.request, event.output_tokens)
+            if worker is not None:
+                # Its next report says whether the output has arrived.
+                worker.is_delivering = True
         # That it was preempted its gateway hears from the worker, after all that was generated.
         self._commands.append(ForgetRequest(event.request_id, event.reason is FinishReason.CANCELLED))
 
@@ -288,6 +297,7 @@ class SchedulerCore:
         if worker is None:
             return
         worker.report(event.headroom)
+        worker.is_delivering = event.is_delivering
         for sample in event.steps:
             self._fleet.learn(worker, sample)
         self._fleet.changed(worker)

@@ -82,6 +82,8 @@ class WorkerState:
     """It is draining, and nobody of its fingerprint stays who could do what it does (core/fleet.py)."""
     is_released: bool = False
     """It was told that nothing more comes."""
+    is_delivering: bool = False
+    """It has output, or may have, that no gateway has acknowledged."""
     version: int = 0
     """Counts changes that matter to placement; load and room are as of the last one (core/fleet.py keeps them)."""
     load: float = 0.0
@@ -104,6 +106,7 @@ class WorkerState:
             pays_padding=event.pays_padding,
             fingerprint=event.fingerprint,
             tokenizer=event.tokenizer,
+            is_delivering=event.is_delivering,
             num_assigned=event.headroom.last_assignment,
             outputs=outputs,
             kv=KvBook(outputs),

@@ -163,6 +163,7 @@ class SchedulingLoop:
                         worker_id=peer.worker_id,
                         headroom=headroom_from_pb(message.report),
                         steps=steps_from_pb(message.report),
+                        is_delivering=message.report.is_delivering,
                     )
                 )
             case "prefilled":

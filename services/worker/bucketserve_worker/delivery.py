@@ -78,6 +78,11 @@ class DeliveryPool:
             self._tasks[address] = asyncio.create_task(self._serve(stream), name=f"deliver-{address}")
         stream.put(delivery)
 
+    @property
+    def is_delivering(self) -> bool:
+        """Whether there is output that no gateway has acknowledged yet."""
+        return not all(stream.drained.is_set() for stream in self._streams.values())
+
     async def flush(self, timeout_s: float) -> None:
         """Waits until everything queued has been sent, for at most timeout_s seconds."""
         with contextlib.suppress(TimeoutError):

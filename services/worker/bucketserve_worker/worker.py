@@ -101,8 +101,12 @@ class Worker:
 
     async def drained(self, timeout_s: float) -> bool:
         """Waits until no request is left or can come and all output is sent; False if timeout_s were too short."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s, was_delivering = time.monotonic() + timeout_s, False
         while self._has_work() and time.monotonic() < deadline_s:
+            if was_delivering and not self.delivery.is_delivering:
+                # It is waited for with the word that the last output has arrived.
+                self.link.report_soon()
+            was_delivering = self.delivery.is_delivering
             await asyncio.sleep(0.05)
         await self.delivery.flush(max(deadline_s - time.monotonic(), 0.2))
         return not len(self.running)
@@ -306,5 +310,6 @@ class Worker:
         self._telemetry.held(held_tokens)
         headroom = replace(self._headroom, kv_free_tokens=self._headroom.kv_free_tokens - held_tokens)
         report = headroom_to_pb(headroom, self._steps, last_assignment=self._last_accounted)
+        report.is_delivering = self.delivery.is_delivering
         self._steps.clear()
         return report

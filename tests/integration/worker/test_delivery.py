@@ -147,10 +147,13 @@ async def test_a_gateway_that_stays_away_is_given_up_with_all_its_output() -> No
         on_stop=lambda keys: None,
         on_lost=lambda _, ids: lost.update(ids),
     )
+    assert not pool.is_delivering
     for index in range(10):
         pool.send(address, output(f"r{index}", 0))
+        assert pool.is_delivering
         await asyncio.sleep(0.1)
     await eventually(lambda: len(lost) == 10, 10)
+    assert not pool.is_delivering
     await eventually(lambda: not pool._streams, 10)
     await pool.close()
 

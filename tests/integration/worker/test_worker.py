@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
 from bucketserve.core.types import MAX_PREEMPTIONS, WorkerRole
 from bucketserve.engine.fake import FakeEngine, FakeSettings
 from bucketserve.rpc.deployment import Deployment
+from bucketserve.store.embedded import free_port
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import common_pb2, delivery_pb2, scheduler_pb2
@@ -200,3 +202,26 @@ async def test_runs_that_the_engine_lets_go_are_gone_on_with_and_lose_nothing() 
         assert {run_id for run_id, _ in said.ends()} == {end.run_id for end in said.finished}
         assert len(said.ends()) == len(said.finished) == sum(attempts.values())
         assert worker._report().kv_free_tokens == 200
+
+
+async def test_a_worker_that_leaves_says_that_its_output_has_not_arrived() -> None:
+    turns: list[EngineTurn] = []
+    async with a_worker(turns) as worker:
+        reports: list[scheduler_pb2.WorkerReport] = []
+        worker.link.report = reports.append  # type: ignore[method-assign]
+        worker.link.report_soon = lambda: reports.append(worker._report())  # type: ignore[method-assign]
+        assert not worker._report().is_delivering
+        # Nobody is at the address where its output should go.
+        worker._on_batch(a_batch(1, "a.1", 3, delivery_address=f"127.0.0.1:{free_port()}"))
+        await eventually(lambda: bool(turns) and not len(worker.running), 10)
+        await eventually(lambda: bool(reports) and reports[-1].is_delivering, 10)
+        worker.link._search.may_come = lambda _: True  # type: ignore[method-assign]
+        worker.link.drain()
+        drained = asyncio.create_task(worker.drained(30.0))
+        # It is given up in the end, which the scheduler hears at once and before that nothing is on its way.
+        ends: list[object] = []
+        worker.link.finished = ends.append  # type: ignore[method-assign]
+        await eventually(lambda: not reports[-1].is_delivering, 20)
+        assert [(end.run_id, end.is_retryable) for end in ends] == [("a.1", True)]  # type: ignore[attr-defined]
+        worker.link._is_released = True
+        assert await asyncio.wait_for(drained, 10)

@@ -26,6 +26,7 @@ from bucketserve.core.messages import (
     WorkerDraining,
     WorkerJoined,
     WorkerLost,
+    WorkerReported,
 )
 from bucketserve.core.placement import place
 from bucketserve.core.scheduler import SchedulerCore
@@ -117,7 +118,7 @@ def test_the_last_prefill_worker_stays_for_what_decodes_and_computes_what_is_los
     assert sent(under_test.step([of("d", DECODE)], 4.0)) == [("p", ("a.2",))]
     assert released(under_test.step([held("a.2", assignment=2)], 4.1)) == []
     under_test.step([KvPulled(request_id=A2, target_id=WorkerId("d"), assignment=1, is_ok=True)], 4.2)
-    assert released(under_test.step([finished("a.2", "d")], 4.3)) == ["p"]
+    assert released(under_test.step([finished("a.2", "d"), reported("d")], 4.3)) == ["p"]
 
 
 def test_the_last_decode_worker_takes_over_what_is_prefilled_and_nothing_new_is_begun_for_it() -> None:
@@ -128,7 +129,7 @@ def test_the_last_decode_worker_takes_over_what_is_prefilled_and_nothing_new_is_
     assert (released(leaves), sent(leaves)) == ([], [])
     assert pulled(under_test.step([reported("d", free=1000)], 0.4)) == [("a.1", "d")]
     under_test.step([moved()], 0.5)
-    assert released(under_test.step([finished("a.1", "d")], 0.6)) == ["d"]
+    assert released(under_test.step([finished("a.1", "d"), reported("d")], 0.6)) == ["d"]
     # The new one waits for whoever comes.
     assert sent(under_test.step([of("d2", DECODE)], 0.7)) == [("p", ("b.1",))]
 
@@ -136,7 +137,7 @@ def test_the_last_decode_worker_takes_over_what_is_prefilled_and_nothing_new_is_
 def test_both_halves_may_leave_at_once() -> None:
     under_test = decoding()
     assert released(under_test.step(draining("p", "d"), 1.0)) == []
-    assert released(under_test.step([finished("a.1", "d")], 2.0)) == ["p", "d"]
+    assert released(under_test.step([finished("a.1", "d"), reported("d")], 2.0)) == ["p", "d"]
 
 
 def test_what_is_new_is_not_given_to_those_that_stay_for_the_old() -> None:
@@ -154,7 +155,7 @@ def test_what_the_last_lets_go_to_make_room_comes_back_to_it() -> None:
     let_go = finished("a.1", reason=FinishReason.PREEMPTED)
     assert released(under_test.step([let_go, reported("w")], 0.4)) == []
     assert sent(under_test.step([RequestCancelled(A1), resumed()], 0.5)) == [("w", ("a.2",))]
-    assert released(under_test.step([finished("a.2", assignment=2)], 0.6)) == ["w"]
+    assert released(under_test.step([finished("a.2", assignment=2), reported("w")], 0.6)) == ["w"]
 
 
 def test_an_attempt_that_is_to_come_is_waited_for_and_not_for_ever() -> None:
@@ -201,6 +202,57 @@ def test_a_new_leader_keeps_those_that_leave_until_it_knows_what_runs_where() ->
         assert bool(released(under_test.step([of("p", PREFILL), *draining("p")], 0.1))) is frees
 
 
+def delivering(name: str) -> WorkerReported:
+    return replace(reported(name), is_delivering=True)
+
+
+def test_whose_output_has_not_arrived_stays_until_it_has() -> None:
+    for is_said in (True, False):
+        under_test = core(of("w", BOTH))
+        under_test.step([RequestSubmitted(a_request("a.1"))], 0.1)
+        # Its report comes behind the end; until then nobody knows.
+        assert released(under_test.step([*draining("w"), finished("a.1", "w")], 0.2)) == []
+        if is_said:
+            assert released(under_test.step([delivering("w")], 0.3)) == []
+        assert released(under_test.step([reported("w")], 0.4)) == ["w"]
+
+
+def test_output_that_did_not_arrive_is_computed_by_the_last_that_can() -> None:
+    lost = finished("a.1", "d", assignment=0, reason=FinishReason.ERROR, is_retryable=True)
+    for comes in (True, False):
+        under_test = core(of("p", PREFILL), of("d", DECODE))
+        under_test.step([RequestSubmitted(a_request("a.1"))], 0.1)
+        under_test.step([held()], 0.2)
+        under_test.step([moved(), finished("a.1", "d"), *draining("p", "d")], 0.3)
+        assert released(under_test.step([delivering("d")], 0.4)) == []
+        assert released(under_test.step([lost, reported("d")], 5.0)) == []
+        if comes:
+            assert sent(under_test.step([resumed()], 6.0)) == [("p", ("a.2",))]
+        else:
+            assert released(under_test.step([], 4.9 + RETURN_S)) == []
+            assert sorted(released(under_test.step([], 5.0 + RETURN_S))) == ["d", "p"]
+
+
+def test_a_worker_that_dies_with_output_may_have_lost_it() -> None:
+    under_test = core(of("w", BOTH), of("x", BOTH))
+    assert released(under_test.step([delivering("x"), *draining("w", "x")], 0.1)) == []
+    assert released(under_test.step([WorkerLost(WorkerId("x"))], 0.2)) == []
+    assert released(under_test.step([], 0.2 + RETURN_S)) == ["w"]
+
+
+def test_a_worker_that_left_in_peace_holds_nobody() -> None:
+    under_test = core(of("w", BOTH), of("x", BOTH))
+    assert released(under_test.step([delivering("x"), *draining("x")], 0.1)) == ["x"]
+    under_test.step([WorkerLost(WorkerId("x"))], 0.2)
+    assert released(under_test.step(draining("w"), 0.3)) == ["w"]
+
+
+def test_a_worker_that_comes_back_with_output_is_not_released_for_that() -> None:
+    under_test = core(replace(of("w", BOTH), is_delivering=True))
+    assert released(under_test.step(draining("w"), 0.1)) == []
+    assert released(under_test.step([reported("w")], 0.2)) == ["w"]
+
+
 def test_a_new_leader_gives_gateways_time_to_say_what_the_one_before_lost_last() -> None:
     for led, others in ((True, False), (False, False), (True, True)):
         under_test = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
@@ -210,7 +262,7 @@ def test_a_new_leader_gives_gateways_time_to_say_what_the_one_before_lost_last()
         assert bool(released(decision)) is (others or not led)
         if led and not others:
             assert sent(under_test.step([resumed()], 6.0)) == [("p", ("a.2",))]
-            assert released(under_test.step([RequestCancelled(A2), finished("a.2", "p")], 7.0)) == []
+            assert released(under_test.step([RequestCancelled(A2), finished("a.2", "p"), reported("p")], 7.0)) == []
             assert released(under_test.step([], 5.0 + RETURN_S)) == ["p"]
 
 
