@@ -71,11 +71,11 @@ async def test_what_a_scheduler_claimed_is_sent_before_it_goes(delay_s: float) -
             await asyncio.sleep(0.001)
         await asyncio.sleep(delay_s)
         loop.leave()
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, 30)
         loop.part()
         submitting.cancel()
         # It ends by itself: nobody closed the stream, its end is queued behind the batches.
-        sent = await asyncio.wait_for(worker, 5)
+        sent = await asyncio.wait_for(worker, 30)
         store = loop._store
         next_one = await store.lead("other", 5.0)
         assert next_one is not None, "the loop has not resigned"
@@ -100,9 +100,9 @@ async def test_a_draining_worker_hears_when_nothing_more_will_come() -> None:
         await asyncio.sleep(0.1)
         submitting.cancel()
         loop.leave()
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, 30)
         loop.part()
-        sent = await asyncio.wait_for(worker, 5)
+        sent = await asyncio.wait_for(worker, 30)
         kinds = [message.WhichOneof("message") for message in sent]
         assert kinds.count("batch") > 1
         assert kinds.count("no_more_work") == 1
@@ -120,9 +120,9 @@ async def test_a_worker_that_comes_back_draining_gets_nothing() -> None:
         await asyncio.sleep(0.1)
         submitting.cancel()
         loop.leave()
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, 30)
         loop.part()
-        sent = await asyncio.wait_for(play_worker(loop, peer), 5)
+        sent = await asyncio.wait_for(play_worker(loop, peer), 30)
         assert [message.WhichOneof("message") for message in sent] == ["no_more_work"]
 
 
@@ -148,9 +148,9 @@ async def test_the_last_of_its_weights_gets_what_they_have_begun_and_then_hears_
         while loop.num_finished < 6:
             await asyncio.sleep(0.001)
         loop.leave()
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, 30)
         loop.part()
-        sent = await asyncio.wait_for(old, 5)
+        sent = await asyncio.wait_for(old, 30)
         assert ids(sent) == {run.ticket.run_id for run in begun}
         assert [m.WhichOneof("message") for m in sent].index("no_more_work") == len(sent) - 1
-        assert ids(await asyncio.wait_for(new, 5)) == {f"r{number}.1" for number in range(3, 6)}
+        assert ids(await asyncio.wait_for(new, 30)) == {f"r{number}.1" for number in range(3, 6)}
