@@ -180,10 +180,12 @@ def _set(request: inference_pb2.GenerateRequest, key: str, value: Any) -> None:
             request.stopping.max_tokens = _typed(value, int)
         case "ignore_eos":
             request.stopping.ignore_eos = _typed(value, bool)
+        case "logit_bias":
+            biases = _typed(value, dict).items()
+            request.sampling.logit_bias.update({_token_id(name): _number(bias) for name, bias in biases})
         case _:
             is_float = _SAMPLING[key].cpp_type == _SAMPLING[key].CPPTYPE_FLOAT
-            is_number = is_float and type(value) is int
-            setattr(request.sampling, key, value if is_number else _typed(value, float if is_float else int))
+            setattr(request.sampling, key, _number(value) if is_float else _typed(value, int))
 
 
 _TYPES = {
@@ -194,6 +196,17 @@ _TYPES = {
     list: "a list",
     dict: "an object",
 }
+
+
+def _token_id(name: str) -> int:
+    # Names in JSON are strings.
+    if not name.isdecimal():
+        raise ValueError(f"{_shown(name)} is not a token id")
+    return int(name)
+
+
+def _number(value: Any) -> float:
+    return value if type(value) is int else _typed(value, float)
 
 
 def _typed(value: Any, kind: type[V]) -> V:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from typer import BadParameter
 
 from bucketserve.client import BucketServeClient, Chunk, Event, Finished
 from bucketserve.v1 import common_pb2
-from bucketserve_cli.terminal import as_json, print_json
+from bucketserve_cli.terminal import UINT32, InputError, as_json, in_range, print_json
 
-__all__ = ["GenerateOptions", "stream_generation"]
+__all__ = ["GenerateOptions", "parse_bias", "stream_generation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,9 @@ class GenerateOptions:
     top_k: int
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
     seed: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
@@ -36,6 +40,21 @@ class GenerateOptions:
     ttft_ms: int | None
     timeout_s: float
     is_json: bool
+
+
+def parse_bias(text: str) -> tuple[int, float]:
+    """Returns token id and bias of TOKEN_ID=BIAS.
+
+    Raises:
+        InputError: it is none.
+    """
+    token_id, _, bias = text.partition("=")
+    try:
+        if not token_id.isdecimal() or int(token_id) > UINT32:
+            raise ValueError
+        return int(token_id), in_range(-100, 100)(bias)
+    except (ValueError, BadParameter):
+        raise InputError(f"--logit-bias {text!r}: TOKEN_ID=BIAS is needed, with a bias from -100 to 100") from None
 
 
 async def stream_generation(client: BucketServeClient, prompt: str, options: GenerateOptions, errors: Console) -> None:
@@ -55,6 +74,9 @@ async def stream_generation(client: BucketServeClient, prompt: str, options: Gen
             top_k=options.top_k,
             min_p=options.min_p,
             repetition_penalty=options.repetition_penalty,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            logit_bias=options.logit_bias,
             seed=options.seed,
         ),
         stop_strings=options.stop,

@@ -27,7 +27,7 @@ from bucketserve_cli import demo as demo_command
 from bucketserve_cli.bench import BenchOptions, run_bench
 from bucketserve_cli.chat import Conversation, run_chat
 from bucketserve_cli.connection import Connection, connects
-from bucketserve_cli.generate import GenerateOptions, stream_generation
+from bucketserve_cli.generate import GenerateOptions, parse_bias, stream_generation
 from bucketserve_cli.job import job_app
 from bucketserve_cli.keys import keys_app
 from bucketserve_cli.services import config_app, gateway, scheduler, worker
@@ -197,6 +197,11 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, max=UINT32, help="0 keeps all tokens")] = 0,
     min_p: Annotated[float, typer.Option(parser=in_range(0, 1), help="0 keeps all tokens")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(parser=in_range(0, 100, low_open=True), help="1: none")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(parser=in_range(-2, 2), help="on tokens generated so far")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(parser=in_range(-2, 2), help="the same, for each time")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(help="TOKEN_ID=BIAS, from -100 to 100; may be repeated", metavar="ID=BIAS")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="the same one gives the same text")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="text that ends the output; may be repeated")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="go on past the model's end token")] = False,
@@ -220,6 +225,9 @@ def generate(
         top_k=top_k,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=dict(parse_bias(each) for each in logit_bias or ()),
         seed=seed,
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,

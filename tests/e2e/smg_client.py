@@ -151,7 +151,7 @@ async def errors(stub: Stub, address: str) -> object:
         "many logprobs": request(logprobs=2**31 - 1),
         "several outputs": request(n=2),
         "a schema": request(json_schema="{}"),
-        "a bias": request(logit_bias={5: 1.0}),
+        "a large bias": request(logit_bias={5: 101.0}),
         "a label of two words": request("two words"),
         "images": engine.GenerateRequest(text="a", mm_inputs=engine.MultimodalInputs(mm_hashes=["x"])),
         "KV of another": engine.GenerateRequest(text="a", kv_transfer_params_json="{}"),

@@ -298,7 +298,7 @@ async def test_whatever_is_wrong_is_answered_in_one_form(stack: LocalStack, name
 async def test_errors_reach_the_sdk_as_its_own(stack: LocalStack) -> None:
     same: dict[str, Any] = {"model": "demo", "prompt": "a"}
     async with sdk(stack) as client:
-        for members, param in [({"temperature": 101}, "temperature"), ({"logit_bias": {"5": 1}}, "logit_bias")]:
+        for members, param in [({"temperature": 101}, "temperature"), ({"logit_bias": {"5": 101}}, "logit_bias[5]")]:
             for is_stream in (False, True):
                 with pytest.raises(openai.BadRequestError) as bad:
                     await client.completions.create(stream=is_stream, **members, **same)

@@ -1,7 +1,8 @@
 """An engine without a model: deterministic tokens, a latency model, the same KV accounting as a real one.
 
 For tests of the serving path and for scale runs. The next token depends on all tokens before it, so that a request
-resumed elsewhere goes on as if nothing had happened, and a mix-up of sequences shows.
+resumed elsewhere goes on as if nothing had happened, and a mix-up of sequences shows. Of the sampling parameters it
+knows the temperature, as zero or not, and the seed; the others change nothing.
 """
 
 from __future__ import annotations

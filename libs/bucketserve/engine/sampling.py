@@ -1,7 +1,8 @@
 """The next token of each row, from its logits.
 
-Filters are applied in the order of transformers: repetition penalty, temperature, top_k, top_p, min_p; in float64, in
-which no parameter of the documented ranges overflows or vanishes. Of equal logits the lower token id comes first.
+Parameters are applied in the order of vLLM and transformers: logit bias, repetition penalty, frequency and presence
+penalty, temperature, top_k, top_p, min_p; in float64, in which no parameter of the documented ranges overflows or
+vanishes. Of equal logits the lower token id comes first.
 Randomness is a function of (seed, position, token id) alone, computed by SplitMix64 (Steele, Lea, Flood 2014), so that
 a row's choice does not depend on its batch, its worker or its device; the Gumbel-max trick turns it into a draw.
 """
@@ -15,25 +16,48 @@ import torch
 
 from bucketserve.ports import Logprob, Sampling, TokenLogprobs
 
-__all__ = ["SampleRow", "SeenTokens", "sample", "token_logprobs", "uniform_noise"]
+__all__ = ["RowState", "SampleRow", "TokenCounts", "sample", "token_logprobs", "uniform_noise"]
 
 
-class SeenTokens:
-    """Which tokens of the vocabulary a growing sequence contains. Each token is looked at once."""
+class TokenCounts:
+    """How often a growing sequence contains each token of the vocabulary. Each of its tokens is looked at once."""
 
     def __init__(self) -> None:
         """Starts with none."""
-        self._mask: torch.Tensor | None = None
-        self._num_counted = 0
+        self._counts: torch.Tensor | None = None
+        self._end = 0
 
-    def mask(self, tokens: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Returns what `tokens`, which begin as last time, contain: bool, shaped and placed as `like`, [vocabulary]."""
-        if self._mask is None:
-            self._mask = torch.zeros(like.shape[0], dtype=torch.bool, device=like.device)
-        new = torch.tensor(tokens[self._num_counted :], dtype=torch.long, device=like.device)
-        self._mask[new[new < like.shape[0]]] = True
-        self._num_counted = len(tokens)
-        return self._mask
+    def of(self, tokens: Sequence[int], start: int, like: torch.Tensor) -> torch.Tensor:
+        """Returns how often `tokens`, which begin as last time, contain each from `start` on.
+
+        Returns:
+            float64, shaped and placed as `like`, [vocabulary].
+        """
+        if self._counts is None:
+            self._counts, self._end = torch.zeros_like(like, dtype=torch.float64), start
+        if len(tokens) > self._end:
+            new = torch.tensor(tokens[self._end :], dtype=torch.long, device=like.device)
+            new = new[new < like.shape[0]]
+            self._counts.index_add_(0, new, torch.ones_like(new, dtype=torch.float64))
+            self._end = len(tokens)
+        return self._counts
+
+
+@dataclass(slots=True)
+class RowState:
+    """What is kept of a sequence from one of its tokens to the next."""
+
+    all: TokenCounts = field(default_factory=TokenCounts)
+    generated: TokenCounts = field(default_factory=TokenCounts)
+    _bias: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def bias(self, pairs: Sequence[tuple[int, float]], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the ids and what to add to their scores, as tensors; `pairs` are the same each time."""
+        if self._bias is None:
+            pairs = [(token_id, bias) for token_id, bias in pairs if token_id < like.shape[0]]
+            ids = torch.tensor([token_id for token_id, _ in pairs], dtype=torch.long, device=like.device)
+            self._bias = ids, torch.tensor([bias for _, bias in pairs], dtype=torch.float64, device=like.device)
+        return self._bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +68,20 @@ class SampleRow:
     position: int
     """Position of the token among the generated ones, over all attempts."""
     history: Sequence[int]
-    """Prompt and generated tokens, for the repetition penalty."""
-    seen: SeenTokens = field(default_factory=SeenTokens)
-    """What the history contained at the step before."""
+    """Prompt and generated tokens, for the penalties."""
+    state: RowState = field(default_factory=RowState)
+    """What was kept of it at the step before."""
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether a bias or a penalty changes its logits."""
+        sampling = self.sampling
+        return bool(sampling.logit_bias) or sampling.repetition_penalty != 1.0 or self.counts_generated
+
+    @property
+    def counts_generated(self) -> bool:
+        """Whether it matters how often a token was generated."""
+        return bool(self.sampling.presence_penalty or self.sampling.frequency_penalty)
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
@@ -57,12 +92,12 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
         rows: one for each row of logits.
     """
     sound = logits.amax(dim=-1).isfinite()
-    penalised = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
+    adjusted = [i for i, row in enumerate(rows) if row.is_adjusted]
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     scores = logits
-    if penalised:
+    if adjusted:
         scores = logits.double()
-        scores[penalised] = _penalise(scores[penalised], [rows[i] for i in penalised])
+        scores[adjusted] = _adjust(scores[adjusted], [rows[i] for i in adjusted])
     chosen = torch.argmax(scores, dim=-1)
     if drawn:
         chosen[drawn] = _draw(scores[drawn].double(), [rows[i] for i in drawn])
@@ -130,11 +165,37 @@ def _mix(value: torch.Tensor) -> torch.Tensor:
     return value ^ ((value >> 31) & ((1 << 33) - 1))
 
 
-def _penalise(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """Returns scores, float64, those of seen tokens divided by the penalty if positive, else multiplied."""
-    seen = torch.stack([row.seen.mask(row.history, scores[0]) for row in rows])
+def _adjust(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """Returns scores, float64, with biases added and tokens penalised that are in the history."""
+    for score, row in zip(scores, rows, strict=True):
+        if row.sampling.logit_bias:
+            score.index_add_(0, *row.state.bias(row.sampling.logit_bias, score))
+    repeated = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
+    if repeated:
+        scores[repeated] = _penalise_repeated(scores[repeated], [rows[i] for i in repeated])
+    counted = [i for i, row in enumerate(rows) if row.counts_generated]
+    if counted:
+        scores[counted] = _penalise_generated(scores[counted], [rows[i] for i in counted])
+    return scores
+
+
+def _penalise_repeated(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """Returns scores, those of seen tokens divided by the penalty if positive, else multiplied."""
+    seen = torch.stack([row.state.all.of(row.history, 0, scores[0]) for row in rows]) > 0
     penalty = _column([row.sampling.repetition_penalty for row in rows], scores)
     return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+
+
+def _penalise_generated(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """Returns scores, those of generated tokens less the presence penalty, and the frequency penalty for each time."""
+    # Whatever attempts generated them: what comes before is the prompt.
+    starts = [max(len(row.history) - row.position, 0) for row in rows]
+    counts = torch.stack(
+        [row.state.generated.of(row.history, start, scores[0]) for row, start in zip(rows, starts, strict=True)]
+    )
+    frequency = _column([row.sampling.frequency_penalty for row in rows], scores)
+    presence = _column([row.sampling.presence_penalty for row in rows], scores)
+    return scores - frequency * counts - presence * (counts > 0)
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from bucketserve.core.preemption import loss
 from bucketserve.core.types import MAX_PREEMPTIONS, StepSample
 from bucketserve.engine.kv_space import KvTable
-from bucketserve.engine.sampling import SampleRow, SeenTokens
+from bucketserve.engine.sampling import RowState, SampleRow
 from bucketserve.ports import SequenceSpec, TokenLogprobs
 
 __all__ = ["EngineSequence", "Entry", "Row", "Success", "Trouble", "halve", "measure", "sample_row"]
@@ -31,7 +31,7 @@ class EngineSequence:
     num_generated: int = 0
     first_token_s: float = 0.0
     """When it had its first token here, on time.perf_counter."""
-    seen: SeenTokens = field(default_factory=SeenTokens)
+    sampling_state: RowState = field(default_factory=RowState)
 
     @property
     def remaining(self) -> int:
@@ -98,7 +98,7 @@ class Trouble:
 def sample_row(sequence: EngineSequence) -> SampleRow:
     """Returns how to choose its next token."""
     position = sequence.spec.num_resumed_tokens + sequence.num_generated
-    return SampleRow(sequence.spec.sampling, position, sequence.tokens, sequence.seen)
+    return SampleRow(sequence.spec.sampling, position, sequence.tokens, sequence.sampling_state)
 
 
 def measure(entries: Sequence[Entry]) -> Callable[[float], StepSample]:

@@ -14,6 +14,7 @@ from typing import Any
 from bucketserve.core.errors import FieldViolation, InvalidRequestError, UnknownModelError
 from bucketserve.facades import kserve_pb2
 from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway.validation import MAX_LOGIT_BIASES
 
 __all__ = ["INPUTS", "OUTPUTS", "PARAMETERS", "VERSION", "Inference", "check_version", "inference_of"]
 
@@ -220,6 +221,8 @@ def _set(
         return
     if not of:
         options[name] = converted
+    elif isinstance(converted, dict):
+        getattr(getattr(request, of), attribute).update(converted)
     elif isinstance(converted, list):
         getattr(getattr(request, of), attribute).extend(converted)
     else:
@@ -265,6 +268,12 @@ def _texts(value: object) -> list[str]:
     return texts
 
 
+def _biases(value: object) -> dict[int, float]:
+    if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIASES:
+        raise ValueError(f"not an object of at most {MAX_LOGIT_BIASES} token ids and numbers")
+    return {_whole(2**32 - 1)(token_id): _number(bias) for token_id, bias in value.items()}
+
+
 def _ids(value: object) -> list[int]:
     if not isinstance(value, list):
         raise ValueError("not a list of token ids")
@@ -281,6 +290,9 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[object], Any]]] = {
     "top_k": ("sampling", "top_k", _whole(2**32 - 1)),
     "min_p": ("sampling", "min_p", _number),
     "repetition_penalty": ("sampling", "repetition_penalty", _number),
+    "presence_penalty": ("sampling", "presence_penalty", _number),
+    "frequency_penalty": ("sampling", "frequency_penalty", _number),
+    "logit_bias": ("sampling", "logit_bias", _biases),
     "seed": ("sampling", "seed", _whole(2**64 - 1)),
     # 1, or 0 for Triton's default: interactive. More: batch.
     "priority": ("", "", _whole(2**32 - 1)),

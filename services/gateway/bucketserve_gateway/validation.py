@@ -6,7 +6,7 @@ import math
 import re
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bucketserve.core.errors import FieldViolation, InvalidRequestError
@@ -20,6 +20,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+MOST_LOGIT_BIAS = 100.0
 MAX_CHAT_MESSAGES = 4096
 MAX_ROLE_CHARACTERS = 64
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -67,7 +69,7 @@ def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, m
     if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
         bad.append(FieldViolation("request_id", "1 to 128 printable ASCII characters without spaces"))
     _check_input(request, model, max_prompt_bytes, bad)
-    sampling = _sampling(request.sampling, bad)
+    sampling = _sampling(request.sampling, card, bad)
     _check_stopping(request.stopping, model, bad)
     num_logprobs = request.response.num_logprobs if request.response.HasField("num_logprobs") else None
     if num_logprobs is not None and num_logprobs > MAX_LOGPROBS:
@@ -198,7 +200,7 @@ def _check_ids(ids: Sequence[int], card: ModelCard, bad: Violations) -> None:
         bad.append(FieldViolation(f"token_ids.ids[{index}]", description))
 
 
-def _sampling(params: common_pb2.SamplingParams, bad: Violations) -> common_pb2.SamplingParams:
+def _sampling(params: common_pb2.SamplingParams, card: ModelCard, bad: Violations) -> common_pb2.SamplingParams:
     """Returns parameters with every field set."""
 
     def number(name: str, default: float, low: float, high: float, low_open: bool = False) -> float:
@@ -209,14 +211,31 @@ def _sampling(params: common_pb2.SamplingParams, bad: Violations) -> common_pb2.
             bad.append(FieldViolation(f"sampling.{name}", f"{value} is not in {bracket}{low:g}, {high:g}]"))
         return value
 
+    _check_biases(params.logit_bias, card, bad)
     return common_pb2.SamplingParams(
         temperature=number("temperature", 0.0, 0.0, 100.0),
         top_p=number("top_p", 1.0, 0.0, 1.0, low_open=True),
         top_k=params.top_k,
         min_p=number("min_p", 0.0, 0.0, 1.0),
         repetition_penalty=number("repetition_penalty", 1.0, 0.0, 100.0, low_open=True),
+        presence_penalty=number("presence_penalty", 0.0, -2.0, 2.0),
+        frequency_penalty=number("frequency_penalty", 0.0, -2.0, 2.0),
+        logit_bias=params.logit_bias if len(params.logit_bias) <= MAX_LOGIT_BIASES else None,
         seed=params.seed if params.HasField("seed") else secrets.randbits(63),
     )
+
+
+def _check_biases(biases: Mapping[int, float], card: ModelCard, bad: Violations) -> None:
+    if len(biases) > MAX_LOGIT_BIASES:
+        bad.append(FieldViolation("sampling.logit_bias", f"at most {MAX_LOGIT_BIASES}"))
+        return
+    for token_id, bias in sorted(biases.items()):
+        field = f"sampling.logit_bias[{token_id}]"
+        if token_id >= card.vocab_size:
+            bad.append(FieldViolation(field, f"{token_id} is not in the vocabulary of {card.vocab_size}"))
+        # A NaN is not either.
+        if not abs(bias) <= MOST_LOGIT_BIAS:
+            bad.append(FieldViolation(field, f"{bias} is not in [-{MOST_LOGIT_BIAS:g}, {MOST_LOGIT_BIAS:g}]"))
 
 
 def _check_stopping(stopping: common_pb2.StoppingParams, model: ServedModel, bad: Violations) -> None:

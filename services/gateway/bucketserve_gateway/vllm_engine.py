@@ -34,6 +34,7 @@ from bucketserve_gateway.admission import Admission
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
 from bucketserve_gateway.requests import OpenRequests
 from bucketserve_gateway.servicer import Generate, text_metadata
+from bucketserve_gateway.validation import MAX_LOGIT_BIASES
 
 __all__ = ["VllmEngineServicer", "request_of"]
 
@@ -66,18 +67,16 @@ def request_of(asked: vllm_pb2.GenerateRequest, card: ModelCard) -> inference_pb
         for name in ("prompt_logprobs", "truncate_prompt_tokens")
         if params.HasField(name)
     ]
-    # A NaN is true, and refused with the others.
-    bad += [
-        FieldViolation(f"sampling_params.{name}", "not served; leave it out, or at 0")
-        for name in ("frequency_penalty", "presence_penalty", "min_tokens")
-        if getattr(params, name)
-    ]
+    if params.min_tokens:
+        bad.append(FieldViolation("sampling_params.min_tokens", "not served; leave it out, or at 0"))
     if asked.extra_mm_inputs:
         bad.append(FieldViolation("extra_mm_inputs", "not served"))
     if asked.data_parallel_rank:
         bad.append(FieldViolation("data_parallel_rank", "there is one rank: 0"))
-    if params.logit_bias:
-        bad.append(FieldViolation("sampling_params.logit_bias", "not served; leave it out"))
+    if len(params.logit_bias) > MAX_LOGIT_BIASES:
+        bad.append(FieldViolation("sampling_params.logit_bias", f"at most {MAX_LOGIT_BIASES}"))
+    elif any(token_id < 0 for token_id in params.logit_bias):
+        bad.append(FieldViolation("sampling_params.logit_bias", "token ids must not be negative"))
     if (constraint := params.WhichOneof("constraint")) is not None:
         bad.append(FieldViolation(f"sampling_params.{constraint}", "not served: output can't be constrained"))
     if params.n > 1:
@@ -104,6 +103,9 @@ def request_of(asked: vllm_pb2.GenerateRequest, card: ModelCard) -> inference_pb
             top_k=params.top_k,
             min_p=params.min_p,
             repetition_penalty=params.repetition_penalty or None,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=params.logit_bias,
             seed=params.seed if params.HasField("seed") else None,
         ),
         stopping=common_pb2.StoppingParams(

@@ -16,6 +16,7 @@ from tests.integration.engine.models import VOCAB
 
 Build = Callable[..., Engine]
 RANDOM = Sampling(temperature=0.9, top_k=50, seed=11)
+PENALISED = Sampling(presence_penalty=0.5, frequency_penalty=1.5, logit_bias=((7, 2.0), (9, -100.0)))
 BOOKS = ("kv_total_tokens", "kv_free_tokens", "num_running", "num_waiting", "waiting_prefill_tokens")
 
 
@@ -105,7 +106,7 @@ def test_ends_say_why_and_free_everything(build: Build) -> None:
     assert books(engine) == before
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), RANDOM], ids=["greedy", "random"])
+@pytest.mark.parametrize("sampling", [Sampling(), RANDOM, PENALISED], ids=["greedy", "random", "penalised"])
 def test_a_sequence_goes_on_at_any_token_as_if_it_had_not_been_interrupted(build: Build, sampling: Sampling) -> None:
     whole = spec("whole", 40, 9, sampling=sampling)
     engine = build()
@@ -252,7 +253,7 @@ def prefilled(engine: Engine, handed: SequenceSpec) -> list[int]:
     return tokens_of(history)[handed.request_id]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), RANDOM], ids=["greedy", "random"])
+@pytest.mark.parametrize("sampling", [Sampling(), RANDOM, PENALISED], ids=["greedy", "random", "penalised"])
 def test_a_sequence_goes_on_in_the_engine_that_takes_its_kv(build: Build, sampling: Sampling) -> None:
     source, target = build(), build()
     before = books(source), books(target)

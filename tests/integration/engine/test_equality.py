@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,8 +83,12 @@ def test_tight_memory_makes_sequences_wait_but_changes_nothing() -> None:
     assert outputs == wanted
 
 
+PENALISED = Sampling(presence_penalty=1.0, frequency_penalty=0.5, logit_bias=((3, 2.5), (5, -100.0)))
+NOT_PENALISED = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": ()}
+
+
 def test_resumed_sequences_go_on_as_if_nothing_had_happened() -> None:
-    for sampling in (Sampling(), Sampling(temperature=0.9, top_p=0.9, seed=11)):
+    for sampling in (Sampling(), Sampling(temperature=0.9, top_p=0.9, seed=11), PENALISED):
         whole: dict[str, list[int]] = {}
         under_test = engine("llama")
         under_test.add([spec("r", prompt(40), 20, sampling=sampling)])
@@ -96,6 +101,10 @@ def test_resumed_sequences_go_on_as_if_nothing_had_happened() -> None:
         other.add([resumed])
         drain(other, rest)
         assert rest["r"] == whole["r"][8:]
+        plain: dict[str, list[int]] = {}
+        under_test.add([spec("r", prompt(40), 20, sampling=replace(sampling, **NOT_PENALISED))])
+        drain(under_test, plain)
+        assert (plain == whole) is (sampling is not PENALISED)
 
 
 def test_a_seed_decides_whatever_runs_beside_it() -> None:

@@ -79,7 +79,8 @@ def test_greedy_tokens_equal_generate(name: str, chunk: int) -> None:
 def test_preempted_and_resumed_anywhere_in_any_order() -> None:
     """Each request is stopped once, at a random token, and goes on elsewhere with another neighbour and chunk."""
     rng = random.Random(9)
-    for sampling in (Sampling(), Sampling(temperature=0.8, top_k=40, repetition_penalty=1.1, seed=77)):
+    penalised = Sampling(temperature=0.8, presence_penalty=0.7, frequency_penalty=1.3, logit_bias=((9, 3.0),), seed=3)
+    for sampling in (Sampling(), Sampling(temperature=0.8, top_k=40, repetition_penalty=1.1, seed=77), penalised):
         wanted: dict[str, list[int]] = {}
         whole = engine("qwen3")
         whole.add([spec(f"r{n}", prompt(n), 24, sampling=sampling) for n in LENGTHS])

@@ -14,7 +14,7 @@ from tests.cli import COMMAND, run_command
 
 WRONG = {
     int: ["x", "", "1.5", "1e3", "nan", str(10**30), str(-(10**30)), "-1"],
-    float: ["x", "", "nan", "inf", "-inf", "1e300", "-1e300", "-1", "1,5"],
+    float: ["x", "", "nan", "inf", "-inf", "1e300", "-1e300", "-3", "1,5"],
 }
 
 
@@ -73,6 +73,10 @@ def test_a_wrong_argument_is_one_line(arguments: list[str]) -> None:
     [
         (["generate", "x", "--top-p", "0"], "0 is not in (0, 1]"),
         (["generate", "x", "--seed", str(2**64)], "less than or equal to 18446744073709551615"),
+        (["generate", "x", "--logit-bias", "5=101"], "--logit-bias '5=101'"),
+        (["generate", "x", "--logit-bias", "king=1"], "--logit-bias 'king=1'"),
+        (["generate", "x", "--logit-bias", f"{2**32}=1"], "TOKEN_ID=BIAS is needed"),
+        (["generate", "x", "--logit-bias", "5=nan"], "TOKEN_ID=BIAS is needed"),
         (["up", "--roles", "prefill"], "need a decode worker"),
         (["up", "--roles", "cook"], "a role is both, prefill or decode"),
         (["gateway", "--set", "port"], "write --set NAME=VALUE"),
@@ -119,6 +123,9 @@ LINES: dict[str, tuple[bytes, str]] = {
     "two prompts": (b'{"prompt": "a", "token_ids": [1]}', "give one of prompt, messages, token_ids"),
     "no prompt": (b'{"max_tokens": 3}', "not none"),
     "unknown": (b'{"prompt": "a", "stpo": "b"}', "unknown keys: stpo"),
+    "biases in a list": (b'{"prompt": "a", "logit_bias": [1]}', "is not an object"),
+    "a bias of a word": (b'{"prompt": "a", "logit_bias": {"king": 1}}', "is not a token id"),
+    "a bias in words": (b'{"prompt": "a", "logit_bias": {"5": "1"}}', "is not a number"),
     "true is no number": (b'{"prompt": "a", "max_tokens": true}', "true is not an integer"),
     "a number is no flag": (b'{"prompt": "a", "ignore_eos": 1}', "1 is not true or false"),
     "null value": (b'{"prompt": "a", "max_tokens": null}', "null is not an integer"),

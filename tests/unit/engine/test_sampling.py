@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
 
-from bucketserve.engine.sampling import SampleRow, SeenTokens, sample, token_logprobs, uniform_noise
+from bucketserve.engine.sampling import RowState, SampleRow, sample, token_logprobs, uniform_noise
 from bucketserve.ports import Sampling
 
 pytestmark = pytest.mark.engine
@@ -96,6 +97,64 @@ def test_a_penalty_on_tokens_outside_the_vocabulary_of_the_logits_is_none() -> N
     assert drawn([1.0, 0.0], history=[5, 99], temperature=0.0, repetition_penalty=2.0) == {0}
 
 
+def adjusted(row: torch.Tensor, sampling: Sampling, history: list[int], num_prompt: int) -> list[float]:
+    """Returns logits by the definitions of OpenAI (penalties, bias) and of CTRL (repetition), one by one."""
+    found = []
+    for token_id, logit in enumerate(row.tolist()):
+        score = logit + dict(sampling.logit_bias).get(token_id, 0.0)
+        if token_id in history:
+            score = score / sampling.repetition_penalty if score > 0 else score * sampling.repetition_penalty
+        count = history[num_prompt:].count(token_id)
+        found.append(score - count * sampling.frequency_penalty - (count > 0) * sampling.presence_penalty)
+    return found
+
+
+def test_penalties_and_bias_are_those_of_a_plain_reference() -> None:
+    """Rows of every kind in one batch, growing for 40 steps; some begin in the middle, as after a resumption."""
+    rng, generator = random.Random(5), torch.Generator().manual_seed(5)
+    rows = []
+    for number in range(60):
+        prompt = [rng.randrange(SIZE) for _ in range(rng.randrange(0, 9))]
+        biases = {rng.randrange(SIZE + 5): rng.uniform(-100, 100) for _ in range(rng.choice([0, 0, 1, 6]))}
+        sampling = Sampling(
+            presence_penalty=rng.choice([0.0, -2.0, 2.0, rng.uniform(-2, 2)]),
+            frequency_penalty=rng.choice([0.0, -2.0, 2.0, rng.uniform(-2, 2)]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.3, 0.5]),
+            logit_bias=tuple(biases.items()),
+        )
+        generated = [rng.randrange(SIZE) for _ in range(number % 4 * 5)]
+        rows.append((sampling, [*prompt, *generated], len(prompt), RowState()))
+    for _ in range(40):
+        batch = torch.randn(len(rows), SIZE, generator=generator) * 2
+        wanted = [
+            max(range(SIZE), key=adjusted(row, sampling, history, num_prompt).__getitem__)
+            for row, (sampling, history, num_prompt, _) in zip(batch, rows, strict=True)
+        ]
+        plain = batch.clone()
+        chosen = sample(
+            batch,
+            [
+                SampleRow(sampling, len(history) - num_prompt, history, state)
+                for sampling, history, num_prompt, state in rows
+            ],
+        )
+        assert chosen == wanted
+        assert torch.equal(batch, plain)
+        for token_id, (_, history, _, _) in zip(chosen, rows, strict=True):
+            history.append(token_id)
+
+
+@pytest.mark.parametrize("temperature", [0.0, DENORMAL, 1.0, 100.0])
+def test_a_bias_forces_and_forbids(temperature: float) -> None:
+    forced = Sampling(temperature=temperature, seed=1, top_k=1, logit_bias=((7, 100.0),))
+    assert set(sample(logits().expand(50, -1), [SampleRow(forced, i, []) for i in range(50)])) == {7}
+    forbidden = Sampling(temperature=min(temperature, 1.0), logit_bias=((0, -100.0), (SIZE, 100.0), (2**32 - 1, 1.0)))
+    assert set(sample(torch.zeros(50, 2), [SampleRow(forbidden, i, []) for i in range(50)])) == {1}
+    # What the model excludes stays excluded.
+    excluded = torch.tensor([[0.0, -math.inf]])
+    assert sample(excluded, [SampleRow(Sampling(logit_bias=((1, 100.0),)), 0, [])]) == [0]
+
+
 def test_top_k_keeps_exactly_k_also_of_equals() -> None:
     for k in (1, 2, 3, 7):
         assert drawn([0.0, 1.0, 1.0, 1.0, 1.0, -1.0, 0.0], 600, top_k=k) == set([1, 2, 3, 4, 0, 6, 5][:k])
@@ -167,14 +226,15 @@ class Counted(list[int]):
 
 @pytest.mark.parametrize("length", [100, 10_000])
 def test_a_step_looks_at_new_tokens_only(length: int) -> None:
-    history, seen = Counted([3] * length), SeenTokens()
-    sampling = Sampling(repetition_penalty=1.5)
+    history, state = Counted([3] * length), RowState()
+    sampling = Sampling(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.5)
     for step in range(20):
-        sample(logits()[None], [SampleRow(sampling, step, history, seen)])
+        sample(logits()[None], [SampleRow(sampling, step, history, state)])
         if step == 0:
             history.num_read = 0
         history.append(step % SIZE)
-    assert history.num_read <= 20
+    # Each once for the whole of it, and once for what is generated.
+    assert history.num_read <= 40
 
 
 def test_log_probabilities_of_many_rows_are_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,13 @@ BAD: dict[str, tuple[kserve_pb2.ModelInferRequest, set[str]]] = {
     "half a character": (a_request(settings(b'{"stop": ["\\ud800"]}')), {"sampling_parameters.stop"}),
     "a stop that is a number": (a_request(settings({"stop": [1]})), {"sampling_parameters.stop"}),
     "stop ids that are text": (a_request(settings({"stop_token_ids": ["a"]})), {"sampling_parameters.stop_token_ids"}),
+    "biases that are a list": (a_request(settings({"logit_bias": [[5, 1]]})), {"sampling_parameters.logit_bias"}),
+    "a bias of a word": (a_request(settings({"logit_bias": {"king": 1}})), {"sampling_parameters.logit_bias"}),
+    "a bias of null": (a_request(settings({"logit_bias": {"5": None}})), {"sampling_parameters.logit_bias"}),
+    "many biases": (
+        a_request(settings({"logit_bias": {i: 1 for i in range(1025)}})),
+        {"sampling_parameters.logit_bias"},
+    ),
     "null": (a_request(settings({"temperature": None})), {"sampling_parameters.temperature"}),
     "several things": (
         a_request(settings({"top_k": -1}), parameters={"seed": -1}, outputs=[Output(name="x")]),
@@ -179,6 +186,11 @@ def test_contents_and_raw_contents_mean_the_same() -> None:
     assert (plain.is_streamed, raw.is_streamed, plain.is_raw, raw.is_raw) == (True, True, False, True)
 
 
+def test_biases_are_a_setting() -> None:
+    asked = inference_of(a_request(settings({"logit_bias": {"5": -100, "7": 0.5}})))
+    assert dict(asked.request.sampling.logit_bias) == {5: -100, 7: 0.5}
+
+
 @pytest.mark.parametrize(
     ("name", "value", "part", "field", "wanted"),
     [
@@ -192,6 +204,8 @@ def test_contents_and_raw_contents_mean_the_same() -> None:
         ("top_k", 5, "sampling", "top_k", 5),
         ("min_p", 0.25, "sampling", "min_p", 0.25),
         ("repetition_penalty", 1.5, "sampling", "repetition_penalty", 1.5),
+        ("presence_penalty", -0.5, "sampling", "presence_penalty", -0.5),
+        ("frequency_penalty", "2", "sampling", "frequency_penalty", 2.0),
         ("seed", 2**63 - 1, "sampling", "seed", 2**63 - 1),
         ("stop", "end", "stopping", "stop_strings", ["end"]),
         ("ignore_eos", True, "stopping", "ignore_eos", True),

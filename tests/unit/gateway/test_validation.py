@@ -56,6 +56,13 @@ BAD = {
     "negative min_p": (sampling(min_p=-1), "sampling.min_p"),
     "negative penalty": (sampling(repetition_penalty=-1), "sampling.repetition_penalty"),
     "NaN penalty": (sampling(repetition_penalty=math.nan), "sampling.repetition_penalty"),
+    "NaN presence penalty": (sampling(presence_penalty=math.nan), "sampling.presence_penalty"),
+    "bias outside the vocabulary": (
+        sampling(logit_bias={CARD.vocab_size: 1}),
+        f"sampling.logit_bias[{CARD.vocab_size}]",
+    ),
+    "large bias": (sampling(logit_bias={1: 1, 3: 100.1}), "sampling.logit_bias[3]"),
+    "NaN bias": (sampling(logit_bias={3: math.nan}), "sampling.logit_bias[3]"),
     "no tokens": (stopping(max_tokens=0), "stopping.max_tokens"),
     "empty stop string": (stopping(stop_strings=["a", ""]), "stopping.stop_strings[1]"),
     "long stop string": (stopping(stop_strings=["a" * 257]), "stopping.stop_strings[0]"),
@@ -86,6 +93,8 @@ RANGES = {
     "top_k": ([0, 1, CARD.vocab_size, 2**32 - 1], []),
     "min_p": ([0.0, 1e-45, 1.0], [-1e-45, 1.0000002, math.nan]),
     "repetition_penalty": ([1e-45, 1.0, 100.0], [0.0, -0.0, -1e-45, 100.00001, math.inf]),
+    "presence_penalty": ([-2.0, 0.0, 2.0], [-2.000001, 2.000001, -math.inf]),
+    "frequency_penalty": ([-2.0, 0.0, 2.0], [-2.000001, 2.000001, math.nan]),
     "seed": ([0, 1, 2**63, 2**64 - 1], []),
 }
 """Of common.proto: what each end of the documented range is, and what lies just beyond."""
@@ -132,6 +141,7 @@ def chat_of(turns: list[tuple[str, str]]) -> inference_pb2.GenerateRequest:
 HUGE = {
     # Each says one thing about it, however large it is.
     "ids outside the vocabulary": (ids(*[10**6] * 99), "token_ids.ids[0]"),
+    "a hundred thousand biases": (sampling(logit_bias=dict.fromkeys(range(100_000), 1e9)), "sampling.logit_bias"),
     "a million stop strings": (stopping(stop_strings=[""] * 1_000_000), "stopping.stop_strings"),
     "a million stop ids": (stopping(stop_token_ids=[10**6] * 1_000_000), "stopping.stop_token_ids"),
     "a million messages": (chat_of([("", "")] * 1_000_000), "chat.messages"),

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 import io
-import math
 import os
 import random
 import zipfile
@@ -46,9 +45,6 @@ BAD = {
     "more images": (a_request(extra_mm_inputs=[vllm_pb2.MultimodalInputs()]), "extra_mm_inputs"),
     "images elsewhere": (a_request(media_refs=vllm_pb2.MediaRefs()), "media_refs"),
     "a rank": (a_request(data_parallel_rank=-1), "data_parallel_rank"),
-    "frequency": (params(frequency_penalty=0.1), "sampling_params.frequency_penalty"),
-    "NaN frequency": (params(frequency_penalty=math.nan), "sampling_params.frequency_penalty"),
-    "presence": (params(presence_penalty=-1), "sampling_params.presence_penalty"),
     "min_tokens": (params(min_tokens=1), "sampling_params.min_tokens"),
     "several outputs": (params(n=2**32 - 1), "sampling_params.n"),
     "schema": (params(json_schema=""), "sampling_params.json_schema"),
@@ -58,7 +54,8 @@ BAD = {
     "all logprobs": (params(logprobs=-1), "sampling_params.logprobs"),
     "the prompt's logprobs": (params(prompt_logprobs=0), "sampling_params.prompt_logprobs"),
     "negative seed": (params(seed=-(2**31)), "sampling_params.seed"),
-    "bias": (params(logit_bias={1: math.nan}), "sampling_params.logit_bias"),
+    "bias": (params(logit_bias={-1: 1.0}), "sampling_params.logit_bias"),
+    "many biases": (params(logit_bias=dict.fromkeys(range(1025), 1.0)), "sampling_params.logit_bias"),
     "truncation": (params(truncate_prompt_tokens=5), "sampling_params.truncate_prompt_tokens"),
     "ids beyond the context": (
         a_request(tokenized=vllm_pb2.TokenizedInput(input_ids=[1] * CARD.context_tokens)),
@@ -91,6 +88,9 @@ def test_every_field_that_is_served() -> None:
             top_k=3,
             min_p=0.125,
             repetition_penalty=1.5,
+            presence_penalty=-2,
+            frequency_penalty=1.25,
+            logit_bias={5: -100},
             max_tokens=4,
             stop=["x"],
             stop_token_ids=[7],
@@ -105,6 +105,8 @@ def test_every_field_that_is_served() -> None:
     sampling, stopping = found.sampling, found.stopping
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.25, 3, 0.125)
     assert (sampling.repetition_penalty, sampling.seed) == (1.5, 8)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-2, 1.25)
+    assert dict(sampling.logit_bias) == {5: -100}
     assert (stopping.max_tokens, list(stopping.stop_strings), list(stopping.stop_token_ids)) == (4, ["x"], [7])
     assert stopping.ignore_eos
     assert found.response.HasField("num_logprobs") and found.response.num_logprobs == 0

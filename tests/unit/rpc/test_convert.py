@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bucketserve.core.types import FinishReason, Headroom, RequestId
+from bucketserve.ports import Sampling
 from bucketserve.rpc.convert import (
     finish_reason_from_pb,
     finish_reason_to_pb,
@@ -44,6 +45,35 @@ def test_whose_kv_a_run_may_use() -> None:
         spec = scheduler_pb2.RunSpec(token_ids=[7], max_new_tokens=2, prefix_salt=salt)
         read = scheduler_pb2.RunSpec.FromString(spec.SerializeToString())
         assert sequence_from_spec(read, RequestId("a.1"), "b").prefix_salt == salt
+
+
+def test_how_tokens_are_chosen() -> None:
+    spec = scheduler_pb2.RunSpec(
+        token_ids=[7],
+        max_new_tokens=2,
+        sampling=common_pb2.SamplingParams(
+            temperature=0.5,
+            top_p=0.25,
+            top_k=3,
+            min_p=0.125,
+            repetition_penalty=1.5,
+            presence_penalty=-2.0,
+            frequency_penalty=0.75,
+            logit_bias={9: -100.0, 2: 0.5},
+            seed=2**64 - 1,
+        ),
+    )
+    assert sequence_from_spec(spec, RequestId("a.1"), "b").sampling == Sampling(
+        temperature=0.5,
+        top_p=0.25,
+        top_k=3,
+        min_p=0.125,
+        repetition_penalty=1.5,
+        presence_penalty=-2.0,
+        frequency_penalty=0.75,
+        logit_bias=((2, 0.5), (9, -100.0)),
+        seed=2**64 - 1,
+    )
 
 
 def test_how_a_worker_s_kv_is_used_and_how_far_it_has_got() -> None:

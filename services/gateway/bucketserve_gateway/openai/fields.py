@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bucketserve_gateway.openai.errors import ParameterError
@@ -21,6 +21,14 @@ class Fields:
         self._members = members
         self._path = f"{path}." if path else ""
         self._taken: set[str] = set()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the names of the members."""
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        """Number of members."""
+        return len(self._members)
 
     def name(self, name: str) -> str:
         """Returns the name by which errors call a member."""

@@ -6,6 +6,7 @@ nobody gets something else than was asked for. docs/clients.md says what is serv
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway.openai.caller import Caller, label_of
 from bucketserve_gateway.openai.errors import ParameterError
 from bucketserve_gateway.openai.fields import Fields
+from bucketserve_gateway.validation import MAX_LOGIT_BIASES
 
 __all__ = ["MAX_CHOICES", "Wanted", "chat_completion", "completion"]
 
@@ -24,6 +26,7 @@ MAX_STOPS = 4
 MAX_MESSAGES, MAX_PARTS = 4096, 4096
 """Of a conversation, and of a message."""
 UINT32 = 2**32 - 1
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's, where the native API has its own."""
@@ -183,9 +186,6 @@ def _wanted(
     tier = fields.text("service_tier")
     if tier is not None and tier not in TIERS:
         raise ParameterError("service_tier", f"one of {', '.join(TIERS)}", "invalid_value")
-    fields.only("frequency_penalty", 0, 0.0)
-    fields.only("presence_penalty", 0, 0.0)
-    fields.only("logit_bias", {})
     is_stream = fields.flag("stream") or False
     has_usage, has_usage_always = _stream_options(fields, is_stream)
     user = label_of(fields.text("user") or "")
@@ -246,8 +246,23 @@ def _sampling(fields: Fields) -> common_pb2.SamplingParams:
         top_k=None if top_k is None else max(top_k, 0),
         min_p=fields.number("min_p"),
         repetition_penalty=fields.number("repetition_penalty"),
+        presence_penalty=fields.number("presence_penalty"),
+        frequency_penalty=fields.number("frequency_penalty"),
+        logit_bias=_biases(fields),
         seed=None if seed is None else seed % 2**64,
     )
+
+
+def _biases(fields: Fields) -> dict[int, float]:
+    """Returns what is added to the logits of token ids, which are names in JSON."""
+    biases = fields.object("logit_bias")
+    if biases is None:
+        return {}
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise ParameterError("logit_bias", f"at most {MAX_LOGIT_BIASES}", "object_above_max_properties")
+    if not all(_TOKEN_ID.fullmatch(name) and int(name) <= UINT32 for name in biases):
+        raise ParameterError("logit_bias", "invalid type: an object of token ids and numbers is needed", "invalid_type")
+    return {int(name): biases.number(name) or 0.0 for name in biases}
 
 
 def _num_choices(fields: Fields, num_prompts: int) -> int:
