@@ -1,35 +1,18 @@
-"""OpenAI's own client for files and batches, and what it is given to do."""
+"""Batches as tests have them done by OpenAI's own client."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 from openai.types import Batch, FileObject
 
-from bucketserve_cli.stack import LocalStack
 from tests.e2e.observe import eventually
+from tests.e2e.openai_client import CHAT, TEXT
 
-__all__ = [
-    "CHAT",
-    "ENDED",
-    "TENANT",
-    "TEXT",
-    "chat_line",
-    "ended",
-    "jsonl",
-    "rows",
-    "sdk",
-    "send_in",
-    "start",
-    "text_line",
-]
+__all__ = ["ENDED", "chat_line", "ended", "jsonl", "rows", "send_in", "start", "text_line"]
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-TENANT = "x-llm-d-inference-fairness-id"
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 
@@ -46,18 +29,6 @@ def text_line(custom_id: str, **body: Any) -> dict[str, Any]:
 
 def jsonl(*lines: Any) -> bytes:
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-
-
-@contextlib.asynccontextmanager
-async def sdk(
-    stack: LocalStack, tenant: str = "", gateway: int = 0, key: str = "-"
-) -> AsyncIterator[openai.AsyncOpenAI]:
-    address = stack.http_addresses[gateway]
-    headers = {TENANT: tenant} if tenant else {}
-    async with openai.AsyncOpenAI(
-        base_url=f"http://{address}/v1", api_key=key, max_retries=0, default_headers=headers
-    ) as client:
-        yield client
 
 
 async def send_in(client: openai.AsyncOpenAI, content: bytes, name: str = "in.jsonl") -> FileObject:

@@ -16,21 +16,10 @@ from bucketserve.store.redis import connect
 from bucketserve_cli.stack import LocalStack
 from bucketserve_gateway.keys import hash_of, new_key
 from tests.certificates import replace
-from tests.e2e.batch_client import (
-    CHAT,
-    ENDED,
-    TEXT,
-    chat_line,
-    ended,
-    jsonl,
-    rows,
-    sdk,
-    send_in,
-    start,
-    text_line,
-)
+from tests.e2e.batch_client import ENDED, chat_line, ended, jsonl, rows, send_in, start, text_line
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import eventually, metric
+from tests.e2e.openai_client import CHAT, TEXT, sdk
 from tests.e2e.test_stack import SLOW
 
 pytestmark = pytest.mark.e2e
@@ -44,7 +33,7 @@ async def test_a_batch_from_its_file_to_its_output(stack: LocalStack) -> None:
     lines[8]["body"]["stream"] = True
     lines[9]["body"]["max_tokens"] = 5000
     content = jsonl(*lines)
-    async with sdk(stack, "acme") as client, sdk(stack, "acme", gateway=1) as other:
+    async with sdk(stack, tenant="acme") as client, sdk(stack, tenant="acme", gateway=1) as other:
         file = await send_in(client, content, "folder/../in.jsonl")
         assert (file.object, file.purpose, file.filename, file.bytes) == ("file", "batch", "in.jsonl", len(content))
         assert file.expires_at == file.created_at + 86_400
@@ -167,7 +156,7 @@ async def test_what_a_file_has_that_is_no_batch_is_said_line_by_line(stack: Loca
         (json.dumps(good).encode(), "duplicate_custom_id", "custom_id"),
     ]
     content = jsonl(good) + b"\n".join(line for line, _, _ in wrong)
-    async with sdk(stack, "lines") as client:
+    async with sdk(stack, tenant="lines") as client:
         batch = await start(client, content)
         assert (batch.status, batch.output_file_id, batch.error_file_id) == ("failed", None, None)
         assert batch.failed_at and not batch.in_progress_at
@@ -240,7 +229,7 @@ async def test_files_and_batches_are_their_tenants_alone(new_stack: NewStack, tm
         assert {each.id async for each in owner.files.list()} == set(ids)
         # Nobody gets into another's by naming him, and nobody without the scope.
         for key, tenant in ((keys["other"], "acme"), (keys["prompts"], "")):
-            async with sdk(stack, tenant, key=key) as client:
+            async with sdk(stack, tenant=tenant, key=key) as client:
                 for call in (client.files.list, client.batches.list):
                     with pytest.raises(openai.PermissionDeniedError):
                         await call()
@@ -264,7 +253,7 @@ async def test_files_and_batches_are_their_tenants_alone(new_stack: NewStack, tm
 
 @pytest.mark.stack(environ={**SLOW, "BUCKETSERVE_GATEWAY_JOB_CONCURRENCY": "8"})
 async def test_a_cancelled_batch_keeps_what_is_there_and_says_what_is_not(stack: LocalStack) -> None:
-    async with sdk(stack, "canceller") as client:
+    async with sdk(stack, tenant="canceller") as client:
         batch = await start(client, jsonl(*(chat_line(f"c{i}", max_tokens=50) for i in range(700))))
         with pytest.raises(openai.NotFoundError):
             await client.files.retrieve(f"file-{batch.id.removeprefix('batch_')}-output")
@@ -288,7 +277,7 @@ async def test_a_cancelled_batch_keeps_what_is_there_and_says_what_is_not(stack:
 
 @pytest.mark.stack(environ={**SLOW, "BUCKETSERVE_GATEWAY_JOB_CONCURRENCY": "8"})
 async def test_a_batch_expires_with_its_window(stack: LocalStack) -> None:
-    async with sdk(stack, "late") as client:
+    async with sdk(stack, tenant="late") as client:
         batch = await start(client, jsonl(*(chat_line(f"c{i}", max_tokens=50) for i in range(300))))
         await eventually(lambda: metric(stack, "gateway", "bucketserve_gateway_job_requests_total") >= 8)
         store = connect(stack.redis_url)
@@ -310,12 +299,12 @@ async def test_a_batch_survives_its_gateways(new_stack: NewStack) -> None:
         environ={**SLOW, "BUCKETSERVE_GATEWAY_JOB_LEASE_S": "2", "BUCKETSERVE_GATEWAY_JOB_CONCURRENCY": "16"},
     )
     number = 150
-    async with sdk(stack, "t", gateway=0) as client:
+    async with sdk(stack, tenant="t", gateway=0) as client:
         batch = await start(client, jsonl(*(text_line(f"c{i}", max_tokens=20) for i in range(number))), TEXT)
     await eventually(lambda: metric(stack, "gateway", "bucketserve_gateway_job_requests_total") >= 4)
     stack.services["gateway"].signal(signal.SIGKILL)
     stack.services["gateway"].wait(5)
-    async with sdk(stack, "t", gateway=1) as client:
+    async with sdk(stack, tenant="t", gateway=1) as client:
         assert (await client.batches.retrieve(batch.id)).status == "in_progress"
         done = await ended(client, batch.id)
         assert done.status == "completed"
@@ -334,7 +323,7 @@ async def test_what_tenants_store_is_bounded_with_their_jobs(new_stack: NewStack
             "BUCKETSERVE_GATEWAY_MAX_JOB_REQUESTS": "20",
         }
     )
-    async with sdk(stack, "a") as client, sdk(stack, "b") as other:
+    async with sdk(stack, tenant="a") as client, sdk(stack, tenant="b") as other:
         with pytest.raises(openai.APIStatusError) as caught:
             await send_in(client, b"x" * 160_000)
         assert caught.value.status_code == 413

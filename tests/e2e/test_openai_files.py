@@ -11,23 +11,16 @@ import pytest
 
 from bucketserve.store.redis import connect
 from bucketserve_cli.stack import LocalStack
-from tests.e2e.batch_client import (
-    CHAT,
-    TENANT,
-    chat_line,
-    ended,
-    jsonl,
-    sdk,
-    send_in,
-)
+from tests.e2e.batch_client import chat_line, ended, jsonl, send_in
 from tests.e2e.observe import eventually
+from tests.e2e.openai_client import CHAT, TENANT, sdk
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.stack()
 async def test_lists_have_pages_and_lose_nothing_though_what_they_name_goes(stack: LocalStack) -> None:
-    async with sdk(stack, "pages") as client:
+    async with sdk(stack, tenant="pages") as client:
         files = [await send_in(client, jsonl(chat_line("a"), chat_line("b", n=0))) for _ in range(7)]
         batches = []
         for file in files[:3]:
