@@ -37,8 +37,8 @@ test-fast: $(READY) ## Unit and property tests only
 test-e2e: $(READY) ## Tests over real processes only
 	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' tests/e2e
 
-fuzz: $(READY) ## 100,000 random inputs to every RPC of real processes
-	FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/e2e/test_fuzz.py
+fuzz: $(READY) ## 100,000 random inputs to every RPC and route of real processes
+	FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/e2e/test_fuzz.py tests/e2e/test_fuzz_http.py
 
 abuse: $(READY) ## Hostile clients in full against a stack of processes with limited memory: nobody else notices
 	ABUSE_SCALE=1 $(BIN)/python -m pytest -q -s tests/e2e/test_abuse.py

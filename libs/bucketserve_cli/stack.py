@@ -143,7 +143,12 @@ class LocalStack:
     @property
     def http_address(self) -> str:
         """Where the first gateway serves OpenAI's HTTP API; empty if it does not."""
-        return str(self._https[0].local()) if self._https[0] else ""
+        return self.http_addresses[0]
+
+    @property
+    def http_addresses(self) -> list[str]:
+        """The same of every gateway."""
+        return [str(address.local()) if address else "" for address in self._https]
 
     @property
     def delivery_address(self) -> str:

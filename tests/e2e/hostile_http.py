@@ -101,6 +101,76 @@ async def http_unread(address: str, scale: float) -> Outcomes:
     return found
 
 
+FORM = b"POST /v1/files HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=b\r\nConnection: close\r\n"
+PURPOSE = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+FILE = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+
+
+def send_in(content: bytes, end: bytes = b"\r\n--b--\r\n") -> bytes:
+    body = PURPOSE + FILE + content + end
+    return FORM + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+async def http_files(address: str, scale: float) -> Outcomes:
+    """Forms that take time to read, files as large as may be and beyond, and such as drip and never end."""
+    kinds = [
+        send_in(b"x" * 20_000_000),
+        send_in(b"\n" * 20_000_000),
+        send_in(b"\r\n--" * 5_000_000),
+        send_in(b"\r\n--b " * 3_000_000),
+        send_in((b"\r\n" + PURPOSE) * 300_000),
+        FORM + b"Content-Length: 60000000\r\n\r\n" + PURPOSE + FILE + b"x" * 100_000,
+        FORM + b"Content-Length: 20000000\r\n\r\n--b\r\n" + b"X: a\r\n" * 3_000_000,
+        FORM + b"Content-Length: 20000000\r\n\r\n--b\r\nX: " + b" " * 19_999_990,
+        FORM + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n-\r\n" * 300_000,
+    ]
+    tasks = [asyncio.create_task(exchange(address, data)) for data in kinds * max(round(10 * scale), 1)]
+    done, unfinished = await asyncio.wait(tasks, timeout=5 + 25 * min(scale, 1))
+    for task in unfinished:
+        task.cancel()
+    await asyncio.gather(*unfinished, return_exceptions=True)
+    return Counter(task.result() for task in done)
+
+
+async def http_batches(address: str, scale: float) -> Outcomes:
+    """Batches of lines that are many, wrong, or long; lists and files, again and again, that nobody reads."""
+    line = b'{"custom_id": "%d", "method": "POST", "url": "/v1/completions", "body": {"prompt": [5], "max_tokens": 1}}'
+    contents = [
+        b"\n".join(line % i for i in range(max(round(20_000 * scale), 100))),
+        b"{}\n" * 1_000_000,
+        b"\n" * 5_000_000,
+        b"[" * 5_000_000,
+        b'{"body": [' + b"5," * 5_000_000,
+    ]
+    found = Counter[str]()
+    for content in contents:
+        head, _, body = (await whole(address, send_in(content))).partition(b"\r\n\r\n")
+        found[head[9:12].decode() or "cut"] += 1
+        if not head.startswith(b"HTTP/1.1 200"):
+            continue
+        terms = {"input_file_id": json.loads(body)["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        made = post(json.dumps(terms).encode()).replace(b"/v1/chat/completions", b"/v1/batches")
+        found += await send(address, [made] * max(round(20 * scale), 1))
+        path = b"GET /v1/files/%s/content HTTP/1.1\r\nConnection: close\r\n\r\n" % terms["input_file_id"].encode()
+        found += await send(address, [path] * max(round(100 * scale), 1), hold_s=1)
+    again = [b"GET %s HTTP/1.1\r\nConnection: close\r\n\r\n" % path for path in (b"/v1/files", b"/v1/batches")]
+    return found + await send(address, again * max(round(200 * scale), 1))
+
+
+async def whole(address: str, data: bytes) -> bytes:
+    """Sends bytes; returns all of the answer."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        with contextlib.suppress(ConnectionError):
+            writer.write(data)
+            await writer.drain()
+            return await reader.read()
+        return b""
+    finally:
+        writer.transport.abort()
+
+
 HOSTILE_HTTP: dict[str, Callable[[str, float], Coroutine[Any, Any, Outcomes]]] = {
-    kind.__name__: kind for kind in (http_bodies, http_frames, http_silence, http_unread)
+    kind.__name__: kind for kind in (http_bodies, http_frames, http_silence, http_unread, http_files, http_batches)
 }

@@ -25,7 +25,7 @@ import redis.asyncio as aioredis
 from bucketserve.core.errors import OverloadedError
 from bucketserve.store.redis import guard
 
-__all__ = ["JobRoom"]
+__all__ = ["LATER_S", "JobRoom"]
 
 LATER_S = 3600
 """The room outlives its job, whose last requests may run for long after it was last looked at."""

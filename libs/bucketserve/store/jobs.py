@@ -3,7 +3,8 @@
 | key                       | type   | content                                                                      |
 |---------------------------|--------|------------------------------------------------------------------------------|
 | bs:{job id}:meta          | hash   | state, total, done, failed, ttl (s), created (us), tenant, digest of requests,|
-|                           |        | name of the upload that they came by                                         |
+|                           |        | name of the upload that they came by; started, ended (us); bytes of results  |
+|                           |        | and of those that are errors; of a batch: note, until, stopped (us), gone    |
 | bs:{job id}:upload:{name} | hash   | the same while they come in: each submission has its own until one is whole  |
 | bs:{job id}:item          | hash   | index -> serialised request                                                  |
 | bs:{job id}:pending       | zset   | indices that nobody runs                                                     |
@@ -14,6 +15,11 @@
 | bs:{d/jobs}:open | zset   | job id -> created (us); jobs that may have something to run                  |
 
 All keys of a job expire together, ttl seconds after its last progress: a request taken up, still running, or ended.
+Requests are forgotten when all have results.
+
+A job with a note is a batch of OpenAI's API: what the note says, and what requests and results are, is the gateway's
+matter (bucketserve_gateway/openai). It may be over before all have results: then the runners give those that are left
+an error each.
 """
 
 from __future__ import annotations
@@ -47,6 +53,9 @@ SCRIPTS = (
     "job_put",
     "job_start",
     "job_cancel",
+    "job_stop",
+    "job_fail",
+    "job_discard",
     "job_claim",
     "job_renew",
     "job_release",
@@ -63,7 +72,7 @@ class JobInfo:
 
     job_id: str
     state: str
-    """loading, running, completed or cancelled."""
+    """loading, running, completed or cancelled; of a batch also failed: it was refused as a whole."""
     tenant: str
     num_requests: int
     num_done: int
@@ -72,6 +81,24 @@ class JobInfo:
     created_unix_us: int
     upload: str = ""
     """Name of the submission that its requests came by; empty before it runs."""
+    note: bytes = b""
+    """What a batch is; empty for the jobs of JobService."""
+    started_unix_us: int = 0
+    ended_unix_us: int = 0
+    until_unix_us: int = 0
+    """When it is over, whatever has a result by then; 0 for never."""
+    stopped_unix_us: int = 0
+    """When somebody wanted it to be over, if it was running."""
+    num_bytes: int = 0
+    """Of results that are no errors."""
+    num_error_bytes: int = 0
+    gone: frozenset[str] = frozenset()
+    """Kinds of results that were taken out: done, failed."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its requests are not to run any more."""
+        return self.stopped_unix_us > 0 or 0 < self.until_unix_us <= time.time_ns() // 1000
 
     @property
     def submission(self) -> str:
@@ -94,11 +121,18 @@ class JobStore:
         folder = resources.files("bucketserve.store") / "lua"
         self._scripts = {name: client.register_script((folder / f"{name}.lua").read_text()) for name in SCRIPTS}
 
-    async def begin(self, job_id: str, tenant: str, ttl_s: int) -> JobInfo:
-        """Makes room for a job's requests; returns the job if there is one of that id."""
+    async def begin(
+        self, job_id: str, tenant: str, ttl_s: int, *, note: bytes = b"", window_s: int | None = None
+    ) -> JobInfo:
+        """Makes room for a job's requests; returns the job if there is one of that id.
+
+        A batch has a note, and a window after which it is over.
+        """
         created_us = time.time_ns() // 1000
-        fields: dict[str, str | int] = {"tenant": tenant, "ttl": ttl_s, "created": created_us}
+        fields: dict[str, str | int | bytes] = {"tenant": tenant, "ttl": ttl_s, "created": created_us}
         fields |= {"total": 0, "done": 0, "failed": 0}
+        if window_s is not None:
+            fields |= {"note": note, "until": created_us + window_s * 1_000_000}
         pairs = [item for field in fields.items() for item in field]
         await self._run("job_begin", [_key(job_id, "meta")], LOADING_TTL_S, *pairs)
         return await self.get(job_id)
@@ -151,6 +185,44 @@ class JobStore:
         await self._run("job_cancel", _parts(job_id))
         return await self.get(job_id)
 
+    async def stop(self, job_id: str) -> JobInfo:
+        """Lets a batch be over now; one that is still being submitted is cancelled.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        await self._run("job_stop", [_key(job_id, "meta")])
+        return await self.get(job_id)
+
+    async def fail(self, job_id: str, note: bytes) -> JobInfo:
+        """Ends a batch that was being submitted: nothing of it runs. The note says why.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        await self._run("job_fail", [_key(job_id, "meta")], note)
+        return await self.get(job_id)
+
+    async def drop(self, job_id: str, upload: str) -> None:
+        """Removes what has come in of a submission that broke off."""
+        await self._ask(self._client.unlink(_key(job_id, f"upload:{upload}")))
+
+    async def forget(self, job_id: str) -> None:
+        """Removes a batch of which nothing has started."""
+        await self._ask(self._client.unlink(_key(job_id, "meta")))
+
+    async def discard(self, job_id: str, kind: str, indices: Sequence[int]) -> None:
+        """Takes results of a kind, done or failed, out of a job that has ended."""
+        await self._run("job_discard", [_key(job_id, "meta"), _key(job_id, "result")], kind, *indices)
+
+    async def get_many(self, job_ids: Sequence[str]) -> list[JobInfo | None]:
+        """Returns jobs; None for each that there is not, or not any more."""
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for job_id in job_ids:
+                pipeline.hgetall(_key(job_id, "meta"))
+            found = await self._ask(cast(Awaitable[list[dict[bytes, bytes]]], pipeline.execute()))
+        return [_info(job_id, meta) for job_id, meta in zip(job_ids, found, strict=True)]
+
     async def results(
         self, job_id: str, indices: Sequence[int], max_bytes: int = MAX_ANSWER_BYTES
     ) -> list[bytes | None]:
@@ -167,14 +239,10 @@ class JobStore:
         names = [name.decode() for name in cast(list[bytes], await self._ask(self._client.zrange(self._open, 0, -1)))]
         jobs = []
         for start in range(0, len(names), JOBS_AT_ONCE):
-            async with self._client.pipeline(transaction=False) as pipeline:
-                for name in names[start : start + JOBS_AT_ONCE]:
-                    pipeline.hgetall(_key(name, "meta"))
-                found = await self._ask(cast(Awaitable[list[dict[bytes, bytes]]], pipeline.execute()))
-            for name, fields in zip(names[start:], found, strict=False):
-                info = _info(name, fields)
-                if info is None or info.state not in UNENDED:
-                    info = await self._unlist(name)
+            some = names[start : start + JOBS_AT_ONCE]
+            for name, found in zip(some, await self.get_many(some), strict=True):
+                is_open = found is not None and found.state in UNENDED
+                info = found if is_open else await self._unlist(name)
                 if info is not None and info.state == "running":
                     jobs.append(info)
         return jobs
@@ -221,7 +289,7 @@ class JobStore:
 
     async def finish(self, job_id: str, owner: str, index: int, result: bytes, *, is_error: bool) -> bool:
         """Stores a result; False if the request is not the runner's any more or has one."""
-        return bool(await self._run("job_finish", _parts(job_id), owner, index, result, int(is_error)))
+        return bool(await self._run("job_finish", _parts(job_id), owner, index, result, int(is_error), len(result)))
 
     async def _meta(self, job_id: str) -> dict[bytes, bytes]:
         return await self._ask(cast(Awaitable[dict[bytes, bytes]], self._client.hgetall(_key(job_id, "meta"))))
@@ -250,6 +318,14 @@ def _info(job_id: str, meta: dict[bytes, bytes]) -> JobInfo | None:
         ttl_s=int(meta[b"ttl"]),
         created_unix_us=int(meta[b"created"]),
         upload=meta.get(b"upload", b"").decode(),
+        note=meta.get(b"note", b""),
+        started_unix_us=int(meta.get(b"started", 0)),
+        ended_unix_us=int(meta.get(b"ended", 0)),
+        until_unix_us=int(meta.get(b"until", 0)),
+        stopped_unix_us=int(meta.get(b"stopped", 0)),
+        num_bytes=int(meta.get(b"bytes:done", 0)),
+        num_error_bytes=int(meta.get(b"bytes:failed", 0)),
+        gone=frozenset(kind for kind in ("done", "failed") if f"gone:{kind}".encode() in meta),
     )
 
 

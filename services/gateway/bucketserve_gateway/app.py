@@ -13,8 +13,10 @@ from bucketserve.core.errors import SettingsError
 from bucketserve.process import default_instance_id, unless_stopped
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.server import RpcServer
+from bucketserve.store.files import FileStore
 from bucketserve.store.job_room import JobRoom
 from bucketserve.store.jobs import JobStore
+from bucketserve.store.listing import Listing
 from bucketserve.store.quotas import QuotaStore
 from bucketserve.store.redis import connect
 from bucketserve.telemetry.names import Service
@@ -25,14 +27,15 @@ from bucketserve_gateway.auth import Keys
 from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.job_runner import JobRunner
 from bucketserve_gateway.jobs import JobServicer
-from bucketserve_gateway.models import load_models
-from bucketserve_gateway.openai import HttpServer
+from bucketserve_gateway.models import ModelCatalog, load_models
+from bucketserve_gateway.openai import BatchLines, HttpServer, Shelves
 from bucketserve_gateway.public import grpc_server, http_server
 from bucketserve_gateway.quotas import Quotas
 from bucketserve_gateway.requests import OpenRequests
 from bucketserve_gateway.scheduler_link import SchedulerLink
 from bucketserve_gateway.servicer import GatewayParts, InferenceServicer
 from bucketserve_gateway.settings import GatewaySettings
+from bucketserve_gateway.submissions import Submissions
 from bucketserve_gateway.telemetry import GatewayTelemetry
 from bucketserve_gateway.tokenizer_pool import TokenizerPool
 
@@ -111,12 +114,11 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
         )
         inference = InferenceServicer(parts)
         is_leaving = asyncio.Event()
-        jobs_api = JobServicer(
-            stores.jobs, stores.room, catalog, settings, admission=admission, is_leaving=is_leaving.is_set
-        )
+        submissions = Submissions(stores.jobs, stores.room, settings, admission)
+        jobs_api = JobServicer(submissions, catalog, settings, is_leaving=is_leaving.is_set)
         public, http = (
             grpc_server(parts, ours, inference, jobs_api, is_leaving.is_set),
-            http_server(parts, ours, inference),
+            http_server(parts, ours, inference, submissions, stores.shelves),
         )
         internal = RpcServer(
             settings.delivery_listen,
@@ -137,7 +139,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             health = tasks.create_task(
                 _show_health([public, internal, http], scheduler, settings.scheduler_wait_s), name="health"
             )
-            runner = _job_runner(stores, inference, gateway_id, settings, observer)
+            runner = _job_runner(stores, inference, gateway_id, settings, observer, catalog)
             jobs = tasks.create_task(runner.run(), name="job-runner") if runner else None
             try:
                 for server in (internal, public, http):
@@ -183,6 +185,7 @@ class _Stores(NamedTuple):
     jobs: JobStore | None = None
     room: JobRoom | None = None
     quotas: QuotaStore | None = None
+    shelves: Shelves | None = None
 
 
 def _stores(settings: GatewaySettings, deployment: str) -> _Stores:
@@ -192,7 +195,8 @@ def _stores(settings: GatewaySettings, deployment: str) -> _Stores:
     room = JobRoom(
         client, deployment, max_tenant_bytes=settings.max_tenant_job_bytes, max_bytes=settings.max_all_job_bytes
     )
-    return _Stores(JobStore(client, deployment), room, QuotaStore(client, deployment))
+    shelves = Shelves(FileStore(client), Listing(client, deployment, "files"), Listing(client, deployment, "batches"))
+    return _Stores(JobStore(client, deployment), room, QuotaStore(client, deployment), shelves)
 
 
 def _tokens(settings: GatewaySettings, observer: GatewayTelemetry) -> Tokens | None:
@@ -230,8 +234,10 @@ def _job_runner(
     gateway_id: str,
     settings: GatewaySettings,
     observer: GatewayTelemetry,
+    catalog: ModelCatalog,
 ) -> JobRunner | None:
     """Returns what runs jobs here; None without a store."""
     if stores.jobs is None:
         return None
-    return JobRunner(stores.jobs, inference.generate, gateway_id, settings, observer, stores.room)
+    batches = BatchLines(inference.generate, catalog)
+    return JobRunner(stores.jobs, inference.generate, gateway_id, settings, observer, stores.room, batches=batches)

@@ -12,6 +12,7 @@ import contextlib
 import uuid
 from collections import Counter
 from functools import partial
+from typing import Protocol
 
 from bucketserve.core.errors import (
     BucketServeError,
@@ -26,18 +27,66 @@ from bucketserve_gateway.servicer import Generate
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
 
-__all__ = ["FOREVER", "JobRunner"]
+__all__ = ["FOREVER", "JobRunner", "Work"]
 
 LOOK_S = 0.5
 STORE_RETRY_S = 1.0
 MAX_LOSSES = 2
 """A request that was being run as so many gateways ended is not given to another one."""
+ENDED_AT_ONCE = 256
+"""Requests of a job that is over, each time the runner looks."""
 MAX_RUNNING_BYTES = 64 << 20
 """Of requests that run here; however large one is, it may run alone."""
 GIVE_BACK_S = 2.0
 """Most that giving back may take: a store that does not answer must not keep a gateway that is to end."""
 FOREVER = ("ATTEMPTS_EXHAUSTED", "TOO_LARGE")
 """Reasons of UNAVAILABLE that waiting does not help."""
+
+
+class Work(Protocol):
+    """What the requests of a kind of job are, and their results."""
+
+    async def run(self, job: JobInfo, index: int, item: bytes) -> bytes:
+        """Returns the result of a request.
+
+        Raises:
+            BucketServeError: it has none, now or ever.
+        """
+
+    def failed(self, job: JobInfo, index: int, item: bytes, error: BucketServeError | None) -> bytes:
+        """Returns the result of a request that failed; without an error, of one that the job's end came before."""
+
+
+class _NativeWork:
+    """The requests of JobService: messages of the native API."""
+
+    def __init__(self, generate: Generate) -> None:
+        self._generate = generate
+
+    async def run(self, job: JobInfo, index: int, item: bytes) -> bytes:
+        request = inference_pb2.GenerateRequest.FromString(item)
+        result = job_pb2.FetchJobResultsResponse(index=index, request_id=request.request_id)
+        # A name of its own: the scheduler may still know the run of a runner that is gone.
+        request.request_id = f"{job.job_id}/{index}/{uuid.uuid4().hex[:8]}"
+        text, token_ids = [], list[int]()
+        async with contextlib.aclosing(self._generate(request, {}, None)) as responses:  # type: ignore[type-var]
+            async for response in responses:
+                match response.WhichOneof("event"):
+                    case "chunk":
+                        text.append(response.chunk.text)
+                        token_ids += response.chunk.token_ids
+                    case "finished":
+                        result.finished.CopyFrom(response.finished)
+        result.text = "".join(text)
+        result.token_ids.extend(token_ids)
+        return result.SerializeToString()
+
+    def failed(self, job: JobInfo, index: int, item: bytes, error: BucketServeError | None) -> bytes:
+        request = inference_pb2.GenerateRequest.FromString(item)
+        reason, message = (error.reason, str(error)) if error else ("CANCELLED", "the job is over")
+        return job_pb2.FetchJobResultsResponse(
+            index=index, request_id=request.request_id, error_reason=reason, error_message=message
+        ).SerializeToString()
 
 
 class JobRunner:
@@ -51,10 +100,13 @@ class JobRunner:
         settings: GatewaySettings,
         telemetry: GatewayTelemetry,
         room: JobRoom | None = None,
+        *,
+        batches: Work | None = None,
     ) -> None:
         """Runs nothing yet. The owner's name is new with every process: leases of the one before must run out."""
         self._store = store
-        self._generate = generate
+        self._native = _NativeWork(generate)
+        self._batches = batches
         self._owner = f"{gateway_id}/{uuid.uuid4().hex[:8]}"
         self._settings = settings
         self._telemetry = telemetry
@@ -85,6 +137,9 @@ class JobRunner:
     async def _claim(self) -> None:
         """Takes work, turn by turn, from the jobs that have least running here."""
         jobs = await self._store.open_jobs()
+        for job in [job for job in jobs if job.is_over]:
+            jobs.remove(job)
+            await self._end(job)
         while jobs and (free := self._settings.job_concurrency - len(self._tasks)) > 0:
             of_tenant = Counter(tenant for tenant, _ in self._running.values())
             of_job = Counter(job_id for job_id, _ in self._running)
@@ -107,7 +162,7 @@ class JobRunner:
         for (index, item), num_lost in zip(claimed, losses, strict=True):
             key = (job.job_id, index)
             run = self._run_item if num_lost < MAX_LOSSES else self._give_up_item
-            task = asyncio.create_task(run(job.job_id, index, item), name=f"job-{index}")
+            task = asyncio.create_task(run(job, index, item), name=f"job-{index}")
             self._tasks[key] = task
             self._running[key] = (job.tenant, len(item))
             task.add_done_callback(partial(self._done, key))
@@ -124,60 +179,59 @@ class JobRunner:
                 if index not in ours and task is not None:
                     task.cancel()
 
-    async def _run_item(self, job_id: str, index: int, item: bytes) -> None:
-        request = inference_pb2.GenerateRequest.FromString(item)
-        result = job_pb2.FetchJobResultsResponse(index=index, request_id=request.request_id)
+    async def _end(self, job: JobInfo) -> None:
+        """Gives requests of a job that is over, those that run here among them, a result that says so."""
+        mine = {index: task for (job_id, index), task in self._tasks.items() if job_id == job.job_id}
+        for task in mine.values():
+            task.cancel()
+        if mine:
+            await asyncio.wait(mine.values())
+            await self._store.release(job.job_id, self._owner, list(mine))
+        claimed = await self._store.claim(job.job_id, self._owner, ENDED_AT_ONCE, self._settings.job_lease_s)
+        work = self._work_of(job)
+        for index, item in claimed:
+            await self._keep(job, index, work.failed(job, index, item, None), is_error=True)
+
+    async def _run_item(self, job: JobInfo, index: int, item: bytes) -> None:
+        work, is_error = self._work_of(job), True
         while True:
-            # A name of its own: the scheduler may still know the run of a runner that is gone.
-            request.request_id = f"{job_id}/{index}/{uuid.uuid4().hex[:8]}"
             try:
-                await self._generate_into(result, request)
+                result, is_error = await work.run(job, index, item), False
             except (OverloadedError, UnavailableError) as error:
                 if error.reason not in FOREVER:
                     await asyncio.sleep(max(error.retry_delay_s, LOOK_S))
                     continue
-                result.error_reason, result.error_message = error.reason, str(error)
+                result = work.failed(job, index, item, error)
             except BucketServeError as error:
-                result.error_reason, result.error_message = error.reason, str(error)
+                result = work.failed(job, index, item, error)
             except Exception as error:
                 # A result like any other: without one the request would be run again for ever.
                 self._telemetry.unexpected("job", error)
-                result.error_reason, result.error_message = "INTERNAL", "internal error"
+                result = work.failed(job, index, item, BucketServeError("internal error"))
             break
-        await self._finish(job_id, index, result)
+        await self._finish(job, index, result, is_error=is_error)
 
-    async def _give_up_item(self, job_id: str, index: int, item: bytes) -> None:
+    async def _give_up_item(self, job: JobInfo, index: int, item: bytes) -> None:
         """Stores that a request ends the gateways that run it."""
-        request = inference_pb2.GenerateRequest.FromString(item)
-        message = f"{MAX_LOSSES} gateways ended while they ran it"
-        result = job_pb2.FetchJobResultsResponse(
-            index=index, request_id=request.request_id, error_reason="ATTEMPTS_EXHAUSTED", error_message=message
-        )
-        await self._finish(job_id, index, result)
+        error = UnavailableError(f"{MAX_LOSSES} gateways ended while they ran it", reason="ATTEMPTS_EXHAUSTED")
+        await self._finish(job, index, self._work_of(job).failed(job, index, item, error), is_error=True)
 
-    async def _generate_into(
-        self, result: job_pb2.FetchJobResultsResponse, request: inference_pb2.GenerateRequest
-    ) -> None:
-        text, token_ids = [], list[int]()
-        async with contextlib.aclosing(self._generate(request, {}, None)) as responses:  # type: ignore[type-var]
-            async for response in responses:
-                match response.WhichOneof("event"):
-                    case "chunk":
-                        text.append(response.chunk.text)
-                        token_ids += response.chunk.token_ids
-                    case "finished":
-                        result.finished.CopyFrom(response.finished)
-        result.text = "".join(text)
-        result.token_ids.extend(token_ids)
+    def _work_of(self, job: JobInfo) -> Work:
+        if not job.note:
+            return self._native
+        assert self._batches is not None, "whoever runs batches was given what they are"
+        return self._batches
 
-    async def _finish(self, job_id: str, index: int, result: job_pb2.FetchJobResultsResponse) -> None:
-        payload, is_error = result.SerializeToString(), bool(result.error_reason)
+    async def _finish(self, job: JobInfo, index: int, result: bytes, *, is_error: bool) -> None:
         while True:
             try:
-                is_stored = await self._store.finish(job_id, self._owner, index, payload, is_error=is_error)
-                break
+                await self._keep(job, index, result, is_error=is_error)
+                return
             except UnavailableError:
                 await asyncio.sleep(STORE_RETRY_S)
+
+    async def _keep(self, job: JobInfo, index: int, result: bytes, *, is_error: bool) -> None:
+        is_stored = await self._store.finish(job.job_id, self._owner, index, result, is_error=is_error)
         self._telemetry.job_request_done(is_stored, is_error)
 
     def _done(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import uuid
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -17,30 +15,28 @@ from bucketserve.core.errors import (
     UnavailableError,
 )
 from bucketserve.rpc.interceptors import first_message
-from bucketserve.store.job_room import JobRoom
-from bucketserve.store.jobs import LOADING_TTL_S, JobInfo, JobStore
+from bucketserve.store.jobs import JobInfo
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2, job_pb2_grpc
-from bucketserve_gateway.admission import Admission
 from bucketserve_gateway.keys import MAX_TENANT_CHARACTERS
 from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.settings import GatewaySettings
+from bucketserve_gateway.submissions import (
+    DEFAULT_TTL_S,
+    MOST_TTL_S,
+    OUTPUT_TOKEN_BYTES,
+    Item,
+    Submissions,
+    most_tokens,
+)
 from bucketserve_gateway.validation import validate
 
 __all__ = ["JobServicer"]
 
 CHUNK = 256
-"""Requests written, and results read, in one round trip at most."""
-CHUNK_BYTES = 256 << 10
-"""A chunk is written when it takes this many, however few requests that are."""
-MAX_SUBMISSIONS = 8
-"""At once, at this gateway."""
+"""Results read in one round trip at most."""
 SILENCE_S = 30.0
 """A submission that sends nothing for so long is ended: others want its place."""
-JOB_BYTES, REQUEST_BYTES, OUTPUT_TOKEN_BYTES = 16_384, 512, 8
-"""What a job, a request of it and a token of output take in the store, beside the requests themselves."""
 FOLLOW_S = 0.5
-DEFAULT_TTL_S = 86_400
-MOST_TTL_S = 30 * 86_400
 MOST_KEY_CHARACTERS = 128
 
 STATES = {
@@ -62,89 +58,40 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
 
     def __init__(
         self,
-        store: JobStore | None,
-        room: JobRoom | None,
+        submissions: Submissions,
         catalog: ModelCatalog,
         settings: GatewaySettings,
         *,
-        admission: Admission,
         is_leaving: Callable[[], bool],
     ) -> None:
         """Without a store every call is answered UNAVAILABLE."""
-        self._maybe_store = store
-        self._maybe_room = room
+        self._submissions = submissions
         self._catalog = catalog
         self._settings = settings
-        self._admission = admission
         self._is_leaving = is_leaving
-        self._num_submissions = 0
 
     async def SubmitJob(self, request_iterator: SubmitRequests, context: SubmitContext) -> job_pb2.SubmitJobResponse:
         """Header, then requests. Each is checked before it is written; the job runs when all of them are."""
-        store, room = self._store(), self._room()
-        if self._num_submissions >= MAX_SUBMISSIONS:
-            raise self._admission.refusal("MAX_SUBMISSIONS", f"{MAX_SUBMISSIONS} jobs are being submitted here")
-        self._num_submissions += 1
-        try:
+        with self._submissions.place():
             header = _checked_header(await first_message(_unless_silent(request_iterator)))
             tenant = header.tenant or "default"
-            job_id = await room.job_id(tenant, header.idempotency_key)
-            # Of its own: two submissions under one key may come at once, and only one of them is the job.
-            upload = uuid.uuid4().hex
-            submission = f"{job_id}/{upload}"
-            job = None
-            try:
-                await room.reserve(submission, tenant, JOB_BYTES, LOADING_TTL_S)
-                await store.begin(job_id, tenant, header.ttl_s or DEFAULT_TTL_S)
-                number, digest = await self._upload(request_iterator, job_id, upload, tenant)
-                # A job that runs already was submitted before; start() tells whether with the same requests.
-                job = await store.start(job_id, upload, number, digest)
-            finally:
-                if job is not None and job.submission == submission:
-                    await room.keep(submission, job.ttl_s)
-                else:
-                    await room.give_up(submission)
+            job_id = await self._submissions.room.job_id(tenant, header.idempotency_key)
+            items = self._items(request_iterator, tenant)
+            job = await self._submissions.submit(job_id, tenant, header.ttl_s or DEFAULT_TTL_S, items)
             return job_pb2.SubmitJobResponse(job=_to_pb(job))
-        finally:
-            self._num_submissions -= 1
 
-    async def _upload(self, requests: SubmitRequests, job_id: str, upload: str, tenant: str) -> tuple[int, str]:
-        """Writes the requests down, piece by piece; returns their number and digest.
+    async def _items(self, requests: SubmitRequests, tenant: str) -> AsyncIterator[Item]:
+        """Yields requests as they are stored.
 
         Raises:
-            InvalidRequestError: one of them is wrong, there is none, or they are too many or too large.
-            OverloadedError: there is no room for them in the store.
+            InvalidRequestError: one of them is wrong.
         """
-        store, room = self._store(), self._room()
-        digest, number, num_bytes = hashlib.sha256(), 0, 0
-        chunk, takes = list[bytes](), 0
-
-        async def write() -> None:
-            await room.reserve(f"{job_id}/{upload}", tenant, takes, LOADING_TTL_S)
-            await store.put(job_id, upload, number - len(chunk), chunk)
-
+        number = 0
         async for message in _unless_silent(requests):
             request = self._checked(message, number, tenant)
-            item = request.SerializeToString(deterministic=True)
-            digest.update(len(item).to_bytes(8, "big") + item)
-            chunk.append(item)
-            takes += len(item) + REQUEST_BYTES + self._max_tokens(request) * OUTPUT_TOKEN_BYTES
-            number, num_bytes = number + 1, num_bytes + len(item)
-            self._check_size(number, num_bytes)
-            if len(chunk) == CHUNK or takes >= CHUNK_BYTES:
-                await write()
-                chunk, takes = [], 0
-        if not number:
-            raise InvalidRequestError([FieldViolation("items", "a job has at least one request")])
-        if chunk:
-            await write()
-        return number, digest.hexdigest()
-
-    def _max_tokens(self, request: inference_pb2.GenerateRequest) -> int:
-        """Returns the most tokens that the request may generate."""
-        card = self._catalog.get(request.model).card
-        asked = request.stopping.max_tokens if request.stopping.HasField("max_tokens") else card.default_max_tokens
-        return min(asked, card.context_tokens)
+            number += 1
+            most_output_bytes = most_tokens(request, self._catalog) * OUTPUT_TOKEN_BYTES
+            yield Item(request.SerializeToString(deterministic=True), most_output_bytes)
 
     async def GetJob(self, request: job_pb2.GetJobRequest, context: GetContext) -> job_pb2.GetJobResponse:
         """State and progress."""
@@ -154,7 +101,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         self, request: job_pb2.FetchJobResultsRequest, context: ResultsContext
     ) -> AsyncIterator[job_pb2.FetchJobResultsResponse]:
         """Results in order; with follow set, as they come."""
-        store, job_id = self._store(), request.job_id
+        store, job_id = self._submissions.store, request.job_id
         index = request.first_index
         while True:
             # The state first: what is there when the job has ended is all there will be.
@@ -179,7 +126,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
     async def CancelJob(self, request: job_pb2.CancelJobRequest, context: CancelContext) -> job_pb2.CancelJobResponse:
         """Runners notice when they renew their leases."""
         job = await self._job(request.job_id, request.tenant)
-        return job_pb2.CancelJobResponse(job=_to_pb(await self._store().cancel(job.job_id)))
+        return job_pb2.CancelJobResponse(job=_to_pb(await self._submissions.store.cancel(job.job_id)))
 
     async def _job(self, job_id: str, tenant: str) -> JobInfo:
         """Returns a job of a tenant.
@@ -189,26 +136,11 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         """
         if not job_id or len(job_id) > MOST_KEY_CHARACTERS or not job_id.isascii() or not job_id.isprintable():
             raise InvalidRequestError([FieldViolation("job_id", "name a job, as SubmitJob returned it")])
-        job = await self._store().get(job_id)
-        if job.tenant != (tenant or "default"):
+        job = await self._submissions.store.get(job_id)
+        # Batches are OpenAI's API's.
+        if job.tenant != (tenant or "default") or job.note:
             raise NotFoundError("job", job_id)
         return job
-
-    def _store(self) -> JobStore:
-        if self._maybe_store is None:
-            raise UnavailableError("this gateway has no redis_url, which jobs need", reason="NO_JOB_STORE")
-        return self._maybe_store
-
-    def _room(self) -> JobRoom:
-        assert self._maybe_room is not None, "there is a room where there is a store"
-        return self._maybe_room
-
-    def _check_size(self, number: int, num_bytes: int) -> None:
-        settings = self._settings
-        if number > settings.max_job_requests:
-            raise InvalidRequestError([FieldViolation("items", f"at most {settings.max_job_requests:,} in a job")])
-        if num_bytes > settings.max_job_bytes:
-            raise InvalidRequestError([FieldViolation("items", f"at most {settings.max_job_bytes:,} bytes in a job")])
 
     def _checked(self, message: job_pb2.SubmitJobRequest, index: int, tenant: str) -> inference_pb2.GenerateRequest:
         """Returns a request as it will run.

@@ -12,9 +12,10 @@ from bucketserve_gateway.admission import AdmissionInterceptor
 from bucketserve_gateway.auth import AuthInterceptor, Keys
 from bucketserve_gateway.jobs import JobServicer
 from bucketserve_gateway.kserve import KserveServicer
-from bucketserve_gateway.openai import HttpServer, OpenAIFacade
+from bucketserve_gateway.openai import Batches, BatchLines, Files, HttpServer, OpenAIFacade, Shelves
 from bucketserve_gateway.reads import Reads
 from bucketserve_gateway.servicer import GatewayParts, Generate, InferenceServicer
+from bucketserve_gateway.submissions import Submissions
 from bucketserve_gateway.validation import largest_message
 from bucketserve_gateway.vllm_engine import VllmEngineServicer
 
@@ -83,16 +84,34 @@ def grpc_server(
     return server
 
 
-def http_server(parts: GatewayParts, ours: Deployment, inference: InferenceServicer) -> HttpServer:
+def http_server(
+    parts: GatewayParts,
+    ours: Deployment,
+    inference: InferenceServicer,
+    submissions: Submissions,
+    shelves: Shelves | None,
+) -> HttpServer:
     """Returns the server of OpenAI's API."""
     settings = parts.settings
+    max_body_bytes = largest_message(parts.catalog, settings.max_prompt_bytes)
+    files = Files(shelves, submissions, parts.admission, settings.max_job_bytes)
+    batches = Batches(
+        files,
+        shelves.batch_list if shelves else None,
+        submissions,
+        BatchLines(inference.generate, parts.catalog),
+        max_lines=settings.max_job_requests,
+        max_line_bytes=max_body_bytes,
+    )
     facade = OpenAIFacade(
         inference.generate,
         parts.catalog,
         parts.keys,
         parts.admission,
         parts.telemetry,
-        max_body_bytes=largest_message(parts.catalog, settings.max_prompt_bytes),
+        files,
+        batches,
+        max_body_bytes,
     )
     return HttpServer(
         settings.http_listen,

@@ -15,7 +15,9 @@ from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway import reads
 from bucketserve_gateway.admission import Admission
 from bucketserve_gateway.auth import Keys
-from bucketserve_gateway.openai import HttpServer, OpenAIFacade, server
+from bucketserve_gateway.openai import Batches, BatchLines, Files, HttpServer, OpenAIFacade, server
+from bucketserve_gateway.settings import GatewaySettings
+from bucketserve_gateway.submissions import Submissions
 from tests.e2e.observe import eventually
 from tests.unit.gateway.builders import catalog
 
@@ -78,7 +80,13 @@ class Served:
             on_refused=lambda reason: None,
         )
         self.port = free_port()
-        facade = OpenAIFacade(runs.generate, catalog(), Keys(""), self.admission, self.telemetry, 100_000)  # type: ignore[arg-type]
+        submissions = Submissions(None, None, GatewaySettings(), self.admission)
+        files = Files(None, submissions, self.admission, 100_000)
+        lines = BatchLines(runs.generate, catalog())
+        batches = Batches(files, None, submissions, lines, max_lines=10, max_line_bytes=1000)
+        facade = OpenAIFacade(
+            runs.generate, catalog(), Keys(""), self.admission, self.telemetry, files, batches, 100_000
+        )  # type: ignore[arg-type]
         self.http = HttpServer(
             f"127.0.0.1:{self.port}", facade, tls=None, max_connections=max_connections, max_head_bytes=16_384
         )

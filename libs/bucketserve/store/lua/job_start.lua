@@ -11,7 +11,9 @@ if state ~= 'loading' then
 end
 if redis.call('HLEN', KEYS[2]) ~= tonumber(ARGV[1]) then return -1 end
 redis.call('RENAME', KEYS[2], KEYS[3])
-redis.call('HSET', KEYS[1], 'total', ARGV[1], 'digest', ARGV[2], 'upload', ARGV[3] or '', 'state', 'running')
+local time = redis.call('TIME')
+local now = string.format('%d', time[1] * 1000000 + time[2])
+redis.call('HSET', KEYS[1], 'total', ARGV[1], 'digest', ARGV[2], 'upload', ARGV[3] or '', 'state', 'running', 'started', now)
 for i = 0, ARGV[1] - 1 do redis.call('ZADD', KEYS[4], i, i) end
 local ttl = redis.call('HGET', KEYS[1], 'ttl')
 for _, key in ipairs({KEYS[1], KEYS[3], KEYS[4]}) do redis.call('EXPIRE', key, ttl) end

@@ -1,0 +1,197 @@
+"""Lines of batches: what each of them asks for, and the line that it is answered with.
+
+A batch is a job (bucketserve.store.jobs) whose note is a Note, whose requests are lines as they were sent, and whose
+results are lines of its output file, or, where they are errors, of its error file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import orjson
+
+from bucketserve.core.errors import BucketServeError, ForbiddenError, InvalidRequestError, UnknownModelError
+from bucketserve.store.jobs import JobInfo
+from bucketserve.v1 import common_pb2, inference_pb2, job_pb2
+from bucketserve_gateway.auth import Identity
+from bucketserve_gateway.models import ModelCatalog
+from bucketserve_gateway.openai.answers import Answer
+from bucketserve_gateway.openai.bodies import object_of
+from bucketserve_gateway.openai.caller import Caller
+from bucketserve_gateway.openai.errors import HttpError, ParameterError, body_of, status_of
+from bucketserve_gateway.openai.fields import Fields
+from bucketserve_gateway.openai.translation import Wanted, chat_completion, completion
+from bucketserve_gateway.servicer import Generate
+from bucketserve_gateway.submissions import OUTPUT_TOKEN_BYTES, most_tokens
+
+__all__ = ["BATCH_PREFIX", "DONE", "FAILED", "READERS", "BatchLines", "LineError", "Note"]
+
+READERS = {"/v1/completions": completion, "/v1/chat/completions": chat_completion}
+BATCH_PREFIX = "batch_"
+DONE, FAILED = b"+", b"-"
+"""Before a line as it is stored, where it has no line end: it is as long as with one."""
+MAX_CUSTOM_ID_CHARACTERS = 512
+LINE_BYTES, CHOICE_BYTES, LOGPROB_BYTES = 1024, 256, 96
+"""What the answer to a line has beside its text: by itself, for each choice, and for each log-probability."""
+
+Json = dict[str, Any]
+
+
+class LineError(Exception):
+    """A line is none of a batch."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        """Takes OpenAI's name for what is wrong, the same for people, and the parameter."""
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """What a batch is."""
+
+    endpoint: str
+    input_file_id: str
+    window_s: int
+    metadata: dict[str, str] | None = None
+    errors: list[Json] = field(default_factory=list)
+    """Why it was refused."""
+
+    def to_bytes(self) -> bytes:
+        """Returns it as it is stored."""
+        return orjson.dumps(asdict(self))
+
+    @classmethod
+    def of(cls, job: JobInfo) -> Note:
+        """Returns what a job's note says."""
+        return cls(**orjson.loads(job.note))
+
+
+class BatchLines:
+    """The work of batches (job_runner.py)."""
+
+    def __init__(self, generate: Generate, catalog: ModelCatalog) -> None:
+        """Takes what serves, as the native API has it."""
+        self._generate = generate
+        self._catalog = catalog
+
+    def check(self, data: bytes, endpoint: str, identity: Identity) -> tuple[str, int]:
+        """Returns a line's custom_id, and the most bytes that its answer may take.
+
+        A body that can't be served is no fault of the line: its answer will say so.
+
+        Raises:
+            LineError: the line is none of a batch for this endpoint, or asks for what its sender may not have.
+        """
+        custom_id, body = _parts_of(data, endpoint)
+        try:
+            wanted = _wanted(body, endpoint)
+            num_tokens = 0
+            for request in wanted.prompts:
+                identity.permit(job_pb2.SubmitJobRequest(request=request))
+                num_tokens += most_tokens(request, self._catalog) * wanted.num_each
+        except UnknownModelError as error:
+            raise LineError("model_not_found", str(error), "body.model") from None
+        except ForbiddenError as error:
+            raise LineError("forbidden", str(error), "body") from None
+        except InvalidRequestError:
+            return custom_id, LINE_BYTES
+        response = wanted.prompts[0].response
+        num_logprobs = 1 + response.num_logprobs if response.HasField("num_logprobs") else 0
+        of_tokens = num_tokens * (OUTPUT_TOKEN_BYTES + num_logprobs * LOGPROB_BYTES)
+        of_prompts = len(data) * wanted.num_each if wanted.is_echo else 0
+        return custom_id, LINE_BYTES + wanted.num_choices * CHOICE_BYTES + of_tokens + of_prompts
+
+    async def run(self, job: JobInfo, index: int, item: bytes) -> bytes:
+        """Returns the line that answers one. Its choices run one after the other: other jobs have a turn as well."""
+        note, line = Note.of(job), object_of(item)
+        wanted = _wanted(line["body"], note.endpoint)
+        # A name of its own: the scheduler may still know the run of a runner that is gone.
+        request_id = f"{job.job_id}/{index}/{uuid.uuid4().hex[:8]}"
+        for request in wanted.prompts:
+            request.request_id, request.tenant = request_id, job.tenant
+            request.request_class = common_pb2.REQUEST_CLASS_BATCH
+            if not request.sampling.HasField("seed"):
+                # Fixed, so that a request that is started again elsewhere draws the same.
+                request.sampling.seed = index + 1
+        started: list[inference_pb2.GenerateStarted] = []
+        outputs: list[list[inference_pb2.GenerateResponse]] = []
+        for request in wanted.requests():
+            run = cast(AsyncGenerator[inference_pb2.GenerateResponse, None], self._generate(request, {}, None))
+            async with contextlib.aclosing(run):
+                started.append((await anext(run)).started)
+                outputs.append([event async for event in run])
+        answer = Answer(wanted, self._catalog.get(started[0].model), started)
+        for choice, events in zip(answer.choices, outputs, strict=True):
+            for event in events:
+                choice.gather(event)
+                await asyncio.sleep(0)
+        response = {"status_code": 200, "request_id": request_id, "body": answer.whole()}
+        return DONE + _line(job, index, line, response, None)
+
+    def failed(self, job: JobInfo, index: int, item: bytes, error: BucketServeError | None) -> bytes:
+        """Returns the line that answers one that failed, or that the batch's end came before."""
+        line = object_of(item)
+        if error is not None:
+            body = body_of(error, _names(line["body"], Note.of(job).endpoint))
+            response = {"status_code": status_of(error), "request_id": f"{job.job_id}/{index}", "body": body}
+            return FAILED + _line(job, index, line, response, None)
+        if job.stopped_unix_us:
+            code, message = "batch_cancelled", "the batch was cancelled before this request was executed"
+        else:
+            code, message = "batch_expired", "this request could not be executed before the completion window expired"
+        return FAILED + _line(job, index, line, None, {"code": code, "message": message})
+
+
+def _parts_of(data: bytes, endpoint: str) -> tuple[str, Json]:
+    """Returns custom_id and body of a line."""
+    try:
+        line = Fields(object_of(data))
+        custom_id, method, url = line.text("custom_id"), line.text("method"), line.text("url")
+        body = line.take("body")
+        line.end()
+    except HttpError as error:
+        raise LineError("invalid_json_line", str(error)) from None
+    except ParameterError as error:
+        violation = error.violations[0]
+        raise LineError(error.code or "invalid_request", violation.description, violation.field) from None
+    for name, value in (("custom_id", custom_id), ("method", method), ("url", url), ("body", body)):
+        if value is None:
+            raise LineError("missing_required_parameter", "you must provide it", name)
+    if not custom_id or len(custom_id) > MAX_CUSTOM_ID_CHARACTERS:
+        raise LineError("invalid_custom_id", f"1 to {MAX_CUSTOM_ID_CHARACTERS} characters are needed", "custom_id")
+    if method != "POST":
+        raise LineError("invalid_method", "POST is needed", "method")
+    if url != endpoint:
+        raise LineError("invalid_url", f"the batch is for {endpoint}", "url")
+    if not isinstance(body, dict):
+        raise LineError("invalid_type", "invalid type: an object is needed", "body")
+    return custom_id, body
+
+
+def _wanted(body: Json, endpoint: str) -> Wanted:
+    caller = Caller(metadata={}, tenant="", label="", slo=common_pb2.Slo())
+    wanted = READERS[endpoint](body, caller)
+    if wanted.is_stream:
+        raise ParameterError("stream", "nothing of a batch is streamed", "invalid_value")
+    return wanted
+
+
+def _names(body: Json, endpoint: str) -> Mapping[str, str]:
+    """Returns parameters by which the body gave fields of the native API."""
+    try:
+        return _wanted(body, endpoint).names
+    except InvalidRequestError:
+        return {}
+
+
+def _line(job: JobInfo, index: int, line: Json, response: Json | None, error: Json | None) -> bytes:
+    answer_id = f"batch_req_{job.job_id.removeprefix(BATCH_PREFIX)}{index:06x}"
+    shown = {"id": answer_id, "custom_id": line["custom_id"], "response": response, "error": error}
+    return orjson.dumps(shown)

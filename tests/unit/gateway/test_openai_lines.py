@@ -1,0 +1,115 @@
+"""Lines of batches: which are some, what their answers may take, and what they are answered with."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import pytest
+
+from bucketserve.core.errors import UnavailableError
+from bucketserve.store.jobs import JobInfo
+from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway.auth import Identity, Keys
+from bucketserve_gateway.openai.lines import DONE, FAILED, BatchLines, LineError, Note
+from tests.unit.gateway.builders import catalog
+
+TEXT = "/v1/completions"
+NOTE = Note(endpoint=TEXT, input_file_id="file-x", window_s=60)
+JOB = JobInfo(
+    job_id="batch_" + "0" * 32,
+    state="running",
+    tenant="t",
+    num_requests=2,
+    num_done=0,
+    num_failed=0,
+    ttl_s=60,
+    created_unix_us=1,
+    note=NOTE.to_bytes(),
+)
+
+
+class Model:
+    """Says what it was asked for, and how many it answers at once."""
+
+    def __init__(self) -> None:
+        self.asked: list[inference_pb2.GenerateRequest] = []
+        self.num_open = self.most_open = 0
+
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str], remaining_s: float | None
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        self.asked.append(request)
+        self.num_open += 1
+        self.most_open = max(self.most_open, self.num_open)
+        started = inference_pb2.GenerateStarted(request_id=request.request_id, model="demo", prompt_tokens=3)
+        yield inference_pb2.GenerateResponse(started=started)
+        await asyncio.sleep(0)
+        chunk = inference_pb2.GenerateChunk(text=f"{request.sampling.seed}", token_ids=[1, 2])
+        yield inference_pb2.GenerateResponse(chunk=chunk)
+        finished = inference_pb2.GenerateFinished(reason=common_pb2.FINISH_REASON_LENGTH)
+        yield inference_pb2.GenerateResponse(finished=finished)
+        self.num_open -= 1
+
+
+def anybody() -> Identity:
+    return Keys("").identify({})
+
+
+def line(**body: Any) -> bytes:
+    members = {"prompt": "a", "max_tokens": 10, **body}
+    return json.dumps({"custom_id": "c", "method": "POST", "url": TEXT, "body": members}).encode()
+
+
+async def test_choices_of_a_line_run_one_after_the_other_and_are_the_same_again() -> None:
+    model = Model()
+    lines = BatchLines(model.generate, catalog())
+    first, second = [await lines.run(JOB, 6, line(prompt=["a", "b"], n=2, service_tier="priority")) for _ in range(2)]
+    assert model.most_open == 1
+    found = json.loads(first.removeprefix(DONE))
+    assert [choice["text"] for choice in found["response"]["body"]["choices"]] == ["7", "8", "7", "8"]
+    again = json.loads(second.removeprefix(DONE))["response"]
+    assert again["body"]["choices"] == found["response"]["body"]["choices"]
+    assert (found["custom_id"], found["error"], found["response"]["status_code"]) == ("c", None, 200)
+    assert found["response"]["body"]["usage"]["total_tokens"] == 6 + 8
+    for request in model.asked:
+        assert (request.request_class, request.tenant) == (common_pb2.REQUEST_CLASS_BATCH, "t")
+    # A run has a name of its own each time.
+    assert found["response"]["request_id"] != again["request_id"]
+
+
+async def test_what_fails_is_answered_as_alone_it_would_be() -> None:
+    lines = BatchLines(Model().generate, catalog())
+    found = json.loads(
+        lines.failed(JOB, 0, line(), UnavailableError("gone", reason="ATTEMPTS_EXHAUSTED")).removeprefix(FAILED)
+    )
+    assert found["response"]["status_code"] == 503
+    assert found["response"]["body"]["error"]["code"] == "attempts_exhausted"
+    ended = json.loads(lines.failed(JOB, 0, line(), None).removeprefix(FAILED))
+    assert (ended["response"], ended["error"]["code"]) == (None, "batch_expired")
+
+
+def test_room_is_taken_for_what_an_answer_may_have() -> None:
+    lines = BatchLines(Model().generate, catalog())
+
+    def most(**body: Any) -> int:
+        return lines.check(line(**body), TEXT, anybody())[1]
+
+    small = most()
+    assert most(max_tokens=50) > small
+    assert most(n=8) > 6 * (small - 1024)
+    assert most(logprobs=5) > small + 10 * 5 * 50
+    assert most(prompt=["a"] * 20) > small + 20 * 10
+    assert most(echo=True, prompt="x" * 500, n=3) > most(prompt="x" * 500, n=3) + 1500
+    # What can't run takes the room of an error.
+    assert most(logit_bias={"1": 1}) < small
+
+
+@pytest.mark.parametrize("body", [[], None, "x", 5])
+def test_a_body_that_is_none_is_said(body: Any) -> None:
+    data = json.dumps({"custom_id": "c", "method": "POST", "url": TEXT, "body": body}).encode()
+    with pytest.raises(LineError) as caught:
+        BatchLines(Model().generate, catalog()).check(data, TEXT, anybody())
+    assert caught.value.param == "body"
