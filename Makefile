@@ -134,6 +134,10 @@ imports: $(READY) ## Who may import whom
 bench-path: $(READY) ## Requests/s, tokens/s and added TTFT through gateway and scheduler, fake engine
 	$(BIN)/python benchmarks/serving_path.py
 
+bench-facades: $(READY) ## What OpenAI's, KServe's and vLLM's protocols cost the gateway beside the native one, fake engine
+	mkdir -p $(OUT)
+	$(BIN)/python benchmarks/facades.py --jsonl $(OUT)/facades.jsonl $(BENCH_FLAGS)
+
 bench-core: $(READY) ## core.step at growing queues
 	$(BIN)/python benchmarks/core_step.py
 
@@ -158,5 +162,5 @@ images: ## Build the images (needs Docker)
 clean: ## Remove what was built
 	rm -rf $(VENV) $(CLIENTS) tests/e2e/clients/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
-.PHONY: help setup demo up test test-fast test-e2e test-clients fuzz abuse chaos chaos-model soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path \
+.PHONY: help setup demo up test test-fast test-e2e test-clients fuzz abuse chaos chaos-model soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path bench-facades \
 	bench-core operators paper compose-check k8s-render images clean

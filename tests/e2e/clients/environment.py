@@ -16,10 +16,9 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[2]
 BIN = ROOT / ".venv-clients" / "bin"
 PROTOS = ":".join(map(str, (ROOT / "protos", Path(google.rpc.__path__[0]).parents[1])))
-TIMEOUT_S = 120.0
 
 
-async def output(command: str, *arguments: object, **environ: object) -> tuple[int, str, str]:
+async def output(command: str, *arguments: object, timeout_s: float = 120.0, **environ: object) -> tuple[int, str, str]:
     """Runs one of them, with these variables more; returns exit status, standard output and standard error."""
     process = await asyncio.create_subprocess_exec(
         *(str(BIN / command), *map(str, arguments)),
@@ -30,7 +29,7 @@ async def output(command: str, *arguments: object, **environ: object) -> tuple[i
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        out, errors = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
+        out, errors = await asyncio.wait_for(process.communicate(), timeout_s)
     except TimeoutError:
         process.kill()
         await process.wait()
