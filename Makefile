@@ -7,6 +7,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CLIENTS := .venv-clients
+CLIENTS_READY := $(CLIENTS)/.ready
 # Test processes. One more than cores: many tests wait for services most of the time.
 JOBS ?= 3
 
@@ -20,6 +22,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m bucketserve.engine.native.build
 	touch $@
 
+$(CLIENTS_READY): $(addprefix tests/e2e/clients/,requirements.txt package.json package-lock.json)
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r tests/e2e/clients/requirements.txt
+	cd tests/e2e/clients && PATH="$(CURDIR)/$(CLIENTS)/bin:$$PATH" npm ci --silent
+	touch $@
+
 setup: $(READY) ## Create .venv with everything the project needs
 
 demo: $(READY) ## Start the whole stack, send a mix of prompts at once, show the text and a table
@@ -29,13 +37,16 @@ up: $(READY) ## Start the whole stack and keep it running until Ctrl-C
 	$(BIN)/bucketserve up
 
 test: check ## All checks and tests that CI runs (about 14 minutes on 2 cores): make test JOBS=3
-	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow and not gpu and not clients'
 
 test-fast: $(READY) ## Unit and property tests only
 	$(BIN)/python -m pytest -q tests/unit tests/property
 
 test-e2e: $(READY) ## Tests over real processes only
-	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' tests/e2e
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow and not clients' tests/e2e
+
+test-clients: $(READY) $(CLIENTS_READY) ## Clients and load generators of others, in an environment of their own, against real processes
+	$(BIN)/python -m pytest -q -m clients tests/e2e/clients
 
 fuzz: $(READY) ## 100,000 random inputs to every RPC and route of real processes
 	FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/e2e/test_fuzz.py tests/e2e/test_fuzz_http.py
@@ -123,6 +134,10 @@ imports: $(READY) ## Who may import whom
 bench-path: $(READY) ## Requests/s, tokens/s and added TTFT through gateway and scheduler, fake engine
 	$(BIN)/python benchmarks/serving_path.py
 
+bench-facades: $(READY) ## What OpenAI's, KServe's and vLLM's protocols cost the gateway beside the native one, fake engine
+	mkdir -p $(OUT)
+	$(BIN)/python benchmarks/facades.py --jsonl $(OUT)/facades.jsonl $(BENCH_FLAGS)
+
 bench-core: $(READY) ## core.step at growing queues
 	$(BIN)/python benchmarks/core_step.py
 
@@ -145,7 +160,7 @@ images: ## Build the images (needs Docker)
 	docker compose build
 
 clean: ## Remove what was built
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf $(VENV) $(CLIENTS) tests/e2e/clients/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
-.PHONY: help setup demo up test test-fast test-e2e fuzz abuse chaos chaos-model soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path \
+.PHONY: help setup demo up test test-fast test-e2e test-clients fuzz abuse chaos chaos-model soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path bench-facades \
 	bench-core operators paper compose-check k8s-render images clean

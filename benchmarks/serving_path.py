@@ -34,6 +34,14 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(ROOT / "models" / "demo" / "model")
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 PROMPT_TOKENS = 64
+FAST = {
+    "BUCKETSERVE_WORKER_FAKE_PREFILL_US_PER_TOKEN": "0",
+    "BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "0",
+    "BUCKETSERVE_WORKER_MAX_SEQUENCES": "256",
+    "BUCKETSERVE_WORKER_CONTEXT_TOKENS": "2048",
+    "BUCKETSERVE_TELEMETRY_LOG_LEVEL": "warning",
+}
+"""The fake engine computes nothing and takes no time: what is left is the path."""
 
 
 def cpu_s(pid: int) -> float:
@@ -167,21 +175,13 @@ def main() -> None:
         asyncio.run(load(arguments))
         return
     console = Console()
-    # The fake engine computes nothing and takes no time: what is left is the path.
-    environ = {
-        "BUCKETSERVE_WORKER_FAKE_PREFILL_US_PER_TOKEN": "0",
-        "BUCKETSERVE_WORKER_FAKE_DECODE_US_PER_STEP": "0",
-        "BUCKETSERVE_WORKER_MAX_SEQUENCES": "256",
-        "BUCKETSERVE_WORKER_CONTEXT_TOKENS": "2048",
-        "BUCKETSERVE_TELEMETRY_LOG_LEVEL": "warning",
-    }
     table = Table(title=f"fake engine, {PROMPT_TOKENS} prompt and {arguments.output_tokens} output tokens, one worker")
     for heading in ("load", "requests/s", "tokens/s", "added TTFT p50 / p99 ms", "gateway", "scheduler", "worker"):
         table.add_column(heading, justify="left" if heading == "load" else "right")
     table.add_column("client CPU ms/request", justify="right")
     results: list[dict[str, object]] = []
     with (
-        LocalStack(StackSpec(model=MODEL, engine="fake", environ=environ)) as stack,
+        LocalStack(StackSpec(model=MODEL, engine="fake", environ=FAST)) as stack,
         console.status("measuring") as said,
     ):
         for number in range(1, arguments.rounds + 1):

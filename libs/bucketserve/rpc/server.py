@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Sequence
 
 import grpc
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -49,7 +50,8 @@ class RpcServer:
 
         Args:
             listen: host:port.
-            services: full names such as bucketserve.v1.InferenceService, for health and reflection.
+            services: full names such as bucketserve.v1.InferenceService, for health and, of those that are described
+                by a proto file, reflection.
             on_unexpected: called with method and error when a handler fails with an error that is not ours.
             tls: how connections are secured; None: they aren't.
             is_public: with TLS, who calls need not have a certificate of the deployment's CA.
@@ -76,7 +78,8 @@ class RpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
         if enable_reflection:
             names = [*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
-            reflection.enable_server_reflection(names, self.grpc_server)
+            # Tools ask for the description of whatever is listed, and end at the first that has none.
+            reflection.enable_server_reflection(filter(_is_described, names), self.grpc_server)
         self.port = 0
         self._leaving: asyncio.Task[None] | None = None
 
@@ -124,6 +127,14 @@ class RpcServer:
         await self.grpc_server.stop(grace_s)
         if self._leaving is not None:
             await self._leaving
+
+
+def _is_described(service: str) -> bool:
+    try:
+        descriptor_pool.Default().FindServiceByName(service)
+    except KeyError:
+        return False
+    return True
 
 
 def connections_by_descriptors() -> int:
