@@ -15,7 +15,7 @@ import torch
 
 from bucketserve.ports import Logprob, Sampling, TokenLogprobs
 
-__all__ = ["SampleRow", "SeenTokens", "sample", "token_logprobs", "uniform_noise"]
+__all__ = ["SampleRow", "SeenTokens", "choose", "sample", "token_logprobs", "uniform_noise"]
 
 
 class SeenTokens:
@@ -56,6 +56,17 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
         logits: [rows, vocabulary], float32; minus infinity excludes a token.
         rows: one for each row of logits.
     """
+    both: list[list[int]] = torch.stack(choose(logits, rows)).tolist()
+    return [token_id if is_sound else None for token_id, is_sound in zip(*both, strict=True)]
+
+
+def choose(logits: torch.Tensor, rows: Sequence[SampleRow]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what `sample` chooses without waiting for the device: token ids and whether to go by them, [rows] int64.
+
+    Args:
+        logits: [rows, vocabulary], float32; minus infinity excludes a token.
+        rows: one for each row of logits.
+    """
     sound = logits.amax(dim=-1).isfinite()
     penalised = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
@@ -66,8 +77,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
     chosen = torch.argmax(scores, dim=-1)
     if drawn:
         chosen[drawn] = _draw(scores[drawn].double(), [rows[i] for i in drawn])
-    both: list[list[int]] = torch.stack((chosen, sound.long())).tolist()
-    return [token_id if is_sound else None for token_id, is_sound in zip(*both, strict=True)]
+    return chosen, sound.long()
 
 
 def token_logprobs(
