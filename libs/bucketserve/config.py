@@ -36,7 +36,7 @@ __all__ = [
     "DeploymentSettings",
     "ListenAddress",
     "Loaded",
-    "NamedPaths",
+    "NamedTexts",
     "OptionalListen",
     "OptionalTarget",
     "Section",
@@ -82,7 +82,7 @@ AddressList = Annotated[str, AfterValidator(_targets)]
 """One or more host:port to connect to, separated by commas."""
 
 
-def _named_paths(value: Any) -> Any:
+def _named_texts(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.startswith("{"):
@@ -105,12 +105,12 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is named twice")
     if bad := [name or path for name, path in pairs if not name or not path]:
-        raise ValueError(f"write name=directory, not {bad[0]!r}")
+        raise ValueError(f"write name=value, not {bad[0]!r}")
     return result
 
 
-NamedPaths = Annotated[dict[str, str], BeforeValidator(_named_paths)]
-"""A table; as text name=path,name=path, or a JSON object, which may have any name and path."""
+NamedTexts = Annotated[dict[str, str], BeforeValidator(_named_texts)]
+"""A table; as text name=value,name=value, or a JSON object, which may have any name and text."""
 
 
 class Section(BaseModel):

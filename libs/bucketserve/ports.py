@@ -280,7 +280,8 @@ class EngineInfo:
     pays_padding: bool
     """Whether it computes padding tokens (padded batches) or none (packed batches)."""
     kv_layout: str
-    """Number type and shape of the KV of a token; engines whose layouts agree may exchange KV."""
+    """Number type and shape of the KV of a token; engines whose layouts agree may exchange KV. Empty: it hands none
+    over and takes none, and refuses sequences with hands_over set."""
     fingerprint: str
     """Weights, configuration, number type and kind of engine: engines with the same one compute the same."""
     tokenizer: str = ""

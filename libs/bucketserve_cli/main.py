@@ -101,10 +101,23 @@ def _roles(roles: str) -> tuple[str, ...]:
     return names
 
 
+def _engine_args(pairs: list[str]) -> dict[str, str]:
+    arguments: dict[str, str] = {}
+    for pair in pairs:
+        name, found, value = pair.partition("=")
+        if not (name.strip() and found and value.strip()):
+            raise InputError(f"--engine-arg {pair!r}: write name=value, such as tensor_parallel_size=2")
+        if name.strip() in arguments:
+            raise InputError(f"--engine-arg {name.strip()!r} is given twice")
+        arguments[name.strip()] = value.strip()
+    return arguments
+
+
 class EngineKind(StrEnum):
     """What runs the model."""
 
     TRANSFORMERS = "transformers"
+    VLLM = "vllm"
     FAKE = "fake"
 
 
@@ -117,6 +130,9 @@ def up(
         str, typer.Option(help="role of each worker: both, prefill or decode, separated by commas; replaces --workers")
     ] = "",
     engine: Annotated[EngineKind | None, typer.Option(help="what runs the model; default: transformers")] = None,
+    engine_arg: Annotated[
+        list[str] | None, typer.Option(help="name=value: an argument of vLLM's own, for --engine vllm; may be repeated")
+    ] = None,
     port: Annotated[
         int | None,
         typer.Option(min=0, max=65534, help="port of the API, the next is the scheduler's; 0: any; default: 50051"),
@@ -136,6 +152,7 @@ def up(
         num_workers=workers,
         roles=_roles(roles),
         engine=engine.value if engine else "",
+        engine_args=_engine_args(engine_arg or []),
         port=port,
         redis_url=redis_url,
         log_dir=log_dir,

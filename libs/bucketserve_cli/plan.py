@@ -50,6 +50,8 @@ class StackSpec:
     num_gateways: int = 1
     engine: str = ""
     """Empty: as the worker's settings say."""
+    engine_args: Mapping[str, str] = field(default_factory=dict)
+    """Of the vllm engine; empty: as the worker's settings say."""
     port: int | None = 0
     """Port of the public API, and the next one for the first scheduler; 0: any free ones; None: as settings say."""
     threads_per_worker: int = 0

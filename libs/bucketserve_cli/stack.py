@@ -246,7 +246,13 @@ class LocalStack:
     def _start_worker(self, index: int, role: str) -> None:
         spec = self.spec
         threads = spec.threads_per_worker or max(num_cpus() // len(spec.worker_roles), 1)
-        flags = {"model": spec.model, "model_name": spec.model_name, "engine": spec.engine, "role": role}
+        flags = {
+            "model": spec.model,
+            "model_name": spec.model_name,
+            "engine": spec.engine,
+            "engine_args": json.dumps(dict(spec.engine_args)) if spec.engine_args else "",
+            "role": role,
+        }
         defaults = {
             "worker_id": f"worker-{index}",
             "scheduler_address": ",".join(self.scheduler_addresses),

@@ -82,7 +82,8 @@ async def test_a_batch_from_its_file_to_its_output(stack: LocalStack) -> None:
             ("c8", 400),
             ("c9", 400),
         ]
-        assert [row["response"]["body"]["error"]["param"] for row in errors] == ["logit_bias[5]", "stream", "max_tokens"]
+        params = [row["response"]["body"]["error"]["param"] for row in errors]
+        assert params == ["logit_bias[5]", "stream", "max_tokens"]
         # Outputs are files like others.
         output = await other.files.retrieve(done.output_file_id or "")
         assert output.purpose == "batch_output"

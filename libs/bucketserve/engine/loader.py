@@ -17,6 +17,7 @@ import torch
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
+from bucketserve.engine.device_memory import CPU_KV_MOST_BYTES, CPU_KV_SHARE, device_memory, seldom
 from bucketserve.engine.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory, bytes_per_token, num_pages
 from bucketserve.engine.linear import place_linears
@@ -25,7 +26,7 @@ from bucketserve.engine.native.compiler import KernelBuildError
 from bucketserve.engine.native.kernels import Kernels, load_kernels
 from bucketserve.engine.native.layers import fuse_layers
 from bucketserve.engine.native.products import KernelProducts, Products, choose_products
-from bucketserve.engine.packed import DeviceMemory, PackedEngine, PackedLimits
+from bucketserve.engine.packed import PackedEngine, PackedLimits
 from bucketserve.engine.pretrained import load_model
 from bucketserve.engine.probe import probe
 from bucketserve.engine.self_check import SelfCheck
@@ -38,8 +39,6 @@ __all__ = ["LoadSettings", "build_engine", "load_engine"]
 ENGINE = "transformers"
 DECLARED_REACHES = {"sliding_window": "sliding", "attention_chunk_size": "chunked"}
 """How far a model says that its layers look back, with the word for them in its layer_types."""
-CPU_KV_SHARE = 0.25
-CPU_KV_MOST_BYTES = 4 * 1024**3
 CUDA_KV_SHARE = 0.85
 CPU_STEP_TOKENS = (256, STEP_TOKENS)
 CPU_STEP_S = 0.5
@@ -47,7 +46,6 @@ CPU_STEP_S = 0.5
 what takes about this long, within bounds."""
 CPU_STEP_SHARE = 0.25
 """Of the memory that is left, for the activations of the largest step."""
-MEMORY_AGE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +177,7 @@ def build_engine(
         PackedLimits(context_tokens=context, max_sequences=settings.max_sequences, max_step_tokens=max_step_tokens),
         weights_bytes=weights_bytes,
         activation_bytes_per_token=activation,
-        device_memory=_seldom(lambda: _device_memory(device)),
+        device_memory=seldom(lambda: device_memory(device)),
         kernels=kernels,
         keeps_prefixes=settings.prefix_cache,
     )
@@ -339,7 +337,7 @@ def _budget_tokens(
         ModelLoadError: it does not fit into what is left.
     """
     # On CUDA what the warm-up took is still with torch's allocator.
-    free = max(_device_memory(device).free - (activation_bytes if device.type == "cpu" else 0), 0)
+    free = max(device_memory(device).free - (activation_bytes if device.type == "cpu" else 0), 0)
     share, most = (CUDA_KV_SHARE, free) if device.type == "cuda" else (CPU_KV_SHARE, CPU_KV_MOST_BYTES)
     budget = settings.kv_budget_bytes or min(int(free * share), most)
     most_tokens = settings.max_sequences * num_pages(context) * PAGE_TOKENS
@@ -354,26 +352,3 @@ def _budget_tokens(
             "max_step_tokens"
         )
     return int(tokens)
-
-
-def _device_memory(device: torch.device) -> DeviceMemory:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return DeviceMemory(total, torch.cuda.memory_reserved(device), free)
-    with open("/proc/self/statm") as statm:
-        resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    now = machine_memory()
-    return DeviceMemory(now.total, resident, now.available)
-
-
-def _seldom(measure: Callable[[], DeviceMemory]) -> Callable[[], DeviceMemory]:
-    """Returns what measures again only when the last time is MEMORY_AGE_S ago: it reads some ten files."""
-    last = [measure()]
-    at_s = [time.monotonic()]
-
-    def measured() -> DeviceMemory:
-        if time.monotonic() - at_s[0] > MEMORY_AGE_S:
-            last[0], at_s[0] = measure(), time.monotonic()
-        return last[0]
-
-    return measured

@@ -22,6 +22,7 @@ from bucketserve.core.preemption import SPARE_SHARE
 from bucketserve.core.stepping import plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
+from bucketserve.engine.device_memory import DeviceMemory
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory, num_pages
 from bucketserve.engine.kv_space import KvSpace
 from bucketserve.engine.native.kernels import Kernels
@@ -30,7 +31,7 @@ from bucketserve.engine.sampling import sample, token_logprobs
 from bucketserve.engine.sequences import EngineSequence, Entry, Row, Success, Trouble, halve, measure, sample_row
 from bucketserve.ports import EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenOutput
 
-__all__ = ["DeviceMemory", "PackedEngine", "PackedLimits"]
+__all__ = ["PackedEngine", "PackedLimits"]
 
 NOT_FINITE = "the model's output is not finite (NaN or infinity in its logits): no token can be chosen"
 
@@ -42,15 +43,6 @@ class PackedLimits:
     context_tokens: int
     max_sequences: int
     max_step_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """Bytes of the device: total, held by this process, free."""
-
-    total: int
-    reserved: int
-    free: int
 
 
 class PackedEngine:

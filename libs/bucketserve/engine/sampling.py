@@ -16,7 +16,7 @@ import torch
 
 from bucketserve.ports import Logprob, Sampling, TokenLogprobs
 
-__all__ = ["RowState", "SampleRow", "TokenCounts", "sample", "token_logprobs", "uniform_noise"]
+__all__ = ["RowState", "SampleRow", "TokenCounts", "choose", "sample", "token_logprobs", "uniform_noise"]
 
 
 class TokenCounts:
@@ -91,6 +91,17 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
         logits: [rows, vocabulary], float32; minus infinity excludes a token.
         rows: one for each row of logits.
     """
+    both: list[list[int]] = torch.stack(choose(logits, rows)).tolist()
+    return [token_id if is_sound else None for token_id, is_sound in zip(*both, strict=True)]
+
+
+def choose(logits: torch.Tensor, rows: Sequence[SampleRow]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what `sample` chooses without waiting for the device: token ids and whether to go by them, [rows] int64.
+
+    Args:
+        logits: [rows, vocabulary], float32; minus infinity excludes a token.
+        rows: one for each row of logits.
+    """
     sound = logits.amax(dim=-1).isfinite()
     adjusted = [i for i, row in enumerate(rows) if row.is_adjusted]
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
@@ -101,8 +112,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
     chosen = torch.argmax(scores, dim=-1)
     if drawn:
         chosen[drawn] = _draw(scores[drawn].double(), [rows[i] for i in drawn])
-    both: list[list[int]] = torch.stack((chosen, sound.long())).tolist()
-    return [token_id if is_sound else None for token_id, is_sound in zip(*both, strict=True)]
+    return chosen, sound.long()
 
 
 def token_logprobs(

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from bucketserve.addresses import Address, AddressError
-from bucketserve.config import AddressList, ListenAddress, NamedPaths, OptionalListen, OptionalTarget, Section, optional
+from bucketserve.config import AddressList, ListenAddress, NamedTexts, OptionalListen, OptionalTarget, Section, optional
 from bucketserve.store.url import check_store_url
 
 __all__ = ["GatewaySettings"]
@@ -44,7 +44,7 @@ class GatewaySettings(Section):
     max_all_job_bytes: int = Field(
         256 * 1024 * 1024, ge=1024, description="the same of all jobs: half of what Redis has, or less"
     )
-    models: NamedPaths = Field(
+    models: NamedTexts = Field(
         default_factory=dict,
         description="served models: name=directory or name=hf://organisation/name, comma-separated, or a JSON object",
     )

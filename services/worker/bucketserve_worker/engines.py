@@ -11,9 +11,17 @@ from bucketserve_worker.settings import WorkerSettings
 
 __all__ = ["engine_loader"]
 
+NO_MODEL = "[worker] model: name a directory or hf://organisation/name (BUCKETSERVE_WORKER_MODEL)"
+
 
 def engine_loader(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Callable[[], Engine]:
-    """Returns the function that loads the engine; it runs in the engine's thread and may take minutes."""
+    """Returns the function that loads the engine; it runs in the engine's thread and may take minutes.
+
+    Raises:
+        SettingsError: the engine can't do what the settings say, or needs one more.
+    """
+    if settings.engine_args and settings.engine != "vllm":
+        raise SettingsError([f"[worker] engine_args: they are vLLM's; the engine is {settings.engine}"])
     return _LOADERS[settings.engine](settings, on_progress)
 
 
@@ -32,7 +40,7 @@ def _fake(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Calla
 
 def _transformers(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Callable[[], Engine]:
     if not settings.model:
-        raise SettingsError(["[worker] model: name a directory or hf://organisation/name (BUCKETSERVE_WORKER_MODEL)"])
+        raise SettingsError([NO_MODEL])
 
     def load() -> Engine:
         # Only here: a worker with another engine needs no torch.
@@ -59,4 +67,43 @@ def _transformers(settings: WorkerSettings, on_progress: Callable[[str], None]) 
     return load
 
 
-_LOADERS = {"fake": _fake, "transformers": _transformers}
+def _vllm(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Callable[[], Engine]:
+    problems = []
+    if not settings.model:
+        problems.append(NO_MODEL)
+    if settings.role != "both":
+        problems.append(f"[worker] role: the vllm engine hands no KV over; set both, not {settings.role}")
+    if settings.quantization != "none":
+        problems.append(
+            f"[worker] quantization: {settings.quantization} is of the transformers engine; for vllm choose another "
+            "model, or engine_args quantization=NAME"
+        )
+    if settings.kernels != "auto":
+        problems.append("[worker] kernels: they are of the transformers engine; leave it at auto for vllm")
+    if problems:
+        raise SettingsError(problems)
+
+    def load() -> Engine:
+        from bucketserve.engine.vllm_loader import VllmSettings, load_vllm
+
+        return load_vllm(
+            VllmSettings(
+                model=settings.model,
+                device=settings.device,
+                dtype=settings.dtype,
+                prefix_cache=settings.prefix_cache,
+                num_threads=settings.num_threads,
+                kv_budget_bytes=settings.kv_budget_bytes,
+                kv_budget_tokens=settings.kv_budget_tokens,
+                context_tokens=settings.context_tokens,
+                max_sequences=settings.max_sequences,
+                max_step_tokens=settings.max_step_tokens,
+                engine_args=settings.engine_args,
+            ),
+            on_progress,
+        )
+
+    return load
+
+
+_LOADERS = {"fake": _fake, "transformers": _transformers, "vllm": _vllm}

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from bucketserve.addresses import Address, AddressError
-from bucketserve.config import AddressList, ListenAddress, OptionalListen, OptionalTarget, Section
+from bucketserve.config import AddressList, ListenAddress, NamedTexts, OptionalListen, OptionalTarget, Section
 from bucketserve.core.stepping import MAX_SEQUENCES
 
 __all__ = ["WorkerSettings"]
@@ -29,7 +29,11 @@ class WorkerSettings(Section):
     kv_lease_s: float = Field(
         30.0, gt=0, description="held KV is freed when no scheduler has been heard of for this long, seconds"
     )
-    engine: Literal["transformers", "fake"] = Field("transformers", description="engine adapter")
+    engine: Literal["transformers", "vllm", "fake"] = Field("transformers", description="engine adapter")
+    engine_args: NamedTexts = Field(
+        default_factory=dict,
+        description="vllm engine: further arguments of vLLM, name=value, comma-separated, or a JSON object of texts",
+    )
     model: str = Field("", description="directory of a causal LM, or hf://organisation/name; unused by the fake engine")
     model_name: str = Field("default", min_length=1, max_length=128, description="name that clients use")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import importlib.util
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,17 +47,57 @@ def packed(kernels: str) -> Callable[..., Engine]:
     return build
 
 
-ENGINES = {
+@cache
+def vllm_model() -> str:
+    """Returns the folder of a model for vLLM, whose kernels want heads of 32."""
+    folder = Path(tempfile.mkdtemp(prefix="bucketserve-tests-"))
+    atexit.register(shutil.rmtree, folder)
+    models.reference("llama-32").save_pretrained(folder)
+    return str(folder)
+
+
+def vllm(*, max_sequences: int = 16, kv_tokens: int = BUDGET) -> Engine:
+    from bucketserve.engine.vllm_loader import VllmSettings, load_vllm
+
+    return load_vllm(
+        VllmSettings(
+            model=vllm_model(),
+            dtype="float32",
+            context_tokens=CONTEXT,
+            kv_budget_tokens=kv_tokens,
+            max_step_tokens=STEP_TOKENS,
+            max_sequences=max_sequences,
+            engine_args={"block_size": "32", "enforce_eager": "true"},
+        )
+    )
+
+
+HANDING_OVER = {
     "fake": pytest.param(fake),
     "torch": pytest.param(packed("torch"), marks=pytest.mark.engine),
     "auto": pytest.param(packed("auto"), marks=pytest.mark.engine),
 }
+"""Those that give KV to each other."""
+ALONE = {"vllm": pytest.param(vllm, marks=pytest.mark.vllm)} if importlib.util.find_spec("vllm") else {}
+"""Those that don't. vLLM is tested where it is installed: `make test-vllm`."""
+ENGINES = HANDING_OVER | ALONE
 
 
-@pytest.fixture(params=ENGINES.values(), ids=ENGINES.keys())
-def build(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
-    """Returns a builder of an engine: 256 tokens of context, 64 per step; kv_tokens and max_sequences to choose."""
+def built(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def build(**sizes: int) -> Engine:
+        engines.append(request.param(**sizes))
+        return engines[-1]
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield request.param
+    yield build
+    for engine in engines:
+        engine.close()
     torch.set_num_threads(before)
+
+
+build = pytest.fixture(built, name="build", params=ENGINES.values(), ids=ENGINES.keys())
+"""A builder of an engine: 256 tokens of context, 64 per step; kv_tokens and max_sequences to choose."""
+build_handing_over = pytest.fixture(built, name="handing_over", params=HANDING_OVER.values(), ids=HANDING_OVER.keys())

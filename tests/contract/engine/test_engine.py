@@ -141,11 +141,17 @@ def test_what_can_never_fit_is_refused_and_nothing_with_it_is_taken(build: Build
     assert not engine.has_work()
     assert not small.has_work()
     assert books(engine) == before
-    # To the token; where only the prompt is computed, only that counts.
+    # To the token.
     assert len(run(engine, spec("whole", CONTEXT - 10, 10))["whole"]) == 10
-    small.add([spec("prompt", 96, 50, hands_over=True)])
-    small.cancel([RequestId("prompt")])
     assert len(run(small, spec("whole", 86, 10))["whole"]) == 10
+
+
+def test_of_what_is_handed_over_only_the_prompt_has_to_fit(handing_over: Build) -> None:
+    engine = handing_over(kv_tokens=96)
+    engine.add([spec("prompt", 96, 50, hands_over=True)])
+    engine.cancel([RequestId("prompt")])
+    with pytest.raises(EngineError, match="never fit"):
+        engine.add([spec("prompt", 97, 50, hands_over=True)])
 
 
 @pytest.mark.parametrize("phase", ["queued", "decoding"])
@@ -155,7 +161,7 @@ def test_an_id_that_is_here_is_refused_and_the_one_here_goes_on(build: Build, ph
     history = [engine.step()] if phase == "decoding" else []
     with pytest.raises(EngineError, match="already here"):
         engine.add([spec("b"), spec("a", 30)])
-    with pytest.raises(EngineError, match="already here"):
+    with pytest.raises(EngineError, match="already here" if engine.info.kv_layout else "role both"):
         engine.import_kv(spec("a"), [3], memoryview(bytes(10 * engine.info.kv_bytes_per_token)))
     with pytest.raises(EngineError, match="already here"):
         engine.add([spec("c"), spec("c", 30)])
@@ -221,8 +227,16 @@ def test_who_is_let_go_comes_again_and_nothing_is_lost(build: Build) -> None:
     assert books(engine) == before
 
 
-@pytest.mark.parametrize("phase", ["queued", "prefilling", "decoding", "held"])
+@pytest.mark.parametrize("phase", ["queued", "prefilling", "decoding"])
 def test_a_cancelled_sequence_is_gone_and_the_others_go_on(build: Build, phase: str) -> None:
+    check_cancelled(build, phase)
+
+
+def test_a_cancelled_sequence_that_is_held_is_gone_and_the_others_go_on(handing_over: Build) -> None:
+    check_cancelled(handing_over, "held")
+
+
+def check_cancelled(build: Build, phase: str) -> None:
     engine = build()
     before = books(engine)
     other, gone = spec("other", 15, 12), spec("gone", 3 * STEP_TOKENS, 20, hands_over=phase == "held")
@@ -254,8 +268,8 @@ def prefilled(engine: Engine, handed: SequenceSpec) -> list[int]:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), RANDOM, PENALISED], ids=["greedy", "random", "penalised"])
-def test_a_sequence_goes_on_in_the_engine_that_takes_its_kv(build: Build, sampling: Sampling) -> None:
-    source, target = build(), build()
+def test_a_sequence_goes_on_in_the_engine_that_takes_its_kv(handing_over: Build, sampling: Sampling) -> None:
+    source, target = handing_over(), handing_over()
     before = books(source), books(target)
     handed, other = spec("handed", 90, 7, sampling=sampling), spec("other", 12, 9)
     target.add([other])
@@ -276,12 +290,12 @@ def test_a_sequence_goes_on_in_the_engine_that_takes_its_kv(build: Build, sampli
     target.import_kv(handed, tokens, memoryview(kv))
     kv[:] = bytes(len(kv))
     done = tokens_of([*history, *drain(target)])
-    assert {"handed": tokens + done["handed"], "other": done["other"]} == alone(build, handed, other)
+    assert {"handed": tokens + done["handed"], "other": done["other"]} == alone(handing_over, handed, other)
     assert books(target) == before[1]
 
 
-def test_only_what_is_to_be_handed_over_can_be(build: Build) -> None:
-    engine = build()
+def test_only_what_is_to_be_handed_over_can_be(handing_over: Build) -> None:
+    engine = handing_over()
     engine.add([spec("stays"), spec("comes", 3 * STEP_TOKENS, hands_over=True)])
     engine.step()
     for name, num_tokens in (("stays", 10), ("comes", 3 * STEP_TOKENS), ("nobody", 5)):
@@ -291,8 +305,8 @@ def test_only_what_is_to_be_handed_over_can_be(build: Build) -> None:
     assert tokens_of(drain(engine)).keys() <= {"stays"}
 
 
-def test_an_engine_makes_room_for_kv_that_has_come(build: Build) -> None:
-    source, target = build(), build(kv_tokens=192)
+def test_an_engine_makes_room_for_kv_that_has_come(handing_over: Build) -> None:
+    source, target = handing_over(), handing_over(kv_tokens=192)
     handed = spec("handed", 90, 20)
     tokens = prefilled(source, handed)
     kv = bytearray(90 * source.info.kv_bytes_per_token)
@@ -302,11 +316,11 @@ def test_an_engine_makes_room_for_kv_that_has_come(build: Build) -> None:
     target.import_kv(handed, tokens, memoryview(kv))
     outputs = drain(target)
     assert [name for output in outputs for name in output.preempted] == ["other"]
-    assert tokens + tokens_of(outputs)["handed"] == alone(build, handed)["handed"]
+    assert tokens + tokens_of(outputs)["handed"] == alone(handing_over, handed)["handed"]
 
 
-def test_who_was_let_go_for_what_was_then_cancelled_is_named_all_the_same(build: Build) -> None:
-    source, target = build(), build(kv_tokens=192)
+def test_who_was_let_go_for_what_was_then_cancelled_is_named_all_the_same(handing_over: Build) -> None:
+    source, target = handing_over(), handing_over(kv_tokens=192)
     handed = spec("handed", 90, 20)
     tokens = prefilled(source, handed)
     kv = bytearray(90 * source.info.kv_bytes_per_token)
@@ -322,8 +336,8 @@ def test_who_was_let_go_for_what_was_then_cancelled_is_named_all_the_same(build:
     assert books(target) == before
 
 
-def test_kv_for_which_there_is_no_room_is_refused(build: Build) -> None:
-    source, target = build(), build(kv_tokens=192)
+def test_kv_for_which_there_is_no_room_is_refused(handing_over: Build) -> None:
+    source, target = handing_over(), handing_over(kv_tokens=192)
     handed = spec("handed", 90, 20)
     tokens = prefilled(source, handed)
     kv = bytearray(90 * source.info.kv_bytes_per_token)
@@ -338,11 +352,11 @@ def test_kv_for_which_there_is_no_room_is_refused(build: Build) -> None:
         target.import_kv(replace(handed, max_new_tokens=CONTEXT), tokens, memoryview(kv))
     with pytest.raises(EngineError, match="no room"):
         # For what it has there is, for what it may generate there will never be.
-        build(kv_tokens=96).import_kv(handed, tokens, memoryview(kv))
+        handing_over(kv_tokens=96).import_kv(handed, tokens, memoryview(kv))
     assert books(target) == before
-    assert tokens_of([*history, *drain(target)]) == alone(build, spec("other", 115, 40))
+    assert tokens_of([*history, *drain(target)]) == alone(handing_over, spec("other", 115, 40))
     target.import_kv(handed, tokens, memoryview(kv))
-    assert tokens + tokens_of(drain(target))["handed"] == alone(build, handed)["handed"]
+    assert tokens + tokens_of(drain(target))["handed"] == alone(handing_over, handed)["handed"]
 
 
 def test_what_fails_in_a_step_fails_alone(build: Build) -> None:
@@ -350,7 +364,8 @@ def test_what_fails_in_a_step_fails_alone(build: Build) -> None:
     before = books(engine)
     good = [spec("a", 20), spec("b", 30, 5)]
     # No model has a token of that number.
-    bad = [spec("bad", token_ids=(5, -1, 7)), spec("held", token_ids=(5, 6, -VOCAB - 1), hands_over=True)]
+    hands_over = bool(engine.info.kv_layout)
+    bad = [spec("bad", token_ids=(5, -1, 7)), spec("held", token_ids=(5, 6, -VOCAB - 1), hands_over=hands_over)]
     engine.add([good[0], bad[0], good[1], bad[1]])
     history = drain(engine)
     failures = [failure for output in history for failure in output.failures]

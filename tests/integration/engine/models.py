@@ -42,6 +42,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**COMMON),
     # Halves of heads that are no whole number of any vectors, and heads that none of our kernels take.
     "llama-80": LlamaConfig(**COMMON, head_dim=80),
+    "llama-32": LlamaConfig(**COMMON, head_dim=32),
     "llama-20": LlamaConfig(**COMMON, head_dim=20),
     "qwen2": Qwen2Config(**COMMON),
     "qwen3": Qwen3Config(**COMMON, head_dim=16),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import AfterValidator, Field
 
-from bucketserve.config import NamedPaths, OptionalListen, Section, TelemetrySettings, load_settings
+from bucketserve.config import NamedTexts, OptionalListen, Section, TelemetrySettings, load_settings
 from bucketserve.core.errors import SettingsError
 from bucketserve.store.url import check_store_url
 from bucketserve_gateway.settings import GatewaySettings
@@ -24,7 +24,7 @@ class Part(Section):
     is_on: bool = True
     share: float = 0.5
     metrics_listen: OptionalListen = "127.0.0.1:9101"
-    models: NamedPaths = Field(default_factory=dict)
+    models: NamedTexts = Field(default_factory=dict)
     url: Annotated[str, AfterValidator(check_store_url)] = Field("redis://host", repr=False)
 
 

