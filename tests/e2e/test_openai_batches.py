@@ -29,7 +29,7 @@ pytestmark = pytest.mark.e2e
 async def test_a_batch_from_its_file_to_its_output(stack: LocalStack) -> None:
     lines = [chat_line(f"c{i}", n=1 + i % 2, max_tokens=1 + i % 7) for i in range(300)]
     # What can't be served is an answer like any other, and so is what only the tokenizer finds too long.
-    lines[7]["body"]["logit_bias"] = {"5": 1}
+    lines[7]["body"]["audio"] = {}
     lines[8]["body"]["stream"] = True
     lines[9]["body"]["max_tokens"] = 5000
     content = jsonl(*lines)
@@ -82,7 +82,7 @@ async def test_a_batch_from_its_file_to_its_output(stack: LocalStack) -> None:
             ("c8", 400),
             ("c9", 400),
         ]
-        assert [row["response"]["body"]["error"]["param"] for row in errors] == ["logit_bias", "stream", "max_tokens"]
+        assert [row["response"]["body"]["error"]["param"] for row in errors] == ["audio", "stream", "max_tokens"]
         # Outputs are files like others.
         output = await other.files.retrieve(done.output_file_id or "")
         assert output.purpose == "batch_output"
