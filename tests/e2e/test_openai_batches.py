@@ -6,6 +6,7 @@ import json
 import signal
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from openai.types import Batch
@@ -16,7 +17,7 @@ from bucketserve.store.redis import connect
 from bucketserve_cli.stack import LocalStack
 from bucketserve_gateway.keys import hash_of, new_key
 from tests.certificates import replace
-from tests.e2e.batch_client import ENDED, chat_line, ended, jsonl, rows, send_in, start, text_line
+from tests.e2e.batch_client import ENDED, chat_line, ended, jsonl, nothing_is_held, rows, send_in, start, text_line
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import eventually, metric
 from tests.e2e.openai_client import CHAT, TEXT, sdk
@@ -363,3 +364,20 @@ async def test_without_redis_they_are_unavailable(new_stack: NewStack) -> None:
             assert caught.value.code == "no_job_store"
         with pytest.raises(openai.InternalServerError):
             await send_in(client, b"{}\n")
+
+
+@pytest.mark.stack()
+async def test_a_file_that_goes_while_it_is_read_makes_no_batch_and_no_whole_download(stack: LocalStack) -> None:
+    async with sdk(stack, tenant="going") as client:
+        file = await send_in(client, jsonl(*(chat_line(f"c{i}") for i in range(2000))))
+        store = connect(stack.redis_url)
+        # As a deletion by another gateway looks to who is in the middle of it.
+        await store.hdel(f"bs:{{{file.id}}}:piece", "2")
+        await store.aclose()
+        with pytest.raises(openai.NotFoundError):
+            await client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        assert [each.id async for each in client.batches.list()] == []
+        with pytest.raises((openai.APIConnectionError, httpx.RemoteProtocolError)):
+            await client.files.content(file.id)
+        await client.files.delete(file.id)
+    await nothing_is_held(stack, "going")
