@@ -8,10 +8,12 @@ from typing import Any
 import openai
 from openai.types import Batch, FileObject
 
+from bucketserve.store.redis import connect
+from bucketserve_cli.stack import LocalStack
 from tests.e2e.observe import eventually
 from tests.e2e.openai_client import CHAT, TEXT
 
-__all__ = ["ENDED", "chat_line", "ended", "jsonl", "rows", "send_in", "start", "text_line"]
+__all__ = ["ENDED", "chat_line", "ended", "jsonl", "nothing_is_held", "rows", "send_in", "start", "text_line"]
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 
@@ -54,3 +56,14 @@ async def rows(client: openai.AsyncOpenAI, file_id: str | None) -> list[dict[str
     assert len(content) == (await client.files.retrieve(file_id)).bytes
     assert content.endswith(b"\n")
     return [json.loads(line) for line in content.splitlines()]
+
+
+async def nothing_is_held(stack: LocalStack, tenant: str) -> None:
+    store = connect(stack.redis_url)
+
+    async def is_so() -> bool:
+        name = f"bs:{{{stack.deployment.name}/jobs}}:held"
+        return not await store.hexists(name, tenant)
+
+    await eventually(is_so)
+    await store.aclose()

@@ -136,7 +136,9 @@ async def http_batches(address: str, scale: float) -> Outcomes:
     """Batches of lines that are many, wrong, or long; lists and files, again and again, that nobody reads."""
     line = b'{"custom_id": "%d", "method": "POST", "url": "/v1/completions", "body": {"prompt": [5], "max_tokens": 1}}'
     contents = [
-        b"\n".join(line % i for i in range(max(round(20_000 * scale), 100))),
+        b"\n".join(line % i for i in range(50)),
+        # All of it is on its way to be run when the last line is seen.
+        b"\n".join(line % i for i in range(max(round(20_000 * scale), 100))) + b"\n{}",
         b"{}\n" * 1_000_000,
         b"\n" * 5_000_000,
         b"[" * 5_000_000,

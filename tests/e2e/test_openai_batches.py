@@ -6,6 +6,7 @@ import json
 import signal
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from openai.types import Batch
@@ -16,7 +17,7 @@ from bucketserve.store.redis import connect
 from bucketserve_cli.stack import LocalStack
 from bucketserve_gateway.keys import hash_of, new_key
 from tests.certificates import replace
-from tests.e2e.batch_client import ENDED, chat_line, ended, jsonl, rows, send_in, start, text_line
+from tests.e2e.batch_client import ENDED, chat_line, ended, jsonl, nothing_is_held, rows, send_in, start, text_line
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import eventually, metric
 from tests.e2e.openai_client import CHAT, TEXT, sdk
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.e2e
 async def test_a_batch_from_its_file_to_its_output(stack: LocalStack) -> None:
     lines = [chat_line(f"c{i}", n=1 + i % 2, max_tokens=1 + i % 7) for i in range(300)]
     # What can't be served is an answer like any other, and so is what only the tokenizer finds too long.
-    lines[7]["body"]["logit_bias"] = {"5": 101}
+    lines[7]["body"]["audio"] = {}
     lines[8]["body"]["stream"] = True
     lines[9]["body"]["max_tokens"] = 5000
     content = jsonl(*lines)
@@ -82,8 +83,7 @@ async def test_a_batch_from_its_file_to_its_output(stack: LocalStack) -> None:
             ("c8", 400),
             ("c9", 400),
         ]
-        params = [row["response"]["body"]["error"]["param"] for row in errors]
-        assert params == ["logit_bias[5]", "stream", "max_tokens"]
+        assert [row["response"]["body"]["error"]["param"] for row in errors] == ["audio", "stream", "max_tokens"]
         # Outputs are files like others.
         output = await other.files.retrieve(done.output_file_id or "")
         assert output.purpose == "batch_output"
@@ -364,3 +364,20 @@ async def test_without_redis_they_are_unavailable(new_stack: NewStack) -> None:
             assert caught.value.code == "no_job_store"
         with pytest.raises(openai.InternalServerError):
             await send_in(client, b"{}\n")
+
+
+@pytest.mark.stack()
+async def test_a_file_that_goes_while_it_is_read_makes_no_batch_and_no_whole_download(stack: LocalStack) -> None:
+    async with sdk(stack, tenant="going") as client:
+        file = await send_in(client, jsonl(*(chat_line(f"c{i}") for i in range(2000))))
+        store = connect(stack.redis_url)
+        # As a deletion by another gateway looks to who is in the middle of it.
+        await store.hdel(f"bs:{{{file.id}}}:piece", "2")
+        await store.aclose()
+        with pytest.raises(openai.NotFoundError):
+            await client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        assert [each.id async for each in client.batches.list()] == []
+        with pytest.raises((openai.APIConnectionError, httpx.RemoteProtocolError)):
+            await client.files.content(file.id)
+        await client.files.delete(file.id)
+    await nothing_is_held(stack, "going")

@@ -11,7 +11,7 @@ import pytest
 
 from bucketserve.store.redis import connect
 from bucketserve_cli.stack import LocalStack
-from tests.e2e.batch_client import chat_line, ended, jsonl, send_in
+from tests.e2e.batch_client import chat_line, ended, jsonl, nothing_is_held, send_in
 from tests.e2e.observe import eventually
 from tests.e2e.openai_client import CHAT, TENANT, sdk
 
@@ -157,17 +157,6 @@ async def test_a_form_that_is_wrong_is_refused_and_leaves_nothing(stack: LocalSt
             assert answer.json()["error"]["type"] == "invalid_request_error"
         assert (await client.get("/v1/files", headers={TENANT: "bad"})).json()["data"] == []
     await nothing_is_held(stack, "bad")
-
-
-async def nothing_is_held(stack: LocalStack, tenant: str) -> None:
-    store = connect(stack.redis_url)
-
-    async def is_so() -> bool:
-        name = f"bs:{{{stack.deployment.name}/jobs}}:held"
-        return not await store.hexists(name, tenant)
-
-    await eventually(is_so)
-    await store.aclose()
 
 
 @pytest.mark.stack()

@@ -33,8 +33,10 @@ LOOK_S = 0.5
 STORE_RETRY_S = 1.0
 MAX_LOSSES = 2
 """A request that was being run as so many gateways ended is not given to another one."""
-ENDED_AT_ONCE = 256
+ENDED_AT_ONCE = 2048
 """Requests of a job that is over, each time the runner looks."""
+KEPT_AT_ONCE = 64
+"""Results that are on their way to the store together."""
 MAX_RUNNING_BYTES = 64 << 20
 """Of requests that run here; however large one is, it may run alone."""
 GIVE_BACK_S = 2.0
@@ -189,8 +191,11 @@ class JobRunner:
             await self._store.release(job.job_id, self._owner, list(mine))
         claimed = await self._store.claim(job.job_id, self._owner, ENDED_AT_ONCE, self._settings.job_lease_s)
         work = self._work_of(job)
-        for index, item in claimed:
-            await self._keep(job, index, work.failed(job, index, item, None), is_error=True)
+        for start in range(0, len(claimed), KEPT_AT_ONCE):
+            some = claimed[start : start + KEPT_AT_ONCE]
+            await asyncio.gather(
+                *(self._keep(job, index, work.failed(job, index, item, None), is_error=True) for index, item in some)
+            )
 
     async def _run_item(self, job: JobInfo, index: int, item: bytes) -> None:
         work, is_error = self._work_of(job), True

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 
 import pytest
 
+from bucketserve.core.errors import BucketServeError
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.jobs import JobInfo, JobStore
 from bucketserve.store.redis import connect
@@ -271,3 +272,47 @@ async def test_what_runs_at_once_is_bounded_in_bytes(store: JobStore, monkeypatc
     model.may_answer.set()
     async with running(runner):
         assert len(await results(store, 6)) == 6
+
+
+class Lines:
+    """Work that never ends by itself; says for each request what became of it."""
+
+    def __init__(self) -> None:
+        self.num_open = 0
+
+    async def run(self, job: JobInfo, index: int, item: bytes) -> bytes:
+        self.num_open += 1
+        try:
+            await asyncio.Event().wait()
+            raise AssertionError("nobody sets it")
+        finally:
+            self.num_open -= 1
+
+    def failed(self, job: JobInfo, index: int, item: bytes, error: BucketServeError | None) -> bytes:
+        assert error is None
+        return b"over:" + item
+
+
+@pytest.mark.parametrize("how", ["stopped", "expired"])
+async def test_a_batch_that_is_over_has_a_result_for_each_request(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(job_runner, "ENDED_AT_ONCE", 30)
+    model, heard, lines = Model(), Heard(), Lines()
+    await store.begin("j", "t", 60, note=b"a batch", window_s=3600 if how == "stopped" else 2)
+    await store.put("j", "u", 0, [b"%d" % i for i in range(100)])
+    await store.start("j", "u", 100, "d")
+    runners = [JobRunner(store, model.generate, f"g{i}", SETTINGS, heard, batches=lines) for i in range(2)]
+    async with running(runners[0]), running(runners[1]):
+        await eventually(lambda: lines.num_open > 0)
+        if how == "stopped":
+            await store.stop("j")
+
+        async def is_completed() -> bool:
+            return (await store.get("j")).state == "completed"
+
+        await eventually(is_completed, 20)
+    assert lines.num_open == 0
+    assert await store.results("j", range(100)) == [b"over:%d" % i for i in range(100)]
+    assert (await store.get("j")).num_failed == 100
+    assert heard.errors == []

@@ -91,25 +91,25 @@ async def test_what_fails_is_answered_as_alone_it_would_be() -> None:
     assert (ended["response"], ended["error"]["code"]) == (None, "batch_expired")
 
 
-def test_room_is_taken_for_what_an_answer_may_have() -> None:
+async def test_room_is_taken_for_what_an_answer_may_have() -> None:
     lines = BatchLines(Model().generate, catalog())
 
-    def most(**body: Any) -> int:
-        return lines.check(line(**body), TEXT, anybody())[1]
+    async def most(**body: Any) -> int:
+        return (await lines.check(line(**body), TEXT, anybody()))[1]
 
-    small = most()
-    assert most(max_tokens=50) > small
-    assert most(n=8) > 6 * (small - 1024)
-    assert most(logprobs=5) > small + 10 * 5 * 50
-    assert most(prompt=["a"] * 20) > small + 20 * 10
-    assert most(echo=True, prompt="x" * 500, n=3) > most(prompt="x" * 500, n=3) + 1500
+    small = await most()
+    assert await most(max_tokens=50) > small
+    assert await most(n=8) > 6 * (small - 1024)
+    assert await most(logprobs=5) > small + 10 * 5 * 50
+    assert await most(prompt=["a"] * 20) > small + 20 * 10
+    assert await most(echo=True, prompt="x" * 500, n=3) > await most(prompt="x" * 500, n=3) + 1500
     # What can't run takes the room of an error.
-    assert most(stream=True) < small
+    assert await most(suffix="x") < small
 
 
 @pytest.mark.parametrize("body", [[], None, "x", 5])
-def test_a_body_that_is_none_is_said(body: Any) -> None:
+async def test_a_body_that_is_none_is_said(body: Any) -> None:
     data = json.dumps({"custom_id": "c", "method": "POST", "url": TEXT, "body": body}).encode()
     with pytest.raises(LineError) as caught:
-        BatchLines(Model().generate, catalog()).check(data, TEXT, anybody())
+        await BatchLines(Model().generate, catalog()).check(data, TEXT, anybody())
     assert caught.value.param == "body"

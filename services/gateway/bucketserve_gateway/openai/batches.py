@@ -153,16 +153,16 @@ class Batches:
         try:
             async for line in self._files.lines(file, self._max_line_bytes):
                 number += 1
-                # Others have their turn.
-                await asyncio.sleep(0)
                 data = (line.removeprefix(UTF8_MARK) if number == 1 else line).strip(b" \t\r")
                 if number > self._max_lines:
                     errors.append(_error("too_many_lines", f"at most {self._max_lines:,} in a batch", number))
                     break
                 if not data:
+                    # Others have their turn.
+                    await asyncio.sleep(0)
                     continue
                 try:
-                    custom_id, most_output_bytes = self._lines.check(data, endpoint, identity)
+                    custom_id, most_output_bytes = await self._lines.check(data, endpoint, identity)
                     digest = hashlib.blake2b(custom_id.encode(), digest_size=16).digest()
                     if digest in seen:
                         raise LineError("duplicate_custom_id", "a line before this one has it", "custom_id")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import orjson
 
@@ -39,6 +40,10 @@ MAX_CUSTOM_ID_CHARACTERS = 512
 LINE_BYTES, CHOICE_BYTES, LOGPROB_BYTES = 1024, 256, 96
 """What the answer to a line has beside its text: by itself, for each choice, and for each log-probability."""
 
+LONG_READ_S = 0.005
+"""A line that takes longer to read is followed by a pause."""
+
+T = TypeVar("T")
 Json = dict[str, Any]
 
 
@@ -80,8 +85,10 @@ class BatchLines:
         """Takes what serves, as the native API has it."""
         self._generate = generate
         self._catalog = catalog
+        self._turn = asyncio.Lock()
+        """To read a line, of which there is one at a time."""
 
-    def check(self, data: bytes, endpoint: str, identity: Identity) -> tuple[str, int]:
+    async def check(self, data: bytes, endpoint: str, identity: Identity) -> tuple[str, int]:
         """Returns a line's custom_id, and the most bytes that its answer may take.
 
         A body that can't be served is no fault of the line: its answer will say so.
@@ -89,6 +96,19 @@ class BatchLines:
         Raises:
             LineError: the line is none of a batch for this endpoint, or asks for what its sender may not have.
         """
+        return await self._read(lambda: self._checked(data, endpoint, identity))
+
+    async def _read(self, read: Callable[[], T]) -> T:
+        """Returns what read() returns; then others have a turn, and as long as it took if that was long."""
+        async with self._turn:
+            start_s = time.perf_counter()
+            try:
+                return read()
+            finally:
+                took_s = time.perf_counter() - start_s
+                await asyncio.sleep(took_s if took_s > LONG_READ_S else 0)
+
+    def _checked(self, data: bytes, endpoint: str, identity: Identity) -> tuple[str, int]:
         custom_id, body = _parts_of(data, endpoint)
         try:
             wanted = _wanted(body, endpoint)
@@ -110,8 +130,12 @@ class BatchLines:
 
     async def run(self, job: JobInfo, index: int, item: bytes) -> bytes:
         """Returns the line that answers one. Its choices run one after the other: other jobs have a turn as well."""
-        note, line = Note.of(job), object_of(item)
-        wanted = _wanted(line["body"], note.endpoint)
+
+        def read() -> tuple[Json, Wanted]:
+            line = object_of(item)
+            return line, _wanted(line.pop("body"), Note.of(job).endpoint)
+
+        line, wanted = await self._read(read)
         # A name of its own: the scheduler may still know the run of a runner that is gone.
         request_id = f"{job.job_id}/{index}/{uuid.uuid4().hex[:8]}"
         for request in wanted.prompts:
