@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from bucketserve.client import BucketServeClient
 from bucketserve.v1 import common_pb2
 from bucketserve_cli.stack import LocalStack
 from tests.certificates import Authority
-from tests.e2e.clients.environment import output, seen
+from tests.e2e.clients.environment import ROOT, output, seen
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import eventually, metric
 from tests.e2e.test_cancellation import nothing_runs
@@ -55,6 +56,18 @@ async def test_grpc_gets_the_tokens_of_our_client(stack: LocalStack) -> None:
     assert {each["usage"]["output_tokens"] for each in found.values()} == {20}
     (listed,) = (await with_grpc(stack, "models"))["models"]
     assert (listed["name"], listed["context_tokens"]) == (model.name, model.context_tokens) == ("demo", 2048)
+
+
+@pytest.mark.stack(environ=SLOW)
+async def test_the_example_of_the_documents_runs(stack: LocalStack) -> None:
+    document = (ROOT / "docs" / "clients-grpc.md").read_text()
+    (example,) = re.findall(r"^```js\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
+    for said, here in {"127.0.0.1:50051": stack.gateway_address, '"protos"': f'"{ROOT}/protos"'}.items():
+        assert example.count(said) == 1
+        example = example.replace(said, here)
+    code, out, errors = await output("node", "--input-type=module", "-e", example)
+    assert (code, errors) == (0, "")
+    assert out == await by_grpc(stack, prompt="And the king said", max_tokens=16)
 
 
 @pytest.mark.stack(environ=SLOW)
