@@ -126,7 +126,7 @@ async def test_outputs_are_whole_though_their_worker_has_kv_for_few_of_them(stac
             short = await asyncio.gather(*(run(client, n, 300, stop_token_ids=[stops[n]]) for n in range(6)))
             for (tokens, finished), whole, stop in zip(short, wanted, stops, strict=True):
                 assert tokens == whole[: whole.index(stop)]
-                assert (finished.reason, finished.stop_token_id) == (common_pb2.FINISH_REASON_STOP, stop)
+                assert (finished.reason, finished.matched_stop_token_id) == (common_pb2.FINISH_REASON_STOP, stop)
         results = await asyncio.gather(*(run(client, number, 300, is_batch=number == 5) for number in range(6)))
     assert [tokens for tokens, _ in results] == wanted
     assert metric(stack, "worker-0", "bucketserve_worker_preempted_total") > 0
