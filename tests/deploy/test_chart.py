@@ -65,6 +65,16 @@ MATRIX: dict[str, dict[str, Any]] = {
         "tls": {"existingSecret": "papers", "clientCaSecret": "clients"},
         "auth": {"existingSecret": "keys"},
     },
+    "vllm": {
+        "worker": {
+            "engine": "vllm",
+            "engineArgs": {"tensor_parallel_size": "2", "hf_overrides": '{"a": 1}'},
+            "runtimeClassName": "nvidia",
+            "sharedMemory": "8Gi",
+            "strategy": "Recreate",
+            "resources": {"limits": {"nvidia.com/gpu": 2, "memory": "64Gi"}},
+        },
+    },
     "redis without volume": {"redis": {"storage": {"enabled": False}}},
 }
 
@@ -134,6 +144,9 @@ def test_manifests_are_strictly_valid(case: str, version: str) -> None:
         {"unknown": 1},
         {"worker": {"engine": "chef"}},
         {"worker": {"device": "tpu"}},
+        {"worker": {"engineArgs": {"tensor_parallel_size": 2}}},
+        {"worker": {"sharedMemory": "lots"}},
+        {"worker": {"strategy": "OnDelete"}},
         {"gateway": {"replicas": -1}},
         {"scheduler": {"replicas": 0}},
         {"telemetry": {"sampleRatio": 2}},
@@ -343,6 +356,41 @@ def test_prefill_and_decode_have_workloads_of_their_own_that_select_only_their_p
         assert labels["bucketserve.dev/role"] == role
     both = [workload for name, workload in workloads("defaults").items() if "-worker" in name]
     assert [environment(workload)["BUCKETSERVE_WORKER_ROLE"] for workload in both] == ["both"]
+
+
+def test_vllm_has_its_image_its_arguments_and_what_gpus_need() -> None:
+    (workload,) = (w for w in workloads("vllm").values() if component_of(w) == "worker")
+    spec = pod(workload)["spec"]
+    assert container(workload)["image"] == "bucketserve-worker-vllm:0.1.0"
+    assert (workload["spec"]["strategy"], spec["runtimeClassName"]) == ({"type": "Recreate"}, "nvidia")
+    assert container(workload)["resources"]["limits"]["nvidia.com/gpu"] == 2
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
+    assert {"name": "shm", "mountPath": "/dev/shm"} in container(workload)["volumeMounts"]
+    settings = load_settings({"worker": WorkerSettings, "telemetry": TelemetrySettings}, environ=settings_of(workload))
+    worker = settings.sections["worker"]
+    assert (worker.engine, worker.role) == ("vllm", "both")
+    assert worker.engine_args == MATRIX["vllm"]["worker"]["engineArgs"]
+    (other,) = (w for w in workloads("defaults").values() if component_of(w) == "worker")
+    assert container(other)["image"] == "bucketserve-worker:0.1.0"
+    assert not {"strategy", "runtimeClassName"} & {*other["spec"], *pod(other)["spec"]}
+    assert [volume["name"] for volume in pod(other)["spec"]["volumes"]] == ["tmp"]
+
+
+def settings_of(workload: dict[str, Any]) -> dict[str, str]:
+    return {name: value.replace("$(POD_IP)", "10.0.0.1") for name, value in environment(workload).items()}
+
+
+@pytest.mark.parametrize(
+    ("worker", "said"),
+    [
+        ({"engine": "vllm", "disaggregated": {"enabled": True}}, "hands no KV over"),
+        ({"engineArgs": {"block_size": "32"}}, "set worker.engine to vllm"),
+    ],
+)
+def test_what_vllm_can_not_do_is_refused(worker: dict[str, Any], said: str) -> None:
+    with pytest.raises(HelmError, match=said):
+        Chart.load(CHART).render({"worker": worker}, name="rel")
 
 
 def test_papers_and_keys_are_secrets_by_reference_which_those_who_need_them_mount() -> None:

