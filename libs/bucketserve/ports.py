@@ -5,6 +5,7 @@ Adapters live in bucketserve.store and bucketserve.engine; composition roots (ap
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -29,6 +30,8 @@ __all__ = [
     "StepOutput",
     "StoreSnapshot",
     "StoredTicket",
+    "StructureKind",
+    "StructuredOutput",
     "TokenLogprobs",
     "TokenOutput",
     "Write",
@@ -184,6 +187,24 @@ class Sampling:
     seed: int = 0
 
 
+class StructureKind(enum.Enum):
+    """What a StructuredOutput's text is; see protos/bucketserve/v1/common.proto."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICES = "choices"
+    """A JSON array of texts."""
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """What an output must be."""
+
+    kind: StructureKind
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSpec:
     """A request as the engine runs it."""
@@ -195,6 +216,8 @@ class SequenceSpec:
     num_resumed_tokens: int = 0
     """How many of token_ids were generated: output position 0 of this attempt is generated position that many."""
     sampling: Sampling = field(default_factory=Sampling)
+    structured_output: StructuredOutput | None = None
+    """What the generated tokens must be, those of earlier attempts included; None: anything."""
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None
     batch_id: BatchId | None = None
@@ -240,7 +263,10 @@ class TokenOutput:
     """None when the sequence ended on a stop token, which is not part of the output."""
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
-    """Set with the sequence's last output (STOP or LENGTH); the engine has then freed its KV."""
+    """Set with the sequence's last output: LENGTH, or STOP after a stop token or when nothing more may follow.
+
+    The engine has then freed its KV.
+    """
     matched_stop_token_id: int | None = None
     cached_prompt_tokens: int = 0
     """Tokens of the sequence's prompt whose KV this engine did not have to compute."""
@@ -286,6 +312,8 @@ class EngineInfo:
     """Weights, configuration, number type and kind of engine: engines with the same one compute the same."""
     tokenizer: str = ""
     """Fingerprint of what its token ids mean; empty if it does not know."""
+    has_grammars: bool = False
+    """Whether it takes sequences with a structured_output."""
 
 
 class Engine(Protocol):
@@ -309,7 +337,8 @@ class Engine(Protocol):
             max_chunk_tokens: most prompt tokens per step while other sequences decode; 0 for no limit.
 
         Raises:
-            EngineError: a sequence could never fit (context or total KV), or its id is here already; none was added.
+            EngineError: a sequence could never fit (context or total KV), its id is here already, or its output can't
+                be constrained here; none was added.
         """
 
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:

@@ -5,6 +5,8 @@ A refusal says when to come back: when as many tokens as the request has will ha
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bucketserve.core.drain import DrainRate
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.lanes import Lanes
@@ -60,7 +62,8 @@ class Admission:
     def _reason(self, request: Request, now_s: float) -> RefuseReason | None:
         settings, tokens = self._settings, request.prefill_tokens
         if not self._fleet.serves(request):
-            return RefuseReason.OTHER_TOKENIZER
+            is_plain = self._fleet.serves(replace(request, needs_grammar=False))
+            return RefuseReason.NO_GRAMMARS if is_plain else RefuseReason.OTHER_TOKENIZER
         if request.reserved_tokens > self._lanes.context_tokens or not self._fleet.could_hold(request):
             return RefuseReason.TOO_LARGE
         if len(self._lanes) >= settings.max_queued_requests:

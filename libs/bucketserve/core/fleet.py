@@ -17,8 +17,8 @@ __all__ = ["Fleet"]
 CANDIDATES = 8
 """Workers that are scored for a request: the least loaded ones."""
 TPOT_WEIGHT = 0.02
-Kind = tuple[str, str]
-"""Fingerprint and tokenizer of a worker."""
+Kind = tuple[str, str, bool]
+"""Of a worker (WorkerState.kind)."""
 STALE_ENTRIES = 64
 """Of a ranking, before it is cleaned: beyond two for each worker."""
 
@@ -214,7 +214,7 @@ class Fleet:
         )
 
     def serves(self, request: Request) -> bool:
-        """Whether some worker that computes prompts may serve the request, by fingerprint and tokenizer.
+        """Whether some worker that computes prompts may serve the request, by fingerprint, tokenizer and grammars.
 
         True as well while nobody computes any, or nobody decodes what is computed, unless it is bound to a fingerprint
         that may never come back.
@@ -261,7 +261,7 @@ class Fleet:
         for worker in self._workers.values():
             size = min(worker.headroom.kv_total_tokens, worker.context_tokens)
             if worker.role is not WorkerRole.DECODE:
-                largest = self._starting.setdefault((worker.fingerprint, worker.tokenizer), {})
+                largest = self._starting.setdefault(worker.kind, {})
                 largest[worker.role] = max(largest.get(worker.role, 0), size)
             if worker.role is not WorkerRole.PREFILL:
                 self.kv_total_tokens += worker.headroom.kv_total_tokens
@@ -272,7 +272,7 @@ class Fleet:
         self._bound_starting = {}
         for worker in self._workers.values():
             if worker.goes_on and worker.role is not WorkerRole.DECODE:
-                self._bound_starting.setdefault((worker.fingerprint, worker.tokenizer), set()).add(worker.role)
+                self._bound_starting.setdefault(worker.kind, set()).add(worker.role)
             tokens = self._decodable.get(worker.fingerprint, 0), self._bound_decodable.get(worker.fingerprint, 0)
             if (worker.decodable_tokens, worker.bound_tokens) != tokens:
                 worker.decodable_tokens, worker.bound_tokens = tokens

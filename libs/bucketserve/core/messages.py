@@ -67,6 +67,8 @@ class RefuseReason(enum.Enum):
     TOO_LARGE = "too_large"
     OTHER_TOKENIZER = "other_tokenizer"
     """No worker's model has the tokenizer that made the prompt."""
+    NO_GRAMMARS = "no_grammars"
+    """No worker's engine can constrain output as the request asks."""
     STORE_FULL = "store_full"
 
 
@@ -79,7 +81,7 @@ class DropReason(enum.Enum):
     WORKER_FAILED = "worker_failed"
     TOO_LARGE = "too_large"
     NO_LIKE_WORKER = "no_like_worker"
-    """Nobody has the engine that could go on with what another has begun, or the prompt's tokenizer, any more."""
+    """Nobody has the engine that could go on with what another has begun, the prompt's tokenizer, or grammars."""
     INTERNAL = "internal"
     """A step of the core failed on it."""
 
@@ -151,6 +153,8 @@ class WorkerJoined:
     """Of weights, number type and engine: workers with the same generate the same."""
     tokenizer: str = ""
     """Fingerprint of its model's tokenizer; empty: it knows of none."""
+    has_grammars: bool = False
+    """Whether its engine can constrain output."""
     running: tuple[RunningRequest, ...] = ()
     """Requests that the worker still has from before."""
     is_delivering: bool = False

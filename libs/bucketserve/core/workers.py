@@ -16,9 +16,11 @@ from bucketserve.core.types import Batch, BatchId, Headroom, Request, RequestCla
 __all__ = ["WorkerState", "serves"]
 
 
-def serves(request: Request, fingerprint: str, tokenizer: str) -> bool:
-    """Whether an engine of that fingerprint and tokenizer may serve the request at all."""
+def serves(request: Request, fingerprint: str, tokenizer: str, has_grammars: bool) -> bool:
+    """Whether an engine of that fingerprint and tokenizer, with or without grammars, may serve the request at all."""
     if request.fingerprint and request.fingerprint != fingerprint:
+        return False
+    if request.needs_grammar and not has_grammars:
         return False
     return not (request.tokenizer and tokenizer and request.tokenizer != tokenizer)
 
@@ -49,6 +51,7 @@ class WorkerState:
     """What its sequences are likely to need."""
     fingerprint: str = ""
     tokenizer: str = ""
+    has_grammars: bool = False
     generation: int = 0
     """Counts up with each fingerprint that is new to the fleet: new requests prefer the newest."""
     times: StepTimes = field(default_factory=StepTimes)
@@ -107,12 +110,18 @@ class WorkerState:
             fingerprint=event.fingerprint,
             tokenizer=event.tokenizer,
             is_delivering=event.is_delivering,
+            has_grammars=event.has_grammars,
             num_assigned=event.headroom.last_assignment,
             outputs=outputs,
             kv=KvBook(outputs),
         )
         state.kv.at_step(event.headroom.num_decode_steps)
         return state
+
+    @property
+    def kind(self) -> tuple[str, str, bool]:
+        """Fingerprint, tokenizer, and whether there are grammars: what decides whom it may serve."""
+        return self.fingerprint, self.tokenizer, self.has_grammars
 
     @property
     def stays(self) -> bool:
@@ -276,7 +285,7 @@ class WorkerState:
         decodable_tokens = self.bound_tokens if is_bound else self.decodable_tokens
         if self.role is WorkerRole.PREFILL and request.reserved_tokens > decodable_tokens:
             return False
-        return serves(request, self.fingerprint, self.tokenizer) and self.could_hold(request)
+        return serves(request, *self.kind) and self.could_hold(request)
 
     def could_hold(self, request: Request) -> bool:
         """Whether it could hold the request with all that it may generate, if it were empty."""

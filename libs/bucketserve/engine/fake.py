@@ -2,7 +2,7 @@
 
 For tests of the serving path and for scale runs. The next token depends on all tokens before it, so that a request
 resumed elsewhere goes on as if nothing had happened, and a mix-up of sequences shows. Of the sampling parameters it
-knows the temperature, as zero or not, and the seed; the others change nothing.
+knows the temperature, as zero or not, and the seed; the others change nothing. It has no grammars.
 """
 
 from __future__ import annotations
@@ -143,6 +143,8 @@ class FakeEngine:
         for spec in sequences:
             if spec.reserved_tokens > most:
                 raise EngineError(f"{spec.reserved_tokens} tokens can never fit: the context is {most} tokens here")
+            if spec.structured_output is not None:
+                raise EngineError("the fake engine has no grammars")
         self._check_new([spec.request_id for spec in sequences])
         for spec in sequences:
             state = _hash(spec.token_ids)

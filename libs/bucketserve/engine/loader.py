@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
 from bucketserve.engine.device_memory import CPU_KV_MOST_BYTES, CPU_KV_SHARE, device_memory, seldom
 from bucketserve.engine.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bucketserve.engine.grammars import GrammarError, GrammarTokenizer
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory, bytes_per_token, num_pages
 from bucketserve.engine.linear import place_linears
-from bucketserve.engine.model_source import context_of, model_directory
+from bucketserve.engine.model_source import context_of, model_directory, vocabulary_of
 from bucketserve.engine.native.compiler import KernelBuildError
 from bucketserve.engine.native.kernels import Kernels, load_kernels
 from bucketserve.engine.native.layers import fuse_layers
@@ -90,7 +92,27 @@ def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lam
         tokenizer = tokenizer_fingerprint(directory)
     except ModelLoadError as error:
         raise ModelLoadError(f"model {settings.model!r} can't be loaded: {error}") from error
-    return build_engine(model.to(device), settings, on_progress, fingerprint=fingerprint, tokenizer=tokenizer)
+    grammar_tokenizer = _grammar_tokenizer(directory, model, on_progress)
+    return build_engine(
+        model.to(device),
+        settings,
+        on_progress,
+        fingerprint=fingerprint,
+        tokenizer=tokenizer,
+        grammar_tokenizer=grammar_tokenizer,
+    )
+
+
+def _grammar_tokenizer(directory: Path, model: Any, on_progress: Callable[[str], None]) -> GrammarTokenizer | None:
+    """Returns the vocabulary for grammars; None if it is of no kind that they know."""
+    file = directory / "tokenizer.json"
+    if not file.exists():
+        return None
+    try:
+        return GrammarTokenizer(Tokenizer.from_file(str(file)), vocabulary_of(model.config.get_text_config()))
+    except GrammarError as error:
+        on_progress(f"serving without structured output: {error}")
+        return None
 
 
 def _check_room(directory: Path) -> None:
@@ -115,6 +137,7 @@ def build_engine(
     *,
     fingerprint: str = "",
     tokenizer: str = "",
+    grammar_tokenizer: GrammarTokenizer | None = None,
 ) -> PackedEngine:
     """Returns an engine around a model that is on its device and uses our attention.
 
@@ -124,6 +147,7 @@ def build_engine(
         on_progress: is told what is being done.
         fingerprint: of its weights and settings; empty for a model that was made here.
         tokenizer: fingerprint of its tokenizer, likewise.
+        grammar_tokenizer: its vocabulary; without it there is no structured output.
 
     Raises:
         ModelLoadError: the model's attention can't be served.
@@ -173,6 +197,7 @@ def build_engine(
             kv_layout=memory.layout,
             fingerprint=fingerprint,
             tokenizer=tokenizer,
+            has_grammars=grammar_tokenizer is not None,
         ),
         PackedLimits(context_tokens=context, max_sequences=settings.max_sequences, max_step_tokens=max_step_tokens),
         weights_bytes=weights_bytes,
@@ -180,6 +205,7 @@ def build_engine(
         device_memory=seldom(lambda: device_memory(device)),
         kernels=kernels,
         keeps_prefixes=settings.prefix_cache,
+        grammar_tokenizer=grammar_tokenizer,
     )
 
 

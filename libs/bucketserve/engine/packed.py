@@ -23,17 +23,16 @@ from bucketserve.core.stepping import plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
 from bucketserve.engine.device_memory import DeviceMemory
+from bucketserve.engine.grammar_compiler import GrammarCompiler
+from bucketserve.engine.grammars import GrammarTokenizer
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory, num_pages
 from bucketserve.engine.kv_space import KvSpace
 from bucketserve.engine.native.kernels import Kernels
 from bucketserve.engine.pressure import MemoryPressure, is_out_of_memory
-from bucketserve.engine.sampling import sample, token_logprobs
-from bucketserve.engine.sequences import EngineSequence, Entry, Row, Success, Trouble, halve, measure, sample_row
+from bucketserve.engine.sequences import EngineSequence, Entry, Row, Success, Trouble, choose, halve, measure
 from bucketserve.ports import EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenOutput
 
 __all__ = ["PackedEngine", "PackedLimits"]
-
-NOT_FINITE = "the model's output is not finite (NaN or infinity in its logits): no token can be chosen"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +60,11 @@ class PackedEngine:
         device_memory: Callable[[], DeviceMemory],
         kernels: Kernels | None = None,
         keeps_prefixes: bool = True,
+        grammar_tokenizer: GrammarTokenizer | None = None,
     ) -> None:
         """Takes a warm model whose attention is bucketserve.engine.attention, and the kernels of its CPU, if any.
 
-        `calls` is what its layers ask of attention, by layer.
+        `calls` is what its layers ask of attention, by layer. Without a tokenizer for grammars there are none.
         """
         self._model = model
         self._calls = calls
@@ -84,6 +84,7 @@ class PackedEngine:
         self._running: dict[RequestId, EngineSequence] = {}
         self._preempted: list[RequestId] = []
         """Let go since the last step."""
+        self._compiler = None if grammar_tokenizer is None else GrammarCompiler(grammar_tokenizer)
 
     @property
     def info(self) -> EngineInfo:
@@ -138,9 +139,13 @@ class PackedEngine:
                 raise EngineError(f"{needed} tokens can never fit: the context is {self._most_tokens} tokens here")
             if spec.request_id in seen:
                 raise EngineError(f"sequence {spec.request_id} is already here")
+            if spec.structured_output is not None and self._compiler is None:
+                raise EngineError("this engine has no grammars: the model's tokenizer is of no kind that they know")
             seen.add(spec.request_id)
         for spec in sequences:
-            self._waiting[spec.request_id] = EngineSequence(spec, max_chunk_tokens, list(spec.token_ids))
+            sequence = EngineSequence(spec, max_chunk_tokens, list(spec.token_ids))
+            self._waiting[spec.request_id] = sequence
+            self._compile(sequence)
 
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:
         """See ports.Engine."""
@@ -177,6 +182,12 @@ class PackedEngine:
             raise EngineError(f"the KV of {num_tokens} tokens can't be copied: {error}") from error
         sequence.num_cached = num_tokens
         self._running[spec.request_id] = sequence
+        self._compile(sequence)
+
+    def _compile(self, sequence: EngineSequence) -> None:
+        """Has what its output must be compiled, meanwhile; it has no part in steps until that is done."""
+        if self._compiler is not None and sequence.spec.structured_output is not None:
+            self._compiler.begin(sequence)
 
     def _check_length(self, num_tokens: int, data: memoryview) -> None:
         if len(data) != num_tokens * self._info.kv_bytes_per_token:
@@ -187,6 +198,8 @@ class PackedEngine:
         for request_id in request_ids:
             sequence = self._waiting.pop(request_id, None) or self._running.pop(request_id, None)
             if sequence is not None:
+                if self._compiler is not None:
+                    self._compiler.forget(sequence)
                 self._release(sequence)
 
     def has_work(self) -> bool:
@@ -196,6 +209,8 @@ class PackedEngine:
     def close(self) -> None:
         """See ports.Engine."""
         self.cancel([*self._waiting, *self._running])
+        if self._compiler is not None:
+            self._compiler.close()
         del self._model, self._space
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -214,12 +229,16 @@ class PackedEngine:
         # Those that may not be let go have all that they may use: what lacks is lacking to others.
         self._make_room(lambda: self._growth() <= self._space.num_free_pages)
         preempted, self._preempted = tuple(self._preempted), []
+        failures: list[SequenceFailure] = []
+        for sequence, message in self._compiler.done() if self._compiler is not None else ():
+            self._fail(sequence, message, failures, is_retryable=False)
         entries = self._compose()
         if not entries:
-            return StepOutput(preempted=preempted)
+            if self._compiler is not None:
+                self._compiler.wait()
+            return StepOutput(preempted=preempted, failures=tuple(failures))
         start_s = time.perf_counter()
         sample_of = measure(entries)
-        failures: list[SequenceFailure] = []
         rows = self._run(entries, failures)
         prefilled = [row.sequence.spec.request_id for row in rows if self._begin_decoding(row.sequence)]
         sample = sample_of(time.perf_counter() - start_s)
@@ -237,7 +256,7 @@ class PackedEngine:
 
     def _compose(self) -> list[Entry]:
         """Returns this step's tokens: every decoding sequence, then prompt pieces."""
-        entries = [Entry(sequence, 1) for sequence in self._running.values()]
+        entries = [Entry(sequence, 1) for sequence in self._running.values() if sequence.may_run]
         for sequence in self._running.values():
             if sequence.kv is not None:
                 self._space.grow(sequence.kv, sequence.num_cached + 1)
@@ -274,6 +293,8 @@ class PackedEngine:
         for sequence in self._waiting.values():
             if len(ready) >= slots:
                 break
+            if not sequence.may_run:
+                continue
             may_begin = may_begin and (sequence.kv is not None or self._begin(sequence))
             if sequence.kv is not None:
                 ready.append(sequence)
@@ -355,8 +376,8 @@ class PackedEngine:
             for entry in part:
                 entry.sequence.num_cached += entry.num_tokens
             rows += attempt.rows
-            for sequence in attempt.not_finite:
-                self._fail(sequence, NOT_FINITE, failures, is_retryable=False)
+            for sequence, message in attempt.refused:
+                self._fail(sequence, message, failures, is_retryable=False)
         self._pressure.note(ran_out=ran_out)
         return rows
 
@@ -370,14 +391,7 @@ class PackedEngine:
             logits = self._run_model(entries)
             if logits is None:
                 return Success()
-            sequences = [entry.sequence for entry in entries if entry.completes]
-            chosen = sample(logits, [sample_row(sequence) for sequence in sequences])
-            logprobs = token_logprobs(logits, chosen, [sequence.spec.num_logprobs for sequence in sequences])
-            rows = zip(sequences, chosen, logprobs, strict=True)
-            return Success(
-                [Row(sequence, token_id, own) for sequence, token_id, own in rows if token_id is not None],
-                [sequence for sequence, token_id in zip(sequences, chosen, strict=True) if token_id is None],
-            )
+            return choose(logits, [entry.sequence for entry in entries if entry.completes])
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -455,13 +469,17 @@ class PackedEngine:
         sequence.num_generated += 1
         if sequence.num_generated == 1:
             sequence.first_token_s = time.perf_counter()
-        is_last = sequence.num_generated >= spec.max_new_tokens
-        if is_last:
+        reason = FinishReason.LENGTH if sequence.num_generated >= spec.max_new_tokens else None
+        if sequence.matcher is not None:
+            sequence.matcher.take(token_id)
+            if sequence.matcher.is_complete:
+                reason = FinishReason.STOP
+        if reason is not None:
             self.cancel([spec.request_id])
         return TokenOutput(
             request_id=spec.request_id,
             token_id=token_id,
             logprobs=logprobs,
-            finish_reason=FinishReason.LENGTH if is_last else None,
+            finish_reason=reason,
             cached_prompt_tokens=sequence.num_reused,
         )

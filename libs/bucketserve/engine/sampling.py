@@ -16,7 +16,16 @@ import torch
 
 from bucketserve.ports import Logprob, Sampling, TokenLogprobs
 
-__all__ = ["RowState", "SampleRow", "TokenCounts", "choose", "sample", "token_logprobs", "uniform_noise"]
+__all__ = [
+    "RowState",
+    "SampleRow",
+    "TokenCounts",
+    "choose",
+    "sample",
+    "token_logprobs",
+    "uniform_noise",
+    "unpacked",
+]
 
 
 class TokenCounts:
@@ -71,6 +80,8 @@ class SampleRow:
     """Prompt and generated tokens, for the penalties."""
     state: RowState = field(default_factory=RowState)
     """What was kept of it at the step before."""
+    allowed: torch.Tensor | None = None
+    """Bool, [vocabulary]: the tokens that may be chosen; None for all."""
 
     @property
     def is_adjusted(self) -> bool:
@@ -85,7 +96,7 @@ class SampleRow:
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
-    """Returns a token id for each row; None where logits are NaN or plus infinity, or exclude every token.
+    """Returns a token id for each row; None where logits are NaN or plus infinity, or exclude every token allowed.
 
     Args:
         logits: [rows, vocabulary], float32; minus infinity excludes a token.
@@ -109,6 +120,12 @@ def choose(logits: torch.Tensor, rows: Sequence[SampleRow]) -> tuple[torch.Tenso
     if adjusted:
         scores = logits.double()
         scores[adjusted] = _adjust(scores[adjusted], [rows[i] for i in adjusted])
+    masked = [i for i, row in enumerate(rows) if row.allowed is not None]
+    if masked:
+        allowed = torch.stack([row.allowed for row in rows if row.allowed is not None])
+        scores = scores.clone() if scores is logits else scores
+        scores[masked] = scores[masked].masked_fill(~allowed, float("-inf"))
+        sound &= scores.amax(dim=-1).isfinite()
     chosen = torch.argmax(scores, dim=-1)
     if drawn:
         chosen[drawn] = _draw(scores[drawn].double(), [rows[i] for i in drawn])
@@ -141,6 +158,16 @@ def token_logprobs(
         first, *others = (Logprob(token_id, value) for token_id, value in zip(*row, strict=True))
         result[i] = TokenLogprobs(first, tuple(others[:number]))
     return result
+
+
+def unpacked(mask: bytearray, like: torch.Tensor) -> torch.Tensor:
+    """Returns a mask of a bit for each token, lowest first, as bool, shaped and placed as `like`, [vocabulary]."""
+    size = like.shape[0]
+    packed = torch.frombuffer(mask, dtype=torch.uint8).to(like.device)
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=like.device)) & 1
+    allowed = bits.flatten()[:size].bool()
+    # What the model has beyond the tokenizer is no text.
+    return torch.nn.functional.pad(allowed, (0, size - len(allowed)))
 
 
 def uniform_noise(seeds: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from bucketserve.core.preemption import loss
 from bucketserve.core.types import MAX_PREEMPTIONS, StepSample
+from bucketserve.engine.grammars import GrammarError, Matcher
 from bucketserve.engine.kv_space import KvTable
-from bucketserve.engine.sampling import RowState, SampleRow
-from bucketserve.ports import SequenceSpec, TokenLogprobs
+from bucketserve.engine.sampling import RowState, SampleRow, sample, token_logprobs, unpacked
+from bucketserve.ports import Sampling, SequenceSpec, TokenLogprobs
 
-__all__ = ["EngineSequence", "Entry", "Row", "Success", "Trouble", "halve", "measure", "sample_row"]
+__all__ = ["EngineSequence", "Entry", "Row", "Success", "Trouble", "choose", "halve", "measure"]
+
+NOT_FINITE = "the model's output is not finite (NaN or infinity in its logits): no token can be chosen"
+NO_TOKEN = "no token of the vocabulary may follow its constrained output but what the model or the request excludes"
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +38,13 @@ class EngineSequence:
     first_token_s: float = 0.0
     """When it had its first token here, on time.perf_counter."""
     sampling_state: RowState = field(default_factory=RowState)
+    matcher: Matcher | None = None
+    """Follows its output, if that is constrained, once it is compiled."""
+
+    @property
+    def may_run(self) -> bool:
+        """Whether what it needs beside memory is there."""
+        return self.spec.structured_output is None or self.matcher is not None
 
     @property
     def remaining(self) -> int:
@@ -83,8 +96,8 @@ class Success:
     """What a step, or a part of it, brought."""
 
     rows: Sequence[Row] = ()
-    not_finite: Sequence[EngineSequence] = ()
-    """Sequences whose logits allow no choice."""
+    refused: Sequence[tuple[EngineSequence, str]] = ()
+    """Sequences for which no token can be chosen, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +108,39 @@ class Trouble:
     message: str
 
 
-def sample_row(sequence: EngineSequence) -> SampleRow:
-    """Returns how to choose its next token."""
-    position = sequence.spec.num_resumed_tokens + sequence.num_generated
-    return SampleRow(sequence.spec.sampling, position, sequence.tokens, sequence.sampling_state)
+def sample_row(sequence: EngineSequence, logits: torch.Tensor) -> SampleRow:
+    """Returns how to choose its next token, from logits [vocabulary].
+
+    Raises:
+        GrammarError: its output can't be constrained as is asked any further.
+    """
+    spec, matcher = sequence.spec, sequence.matcher
+    position = spec.num_resumed_tokens + sequence.num_generated
+    allowed = None if matcher is None else unpacked(matcher.mask(spec.stop_token_ids), logits)
+    return SampleRow(spec.sampling, position, sequence.tokens, sequence.sampling_state, allowed)
+
+
+def choose(logits: torch.Tensor, sequences: Sequence[EngineSequence]) -> Success:
+    """Returns the next token of each sequence, from logits [sequences, vocabulary]."""
+    rows: list[SampleRow] = []
+    refused: dict[int, str] = {}
+    for i, sequence in enumerate(sequences):
+        try:
+            rows.append(sample_row(sequence, logits[i]))
+        except GrammarError as error:
+            refused[i] = f"its output can't be constrained any further: {error}"
+            rows.append(SampleRow(Sampling(), 0, ()))
+    chosen = [None if i in refused else token_id for i, token_id in enumerate(sample(logits, rows))]
+    logprobs = token_logprobs(logits, chosen, [sequence.spec.num_logprobs for sequence in sequences])
+    found = list(zip(sequences, rows, chosen, logprobs, strict=True))
+    return Success(
+        [Row(sequence, token_id, own) for sequence, _, token_id, own in found if token_id is not None],
+        [
+            (sequence, refused.get(i) or (NOT_FINITE if row.allowed is None or row.allowed.any() else NO_TOKEN))
+            for i, (sequence, row, token_id, _) in enumerate(found)
+            if token_id is None
+        ],
+    )
 
 
 def measure(entries: Sequence[Entry]) -> Callable[[float], StepSample]:

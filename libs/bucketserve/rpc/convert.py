@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ from bucketserve.core.types import (
     WorkerId,
     WorkerRole,
 )
-from bucketserve.ports import Logprob, Sampling, SequenceSpec, TokenLogprobs
+from bucketserve.ports import Logprob, Sampling, SequenceSpec, StructuredOutput, StructureKind, TokenLogprobs
 from bucketserve.v1 import common_pb2, scheduler_pb2
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "role_to_pb",
     "sequence_from_spec",
     "steps_from_pb",
+    "structured_from_pb",
 ]
 
 K = TypeVar("K")
@@ -71,6 +73,7 @@ _REFUSALS = {
     RefuseReason.SLO_UNATTAINABLE: scheduler_pb2.REFUSE_REASON_SLO_UNATTAINABLE,
     RefuseReason.TOO_LARGE: scheduler_pb2.REFUSE_REASON_TOO_LARGE,
     RefuseReason.OTHER_TOKENIZER: scheduler_pb2.REFUSE_REASON_OTHER_TOKENIZER,
+    RefuseReason.NO_GRAMMARS: scheduler_pb2.REFUSE_REASON_NO_GRAMMARS,
     RefuseReason.STORE_FULL: scheduler_pb2.REFUSE_REASON_STORE_FULL,
 }
 _DROPS = {
@@ -125,6 +128,7 @@ def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
         fingerprint=hello.fingerprint,
         tokenizer=hello.tokenizer,
         is_delivering=hello.report.is_delivering,
+        has_grammars=hello.has_grammars,
         running=tuple(
             RunningRequest(
                 request_id=RequestId(at.run_id),
@@ -176,6 +180,7 @@ def request_from_ticket(
         avoid=frozenset(WorkerId(worker_id) for worker_id in ticket.avoid_worker_ids),
         fingerprint=ticket.fingerprint,
         tokenizer=ticket.tokenizer,
+        needs_grammar=ticket.needs_grammar,
         ttft_slo_s=slo.ttft_ms / 1e3 if slo.HasField("ttft_ms") else None,
         tpot_slo_s=slo.tpot_ms / 1e3 if slo.HasField("tpot_ms") else None,
         deadline_s=deadline_s,
@@ -204,6 +209,7 @@ def sequence_from_spec(
             logit_bias=tuple(sorted(sampling.logit_bias.items())),
             seed=sampling.seed,
         ),
+        structured_output=structured_from_pb(spec.structured_output),
         stop_token_ids=frozenset(spec.stop_token_ids),
         num_logprobs=spec.num_logprobs if spec.HasField("num_logprobs") else None,
         batch_id=BatchId(batch_id),
@@ -213,6 +219,15 @@ def sequence_from_spec(
         num_preemptions=spec.num_preemptions,
         prefix_salt=spec.prefix_salt,
     )
+
+
+def structured_from_pb(wanted: common_pb2.StructuredOutput) -> StructuredOutput | None:
+    """Returns what an output must be; None if it may be anything."""
+    kind = wanted.WhichOneof("constraint")
+    if kind is None:
+        return None
+    text = json.dumps(list(wanted.choices.texts)) if kind == "choices" else getattr(wanted, kind)
+    return StructuredOutput(StructureKind(kind), text)
 
 
 def headroom_to_pb(

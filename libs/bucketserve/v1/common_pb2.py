@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ucketserve/v1/common.proto\x12\x0e\x62ucketserve.v1\"\xc7\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x41\n\nlogit_bias\x18\t \x03(\x0b\x32-.bucketserve.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"z\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x42\r\n\x0b_max_tokens\"i\n\x03Slo\x12\x14\n\x07ttft_ms\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07tpot_ms\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1e\n\x16reject_if_unattainable\x18\x03 \x01(\x08\x42\n\n\x08_ttft_msB\n\n\x08_tpot_ms\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"k\n\x10PositionLogprobs\x12,\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1c.bucketserve.v1.TokenLogprob\x12)\n\x03top\x18\x02 \x03(\x0b\x32\x1c.bucketserve.v1.TokenLogprob\"l\n\x0eRequestTimings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x11\n\tdecode_ms\x18\x03 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x04 \x01(\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x01\"\xac\x01\n\tBatchInfo\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\x19\n\x11\x62ucket_low_tokens\x18\x02 \x01(\r\x12\x1a\n\x12\x62ucket_high_tokens\x18\x03 \x01(\r\x12\x14\n\x0cnum_requests\x18\x04 \x01(\r\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\rpadded_tokens\x18\x06 \x01(\r\x12\x12\n\nlimited_by\x18\x07 \x01(\t*e\n\x0cRequestClass\x12\x1d\n\x19REQUEST_CLASS_UNSPECIFIED\x10\x00\x12\x1d\n\x19REQUEST_CLASS_INTERACTIVE\x10\x01\x12\x17\n\x13REQUEST_CLASS_BATCH\x10\x02*\xce\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x12\x1b\n\x17\x46INISH_REASON_PREEMPTED\x10\x06*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x03\x42HZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ucketserve/v1/common.proto\x12\x0e\x62ucketserve.v1\"\xc7\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x41\n\nlogit_bias\x18\t \x03(\x0b\x32-.bucketserve.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"z\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x42\r\n\x0b_max_tokens\"\x87\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12*\n\x07\x63hoices\x18\x03 \x01(\x0b\x32\x17.bucketserve.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x42\x0c\n\nconstraint\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"i\n\x03Slo\x12\x14\n\x07ttft_ms\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07tpot_ms\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1e\n\x16reject_if_unattainable\x18\x03 \x01(\x08\x42\n\n\x08_ttft_msB\n\n\x08_tpot_ms\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"k\n\x10PositionLogprobs\x12,\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1c.bucketserve.v1.TokenLogprob\x12)\n\x03top\x18\x02 \x03(\x0b\x32\x1c.bucketserve.v1.TokenLogprob\"l\n\x0eRequestTimings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x11\n\tdecode_ms\x18\x03 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x04 \x01(\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x01\"\xac\x01\n\tBatchInfo\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\x19\n\x11\x62ucket_low_tokens\x18\x02 \x01(\r\x12\x1a\n\x12\x62ucket_high_tokens\x18\x03 \x01(\r\x12\x14\n\x0cnum_requests\x18\x04 \x01(\r\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\rpadded_tokens\x18\x06 \x01(\r\x12\x12\n\nlimited_by\x18\x07 \x01(\t*e\n\x0cRequestClass\x12\x1d\n\x19REQUEST_CLASS_UNSPECIFIED\x10\x00\x12\x1d\n\x19REQUEST_CLASS_INTERACTIVE\x10\x01\x12\x17\n\x13REQUEST_CLASS_BATCH\x10\x02*\xce\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x12\x1b\n\x17\x46INISH_REASON_PREEMPTED\x10\x06*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x03\x42HZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,26 +34,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'ZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1'
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_REQUESTCLASS']._serialized_start=1181
-  _globals['_REQUESTCLASS']._serialized_end=1282
-  _globals['_FINISHREASON']._serialized_start=1285
-  _globals['_FINISHREASON']._serialized_end=1491
-  _globals['_WORKERROLE']._serialized_start=1493
-  _globals['_WORKERROLE']._serialized_end=1605
+  _globals['_REQUESTCLASS']._serialized_start=1345
+  _globals['_REQUESTCLASS']._serialized_end=1446
+  _globals['_FINISHREASON']._serialized_start=1449
+  _globals['_FINISHREASON']._serialized_end=1655
+  _globals['_WORKERROLE']._serialized_start=1657
+  _globals['_WORKERROLE']._serialized_end=1769
   _globals['_SAMPLINGPARAMS']._serialized_start=48
   _globals['_SAMPLINGPARAMS']._serialized_end=503
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=334
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=382
   _globals['_STOPPINGPARAMS']._serialized_start=505
   _globals['_STOPPINGPARAMS']._serialized_end=627
-  _globals['_SLO']._serialized_start=629
-  _globals['_SLO']._serialized_end=734
-  _globals['_TOKENLOGPROB']._serialized_start=736
-  _globals['_TOKENLOGPROB']._serialized_end=785
-  _globals['_POSITIONLOGPROBS']._serialized_start=787
-  _globals['_POSITIONLOGPROBS']._serialized_end=894
-  _globals['_REQUESTTIMINGS']._serialized_start=896
-  _globals['_REQUESTTIMINGS']._serialized_end=1004
-  _globals['_BATCHINFO']._serialized_start=1007
-  _globals['_BATCHINFO']._serialized_end=1179
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=630
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=765
+  _globals['_CHOICES']._serialized_start=767
+  _globals['_CHOICES']._serialized_end=791
+  _globals['_SLO']._serialized_start=793
+  _globals['_SLO']._serialized_end=898
+  _globals['_TOKENLOGPROB']._serialized_start=900
+  _globals['_TOKENLOGPROB']._serialized_end=949
+  _globals['_POSITIONLOGPROBS']._serialized_start=951
+  _globals['_POSITIONLOGPROBS']._serialized_end=1058
+  _globals['_REQUESTTIMINGS']._serialized_start=1060
+  _globals['_REQUESTTIMINGS']._serialized_end=1168
+  _globals['_BATCHINFO']._serialized_start=1171
+  _globals['_BATCHINFO']._serialized_end=1343
 # @@protoc_insertion_point(module_scope)

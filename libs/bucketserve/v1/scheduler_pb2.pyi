@@ -18,6 +18,7 @@ class RefuseReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSE_REASON_TOO_LARGE: _ClassVar[RefuseReason]
     REFUSE_REASON_STORE_FULL: _ClassVar[RefuseReason]
     REFUSE_REASON_OTHER_TOKENIZER: _ClassVar[RefuseReason]
+    REFUSE_REASON_NO_GRAMMARS: _ClassVar[RefuseReason]
 
 class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -37,6 +38,7 @@ REFUSE_REASON_SLO_UNATTAINABLE: RefuseReason
 REFUSE_REASON_TOO_LARGE: RefuseReason
 REFUSE_REASON_STORE_FULL: RefuseReason
 REFUSE_REASON_OTHER_TOKENIZER: RefuseReason
+REFUSE_REASON_NO_GRAMMARS: RefuseReason
 DROP_REASON_UNSPECIFIED: DropReason
 DROP_REASON_DEADLINE: DropReason
 DROP_REASON_CANCELLED: DropReason
@@ -47,7 +49,7 @@ DROP_REASON_INTERNAL: DropReason
 DROP_REASON_NO_LIKE_WORKER: DropReason
 
 class Ticket(_message.Message):
-    __slots__ = ("run_id", "model", "prompt_tokens", "max_new_tokens", "request_class", "tenant", "slo", "gateway_id", "context_tokens", "is_resumed", "avoid_worker_ids", "traceparent", "tracestate", "fingerprint", "tokenizer", "num_preemptions")
+    __slots__ = ("run_id", "model", "prompt_tokens", "max_new_tokens", "request_class", "tenant", "slo", "gateway_id", "context_tokens", "is_resumed", "avoid_worker_ids", "traceparent", "tracestate", "fingerprint", "tokenizer", "num_preemptions", "needs_grammar")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +66,7 @@ class Ticket(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     model: str
     prompt_tokens: int
@@ -80,10 +83,11 @@ class Ticket(_message.Message):
     fingerprint: str
     tokenizer: str
     num_preemptions: int
-    def __init__(self, run_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., tenant: _Optional[str] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., gateway_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., is_resumed: _Optional[bool] = ..., avoid_worker_ids: _Optional[_Iterable[str]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
+    needs_grammar: bool
+    def __init__(self, run_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., tenant: _Optional[str] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., gateway_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., is_resumed: _Optional[bool] = ..., avoid_worker_ids: _Optional[_Iterable[str]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., num_preemptions: _Optional[int] = ..., needs_grammar: _Optional[bool] = ...) -> None: ...
 
 class RunSpec(_message.Message):
-    __slots__ = ("token_ids", "num_resumed_tokens", "max_new_tokens", "sampling", "stop_token_ids", "num_logprobs", "delivery_address", "traceparent", "tracestate", "tpot_ms", "request_class", "num_preemptions", "prefix_salt")
+    __slots__ = ("token_ids", "num_resumed_tokens", "max_new_tokens", "sampling", "stop_token_ids", "num_logprobs", "delivery_address", "traceparent", "tracestate", "tpot_ms", "request_class", "num_preemptions", "prefix_salt", "structured_output")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +101,7 @@ class RunSpec(_message.Message):
     REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_SALT_FIELD_NUMBER: _ClassVar[int]
+    STRUCTURED_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_resumed_tokens: int
     max_new_tokens: int
@@ -110,7 +115,8 @@ class RunSpec(_message.Message):
     request_class: _common_pb2.RequestClass
     num_preemptions: int
     prefix_salt: bytes
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., delivery_address: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., tpot_ms: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., num_preemptions: _Optional[int] = ..., prefix_salt: _Optional[bytes] = ...) -> None: ...
+    structured_output: _common_pb2.StructuredOutput
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., delivery_address: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., tpot_ms: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., num_preemptions: _Optional[int] = ..., prefix_salt: _Optional[bytes] = ..., structured_output: _Optional[_Union[_common_pb2.StructuredOutput, _Mapping]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("hello", "run", "cancel")
@@ -237,7 +243,7 @@ class WorkRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., prefilled: _Optional[_Union[BatchPrefilled, _Mapping]] = ..., finished: _Optional[_Union[RunFinished, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ..., kv_pulled: _Optional[_Union[KvPulled, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running", "is_draining", "fingerprint", "tokenizer", "instance")
+    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running", "is_draining", "fingerprint", "tokenizer", "instance", "has_grammars")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -251,6 +257,7 @@ class WorkerHello(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    HAS_GRAMMARS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     role: _common_pb2.WorkerRole
@@ -264,7 +271,8 @@ class WorkerHello(_message.Message):
     fingerprint: str
     tokenizer: str
     instance: str
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
+    has_grammars: bool
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ..., has_grammars: _Optional[bool] = ...) -> None: ...
 
 class RunningRun(_message.Message):
     __slots__ = ("run_id", "held", "assignment", "held_us")

@@ -12,6 +12,7 @@ from typing import Any
 
 from bucketserve.core.errors import ModelLoadError, UnknownModelError
 from bucketserve.engine.fingerprint import tokenizer_fingerprint
+from bucketserve.engine.grammars import GrammarError, GrammarTokenizer
 from bucketserve.engine.model_source import (
     accepted,
     context_of,
@@ -67,6 +68,8 @@ class ServedModel:
     """Most bytes of text that a token stands for; None where a token may stand for any number."""
     directory: Path | None = None
     """Where its files are; None if it was not loaded from any."""
+    grammars: GrammarTokenizer | None = None
+    """Its vocabulary for structured output; None if it is of no kind that grammars know."""
 
     @property
     def max_text_bytes(self) -> float:
@@ -143,8 +146,21 @@ def _load_model(name: str, source: str, default_max_tokens: int) -> ServedModel:
     if backend is None:
         raise ModelLoadError("it has no tokenizer.json; convert its tokenizer to the fast form")
     return ServedModel(
-        card, tokenizer, TokenBytes(backend), tokenizer_fingerprint(directory), bytes_per_token(tokenizer), directory
+        card,
+        tokenizer,
+        TokenBytes(backend),
+        tokenizer_fingerprint(directory),
+        bytes_per_token(tokenizer),
+        directory,
+        _grammars(backend, vocab_size),
     )
+
+
+def _grammars(backend: Any, vocab_size: int) -> GrammarTokenizer | None:
+    try:
+        return GrammarTokenizer(backend, vocab_size)
+    except GrammarError:
+        return None
 
 
 def _load_tokenizer(directory: Path) -> Any:

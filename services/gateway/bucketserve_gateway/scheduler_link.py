@@ -184,7 +184,7 @@ def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
             # Not by us, or it would not be open: this gateway was away, and its runs were stopped.
             opened.restart("it was stopped while its gateway was away", is_fault=False)
         case scheduler_pb2.DROP_REASON_NO_LIKE_WORKER:
-            message = "no worker is left that could go on with the answer: none has its weights, or its tokenizer"
+            message = "no worker is left that could go on with the answer: none has its weights, tokenizer or grammars"
             opened.fail(UnavailableError(message, reason="NO_LIKE_WORKER"))
         case scheduler_pb2.DROP_REASON_INTERNAL:
             opened.fail(EngineError("the scheduler failed on the request"))
@@ -200,6 +200,9 @@ def _refusal(refused: scheduler_pb2.RunRefused) -> BucketServeError:
         case scheduler_pb2.REFUSE_REASON_TOO_LARGE:
             description = "prompt and max_tokens together need more KV memory than any worker has"
             return InvalidRequestError([FieldViolation("stopping.max_tokens", description)])
+        case scheduler_pb2.REFUSE_REASON_NO_GRAMMARS:
+            description = "no worker of this model can constrain its output: their engine has no grammars"
+            return InvalidRequestError([FieldViolation("structured_output", description)])
         case scheduler_pb2.REFUSE_REASON_OTHER_TOKENIZER:
             return UnavailableError("the workers' model has another tokenizer than this gateway", reason=name)
         case _:

@@ -151,6 +151,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             valid = validate(request, parts.catalog, max_prompt_bytes=settings.max_prompt_bytes)
             with parts.telemetry.tokenizing(span):
                 prompt_ids = await self._tokenize(valid)
+            await parts.tokenizers.check_structure(valid.model, valid.structured_output)
             room.resize(num_bytes * TEXT_COPIES + len(prompt_ids) * BYTES_PER_TOKEN)
             max_tokens = check_length(prompt_ids, valid.max_tokens, valid.model.card, _input_field(valid))
             charge = await parts.quotas.take(valid.tenant, len(prompt_ids) + max_tokens)
@@ -226,10 +227,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             gateway_id=self._parts.gateway_id,
             context_tokens=valid.model.card.context_tokens,
             tokenizer=valid.model.fingerprint,
+            needs_grammar=valid.structured_output.WhichOneof("constraint") is not None,
         )
         spec = scheduler_pb2.RunSpec(
             request_class=valid.request_class,
             sampling=valid.sampling,
+            structured_output=valid.structured_output if ticket.needs_grammar else None,
             stop_token_ids=valid.stop_token_ids,
             num_logprobs=valid.num_logprobs,
             delivery_address=self._parts.delivery_address,

@@ -1,4 +1,4 @@
-"""Where texts are tokenised: off the event loop, in bounded memory, short ones never behind long ones."""
+"""Where texts are tokenised and schemas compiled: off the event loop, in bounded memory, short before long ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from bucketserve.core.errors import FieldViolation, InvalidRequestError, OverloadedError
+from bucketserve.engine.grammars import GrammarError
+from bucketserve.rpc.convert import structured_from_pb
+from bucketserve.v1 import common_pb2
 from bucketserve_gateway.models import ServedModel
 from bucketserve_gateway.tokenization import count, encode, render_chat
 
@@ -71,6 +74,22 @@ class TokenizerPool:
             raise InvalidRequestError([FieldViolation("chat", description)])
         # The template writes the special tokens itself.
         return await self._run(len(text), lambda: _bounded(model, text, "chat", add_special_tokens=False))
+
+    async def check_structure(self, model: ServedModel, wanted: common_pb2.StructuredOutput) -> None:
+        """Checks that what an output must be can be compiled; nothing if it may be anything.
+
+        Raises:
+            InvalidRequestError: it can't; says why.
+            OverloadedError: too many long texts wait.
+        """
+        structure, grammars = structured_from_pb(wanted), model.grammars
+        if structure is None or grammars is None:
+            return
+        try:
+            await self._run(len(structure.text), lambda: grammars.check(structure))
+        except GrammarError as error:
+            field = f"structured_output.{structure.kind.value}"
+            raise InvalidRequestError([FieldViolation(field, str(error))]) from error
 
     def close(self) -> None:
         """Ends the threads."""

@@ -22,6 +22,8 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MOST_LOGIT_BIAS = 100.0
+MAX_STRUCTURE_BYTES = 64 * 1024
+MAX_CHOICES = 1024
 MAX_CHAT_MESSAGES = 4096
 MAX_ROLE_CHARACTERS = 64
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -33,7 +35,7 @@ MIN_MESSAGE_BYTES = 12 << 20
 BYTES_PER_ID = 5
 """Of a token id in a message, at most."""
 BYTES_OF_REST = 256 * 1024
-"""Of a message without its prompt: roles and frames of chat messages, stop strings."""
+"""Of a message without its prompt: roles and frames of chat messages, stop strings, a schema."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,7 @@ class ValidRequest:
     chat: tuple[tuple[str, str], ...] | None
     token_ids: tuple[int, ...] | None
     sampling: common_pb2.SamplingParams
+    structured_output: common_pb2.StructuredOutput
     max_tokens: int | None
     stop_strings: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -70,6 +73,7 @@ def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, m
         bad.append(FieldViolation("request_id", "1 to 128 printable ASCII characters without spaces"))
     _check_input(request, model, max_prompt_bytes, bad)
     sampling = _sampling(request.sampling, card, bad)
+    _check_structure(request.structured_output, model, bad)
     _check_stopping(request.stopping, model, bad)
     num_logprobs = request.response.num_logprobs if request.response.HasField("num_logprobs") else None
     if num_logprobs is not None and num_logprobs > MAX_LOGPROBS:
@@ -95,6 +99,7 @@ def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, m
         chat=tuple((turn.role, turn.content) for turn in request.chat.messages) if kind == "chat" else None,
         token_ids=tuple(request.token_ids.ids) if kind == "token_ids" else None,
         sampling=sampling,
+        structured_output=request.structured_output,
         max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
         stop_strings=tuple(stopping.stop_strings),
         stop_token_ids=tuple(sorted({*eos, *special, *stopping.stop_token_ids})),
@@ -236,6 +241,23 @@ def _check_biases(biases: Mapping[int, float], card: ModelCard, bad: Violations)
         # A NaN is not either.
         if not abs(bias) <= MOST_LOGIT_BIAS:
             bad.append(FieldViolation(field, f"{bias} is not in [-{MOST_LOGIT_BIAS:g}, {MOST_LOGIT_BIAS:g}]"))
+
+
+def _check_structure(wanted: common_pb2.StructuredOutput, model: ServedModel, bad: Violations) -> None:
+    """Looks at sizes: whether it can be compiled shows in a thread (TokenizerPool.check_structure)."""
+    kind = wanted.WhichOneof("constraint")
+    if kind is None:
+        return
+    field = f"structured_output.{kind}"
+    texts: Sequence[str] = wanted.choices.texts if kind == "choices" else [getattr(wanted, kind)]
+    if kind == "choices" and not 1 <= len(texts) <= MAX_CHOICES:
+        bad.append(FieldViolation("structured_output.choices.texts", f"1 to {MAX_CHOICES} texts"))
+    elif sum(map(len, texts)) > MAX_STRUCTURE_BYTES or sum(len(text.encode()) for text in texts) > MAX_STRUCTURE_BYTES:
+        bad.append(FieldViolation(field, f"at most {MAX_STRUCTURE_BYTES} bytes"))
+    elif not any(texts):
+        bad.append(FieldViolation(field, "must not be empty"))
+    elif model.grammars is None:
+        bad.append(FieldViolation(field, f"not with the tokenizer of model {model.card.name}: it is of no known kind"))
 
 
 def _check_stopping(stopping: common_pb2.StoppingParams, model: ServedModel, bad: Violations) -> None:

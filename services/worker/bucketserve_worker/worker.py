@@ -291,6 +291,7 @@ class Worker:
             is_draining=self.link.is_draining,
             fingerprint=self._info.fingerprint,
             tokenizer=self._info.tokenizer,
+            has_grammars=self._info.has_grammars,
             instance=self._instance,
         )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bucketserve.core.types import RequestId
-from bucketserve.engine import packed, pressure
+from bucketserve.engine import pressure, sequences
 from bucketserve.engine.packed import PackedEngine
 from bucketserve.ports import Sampling, SequenceFailure
 from tests.integration.engine.models import VOCAB, engine, generate
@@ -68,14 +68,14 @@ def test_out_of_memory_splits_the_step_loses_nothing_and_is_got_over(
 
         monkeypatch.setattr(under_test, "_run_model", limited)
     else:
-        plain = getattr(packed, where)
+        plain = getattr(sequences, where)
 
         def few_rows(logits, *more):
             if len(logits) > 2:
                 run_out(kind)
             return plain(logits, *more)
 
-        monkeypatch.setattr(packed, where, few_rows)
+        monkeypatch.setattr(sequences, where, few_rows)
     add_all(under_test)
     outputs: dict[str, list[int]] = {}
     assert failures_of(drain(under_test, outputs)) == []
@@ -150,14 +150,14 @@ def test_an_exception_fails_the_sequence_that_causes_it_and_no_other(
 
         monkeypatch.setattr(under_test, "_run_model", broken)
     else:
-        plain = packed.sample_row
+        plain = sequences.sample_row
 
-        def broken_row(sequence):
+        def broken_row(sequence, logits):
             if sequence.spec.request_id == "r60" and sequence.num_generated >= at_step:
                 raise IndexError("injected")
-            return plain(sequence)
+            return plain(sequence, logits)
 
-        monkeypatch.setattr(packed, "sample_row", broken_row)
+        monkeypatch.setattr(sequences, "sample_row", broken_row)
     add_all(under_test)
     outputs: dict[str, list[int]] = {}
     (failure,) = failures_of(drain(under_test, outputs))

@@ -390,6 +390,21 @@ def test_a_request_whose_weights_are_gone_waits_for_them_and_ends() -> None:
     assert {drop.request_id for drop in under_test.step([], 37.0).drops} == {"a.2", "b.2"}
 
 
+def test_constrained_output_goes_to_engines_that_can_do_it() -> None:
+    under_test = core()
+    assert not refusals(under_test.step(submitted("early", needs_grammar=True), 0.0))
+    plain, able = of_kind("w", "A", free=4000), replace(of_kind("v", "B", free=4000), has_grammars=True)
+    # It waits for whoever may come; once somebody is here who can't, it is known that nobody can.
+    assert not batches(under_test.step([plain], 0.1))
+    assert refusals(under_test.step(submitted("a", needs_grammar=True), 0.2)) == [RefuseReason.NO_GRAMMARS]
+    assert refusals(under_test.step(submitted("b", needs_grammar=True, tokenizer="T"), 0.3)) == [
+        RefuseReason.NO_GRAMMARS
+    ]
+    found = batches(under_test.step([able, *submitted("c", needs_grammar=True)], 0.4))
+    assert {batch.worker_id for batch in found} == {"v"}
+    assert "c" in {request_id for batch in found for request_id in batch.request_ids}
+
+
 def test_a_prompt_of_another_tokenizer_is_not_served() -> None:
     under_test = core()
     under_test.step([of_kind("w", "A", tokenizer="T1", free=4000)], 0.0)

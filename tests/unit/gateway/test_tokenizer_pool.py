@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bucketserve.core.errors import InvalidRequestError, OverloadedError
+from bucketserve.engine.grammars import GrammarTokenizer
+from bucketserve.v1 import common_pb2
 from bucketserve_gateway import tokenizer_pool
 from bucketserve_gateway.models import ServedModel
 from bucketserve_gateway.tokenizer_pool import TokenizerPool
@@ -50,6 +52,24 @@ def words() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordPiece({"the": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+GRAMMARS = GrammarTokenizer(SERVED.tokenizer.backend_tokenizer, SERVED.card.vocab_size)
+Wanted = common_pb2.StructuredOutput
+
+
+async def test_what_an_output_must_be_is_compiled_or_refused_by_name(pool: TokenizerPool) -> None:
+    model = replace(SERVED, grammars=GRAMMARS)
+    for wanted in (Wanted(), Wanted(json_schema="{}"), Wanted(choices=common_pb2.Choices(texts=["a"]))):
+        await pool.check_structure(model, wanted)
+    for wanted, field in (
+        (Wanted(json_schema='{"$ref": "#"}'), "structured_output.json_schema"),
+        (Wanted(regex="("), "structured_output.regex"),
+        (Wanted(grammar="x" * 60_000), "structured_output.grammar"),
+    ):
+        with pytest.raises(InvalidRequestError) as caught:
+            await pool.check_structure(model, wanted)
+        assert [violation.field for violation in caught.value.violations] == [field]
 
 
 @pytest.fixture

@@ -30,6 +30,10 @@ def stopping(**fields) -> inference_pb2.GenerateRequest:
     return a_request(stopping=common_pb2.StoppingParams(**fields))
 
 
+def structured(**fields) -> inference_pb2.GenerateRequest:
+    return a_request(structured_output=common_pb2.StructuredOutput(**fields))
+
+
 def ids(*token_ids: int) -> inference_pb2.GenerateRequest:
     return a_request(token_ids=inference_pb2.TokenIds(ids=token_ids))
 
@@ -63,6 +67,15 @@ BAD = {
     ),
     "large bias": (sampling(logit_bias={1: 1, 3: 100.1}), "sampling.logit_bias[3]"),
     "NaN bias": (sampling(logit_bias={3: math.nan}), "sampling.logit_bias[3]"),
+    "large schema": (structured(json_schema="x" * 65_537), "structured_output.json_schema"),
+    "schema large in bytes": (structured(json_schema="é" * 33_000), "structured_output.json_schema"),
+    "empty schema": (structured(json_schema=""), "structured_output.json_schema"),
+    "empty expression": (structured(regex=""), "structured_output.regex"),
+    "no choices": (structured(choices=common_pb2.Choices()), "structured_output.choices.texts"),
+    "many choices": (structured(choices=common_pb2.Choices(texts=["a"] * 1025)), "structured_output.choices.texts"),
+    "empty choices": (structured(choices=common_pb2.Choices(texts=[""])), "structured_output.choices"),
+    "large choices": (structured(choices=common_pb2.Choices(texts=["a" * 999] * 99)), "structured_output.choices"),
+    "a tokenizer without grammars": (structured(grammar="x"), "structured_output.grammar"),
     "no tokens": (stopping(max_tokens=0), "stopping.max_tokens"),
     "empty stop string": (stopping(stop_strings=["a", ""]), "stopping.stop_strings[1]"),
     "long stop string": (stopping(stop_strings=["a" * 257]), "stopping.stop_strings[0]"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bucketserve.core.types import FinishReason, Headroom, RequestId
-from bucketserve.ports import Sampling
+from bucketserve.ports import Sampling, StructuredOutput, StructureKind
 from bucketserve.rpc.convert import (
     finish_reason_from_pb,
     finish_reason_to_pb,
@@ -74,6 +74,33 @@ def test_how_tokens_are_chosen() -> None:
         logit_bias=((2, 0.5), (9, -100.0)),
         seed=2**64 - 1,
     )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        (None, None),
+        (common_pb2.StructuredOutput(), None),
+        (common_pb2.StructuredOutput(json_schema="{}"), StructuredOutput(StructureKind.JSON_SCHEMA, "{}")),
+        (common_pb2.StructuredOutput(regex=""), StructuredOutput(StructureKind.REGEX, "")),
+        (common_pb2.StructuredOutput(grammar="x"), StructuredOutput(StructureKind.GRAMMAR, "x")),
+        (
+            common_pb2.StructuredOutput(choices=common_pb2.Choices(texts=['a"', ""])),
+            StructuredOutput(StructureKind.CHOICES, '["a\\"", ""]'),
+        ),
+    ],
+    ids=str,
+)
+def test_what_an_output_must_be(wanted: common_pb2.StructuredOutput | None, found: StructuredOutput | None) -> None:
+    spec = scheduler_pb2.RunSpec(token_ids=[7], max_new_tokens=2, structured_output=wanted)
+    read = scheduler_pb2.RunSpec.FromString(spec.SerializeToString())
+    assert sequence_from_spec(read, RequestId("a.1"), "b").structured_output == found
+
+
+def test_who_can_constrain_output() -> None:
+    ticket = scheduler_pb2.Ticket(run_id="a.1", prompt_tokens=5, max_new_tokens=2, needs_grammar=True)
+    assert request_from_ticket(ticket, arrival_s=0.0).needs_grammar
+    assert joined_from_pb(scheduler_pb2.WorkerHello(worker_id="w", has_grammars=True)).has_grammars
 
 
 def test_how_a_worker_s_kv_is_used_and_how_far_it_has_got() -> None:
