@@ -27,7 +27,17 @@ def count(under_test: PackedEngine, kind: type) -> int:
     return sum(isinstance(module, kind) for module in under_test.model.modules())
 
 
-FUSED = {"llama": 3, "llama-80": 3, "llama-20": 0, "qwen2": 3, "qwen3": 3, "gpt2": 0, "gemma2": 0, "gemma3": 0}
+FUSED = {
+    "llama": 3,
+    "llama-80": 3,
+    "llama-20": 0,
+    "llama-32": 3,
+    "qwen2": 3,
+    "qwen3": 3,
+    "gpt2": 0,
+    "gemma2": 0,
+    "gemma3": 0,
+}
 
 
 @pytest.mark.parametrize("kernels", PATHS)
