@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from pathlib import Path
@@ -381,3 +382,49 @@ async def test_a_file_that_goes_while_it_is_read_makes_no_batch_and_no_whole_dow
             await client.files.content(file.id)
         await client.files.delete(file.id)
     await nothing_is_held(stack, "going")
+
+
+async def test_with_keys_nothing_of_a_batch_can_be_read_in_redis(new_stack: NewStack, tmp_path: Path) -> None:
+    keys = tmp_path / "job-keys"
+    keys.write_text("ab" * 32 + "\n")
+    stack = new_stack(environ={"BUCKETSERVE_GATEWAY_JOB_KEYS_FILE": str(keys), **SLOW})
+    async with sdk(stack, tenant="sealed") as client:
+        content = jsonl(*(text_line(f"xylophone-{i}", prompt=f"xylophone {i}", echo=True) for i in range(40)))
+        file = await send_in(client, content, "xylophone.jsonl")
+        metadata = {"xylophone": "xylophone"}
+        batch = await client.batches.create(
+            input_file_id=file.id, endpoint=TEXT, completion_window="24h", metadata=metadata
+        )
+        store = connect(stack.redis_url)
+        num_looks = 0
+
+        async def is_over() -> bool:
+            nonlocal num_looks
+            async for key in store.scan_iter("bs:*"):
+                if await store.type(key) == b"hash":
+                    for name, value in (await store.hgetall(key)).items():
+                        num_looks += 1
+                        assert b"xylo" not in name + value
+            return (await client.batches.retrieve(batch.id)).status == "completed"
+
+        await eventually(is_over, 60)
+        await store.aclose()
+        assert num_looks > 100
+        done = await client.batches.retrieve(batch.id)
+        assert done.metadata == metadata
+        found = await rows(client, done.output_file_id)
+        assert [row["custom_id"] for row in found] == [f"xylophone-{i}" for i in range(40)]
+        assert (await client.files.content(file.id)).content == content
+    # Without the key a gateway does not start.
+    stack.services["gateway"].signal(signal.SIGTERM)
+    stack.services["gateway"].wait(30)
+    keys.write_text("cd" * 32 + "\n")
+    stack.restart("gateway")
+    await eventually(lambda: stack.services["gateway"].exit_status is not None, 30)
+    assert stack.services["gateway"].exit_status != 0
+    assert "job_keys_file" in stack.services["gateway"].log_path.read_text()
+    keys.write_text("cd" * 32 + "\n" + "ab" * 32 + "\n")
+    stack.restart("gateway")
+    await asyncio.to_thread(stack.wait_until_serving)
+    async with sdk(stack, tenant="sealed") as client:
+        assert await rows(client, done.output_file_id) == found

@@ -21,6 +21,7 @@ import redis.asyncio as aioredis
 from bucketserve.core.errors import NotFoundError
 from bucketserve.store.jobs import LOADING_TTL_S, MOST_AT_ONCE
 from bucketserve.store.redis import guard
+from bucketserve.store.sealing import PLAIN, Sealer
 
 __all__ = ["FileInfo", "FileStore"]
 
@@ -47,16 +48,17 @@ class FileStore:
     UnavailableError: the server can't be reached, or is full.
     """
 
-    def __init__(self, client: aioredis.Redis) -> None:
-        """Does not own the client."""
+    def __init__(self, client: aioredis.Redis, sealer: Sealer = PLAIN) -> None:
+        """Does not own the client; names and pieces are sealed."""
         self._client = client
+        self._sealer = sealer
         self._limit = asyncio.Semaphore(MOST_AT_ONCE)
 
     async def put(self, file_id: str, number: int, piece: bytes) -> None:
         """Stores a piece of a file that is coming in."""
         key = _key(file_id, "piece")
         async with self._client.pipeline() as pipeline:
-            pipeline.hset(key, str(number), piece)
+            pipeline.hset(key, str(number), self._sealer.seal(piece, f"{file_id}/{number}"))
             pipeline.expire(key, LOADING_TTL_S)
             await self._ask(cast(Awaitable[object], pipeline.execute()))
 
@@ -80,7 +82,7 @@ class FileStore:
         )
         fields = {
             "tenant": tenant,
-            "name": name,
+            "name": self._sealer.seal(name.encode(), f"{file_id}/name"),
             "bytes": num_bytes,
             "pieces": num_pieces,
             "created": created_us,
@@ -114,7 +116,7 @@ class FileStore:
             for file_id in file_ids:
                 pipeline.hgetall(_key(file_id, "file"))
             found = await self._ask(cast(Awaitable[list[dict[bytes, bytes]]], pipeline.execute()))
-        return [_info(file_id, fields) for file_id, fields in zip(file_ids, found, strict=True)]
+        return [self._info(file_id, fields) for file_id, fields in zip(file_ids, found, strict=True)]
 
     async def pieces(self, info: FileInfo) -> AsyncIterator[bytes]:
         """Yields the pieces of a file in order.
@@ -127,30 +129,29 @@ class FileStore:
             piece = await self._ask(cast(Awaitable[bytes | None], call))
             if piece is None:
                 raise NotFoundError("file", info.file_id)
-            yield piece
+            yield self._sealer.open(piece, f"{info.file_id}/{number}")
 
     async def delete(self, file_id: str) -> None:
         """Removes a file, or what has come in of one."""
         keys = [_key(file_id, kind) for kind in ("file", "piece")]
         await self._ask(cast(Awaitable[object], self._client.unlink(*keys)))
 
+    def _info(self, file_id: str, fields: dict[bytes, bytes]) -> FileInfo | None:
+        if b"expires" not in fields:
+            return None
+        return FileInfo(
+            file_id=file_id,
+            tenant=fields[b"tenant"].decode(),
+            name=self._sealer.open(fields[b"name"], f"{file_id}/name").decode(),
+            num_bytes=int(fields[b"bytes"]),
+            num_pieces=int(fields[b"pieces"]),
+            created_unix_us=int(fields[b"created"]),
+            expires_unix_us=int(fields[b"expires"]),
+        )
+
     async def _ask(self, call: Awaitable[T]) -> T:
         async with self._limit:
             return await guard(call)
-
-
-def _info(file_id: str, fields: dict[bytes, bytes]) -> FileInfo | None:
-    if b"expires" not in fields:
-        return None
-    return FileInfo(
-        file_id=file_id,
-        tenant=fields[b"tenant"].decode(),
-        name=fields[b"name"].decode(),
-        num_bytes=int(fields[b"bytes"]),
-        num_pieces=int(fields[b"pieces"]),
-        created_unix_us=int(fields[b"created"]),
-        expires_unix_us=int(fields[b"expires"]),
-    )
 
 
 def _key(file_id: str, kind: str) -> str:

@@ -33,8 +33,9 @@ from typing import Any, TypeVar, cast
 
 import redis.asyncio as aioredis
 
-from bucketserve.core.errors import DuplicateRequestError, NotFoundError
+from bucketserve.core.errors import DuplicateRequestError, NotFoundError, UnavailableError
 from bucketserve.store.redis import guard
+from bucketserve.store.sealing import PLAIN, Sealer
 
 __all__ = ["LOADING_TTL_S", "JobInfo", "JobStore"]
 
@@ -113,9 +114,10 @@ class JobStore:
         UnavailableError: the server can't be reached.
     """
 
-    def __init__(self, client: aioredis.Redis, deployment: str = "default") -> None:
-        """Does not own the client."""
+    def __init__(self, client: aioredis.Redis, deployment: str = "default", sealer: Sealer = PLAIN) -> None:
+        """Does not own the client; notes, requests and results are sealed."""
         self._client = client
+        self._sealer = sealer
         self._open = f"bs:{{{deployment}/jobs}}:open"
         self._limit = asyncio.Semaphore(MOST_AT_ONCE)
         folder = resources.files("bucketserve.store") / "lua"
@@ -132,7 +134,7 @@ class JobStore:
         fields: dict[str, str | int | bytes] = {"tenant": tenant, "ttl": ttl_s, "created": created_us}
         fields |= {"total": 0, "done": 0, "failed": 0}
         if window_s is not None:
-            fields |= {"note": note, "until": created_us + window_s * 1_000_000}
+            fields |= {"note": self._sealer.seal(note, f"{job_id}/note"), "until": created_us + window_s * 1_000_000}
         pairs = [item for field in fields.items() for item in field]
         await self._run("job_begin", [_key(job_id, "meta")], LOADING_TTL_S, *pairs)
         return await self.get(job_id)
@@ -144,7 +146,8 @@ class JobStore:
             NotFoundError: its submission took too long.
         """
         keys = [_key(job_id, "meta"), _key(job_id, f"upload:{upload}")]
-        if await self._run("job_put", keys, LOADING_TTL_S, first_index, *requests) < 0:
+        sealed = [self._sealer.seal(item, f"{job_id}/item/{i}") for i, item in enumerate(requests, first_index)]
+        if await self._run("job_put", keys, LOADING_TTL_S, first_index, *sealed) < 0:
             raise NotFoundError("job", job_id)
 
     async def start(self, job_id: str, upload: str, total: int, digest: str) -> JobInfo:
@@ -171,7 +174,7 @@ class JobStore:
         Raises:
             NotFoundError: there is none, or not any more.
         """
-        info = _info(job_id, await self._meta(job_id))
+        info = self._info(job_id, await self._meta(job_id))
         if info is None:
             raise NotFoundError("job", job_id)
         return info
@@ -200,7 +203,7 @@ class JobStore:
         Raises:
             NotFoundError: there is none.
         """
-        await self._run("job_fail", [_key(job_id, "meta")], note)
+        await self._run("job_fail", [_key(job_id, "meta")], self._sealer.seal(note, f"{job_id}/note"))
         return await self.get(job_id)
 
     async def drop(self, job_id: str, upload: str) -> None:
@@ -221,7 +224,7 @@ class JobStore:
             for job_id in job_ids:
                 pipeline.hgetall(_key(job_id, "meta"))
             found = await self._ask(cast(Awaitable[list[dict[bytes, bytes]]], pipeline.execute()))
-        return [_info(job_id, meta) for job_id, meta in zip(job_ids, found, strict=True)]
+        return [self._info(job_id, meta) for job_id, meta in zip(job_ids, found, strict=True)]
 
     async def results(
         self, job_id: str, indices: Sequence[int], max_bytes: int = MAX_ANSWER_BYTES
@@ -230,7 +233,10 @@ class JobStore:
         if not indices:
             return []
         found: list[bytes] = await self._run("job_results", [_key(job_id, "result")], max_bytes, *indices)
-        return [result or None for result in found]
+        return [
+            self._sealer.open(result, f"{job_id}/result/{index}") if result else None
+            for index, result in zip(indices, found, strict=False)
+        ]
 
     # --- for runners ---------------------------------------------------------------------------------------------
 
@@ -250,7 +256,7 @@ class JobStore:
     async def _unlist(self, job_id: str) -> JobInfo | None:
         """Takes a job that is over off the list; returns it if it was submitted anew meanwhile."""
         await self._ask(self._client.zrem(self._open, job_id))
-        info = _info(job_id, await self._meta(job_id))
+        info = self._info(job_id, await self._meta(job_id))
         if info is None or info.state not in UNENDED:
             return None
         # A job that is in no list never runs.
@@ -269,7 +275,16 @@ class JobStore:
             return []
         call = self._client.hmget(_key(job_id, "item"), [str(index) for index in indices])
         items = await self._ask(cast(Awaitable[list[bytes | None]], call))
-        return [(index, item) for index, item in zip(indices, items, strict=True) if item is not None]
+        try:
+            return [
+                (index, self._sealer.open(item, f"{job_id}/item/{index}"))
+                for index, item in zip(indices, items, strict=True)
+                if item is not None
+            ]
+        except UnavailableError:
+            # Others may have the key: it is no fault of the requests.
+            await self.release(job_id, owner, indices)
+            raise
 
     async def losses(self, job_id: str, indices: Sequence[int]) -> list[int]:
         """Returns how many runners ended while they ran each request."""
@@ -289,7 +304,32 @@ class JobStore:
 
     async def finish(self, job_id: str, owner: str, index: int, result: bytes, *, is_error: bool) -> bool:
         """Stores a result; False if the request is not the runner's any more or has one."""
-        return bool(await self._run("job_finish", _parts(job_id), owner, index, result, int(is_error), len(result)))
+        sealed = self._sealer.seal(result, f"{job_id}/result/{index}")
+        return bool(await self._run("job_finish", _parts(job_id), owner, index, sealed, int(is_error), len(result)))
+
+    def _info(self, job_id: str, meta: dict[bytes, bytes]) -> JobInfo | None:
+        """Returns a job as its meta describes it; None if that is gone, or a part of it."""
+        if b"state" not in meta or b"created" not in meta:
+            return None
+        return JobInfo(
+            job_id=job_id,
+            state=meta[b"state"].decode(),
+            tenant=meta[b"tenant"].decode(),
+            num_requests=int(meta[b"total"]),
+            num_done=int(meta[b"done"]),
+            num_failed=int(meta[b"failed"]),
+            ttl_s=int(meta[b"ttl"]),
+            created_unix_us=int(meta[b"created"]),
+            upload=meta.get(b"upload", b"").decode(),
+            note=self._sealer.open(meta.get(b"note", b""), f"{job_id}/note"),
+            started_unix_us=int(meta.get(b"started", 0)),
+            ended_unix_us=int(meta.get(b"ended", 0)),
+            until_unix_us=int(meta.get(b"until", 0)),
+            stopped_unix_us=int(meta.get(b"stopped", 0)),
+            num_bytes=int(meta.get(b"bytes:done", 0)),
+            num_error_bytes=int(meta.get(b"bytes:failed", 0)),
+            gone=frozenset(kind for kind in ("done", "failed") if f"gone:{kind}".encode() in meta),
+        )
 
     async def _meta(self, job_id: str) -> dict[bytes, bytes]:
         return await self._ask(cast(Awaitable[dict[bytes, bytes]], self._client.hgetall(_key(job_id, "meta"))))
@@ -302,31 +342,6 @@ class JobStore:
     async def _run(self, script: str, keys: Sequence[str], *args: str | int | bytes) -> Any:
         # register_script loads the script again where the server does not know it.
         return await self._ask(self._scripts[script](keys=list(keys), args=list(args)))
-
-
-def _info(job_id: str, meta: dict[bytes, bytes]) -> JobInfo | None:
-    """Returns a job as its meta describes it; None if that is gone, or a part of it."""
-    if b"state" not in meta or b"created" not in meta:
-        return None
-    return JobInfo(
-        job_id=job_id,
-        state=meta[b"state"].decode(),
-        tenant=meta[b"tenant"].decode(),
-        num_requests=int(meta[b"total"]),
-        num_done=int(meta[b"done"]),
-        num_failed=int(meta[b"failed"]),
-        ttl_s=int(meta[b"ttl"]),
-        created_unix_us=int(meta[b"created"]),
-        upload=meta.get(b"upload", b"").decode(),
-        note=meta.get(b"note", b""),
-        started_unix_us=int(meta.get(b"started", 0)),
-        ended_unix_us=int(meta.get(b"ended", 0)),
-        until_unix_us=int(meta.get(b"until", 0)),
-        stopped_unix_us=int(meta.get(b"stopped", 0)),
-        num_bytes=int(meta.get(b"bytes:done", 0)),
-        num_error_bytes=int(meta.get(b"bytes:failed", 0)),
-        gone=frozenset(kind for kind in ("done", "failed") if f"gone:{kind}".encode() in meta),
-    )
 
 
 def _key(job_id: str, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bucketserve.addresses import Address
@@ -19,6 +20,7 @@ from bucketserve.store.jobs import JobStore
 from bucketserve.store.listing import Listing
 from bucketserve.store.quotas import QuotaStore
 from bucketserve.store.redis import connect
+from bucketserve.store.sealing import PLAIN, Sealer, read_sealing_keys
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
@@ -88,7 +90,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             on_change=observer.admitted,
             on_refused=observer.refused_at_the_door,
         )
-        stores = _stores(settings, ours.name)
+        stores = await _stores(settings, ours.name)
         keys = _keys(settings, observer, stores)
         tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_prompt_bytes, admission.refusal)
         stack.callback(tokenizers.close)
@@ -188,15 +190,24 @@ class _Stores(NamedTuple):
     shelves: Shelves | None = None
 
 
-def _stores(settings: GatewaySettings, deployment: str) -> _Stores:
+async def _stores(settings: GatewaySettings, deployment: str) -> _Stores:
+    """Returns what is kept in Redis.
+
+    Raises:
+        SettingsError: the keys that jobs are sealed with can't be used, or are not these.
+    """
+    sealer = Sealer(read_sealing_keys(Path(settings.job_keys_file))) if settings.job_keys_file else PLAIN
     if not settings.redis_url:
         return _Stores()
     client = connect(settings.redis_url)
+    await sealer.check(client, deployment)
     room = JobRoom(
         client, deployment, max_tenant_bytes=settings.max_tenant_job_bytes, max_bytes=settings.max_all_job_bytes
     )
-    shelves = Shelves(FileStore(client), Listing(client, deployment, "files"), Listing(client, deployment, "batches"))
-    return _Stores(JobStore(client, deployment), room, QuotaStore(client, deployment), shelves)
+    shelves = Shelves(
+        FileStore(client, sealer), Listing(client, deployment, "files"), Listing(client, deployment, "batches")
+    )
+    return _Stores(JobStore(client, deployment, sealer), room, QuotaStore(client, deployment), shelves)
 
 
 def _tokens(settings: GatewaySettings, observer: GatewayTelemetry) -> Tokens | None:

@@ -44,6 +44,11 @@ class GatewaySettings(Section):
     max_all_job_bytes: int = Field(
         256 * 1024 * 1024, ge=1024, description="the same of all jobs: half of what Redis has, or less"
     )
+    job_keys_file: str = Field(
+        "",
+        description="keys, 64 hexadecimal digits a line, that jobs, batches and files are sealed with in Redis: the "
+        "first seals, any opens; empty: they are not sealed",
+    )
     models: NamedTexts = Field(
         default_factory=dict,
         description="served models: name=directory or name=hf://organisation/name, comma-separated, or a JSON object",
