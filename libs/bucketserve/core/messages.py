@@ -151,6 +151,8 @@ class WorkerJoined:
     """Of weights, number type and engine: workers with the same generate the same."""
     tokenizer: str = ""
     """Fingerprint of its model's tokenizer; empty: it knows of none."""
+    keeps_kv: bool = False
+    """It hands no KV over and takes none: its role is both and stays so."""
     running: tuple[RunningRequest, ...] = ()
     """Requests that the worker still has from before."""
 

@@ -49,6 +49,8 @@ class WorkerState:
     """What its sequences are likely to need."""
     fingerprint: str = ""
     tokenizer: str = ""
+    keeps_kv: bool = False
+    """Its role is both and stays so."""
     generation: int = 0
     """Counts up with each fingerprint that is new to the fleet: new requests prefer the newest."""
     times: StepTimes = field(default_factory=StepTimes)
@@ -104,6 +106,7 @@ class WorkerState:
             pays_padding=event.pays_padding,
             fingerprint=event.fingerprint,
             tokenizer=event.tokenizer,
+            keeps_kv=event.keeps_kv,
             num_assigned=event.headroom.last_assignment,
             outputs=outputs,
             kv=KvBook(outputs),

@@ -124,6 +124,7 @@ def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
         pays_padding=hello.pays_padding,
         fingerprint=hello.fingerprint,
         tokenizer=hello.tokenizer,
+        keeps_kv=hello.keeps_kv,
         running=tuple(
             RunningRequest(
                 request_id=RequestId(at.run_id),

@@ -288,6 +288,7 @@ class Worker:
             fingerprint=self._info.fingerprint,
             tokenizer=self._info.tokenizer,
             instance=self._instance,
+            keeps_kv=not self._info.kv_layout,
         )
 
     def _running_run(self, key: RequestId, running: Running) -> scheduler_pb2.RunningRun:
