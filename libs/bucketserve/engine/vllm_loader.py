@@ -164,7 +164,7 @@ def _engine_args(given: Mapping[str, str]) -> Any:
     parser = EngineArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False))
     words: list[str] = []
     for name, value in given.items():
-        plain = name.strip().lstrip("-").replace("-", "_")
+        plain = _plain(name)
         if plain in OURS:
             raise ModelLoadError(f"engine argument {plain} is the worker's setting {OURS[plain]}; set that")
         if plain in TAKEN:
@@ -174,6 +174,10 @@ def _engine_args(given: Mapping[str, str]) -> Any:
             raise ModelLoadError(f"vLLM {VLLM_VERSION} has no engine argument {plain}; see `vllm serve --help`")
         words += _words(parser._option_string_actions[option], option, value)
     return EngineArgs.from_cli_args(parser.parse_args(words))
+
+
+def _plain(name: str) -> str:
+    return name.strip().lstrip("-").replace("-", "_")
 
 
 def _words(action: argparse.Action, option: str, value: str) -> list[str]:
@@ -201,7 +205,6 @@ def _start(arguments: Any, settings: VllmSettings, directory: Path) -> Any:
 
     from bucketserve.engine.vllm_inside import OverlappedScheduler, PlannedScheduler, SeededSampling
 
-    overlaps = bool(arguments.async_scheduling)
     arguments.model = str(directory)
     arguments.skip_tokenizer_init = True
     arguments.dtype = _dtype(settings.dtype)
@@ -211,8 +214,8 @@ def _start(arguments: Any, settings: VllmSettings, directory: Path) -> Any:
     arguments.enable_chunked_prefill = True
     arguments.enable_prefix_caching = settings.prefix_cache
     arguments.kv_cache_memory_bytes = settings.kv_budget_bytes or _cpu_budget()
-    arguments.async_scheduling = overlaps
-    arguments.scheduler_cls = OverlappedScheduler if overlaps else PlannedScheduler
+    # One step after the other, unless somebody asks for more.
+    arguments.async_scheduling = bool(arguments.async_scheduling)
     arguments.logits_processors = [SeededSampling]
     arguments.disable_log_stats = True
     arguments.use_tqdm_on_load = False
@@ -230,6 +233,9 @@ def _start(arguments: Any, settings: VllmSettings, directory: Path) -> Any:
             if settings.context_tokens:
                 arguments.max_model_len = min(settings.context_tokens, num_blocks * block_tokens)
             config = arguments.create_engine_config()
+        # Where steps can't overlap (on CPU), vLLM has changed that.
+        steps = config.scheduler_config
+        steps.scheduler_cls = OverlappedScheduler if steps.async_scheduling else PlannedScheduler
         return LLMEngine.from_vllm_config(config, disable_log_stats=True)
     except ModelLoadError:
         raise
@@ -271,7 +277,8 @@ def _around(engine: Any, settings: VllmSettings, directory: Path) -> VllmEngine:
     model = config.model_config
     device = torch.device(config.device_config.device_type)
     dtype = str(model.dtype).removeprefix("torch.")
-    numeric = sorted(f"{name}={value}" for name, value in settings.engine_args.items() if name not in NEUTRAL)
+    named = {_plain(name): value for name, value in settings.engine_args.items()}
+    numeric = sorted(f"{name}={value}" for name, value in named.items() if name not in NEUTRAL)
     info = EngineInfo(
         name=ENGINE,
         device=str(device),

@@ -243,7 +243,7 @@ class WorkRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., prefilled: _Optional[_Union[BatchPrefilled, _Mapping]] = ..., finished: _Optional[_Union[RunFinished, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ..., kv_pulled: _Optional[_Union[KvPulled, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running", "is_draining", "fingerprint", "tokenizer", "instance", "has_grammars")
+    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running", "is_draining", "fingerprint", "tokenizer", "instance", "has_grammars", "keeps_kv")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -258,6 +258,7 @@ class WorkerHello(_message.Message):
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     HAS_GRAMMARS_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_KV_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     role: _common_pb2.WorkerRole
@@ -272,7 +273,8 @@ class WorkerHello(_message.Message):
     tokenizer: str
     instance: str
     has_grammars: bool
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ..., has_grammars: _Optional[bool] = ...) -> None: ...
+    keeps_kv: bool
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ..., has_grammars: _Optional[bool] = ..., keeps_kv: _Optional[bool] = ...) -> None: ...
 
 class RunningRun(_message.Message):
     __slots__ = ("run_id", "held", "assignment", "held_us")

@@ -293,6 +293,7 @@ class Worker:
             tokenizer=self._info.tokenizer,
             has_grammars=self._info.has_grammars,
             instance=self._instance,
+            keeps_kv=not self._info.kv_layout,
         )
 
     def _running_run(self, key: RequestId, running: Running) -> scheduler_pb2.RunningRun:

@@ -263,9 +263,14 @@ def test_settings_that_can_not_be_are_said_in_one_line(settings: dict[str, objec
 
 
 def test_engines_that_compute_the_same_have_one_fingerprint(engine: Engine) -> None:
-    others = [load(engine_args={"gpu_memory_utilization": "0.5"}), load(engine_args={"seed": "3"})]
+    others = [
+        load(engine_args={"gpu-memory-utilization": "0.5", "async_scheduling": "true"}),
+        load(engine_args={"seed": "3"}),
+    ]
     prints = [each.info.fingerprint for each in (engine, *others)]
     assert prints[0] == prints[1] != prints[2]
+    # Asked for where vLLM has no overlapping steps.
+    assert tokens(run(others[0], spec("a", 100)), "a") == tokens(run(engine, spec("a", 100)), "a")
 
 
 def test_the_api_that_is_used_is_that_of_the_installed_version() -> None:

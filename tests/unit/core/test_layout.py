@@ -27,11 +27,11 @@ WINDOW_S = 10.0
 class World:
     """Two workers, or more; each request is served at once, as slowly as the layout of the moment makes it."""
 
-    def __init__(self, num_workers: int = 2, **more: object) -> None:
+    def __init__(self, num_workers: int = 2, keeps_kv: bool = False, **more: object) -> None:
         options = {"choose_layout": True, "layout_window_s": WINDOW_S, "layout_retry_s": 100.0, **more}
         self.core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE, **options), 4096)
         self.roles = {f"w{i}": WorkerRole.BOTH for i in range(num_workers)}
-        self.core.step([joined(name, free=8000) for name in self.roles], 0.0)
+        self.core.step([replace(joined(name, free=8000), keeps_kv=keeps_kv) for name in self.roles], 0.0)
         self.now_s = 0.0
         self.number = 0
         self.history: list[tuple[float, bool]] = []
@@ -112,7 +112,10 @@ def test_nobody_is_moved_while_all_are_served_well_or_if_it_is_not_asked_for() -
     # Whoever waits on purpose says nothing about the layout.
     batch = World()
     batch.run(WINDOW_S * 20, together_s=0.5, apart_s=0.01, request_class=RequestClass.BATCH)
-    assert content.history == fixed.history == batch.history == []
+    # Nor do they whose engine hands no KV over.
+    keeping = World(keeps_kv=True)
+    keeping.run(WINDOW_S * 20, together_s=0.5, apart_s=0.01)
+    assert content.history == fixed.history == batch.history == keeping.history == []
 
 
 def test_another_mix_is_a_reason_to_try_again() -> None:
