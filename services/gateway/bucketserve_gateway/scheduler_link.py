@@ -184,9 +184,7 @@ def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
             # Not by us, or it would not be open: this gateway was away, and its runs were stopped.
             opened.restart("it was stopped while its gateway was away", is_fault=False)
         case scheduler_pb2.DROP_REASON_NO_LIKE_WORKER:
-            message = (
-                "no worker is left that could go on with the answer: none has its weights, tokenizer or grammars"
-            )
+            message = "no worker is left that could go on with the answer: none has its weights, tokenizer or grammars"
             opened.fail(UnavailableError(message, reason="NO_LIKE_WORKER"))
         case scheduler_pb2.DROP_REASON_INTERNAL:
             opened.fail(EngineError("the scheduler failed on the request"))
