@@ -150,7 +150,7 @@ async def errors(stub: Stub, address: str) -> object:
         "all logprobs": request(logprobs=-1),
         "many logprobs": request(logprobs=2**31 - 1),
         "several outputs": request(n=2),
-        "a schema": request(json_schema="{}"),
+        "a schema": request(json_schema="{"),
         "a large bias": request(logit_bias={5: 101.0}),
         "a label of two words": request("two words"),
         "images": engine.GenerateRequest(text="a", mm_inputs=engine.MultimodalInputs(mm_hashes=["x"])),

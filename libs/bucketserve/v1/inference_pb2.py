@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from bucketserve.v1 import common_pb2 as bucketserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x62ucketserve/v1/inference.proto\x12\x0e\x62ucketserve.v1\x1a\x1b\x62ucketserve/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\x04\x43hat\x12-\n\x08messages\x18\x01 \x03(\x0b\x32\x1b.bucketserve.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"=\n\x0fResponseOptions\x12\x19\n\x0cnum_logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_num_logprobs\"\xdf\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12$\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x14.bucketserve.v1.ChatH\x00\x12-\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x18.bucketserve.v1.TokenIdsH\x00\x12\x30\n\x08sampling\x18\x06 \x01(\x0b\x32\x1e.bucketserve.v1.SamplingParams\x12\x30\n\x08stopping\x18\x07 \x01(\x0b\x32\x1e.bucketserve.v1.StoppingParams\x12\x31\n\x08response\x18\x08 \x01(\x0b\x32\x1f.bucketserve.v1.ResponseOptions\x12\x33\n\rrequest_class\x18\t \x01(\x0e\x32\x1c.bucketserve.v1.RequestClass\x12\x0e\n\x06tenant\x18\n \x01(\t\x12 \n\x03slo\x18\x0b \x01(\x0b\x32\x13.bucketserve.v1.Slo\x12;\n\x11structured_output\x18\x0c \x01(\x0b\x32 .bucketserve.v1.StructuredOutputB\x07\n\x05input\"\xb5\x01\n\x10GenerateResponse\x12\x32\n\x07started\x18\x01 \x01(\x0b\x32\x1f.bucketserve.v1.GenerateStartedH\x00\x12.\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1d.bucketserve.v1.GenerateChunkH\x00\x12\x34\n\x08\x66inished\x18\x03 \x01(\x0b\x32 .bucketserve.v1.GenerateFinishedH\x00\x42\x07\n\x05\x65vent\"Y\n\x0fGenerateStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"d\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\x08logprobs\x18\x03 \x03(\x0b\x32 .bucketserve.v1.PositionLogprobs\"\xa7\x02\n\x10GenerateFinished\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.bucketserve.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x02 \x01(\t\x12\"\n\x15matched_stop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12$\n\x05usage\x18\x04 \x01(\x0b\x32\x15.bucketserve.v1.Usage\x12/\n\x07timings\x18\x05 \x01(\x0b\x32\x1e.bucketserve.v1.RequestTimings\x12(\n\x05\x62\x61tch\x18\x06 \x01(\x0b\x32\x19.bucketserve.v1.BatchInfo\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\rB\x18\n\x16_matched_stop_token_id\"S\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"a\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12$\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.bucketserve.v1.ChatH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x13\n\x11ListModelsRequest\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.bucketserve.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"8\n\x10GetModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.bucketserve.v1.Model\"\x8f\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x06 \x01(\r2\xd6\x02\n\x10InferenceService\x12O\n\x08Generate\x12\x1f.bucketserve.v1.GenerateRequest\x1a .bucketserve.v1.GenerateResponse0\x01\x12M\n\x08Tokenize\x12\x1f.bucketserve.v1.TokenizeRequest\x1a .bucketserve.v1.TokenizeResponse\x12S\n\nListModels\x12!.bucketserve.v1.ListModelsRequest\x1a\".bucketserve.v1.ListModelsResponse\x12M\n\x08GetModel\x12\x1f.bucketserve.v1.GetModelRequest\x1a .bucketserve.v1.GetModelResponseBHZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x62ucketserve/v1/inference.proto\x12\x0e\x62ucketserve.v1\x1a\x1b\x62ucketserve/v1/common.proto\"p\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12,\n\ntool_calls\x18\x03 \x03(\x0b\x32\x18.bucketserve.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"Z\n\x04\x43hat\x12-\n\x08messages\x18\x01 \x03(\x0b\x32\x1b.bucketserve.v1.ChatMessage\x12#\n\x05tools\x18\x02 \x03(\x0b\x32\x14.bucketserve.v1.Tool\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"=\n\x0fResponseOptions\x12\x19\n\x0cnum_logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_num_logprobs\"\xdf\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12$\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x14.bucketserve.v1.ChatH\x00\x12-\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x18.bucketserve.v1.TokenIdsH\x00\x12\x30\n\x08sampling\x18\x06 \x01(\x0b\x32\x1e.bucketserve.v1.SamplingParams\x12\x30\n\x08stopping\x18\x07 \x01(\x0b\x32\x1e.bucketserve.v1.StoppingParams\x12\x31\n\x08response\x18\x08 \x01(\x0b\x32\x1f.bucketserve.v1.ResponseOptions\x12\x33\n\rrequest_class\x18\t \x01(\x0e\x32\x1c.bucketserve.v1.RequestClass\x12\x0e\n\x06tenant\x18\n \x01(\t\x12 \n\x03slo\x18\x0b \x01(\x0b\x32\x13.bucketserve.v1.Slo\x12;\n\x11structured_output\x18\x0c \x01(\x0b\x32 .bucketserve.v1.StructuredOutputB\x07\n\x05input\"\xb5\x01\n\x10GenerateResponse\x12\x32\n\x07started\x18\x01 \x01(\x0b\x32\x1f.bucketserve.v1.GenerateStartedH\x00\x12.\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1d.bucketserve.v1.GenerateChunkH\x00\x12\x34\n\x08\x66inished\x18\x03 \x01(\x0b\x32 .bucketserve.v1.GenerateFinishedH\x00\x42\x07\n\x05\x65vent\"Y\n\x0fGenerateStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"d\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\x08logprobs\x18\x03 \x03(\x0b\x32 .bucketserve.v1.PositionLogprobs\"\xa7\x02\n\x10GenerateFinished\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.bucketserve.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x02 \x01(\t\x12\"\n\x15matched_stop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12$\n\x05usage\x18\x04 \x01(\x0b\x32\x15.bucketserve.v1.Usage\x12/\n\x07timings\x18\x05 \x01(\x0b\x32\x1e.bucketserve.v1.RequestTimings\x12(\n\x05\x62\x61tch\x18\x06 \x01(\x0b\x32\x19.bucketserve.v1.BatchInfo\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\rB\x18\n\x16_matched_stop_token_id\"S\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"a\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12$\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.bucketserve.v1.ChatH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x13\n\x11ListModelsRequest\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.bucketserve.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"8\n\x10GetModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.bucketserve.v1.Model\"\x8f\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x06 \x01(\r2\xd6\x02\n\x10InferenceService\x12O\n\x08Generate\x12\x1f.bucketserve.v1.GenerateRequest\x1a .bucketserve.v1.GenerateResponse0\x01\x12M\n\x08Tokenize\x12\x1f.bucketserve.v1.TokenizeRequest\x1a .bucketserve.v1.TokenizeResponse\x12S\n\nListModels\x12!.bucketserve.v1.ListModelsRequest\x1a\".bucketserve.v1.ListModelsResponse\x12M\n\x08GetModel\x12\x1f.bucketserve.v1.GetModelRequest\x1a .bucketserve.v1.GetModelResponseBHZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,39 +34,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'ZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1'
   _globals['_CHATMESSAGE']._serialized_start=79
-  _globals['_CHATMESSAGE']._serialized_end=123
-  _globals['_CHAT']._serialized_start=125
-  _globals['_CHAT']._serialized_end=178
-  _globals['_TOKENIDS']._serialized_start=180
-  _globals['_TOKENIDS']._serialized_end=203
-  _globals['_RESPONSEOPTIONS']._serialized_start=205
-  _globals['_RESPONSEOPTIONS']._serialized_end=266
-  _globals['_GENERATEREQUEST']._serialized_start=269
-  _globals['_GENERATEREQUEST']._serialized_end=748
-  _globals['_GENERATERESPONSE']._serialized_start=751
-  _globals['_GENERATERESPONSE']._serialized_end=932
-  _globals['_GENERATESTARTED']._serialized_start=934
-  _globals['_GENERATESTARTED']._serialized_end=1023
-  _globals['_GENERATECHUNK']._serialized_start=1025
-  _globals['_GENERATECHUNK']._serialized_end=1125
-  _globals['_GENERATEFINISHED']._serialized_start=1128
-  _globals['_GENERATEFINISHED']._serialized_end=1423
-  _globals['_USAGE']._serialized_start=1425
-  _globals['_USAGE']._serialized_end=1508
-  _globals['_TOKENIZEREQUEST']._serialized_start=1510
-  _globals['_TOKENIZEREQUEST']._serialized_end=1607
-  _globals['_TOKENIZERESPONSE']._serialized_start=1609
-  _globals['_TOKENIZERESPONSE']._serialized_end=1646
-  _globals['_LISTMODELSREQUEST']._serialized_start=1648
-  _globals['_LISTMODELSREQUEST']._serialized_end=1667
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1669
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1728
-  _globals['_GETMODELREQUEST']._serialized_start=1730
-  _globals['_GETMODELREQUEST']._serialized_end=1761
-  _globals['_GETMODELRESPONSE']._serialized_start=1763
-  _globals['_GETMODELRESPONSE']._serialized_end=1819
-  _globals['_MODEL']._serialized_start=1822
-  _globals['_MODEL']._serialized_end=1965
-  _globals['_INFERENCESERVICE']._serialized_start=1968
-  _globals['_INFERENCESERVICE']._serialized_end=2310
+  _globals['_CHATMESSAGE']._serialized_end=191
+  _globals['_TOOL']._serialized_start=193
+  _globals['_TOOL']._serialized_end=254
+  _globals['_TOOLCALL']._serialized_start=256
+  _globals['_TOOLCALL']._serialized_end=311
+  _globals['_CHAT']._serialized_start=313
+  _globals['_CHAT']._serialized_end=403
+  _globals['_TOKENIDS']._serialized_start=405
+  _globals['_TOKENIDS']._serialized_end=428
+  _globals['_RESPONSEOPTIONS']._serialized_start=430
+  _globals['_RESPONSEOPTIONS']._serialized_end=491
+  _globals['_GENERATEREQUEST']._serialized_start=494
+  _globals['_GENERATEREQUEST']._serialized_end=973
+  _globals['_GENERATERESPONSE']._serialized_start=976
+  _globals['_GENERATERESPONSE']._serialized_end=1157
+  _globals['_GENERATESTARTED']._serialized_start=1159
+  _globals['_GENERATESTARTED']._serialized_end=1248
+  _globals['_GENERATECHUNK']._serialized_start=1250
+  _globals['_GENERATECHUNK']._serialized_end=1350
+  _globals['_GENERATEFINISHED']._serialized_start=1353
+  _globals['_GENERATEFINISHED']._serialized_end=1648
+  _globals['_USAGE']._serialized_start=1650
+  _globals['_USAGE']._serialized_end=1733
+  _globals['_TOKENIZEREQUEST']._serialized_start=1735
+  _globals['_TOKENIZEREQUEST']._serialized_end=1832
+  _globals['_TOKENIZERESPONSE']._serialized_start=1834
+  _globals['_TOKENIZERESPONSE']._serialized_end=1871
+  _globals['_LISTMODELSREQUEST']._serialized_start=1873
+  _globals['_LISTMODELSREQUEST']._serialized_end=1892
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1894
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1953
+  _globals['_GETMODELREQUEST']._serialized_start=1955
+  _globals['_GETMODELREQUEST']._serialized_end=1986
+  _globals['_GETMODELRESPONSE']._serialized_start=1988
+  _globals['_GETMODELRESPONSE']._serialized_end=2044
+  _globals['_MODEL']._serialized_start=2047
+  _globals['_MODEL']._serialized_end=2190
+  _globals['_INFERENCESERVICE']._serialized_start=2193
+  _globals['_INFERENCESERVICE']._serialized_end=2535
 # @@protoc_insertion_point(module_scope)

@@ -214,7 +214,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if valid.token_ids is not None:
             return valid.token_ids
         if valid.chat is not None:
-            return await self._parts.tokenizers.encode_chat(valid.model, valid.chat)
+            return await self._parts.tokenizers.encode_chat(valid.model, valid.chat, valid.tools)
         return await self._parts.tokenizers.encode(valid.model, valid.prompt or "")
 
     def _describe(self, valid: ValidRequest) -> tuple[scheduler_pb2.Ticket, scheduler_pb2.RunSpec]:

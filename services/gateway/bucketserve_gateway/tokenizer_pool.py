@@ -13,7 +13,7 @@ from bucketserve.engine.grammars import GrammarError
 from bucketserve.rpc.convert import structured_from_pb
 from bucketserve.v1 import common_pb2
 from bucketserve_gateway.models import ServedModel
-from bucketserve_gateway.tokenization import count, encode, render_chat
+from bucketserve_gateway.tokenization import Tools, Turn, count, encode, render_chat
 
 __all__ = ["TokenizerPool"]
 
@@ -58,16 +58,17 @@ class TokenizerPool:
         """
         return await self._run(len(text), lambda: _bounded(model, text, "prompt"))
 
-    async def encode_chat(self, model: ServedModel, turns: Sequence[tuple[str, str]]) -> list[int]:
-        """Returns the ids of a conversation of (role, content), ready for the assistant's turn.
+    async def encode_chat(self, model: ServedModel, turns: Sequence[Turn], tools: Tools = ()) -> list[int]:
+        """Returns the ids of a conversation, ready for the assistant's turn.
 
         Raises:
             InvalidRequestError: the model's chat template refuses it, or it is certainly longer than the context.
             OverloadedError: too many long texts wait.
         """
-        size = sum(len(content) for _, content in turns)
-        is_long = len(turns) > LONG_MESSAGES
-        text = await self._run(max(size, LONG_CHARACTERS + 1) if is_long else size, lambda: render_chat(model, turns))
+        size = sum(len(turn.content) for turn in turns)
+        is_long = len(turns) > LONG_MESSAGES or bool(tools)
+        size = max(size, LONG_CHARACTERS + 1) if is_long else size
+        text = await self._run(size, lambda: render_chat(model, turns, tools))
         num_bytes = len(text.encode())
         if num_bytes > min(self._max_text_bytes, model.max_text_bytes):
             description = f"{num_bytes} bytes by the model's chat template are too many for its context"

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from bucketserve.core.errors import FieldViolation, InvalidRequestError
 from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway.conversation import turns_of
 from bucketserve_gateway.keys import MAX_TENANT_CHARACTERS
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
+from bucketserve_gateway.tokenization import Tools, Turn
 
 __all__ = ["ValidRequest", "check_length", "largest_message", "validate"]
 
@@ -45,7 +47,8 @@ class ValidRequest:
     request_id: str
     model: ServedModel
     prompt: str | None
-    chat: tuple[tuple[str, str], ...] | None
+    chat: tuple[Turn, ...] | None
+    tools: Tools
     token_ids: tuple[int, ...] | None
     sampling: common_pb2.SamplingParams
     structured_output: common_pb2.StructuredOutput
@@ -72,6 +75,7 @@ def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, m
     if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
         bad.append(FieldViolation("request_id", "1 to 128 printable ASCII characters without spaces"))
     _check_input(request, model, max_prompt_bytes, bad)
+    turns, tools = turns_of(request.chat, bad)
     sampling = _sampling(request.sampling, card, bad)
     _check_structure(request.structured_output, model, bad)
     _check_stopping(request.stopping, model, bad)
@@ -96,7 +100,8 @@ def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, m
         request_id=request.request_id or uuid.uuid4().hex,
         model=model,
         prompt=request.prompt if kind == "prompt" else None,
-        chat=tuple((turn.role, turn.content) for turn in request.chat.messages) if kind == "chat" else None,
+        chat=turns if kind == "chat" else None,
+        tools=tools,
         token_ids=tuple(request.token_ids.ids) if kind == "token_ids" else None,
         sampling=sampling,
         structured_output=request.structured_output,

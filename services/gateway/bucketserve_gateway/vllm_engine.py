@@ -77,8 +77,8 @@ def request_of(asked: vllm_pb2.GenerateRequest, card: ModelCard) -> inference_pb
         bad.append(FieldViolation("sampling_params.logit_bias", f"at most {MAX_LOGIT_BIASES}"))
     elif any(token_id < 0 for token_id in params.logit_bias):
         bad.append(FieldViolation("sampling_params.logit_bias", "token ids must not be negative"))
-    if (constraint := params.WhichOneof("constraint")) is not None:
-        bad.append(FieldViolation(f"sampling_params.{constraint}", "not served: output can't be constrained"))
+    if params.HasField("structural_tag"):
+        bad.append(FieldViolation("sampling_params.structural_tag", "not served"))
     if params.n > 1:
         bad.append(FieldViolation("sampling_params.n", "one output a request"))
     bad += [
@@ -94,6 +94,7 @@ def request_of(asked: vllm_pb2.GenerateRequest, card: ModelCard) -> inference_pb
     if bad:
         raise InvalidRequestError(bad)
     request = inference_pb2.GenerateRequest(
+        structured_output=_structure(params),
         request_id=asked.request_id,
         model=card.name,
         sampling=common_pb2.SamplingParams(
@@ -123,6 +124,18 @@ def request_of(asked: vllm_pb2.GenerateRequest, card: ModelCard) -> inference_pb
         case "text":
             request.prompt = asked.text
     return request
+
+
+def _structure(params: vllm_pb2.SamplingParams) -> common_pb2.StructuredOutput | None:
+    """Returns what the output must be; None if it may be anything."""
+    match params.WhichOneof("constraint"):
+        case "json_schema" | "regex" | "grammar" as kind:
+            return common_pb2.StructuredOutput(**{kind: getattr(params, kind)})
+        case "json_object" if params.json_object:
+            return common_pb2.StructuredOutput(json_schema='{"type":"object"}')
+        case "choice":
+            return common_pb2.StructuredOutput(choices=common_pb2.Choices(texts=params.choice.choices))
+    return None
 
 
 class VllmEngineServicer(vllm_pb2_grpc.VllmEngineServicer):

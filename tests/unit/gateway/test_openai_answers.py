@@ -113,6 +113,46 @@ def test_a_piece_that_shows_nothing_is_none_and_the_role_comes_once() -> None:
     assert empty.end(FINISHED)["delta"] == {"role": "assistant"}
 
 
+TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+CALLED = '{"name":"find","arguments":{"a": "}é"}}'
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+@pytest.mark.parametrize(
+    ("cut", "arguments"), [(None, '{"a": "}é"}'), (-1, '{"a": "}é"}'), (-4, '{"a": "}'), (28, "{")]
+)
+def test_a_call_is_the_same_in_whatever_pieces_it_comes(size: int, cut: int | None, arguments: str) -> None:
+    model = served(byte_level_bpe())
+    members = {"is_chat": True, "tools": [TOOL], "tool_choice": "required"}
+    text = CALLED[:cut]
+    reason = common_pb2.FINISH_REASON_STOP if cut is None else common_pb2.FINISH_REASON_LENGTH
+    finished = inference_pb2.GenerateFinished(reason=reason)
+    streamed, whole = answer(model, **members).choices[0], answer(model, **members).choices[0]
+    pieces = []
+    for start in range(0, len(text), size):
+        pieces.append(streamed.piece(chunk(text[start : start + size])))
+        whole.gather(inference_pb2.GenerateResponse(chunk=chunk(text[start : start + size])))
+    pieces.append(streamed.end(finished))
+    whole.gather(inference_pb2.GenerateResponse(finished=finished))
+    calls = [call for piece in pieces if piece for call in piece["delta"].get("tool_calls", ())]
+    assert not any("content" in piece["delta"] for piece in pieces if piece)
+    assert [call["function"].get("name") for call in calls] == ["find"] + [None] * (len(calls) - 1)
+    assert ["id" in call for call in calls] == [True] + [False] * (len(calls) - 1)
+    assert "".join(call["function"]["arguments"] for call in calls) == arguments
+    shown = whole.whole()
+    assert shown["message"]["content"] is None
+    assert shown["message"]["tool_calls"][0]["function"] == {"name": "find", "arguments": arguments}
+    assert shown["finish_reason"] == pieces[-1]["finish_reason"] == ("tool_calls" if cut is None else "length")
+
+
+def test_a_call_that_is_cut_before_it_says_whose_it_is_is_text() -> None:
+    choice = answer(served(byte_level_bpe()), is_chat=True, tools=[TOOL], tool_choice="required").choices[0]
+    choice.gather(inference_pb2.GenerateResponse(chunk=chunk('{"name":"fi')))
+    end = inference_pb2.GenerateFinished(reason=common_pb2.FINISH_REASON_LENGTH)
+    choice.gather(inference_pb2.GenerateResponse(finished=end))
+    assert choice.whole()["message"] == {"role": "assistant", "content": '{"name":"fi', "refusal": None}
+
+
 def test_an_answer_without_a_word_is_whole() -> None:
     model = served(byte_level_bpe())
     for members, text in (({}, ""), ({"echo": True}, "a")):

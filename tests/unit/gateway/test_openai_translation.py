@@ -275,6 +275,60 @@ def test_what_is_wrong_with_a_completion(members: dict[str, Any], field: str, co
     assert (error.violations[0].field, error.code) == (field, code)
 
 
+def tool(name: str, parameters: object = None) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize(
+    ("members", "wanted"),
+    [
+        ({"response_format": {"type": "json_object"}}, {"jsonSchema": '{"type":"object"}'}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": 1}, "strict": True}}},
+            {"jsonSchema": '{"a":1}'},
+        ),
+        ({"guided_json": {"b": 2}}, {"jsonSchema": '{"b":2}'}),
+        ({"guided_json": "{}"}, {"jsonSchema": "{}"}),
+        ({"guided_regex": "a+"}, {"regex": "a+"}),
+        ({"guided_grammar": "start: x"}, {"grammar": "start: x"}),
+        ({"guided_choice": ["a", "b"]}, {"choices": {"texts": ["a", "b"]}}),
+        ({"structured_outputs": {"choice": ["a"]}}, {"choices": {"texts": ["a"]}}),
+        ({"structured_outputs": {"json_object": True}}, {"jsonSchema": '{"type":"object"}'}),
+    ],
+)
+def test_what_an_output_must_be_of_both_kinds(members: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for read in (complete, chat):
+        found = read(**members)
+        assert only(found)["structuredOutput"] == wanted
+        assert set(found.names.values()) & {*members, "structured_outputs.choice", "structured_outputs.json_object"}
+
+
+def test_tools_are_told_of_and_called() -> None:
+    tools = [tool("f", {"type": "object"}), tool("g")]
+    told = [{"name": "f", "parameters": '{"type":"object"}'}, {"name": "g"}]
+    for choice in (None, "auto"):
+        free = chat(tools=tools, tool_choice=choice)
+        assert only(free)["chat"]["tools"] == told
+        assert (free.call_reason, "structuredOutput" in only(free)) == (None, False)
+    must = chat(tools=tools, tool_choice="required")
+    assert only(must)["chat"]["tools"] == told
+    assert must.call_reason == "tool_calls"
+    grammar = only(must)["structuredOutput"]["grammar"]
+    assert grammar.startswith("start: call_0 | call_1\n")
+    named = chat(tools=tools, tool_choice={"type": "function", "function": {"name": "g"}})
+    assert named.call_reason == "stop"
+    assert only(named)["structuredOutput"]["grammar"].startswith("start: call_0\ncall_0: ")
+
+
+def test_a_conversation_with_calls_is_taken_as_it_came() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    past = {"role": "assistant", "content": None, "tool_calls": [call]}
+    answer = {"role": "tool", "tool_call_id": "1", "content": "yes"}
+    turns = chat_completion({"messages": [past, answer]}, NOBODY).prompts[0].chat.messages
+    assert [(each.id, each.name, each.arguments) for each in turns[0].tool_calls] == [("1", "f", '{"a":1}')]
+    assert (turns[0].content, turns[1].content, turns[1].tool_call_id) == ("", "yes", "1")
+
+
 def one_message(**members: Any) -> dict[str, Any]:
     return {"messages": [{**USER, **members}]}
 
@@ -297,13 +351,41 @@ def one_message(**members: Any) -> dict[str, Any]:
         (one_message(content=[{"type": "text"}]), "messages[0].content[0].text", "missing_required_parameter"),
         (one_message(content=[{"type": "text", "text": "x", "y": 1}]), "messages[0].content[0].y", UNKNOWN),
         (one_message(name="somebody"), "messages[0].name", UNSUPPORTED),
-        (one_message(tool_calls=[{}]), "messages[0].tool_calls", UNSUPPORTED),
-        (one_message(role="tool", tool_call_id="x"), "messages[0].tool_call_id", UNSUPPORTED),
         (one_message(extra=1), "messages[0].extra", UNKNOWN),
-        ({"tools": [{"type": "function"}]}, "tools", UNSUPPORTED),
-        ({"tools": [{}], "tool_choice": "auto"}, "tools", UNSUPPORTED),
-        ({"tool_choice": "required"}, "tool_choice", UNSUPPORTED),
-        ({"response_format": {"type": "json_object"}}, "response_format", UNSUPPORTED),
+        (one_message(tool_calls=[{}]), "messages[0].tool_calls[0].function", INVALID),
+        (one_message(tool_calls=[5]), "messages[0].tool_calls", INVALID),
+        (one_message(role="tool", tool_call_id=5), "messages[0].tool_call_id", INVALID),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+        ({"tools": [{"type": "web"}]}, "tools[0].type", UNSUPPORTED),
+        ({"tools": [tool("a b")]}, "tools[0].function.name", VALUE),
+        ({"tools": [tool("f", [])]}, "tools[0].function.parameters", INVALID),
+        ({"tools": [tool("f")] * 129}, "tools", "array_above_max_length"),
+        ({"tools": {}}, "tools", INVALID),
+        ({"tool_choice": "required"}, "tool_choice", VALUE),
+        ({"tool_choice": "maybe"}, "tool_choice", VALUE),
+        ({"tool_choice": 5}, "tool_choice", VALUE),
+        ({"tool_choice": {"type": "function"}, "tools": [tool("f")]}, "tool_choice", INVALID),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [tool("f")]}, "tool_choice", VALUE),
+        ({"tool_choice": "required", "tools": [tool("f")], "guided_regex": "a"}, "guided_regex", VALUE),
+        ({"response_format": "json"}, "response_format", INVALID),
+        ({"response_format": {"type": "xml"}}, "response_format.type", VALUE),
+        ({"response_format": {}}, "response_format.type", VALUE),
+        ({"response_format": {"type": "json_object", "x": 1}}, "response_format.x", UNKNOWN),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_required_parameter"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+            "missing_required_parameter",
+        ),
+        ({"response_format": {"type": "json_object"}, "guided_json": {}}, "guided_json", VALUE),
+        ({"guided_choice": "a"}, "guided_choice", INVALID),
+        ({"guided_choice": [1]}, "guided_choice", INVALID),
+        ({"guided_choice": ["a"] * 1025}, "guided_choice", "array_above_max_length"),
+        ({"guided_json": 5}, "guided_json", INVALID),
+        ({"guided_regex": {}}, "guided_regex", INVALID),
+        ({"structured_outputs": {}}, "structured_outputs", VALUE),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", VALUE),
+        ({"structured_outputs": {"whitespace": "a"}}, "structured_outputs.whitespace", UNKNOWN),
         ({"functions": [{}]}, "functions", UNSUPPORTED),
         ({"modalities": ["audio"]}, "modalities", UNSUPPORTED),
         ({"reasoning_effort": "high"}, "reasoning_effort", UNSUPPORTED),
@@ -473,6 +555,13 @@ NAMES = st.sampled_from(
         "tools",
         "tool_choice",
         "response_format",
+        "structured_outputs",
+        "guided_json",
+        "guided_choice",
+        "json_schema",
+        "schema",
+        "function",
+        "type",
         "logit_bias",
         "frequency_penalty",
         "suffix",

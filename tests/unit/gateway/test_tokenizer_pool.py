@@ -15,6 +15,7 @@ from bucketserve.engine.grammars import GrammarTokenizer
 from bucketserve.v1 import common_pb2
 from bucketserve_gateway import tokenizer_pool
 from bucketserve_gateway.models import ServedModel
+from bucketserve_gateway.tokenization import Turn
 from bucketserve_gateway.tokenizer_pool import TokenizerPool
 from tests.unit.gateway.builders import catalog
 
@@ -102,12 +103,12 @@ async def test_a_short_text_does_not_wait_for_long_ones(pool: TokenizerPool) -> 
     tokenizer.may_end.clear()
     long = "a" * (tokenizer_pool.LONG_CHARACTERS + 1)
     waiting = [asyncio.create_task(pool.encode(model, long)) for _ in range(20)]
-    many = [("user", "hello")] * (tokenizer_pool.LONG_MESSAGES + 1)
+    many = [Turn("user", "hello")] * (tokenizer_pool.LONG_MESSAGES + 1)
     waiting.append(asyncio.create_task(pool.encode_chat(model, many)))
     await asyncio.sleep(0.05)
     for _ in range(50):
         assert await pool.encode(model, "the fox")
-        assert await pool.encode_chat(model, [("user", "hello")])
+        assert await pool.encode_chat(model, [Turn("user", "hello")])
     assert not any(task.done() for task in waiting)
     tokenizer.may_end.set()
     await asyncio.gather(*waiting, return_exceptions=True)
@@ -143,7 +144,7 @@ async def test_what_waits_to_be_tokenised_is_bounded(pool: TokenizerPool, monkey
 async def test_a_conversation_is_bounded_as_its_template_renders_it(pool: TokenizerPool) -> None:
     model, tokenizer = served()
     # The template trims: what is left of a megabyte is short.
-    assert len(await pool.encode_chat(model, [("user", "hi" + " " * 1_000_000)])) < 20
+    assert len(await pool.encode_chat(model, [Turn("user", "hi" + " " * 1_000_000)])) < 20
     with pytest.raises(InvalidRequestError, match="chat"):
-        await pool.encode_chat(model, [("user", "the fox " * 400_000)])
+        await pool.encode_chat(model, [Turn("user", "the fox " * 400_000)])
     assert max(tokenizer.sizes) <= tokenizer_pool.PIECE_CHARACTERS

@@ -17,7 +17,7 @@ import pytest
 
 from bucketserve.core.errors import InvalidRequestError, NotFoundError, OverloadedError, UnknownModelError
 from bucketserve.facades import vllm_pb2
-from bucketserve.v1 import inference_pb2
+from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.requests import OpenRequests
 from bucketserve_gateway.validation import validate
@@ -47,10 +47,7 @@ BAD = {
     "a rank": (a_request(data_parallel_rank=-1), "data_parallel_rank"),
     "min_tokens": (params(min_tokens=1), "sampling_params.min_tokens"),
     "several outputs": (params(n=2**32 - 1), "sampling_params.n"),
-    "schema": (params(json_schema=""), "sampling_params.json_schema"),
-    "expression": (params(regex="a"), "sampling_params.regex"),
-    "object": (params(json_object=False), "sampling_params.json_object"),
-    "choice": (params(choice=vllm_pb2.ChoiceConstraint()), "sampling_params.choice"),
+    "tag": (params(structural_tag=""), "sampling_params.structural_tag"),
     "all logprobs": (params(logprobs=-1), "sampling_params.logprobs"),
     "the prompt's logprobs": (params(prompt_logprobs=0), "sampling_params.prompt_logprobs"),
     "negative seed": (params(seed=-(2**31)), "sampling_params.seed"),
@@ -74,8 +71,28 @@ def test_what_is_not_served_is_refused(name: str) -> None:
 
 def test_everything_that_is_wrong_at_once() -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        request_of(params(n=2, seed=-1, regex="a", min_tokens=3), CARD)
+        request_of(params(n=2, seed=-1, structural_tag="a", min_tokens=3), CARD)
     assert len(caught.value.violations) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, None),
+        ({"json_object": False}, None),
+        ({"json_object": True}, {"json_schema": '{"type":"object"}'}),
+        ({"json_schema": "{}"}, {"json_schema": "{}"}),
+        ({"json_schema": ""}, {"json_schema": ""}),
+        ({"regex": "a"}, {"regex": "a"}),
+        ({"grammar": "a"}, {"grammar": "a"}),
+        ({"choice": vllm_pb2.ChoiceConstraint(choices=["a"])}, {"choices": common_pb2.Choices(texts=["a"])}),
+    ],
+    ids=str,
+)
+def test_what_an_output_must_be(given: dict[str, object], wanted: dict[str, object] | None) -> None:
+    found = request_of(params(**given), CARD)
+    assert found.HasField("structured_output") is (wanted is not None)
+    assert found.structured_output == common_pb2.StructuredOutput(**(wanted or {}))
 
 
 def test_every_field_that_is_served() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway.detokenizer import Detokenizer
 from bucketserve_gateway.models import ServedModel
+from bucketserve_gateway.openai.structure import CALL
 from bucketserve_gateway.openai.translation import Wanted
 
 __all__ = ["Answer", "Choice"]
@@ -85,11 +87,14 @@ class Choice:
         self._is_chat = wanted.is_chat
         self._has_logprobs = wanted.prompts[0].response.HasField("num_logprobs")
         self._before = before
+        self._call = None if wanted.call_reason is None else _Call(wanted.call_reason)
         self._tokens = _Tokens(model)
         self._is_first = True
         self._texts: list[str] = []
         self._logprobs: dict[str, list[Any]] = {}
         self._reason: str | None = None
+        self._is_cut = False
+        """Whether it has ended before it was whole."""
 
     def piece(self, chunk: inference_pb2.GenerateChunk) -> Json | None:
         """Returns a piece for a stream; None if there is nothing to show yet."""
@@ -117,7 +122,10 @@ class Choice:
         text = "".join(self._texts)
         shown: Json = {"index": self._index}
         if self._is_chat:
-            shown["message"] = {"role": "assistant", "content": text, "refusal": None}
+            calls = None if self._call is None else self._call.whole(text, is_cut=self._is_cut)
+            shown["message"] = {"role": "assistant", "content": None if calls else text, "refusal": None}
+            if calls:
+                shown["message"]["tool_calls"] = calls
         else:
             shown["text"] = text
         logprobs = self._logprobs or self._no_tokens()
@@ -138,15 +146,22 @@ class Choice:
 
     def _finish(self, finished: inference_pb2.GenerateFinished) -> None:
         self._reason = REASONS[finished.reason]
+        self._is_cut = self._reason != "stop" or bool(finished.matched_stop)
+        if self._call is not None and not self._is_cut:
+            self._reason = self._call.reason
         self.num_cached = finished.usage.cached_prompt_tokens
 
     def _delta(self, text: str, logprobs: Json | None, reason: str | None) -> Json:
         shown: Json = {"index": self._index}
         if self._is_chat:
-            shown["delta"] = delta = {}
+            delta: Json = {}
+            shown["delta"] = delta
             if self._is_first:
                 delta["role"], self._is_first = "assistant", False
-            if text or reason is None:
+            if self._call is not None:
+                if calls := self._call.piece(text, is_cut=self._is_cut):
+                    delta["tool_calls"] = calls
+            elif text or reason is None:
                 delta["content"] = text
         else:
             shown["text"] = text
@@ -156,6 +171,42 @@ class Choice:
     def _no_tokens(self) -> dict[str, list[Any]]:
         write = self._tokens.of_chat if self._is_chat else self._tokens.of_completion
         return write(())
+
+
+class _Call:
+    """The call of a tool, as its text comes: its beginning names the tool, a brace ends it."""
+
+    def __init__(self, reason: str) -> None:
+        """Takes why it ends when it is whole."""
+        self.reason = reason
+        self._id = f"call_{uuid.uuid4().hex}"
+        self._held = ""
+        self._is_named = False
+
+    def whole(self, text: str, *, is_cut: bool) -> list[Json]:
+        """Returns the calls of a text; none if it ends before the tool is named."""
+        beginning = CALL.match(text)
+        if beginning is None:
+            return []
+        arguments = text[beginning.end() :] if is_cut else text[beginning.end() : -1]
+        return [{"id": self._id, "type": "function", "function": {"name": beginning[1], "arguments": arguments}}]
+
+    def piece(self, text: str, *, is_cut: bool) -> list[Json]:
+        """Returns what further text is for a stream; is_cut: it ends with this, and is not whole."""
+        self._held += text
+        shown: Json = {"index": 0}
+        if not self._is_named:
+            if (beginning := CALL.match(self._held)) is None:
+                return []
+            self._is_named, self._held = True, self._held[beginning.end() :]
+            shown.update(id=self._id, type="function", function={"name": beginning[1]})
+        # The last character may be the brace that ends it.
+        arguments = self._held if is_cut else self._held[:-1]
+        self._held = self._held[len(arguments) :]
+        if not arguments and "id" not in shown:
+            return []
+        shown.setdefault("function", {})["arguments"] = arguments
+        return [shown]
 
 
 class _Tokens:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway.conversation import MAX_TOOLS
 from bucketserve_gateway.openai.caller import Caller, label_of
 from bucketserve_gateway.openai.errors import ParameterError
 from bucketserve_gateway.openai.fields import Fields
+from bucketserve_gateway.openai.structure import Toolbox, structure_of, toolbox_of
 from bucketserve_gateway.validation import MAX_LOGIT_BIASES
 
 __all__ = ["MAX_CHOICES", "Wanted", "chat_completion", "completion"]
@@ -56,6 +58,8 @@ class Wanted:
     has_usage_always: bool
     """And so far, in every chunk."""
     is_echo: bool
+    call_reason: str | None
+    """Why the output ends, if it is the call of a tool and whole; None if it is text."""
     tier: str | None
     """As asked for."""
     names: dict[str, str]
@@ -139,11 +143,9 @@ def chat_completion(members: dict[str, Any], caller: Caller) -> Wanted:
         names["stopping.max_tokens"] = "max_completion_tokens"
         if older not in (None, max_tokens):
             raise ParameterError("max_tokens", "max_completion_tokens says otherwise", "invalid_value")
-    fields.only("response_format", {"type": "text"})
-    fields.only("tool_choice", "none", "auto")
-    if fields.take("tool_choice") != "none":
-        fields.only("tools", [])
-    fields.take("tools")
+    toolbox = toolbox_of(fields)
+    chat.tools.extend(toolbox.tools)
+    names["chat.tools"] = "tools"
     fields.only("function_call", "none", "auto")
     fields.only("functions", [])
     fields.flag("parallel_tool_calls")
@@ -166,6 +168,7 @@ def chat_completion(members: dict[str, Any], caller: Caller) -> Wanted:
         num_logprobs=(num_top or 0) if has_logprobs else None,
         is_echo=False,
         names=names,
+        toolbox=toolbox,
     )
 
 
@@ -181,8 +184,18 @@ def _wanted(
     num_logprobs: int | None,
     is_echo: bool,
     names: dict[str, str],
+    toolbox: Toolbox | None = None,
 ) -> Wanted:
     """Reads what both kinds have in common, and checks that nothing is left."""
+    form, is_call = structure_of(fields), toolbox is not None and toolbox.form is not None
+    if toolbox is not None and toolbox.form is not None:
+        if form is not None:
+            raise ParameterError(form.param, "a tool is to be called: it says what the output must be", "invalid_value")
+        form = toolbox.form
+    if form is not None:
+        kind = form.wanted.WhichOneof("constraint")
+        names.update(dict.fromkeys(("structured_output", f"structured_output.{kind}"), form.param))
+        names["structured_output.choices.texts"] = form.param
     tier = fields.text("service_tier")
     if tier is not None and tier not in TIERS:
         raise ParameterError("service_tier", f"one of {', '.join(TIERS)}", "invalid_value")
@@ -200,6 +213,7 @@ def _wanted(
             ignore_eos=fields.flag("ignore_eos"),
         ),
         response=inference_pb2.ResponseOptions(num_logprobs=num_logprobs),
+        structured_output=None if form is None else form.wanted,
         request_class=TIERS[tier or "auto"],
         tenant=caller.tenant,
         slo=caller.slo,
@@ -214,6 +228,7 @@ def _wanted(
         has_usage=has_usage,
         has_usage_always=has_usage_always,
         is_echo=is_echo,
+        call_reason=toolbox.reason if is_call and toolbox is not None else None,
         tier=tier,
         names=names,
     )
@@ -338,14 +353,26 @@ def _message(message: Fields) -> inference_pb2.ChatMessage:
     role = message.text("role")
     if role is None:
         raise ParameterError(message.name("role"), "you must provide one", "missing_required_parameter")
-    content = _content(message)
+    calls = [_call(call) for call in message.objects("tool_calls", MAX_TOOLS) or ()]
+    content = "" if calls and message.take("content") is None else _content(message)
     # What an assistant's message has of these when it is sent back as it came.
-    for name in ("refusal", "audio", "name", "function_call", "tool_call_id"):
+    for name in ("refusal", "audio", "name", "function_call"):
         message.only(name)
     message.only("annotations", [])
-    message.only("tool_calls", [])
+    call_id = message.text("tool_call_id")
     message.end()
-    return inference_pb2.ChatMessage(role=role, content=content)
+    return inference_pb2.ChatMessage(role=role, content=content, tool_calls=calls, tool_call_id=call_id)
+
+
+def _call(call: Fields) -> inference_pb2.ToolCall:
+    function = call.object("function")
+    if function is None or call.text("type") != "function":
+        raise ParameterError(call.name("function"), "you must provide it, with type function", "invalid_type")
+    found = inference_pb2.ToolCall(id=call.text("id"), name=function.text("name"), arguments=function.text("arguments"))
+    call.take("index")
+    function.end()
+    call.end()
+    return found
 
 
 def _content(message: Fields) -> str:
