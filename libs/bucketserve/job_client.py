@@ -134,7 +134,8 @@ def request_from_json(row: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
     """Returns a request from the object of a line of JSONL.
 
     Keys: one of prompt, messages ([{role, content}]) or token_ids; custom_id, model, max_tokens, stop (one string or
-    several), ignore_eos, temperature, top_p, top_k, min_p, repetition_penalty, seed.
+    several), ignore_eos, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+    logit_bias ({token id: number}), seed; one of json_schema (an object), regex, choices and grammar.
 
     Raises:
         ValueError: a key is unknown, a value has the wrong type or range, or there is not exactly one prompt.
@@ -144,6 +145,8 @@ def request_from_json(row: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
     prompts = [key for key in _PROMPTS if key in row]
     if len(prompts) != 1:
         raise ValueError(f"give one of {', '.join(_PROMPTS)}, not {' and '.join(prompts) or 'none'}")
+    if len(structures := [key for key in _STRUCTURES if key in row]) > 1:
+        raise ValueError(f"give one of {', '.join(_STRUCTURES)}, not {' and '.join(structures)}")
     request = inference_pb2.GenerateRequest()
     for key, value in row.items():
         try:
@@ -155,7 +158,8 @@ def request_from_json(row: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
 
 _PROMPTS = ("prompt", "messages", "token_ids")
 _SAMPLING = {field.name: field for field in common_pb2.SamplingParams.DESCRIPTOR.fields}
-_KEYS = {*_PROMPTS, "custom_id", "model", "max_tokens", "stop", "ignore_eos", *_SAMPLING}
+_STRUCTURES = ("json_schema", "regex", "choices", "grammar")
+_KEYS = {*_PROMPTS, *_STRUCTURES, "custom_id", "model", "max_tokens", "stop", "ignore_eos", *_SAMPLING}
 
 
 def _set(request: inference_pb2.GenerateRequest, key: str, value: Any) -> None:
@@ -180,12 +184,26 @@ def _set(request: inference_pb2.GenerateRequest, key: str, value: Any) -> None:
             request.stopping.max_tokens = _typed(value, int)
         case "ignore_eos":
             request.stopping.ignore_eos = _typed(value, bool)
+        case "json_schema" | "regex" | "choices" | "grammar":
+            _set_structure(request.structured_output, key, value)
         case "logit_bias":
             biases = _typed(value, dict).items()
             request.sampling.logit_bias.update({_token_id(name): _number(bias) for name, bias in biases})
         case _:
             is_float = _SAMPLING[key].cpp_type == _SAMPLING[key].CPPTYPE_FLOAT
             setattr(request.sampling, key, _number(value) if is_float else _typed(value, int))
+
+
+def _set_structure(wanted: common_pb2.StructuredOutput, key: str, value: Any) -> None:
+    match key:
+        case "json_schema":
+            wanted.json_schema = json.dumps(_typed(value, dict))
+        case "choices":
+            wanted.choices.texts.extend(_typed(text, str) for text in _typed(value, list))
+            # Without a text the kind would be lost.
+            wanted.choices.SetInParent()
+        case _:
+            setattr(wanted, key, _typed(value, str))
 
 
 _TYPES = {

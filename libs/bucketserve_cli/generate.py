@@ -33,6 +33,8 @@ class GenerateOptions:
     frequency_penalty: float
     logit_bias: dict[int, float]
     seed: int | None
+    json_schema: str
+    regex: str
     stop: tuple[str, ...]
     ignore_eos: bool
     is_batch: bool
@@ -79,6 +81,7 @@ async def stream_generation(client: BucketServeClient, prompt: str, options: Gen
             logit_bias=options.logit_bias,
             seed=options.seed,
         ),
+        structured_output=_structure(options),
         stop_strings=options.stop,
         ignore_eos=options.ignore_eos,
         is_batch=options.is_batch,
@@ -104,6 +107,14 @@ async def stream_generation(client: BucketServeClient, prompt: str, options: Gen
         # What follows, an error or a shell's prompt, begins on a line of its own.
         if is_mid_line:
             sys.stdout.write("\n")
+
+
+def _structure(options: GenerateOptions) -> common_pb2.StructuredOutput | None:
+    if options.json_schema and options.regex:
+        raise InputError("give one of --json-schema and --regex")
+    if options.json_schema:
+        return common_pb2.StructuredOutput(json_schema=options.json_schema)
+    return common_pb2.StructuredOutput(regex=options.regex) if options.regex else None
 
 
 async def _collected(events: AsyncIterator[Event]) -> dict[str, Any]:

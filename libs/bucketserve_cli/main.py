@@ -220,6 +220,8 @@ def generate(
         list[str] | None, typer.Option(help="TOKEN_ID=BIAS, from -100 to 100; may be repeated", metavar="ID=BIAS")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="the same one gives the same text")] = None,
+    json_schema: Annotated[str, typer.Option(help="JSON schema that the output must fit")] = "",
+    regex: Annotated[str, typer.Option(help="regular expression that the whole output must match")] = "",
     stop: Annotated[list[str] | None, typer.Option(help="text that ends the output; may be repeated")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="go on past the model's end token")] = False,
     batch: Annotated[bool, typer.Option(help="class batch rather than interactive")] = False,
@@ -246,6 +248,8 @@ def generate(
         frequency_penalty=frequency_penalty,
         logit_bias=dict(parse_bias(each) for each in logit_bias or ()),
         seed=seed,
+        json_schema=json_schema,
+        regex=regex,
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
         is_batch=batch,

@@ -18,8 +18,10 @@ import pytest
 from bucketserve.client import BucketServeClient, Chunk, Finished
 from bucketserve.core.errors import InvalidRequestError
 from bucketserve.facades import vllm_pb2, vllm_pb2_grpc
+from bucketserve.job_client import JobClient, request_from_json
 from bucketserve.v1 import common_pb2
 from bucketserve_cli.stack import LocalStack
+from tests.cli import run_command
 from tests.e2e.observe import events, eventually, metric
 
 pytestmark = pytest.mark.e2e
@@ -202,6 +204,33 @@ async def test_an_output_is_what_was_asked_for_though_its_worker_dies(stack: Loc
         assert end.reason == common_pb2.FINISH_REASON_STOP
         jsonschema.validate(json.loads(text), schema)
         assert text == before
+
+
+@pytest.mark.stack(**MODEL)
+def test_the_command_line_has_schemas_and_expressions(stack: LocalStack) -> None:
+    at = ("--address", stack.gateway_address, "--max-tokens", "200", "--temperature", "1")
+    status, out, _ = run_command("generate", "x", "--json-schema", json.dumps(PERSON), *at)
+    assert status == 0
+    jsonschema.validate(json.loads(out), PERSON)
+    assert run_command("generate", "x", "--regex", "ab", *at)[:2] == (0, "ab\n")
+    status, out, err = run_command("generate", "x", "--regex", "(", *at)
+    assert (status, out) == (1, "")
+    assert "structured_output.regex" in err
+
+
+@pytest.mark.stack(**MODEL)
+async def test_requests_of_jobs_are_kept_to_it_and_fail_by_themselves(stack: LocalStack) -> None:
+    lines = [
+        {"custom_id": "schema", "prompt": "x", "max_tokens": 200, "json_schema": PERSON},
+        {"custom_id": "choice", "prompt": "x", "choices": ["yes", "no"]},
+        {"custom_id": "bad", "prompt": "x", "regex": "("},
+    ]
+    async with JobClient(stack.gateway_address) as client:
+        job = await client.submit([request_from_json(line) for line in lines])
+        schema, choice, bad = [result async for result in client.results(job.job_id, follow=True)]
+    jsonschema.validate(json.loads(schema.text), PERSON)
+    assert choice.text in ("yes", "no")
+    assert "structured_output.regex" in bad.error_message
 
 
 async def test_engines_that_cannot_are_not_asked(stack: LocalStack) -> None:

@@ -23,7 +23,9 @@ LONG_CHARACTERS = 16_384
 """Texts beyond this go one after the other through a thread of their own: some milliseconds each."""
 LONG_MESSAGES = 64
 MAX_WAITING_CHARACTERS = 16 << 20
-"""What may wait for that thread; more would wait for longer than its clients."""
+"""What may wait for its turn; more would wait for longer than its clients."""
+STRUCTURE_WEIGHT = 16
+"""A character of a schema may take as long as so many of a prompt."""
 SURE_BYTES = 5
 """Texts of at most so many bytes for each token of the context are tokenised at once; others are measured first."""
 PIECE_CHARACTERS = 65_536
@@ -45,6 +47,8 @@ class TokenizerPool:
         self._refusal = refusal
         self._short = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
         self._long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
+        # No prompt waits for a schema.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._max_text_bytes = max_text_bytes
         self._lock = threading.Lock()
         self._waiting = 0
@@ -81,30 +85,34 @@ class TokenizerPool:
 
         Raises:
             InvalidRequestError: it can't; says why.
-            OverloadedError: too many long texts wait.
+            OverloadedError: too many wait.
         """
         structure, grammars = structured_from_pb(wanted), model.grammars
         if structure is None or grammars is None:
             return
         try:
-            await self._run(len(structure.text), lambda: grammars.check(structure))
+            size = len(structure.text) * STRUCTURE_WEIGHT
+            await self._in_turn(self._compiler, size, lambda: grammars.check(structure))
         except GrammarError as error:
             field = f"structured_output.{structure.kind.value}"
             raise InvalidRequestError([FieldViolation(field, str(error))]) from error
 
     def close(self) -> None:
         """Ends the threads."""
-        for pool in (self._short, self._long):
+        for pool in (self._short, self._long, self._compiler):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, num_characters: int, work: Callable[[], T]) -> T:
         if num_characters <= LONG_CHARACTERS:
             return await asyncio.get_running_loop().run_in_executor(self._short, work)
+        return await self._in_turn(self._long, num_characters, work)
+
+    async def _in_turn(self, thread: ThreadPoolExecutor, num_characters: int, work: Callable[[], T]) -> T:
         with self._lock:
             if self._waiting and self._waiting + num_characters > MAX_WAITING_CHARACTERS:
-                raise self._refusal("TOKENIZER_BUSY", "too many long prompts wait to be tokenised")
+                raise self._refusal("TOKENIZER_BUSY", "too many long prompts wait to be tokenised, or schemas compiled")
             self._waiting += num_characters
-        running = self._long.submit(work)
+        running = thread.submit(work)
         # The thread's own end: it goes on when nobody waits for it any more.
         running.add_done_callback(lambda _: self._left(num_characters))
         return await asyncio.wrap_future(running)

@@ -73,6 +73,31 @@ async def test_what_an_output_must_be_is_compiled_or_refused_by_name(pool: Token
         assert [violation.field for violation in caught.value.violations] == [field]
 
 
+class Slow:
+    """Compiles when told."""
+
+    def __init__(self) -> None:
+        self.may_end = threading.Event()
+
+    def check(self, structure) -> None:
+        assert self.may_end.wait(30)
+
+
+async def test_no_prompt_waits_for_a_schema_and_not_too_many_schemas_wait(pool: TokenizerPool) -> None:
+    slow = Slow()
+    model = replace(SERVED, grammars=slow)
+    wanted = Wanted(json_schema="x" * 65_536)
+    most = tokenizer_pool.MAX_WAITING_CHARACTERS // (65_536 * tokenizer_pool.STRUCTURE_WEIGHT)
+    waiting = [asyncio.create_task(pool.check_structure(model, wanted)) for _ in range(most)]
+    await asyncio.sleep(0)
+    with pytest.raises(OverloadedError):
+        await pool.check_structure(model, wanted)
+    assert await pool.encode(model, "the word")
+    slow.may_end.set()
+    await asyncio.gather(*waiting)
+    await pool.check_structure(model, wanted)
+
+
 @pytest.fixture
 def pool():
     pool = TokenizerPool(2, 8 << 20, lambda reason, message: OverloadedError(message, reason=reason, retry_delay_s=1.0))
