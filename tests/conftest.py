@@ -8,6 +8,7 @@ in one process, one after the other, and share the services (tests/e2e/conftest.
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
 import re
 import signal
@@ -35,7 +36,7 @@ STACK = re.compile(r"stack-[0-9a-f]{6}")
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sorts the tests as they are to be given out."""
+    """Sorts the tests as they are to be given out; passes over those for which something is not installed."""
 
     def place(item: pytest.Item) -> tuple[bool, int, str]:
         path = item.path.relative_to(config.rootpath).as_posix()
@@ -44,6 +45,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return item.get_closest_marker("alone") is not None, turn, stack[0] if stack else "tail"
 
     items.sort(key=place)
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason="vLLM has an environment of its own: make test-vllm"))
 
 
 class Groups(LoadScopeScheduling):

@@ -164,8 +164,10 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Ends a shared stack after the last test that wants it."""
     yield
     of_this, of_next = (STACK.search(each.nodeid if each else "") for each in (item, nextitem))
-    if of_this and (of_next is None or of_next[0] != of_this[0]):
-        item.session.stash[SHARED].stop()
+    # There is none if all its tests were passed over.
+    stacks = item.session.stash.get(SHARED, None)
+    if stacks and of_this and (of_next is None or of_next[0] != of_this[0]):
+        stacks.stop()
 
 
 @pytest.fixture

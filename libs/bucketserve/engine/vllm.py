@@ -285,7 +285,7 @@ class VllmEngine:
             del self._waiting[name]
             tokens = sequence.spec.token_ids
             # vLLM would look up a row that its embedding does not have, for all sequences of the step.
-            if min(tokens) < 0 or max(tokens) >= self._limits.vocab_size:
+            if not all(0 <= token_id < self._limits.vocab_size for token_id in tokens):
                 brought.fail(name, NO_TOKEN)
                 continue
             try:

@@ -195,9 +195,9 @@ def test_what_vllm_refuses_of_a_request_fails_alone(engine: Engine) -> None:
     beyond = spec("beyond", token_ids=(5, 10**9))
     # More than its limit.
     greedy = spec("curious", num_logprobs=10_000)
-    history = run(engine, beyond, spec("fine"), greedy)
+    history = run(engine, beyond, spec("fine"), greedy, spec("nothing", token_ids=()))
     failures = {failure.request_id: failure for output in history for failure in output.failures}
-    assert failures.keys() == {"beyond", "curious"}
+    assert failures.keys() == {"beyond", "curious", "nothing"}
     assert not any(failure.is_retryable for failure in failures.values())
     assert len(tokens(history, "fine")) == 8
 
