@@ -11,9 +11,11 @@ from bucketserve.core.errors import FieldViolation
 from bucketserve.v1 import inference_pb2
 from bucketserve_gateway.tokenization import Tools, Turn
 
-__all__ = ["MAX_TOOLS", "MAX_TOOL_BYTES", "turns_of"]
+__all__ = ["MAX_CHAT_MESSAGES", "MAX_TOOLS", "MAX_TOOL_BYTES", "MAX_TOOL_CALLS", "turns_of"]
 
+MAX_CHAT_MESSAGES = 4096
 MAX_TOOLS = 128
+MAX_TOOL_CALLS = 4096
 MAX_TOOL_BYTES = 64 * 1024
 """Of all tools, and of all calls of a conversation."""
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -21,12 +23,18 @@ _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 def turns_of(chat: inference_pb2.Chat, bad: list[FieldViolation]) -> tuple[tuple[Turn, ...], Tools]:
     """Returns turns and tools; what is wrong with tools and calls is added to `bad`."""
-    before, num_bytes = len(bad), sum(tool.ByteSize() for tool in chat.tools)
+    if len(chat.messages) > MAX_CHAT_MESSAGES:
+        bad.append(FieldViolation("chat.messages", f"at most {MAX_CHAT_MESSAGES} messages"))
+        return (), ()
+    # Numbers before contents: to look at millions of empty ones would take seconds.
+    before = len(bad)
     if len(chat.tools) > MAX_TOOLS:
         bad.append(FieldViolation("chat.tools", f"at most {MAX_TOOLS}"))
-    elif num_bytes > MAX_TOOL_BYTES:
+    elif sum(tool.ByteSize() for tool in chat.tools) > MAX_TOOL_BYTES:
         bad.append(FieldViolation("chat.tools", f"at most {MAX_TOOL_BYTES} bytes"))
-    if sum(call.ByteSize() for turn in chat.messages for call in turn.tool_calls) > MAX_TOOL_BYTES:
+    if sum(len(turn.tool_calls) for turn in chat.messages) > MAX_TOOL_CALLS:
+        bad.append(FieldViolation("chat.messages", f"at most {MAX_TOOL_CALLS} tool calls"))
+    elif sum(call.ByteSize() for turn in chat.messages for call in turn.tool_calls) > MAX_TOOL_BYTES:
         bad.append(FieldViolation("chat.messages", f"at most {MAX_TOOL_BYTES} bytes of tool calls"))
     if len(bad) > before:
         return (), ()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bucketserve.core.errors import FieldViolation, InvalidRequestError
 from bucketserve.v1 import common_pb2, inference_pb2
-from bucketserve_gateway.conversation import turns_of
+from bucketserve_gateway.conversation import MAX_CHAT_MESSAGES, turns_of
 from bucketserve_gateway.keys import MAX_TENANT_CHARACTERS
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
 from bucketserve_gateway.tokenization import Tools, Turn
@@ -26,7 +26,6 @@ MAX_LOGIT_BIASES = 1024
 MOST_LOGIT_BIAS = 100.0
 MAX_STRUCTURE_BYTES = 64 * 1024
 MAX_CHOICES = 1024
-MAX_CHAT_MESSAGES = 4096
 MAX_ROLE_CHARACTERS = 64
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -186,8 +185,10 @@ def _check_chat(
 ) -> None:
     if not card.has_chat_template:
         bad.append(FieldViolation("chat", f"model {card.name} has no chat template; send a prompt"))
-    if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
-        bad.append(FieldViolation("chat.messages", f"1 to {MAX_CHAT_MESSAGES} messages"))
+    if not messages:
+        bad.append(FieldViolation("chat.messages", "must not be empty"))
+    if len(messages) > MAX_CHAT_MESSAGES:
+        # turns_of says so.
         return
     # Not by what the context can hold: a template may drop or trim what it is given.
     if sum(len(turn.content.encode()) for turn in messages) > max_bytes:

@@ -15,8 +15,9 @@ from tests.certificates import Authority
 from tests.e2e.clients.environment import ROOT, output, seen
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import eventually, metric
+from tests.e2e.openai_client import by_grpc
 from tests.e2e.test_cancellation import nothing_runs
-from tests.e2e.test_openai import SMALL, by_grpc
+from tests.e2e.test_openai_failures import SMALL
 from tests.e2e.test_stack import SLOW
 from tests.e2e.test_tls import Locked
 from tests.e2e.test_vllm_grpc import tokens

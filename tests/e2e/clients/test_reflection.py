@@ -18,7 +18,7 @@ from tests.e2e.clients.environment import ROOT, output
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import eventually, status
 from tests.e2e.test_cancellation import nothing_runs
-from tests.e2e.test_openai import SMALL
+from tests.e2e.test_openai_failures import SMALL
 from tests.e2e.test_stack import SLOW
 from tests.e2e.test_tls import Locked
 

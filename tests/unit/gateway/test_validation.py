@@ -151,6 +151,7 @@ def chat_of(turns: list[tuple[str, str]]) -> inference_pb2.GenerateRequest:
     )
 
 
+HELLO = inference_pb2.ChatMessage(role="user", content="hi")
 HUGE = {
     # Each says one thing about it, however large it is.
     "ids outside the vocabulary": (ids(*[10**6] * 99), "token_ids.ids[0]"),
@@ -158,6 +159,25 @@ HUGE = {
     "a million stop strings": (stopping(stop_strings=[""] * 1_000_000), "stopping.stop_strings"),
     "a million stop ids": (stopping(stop_token_ids=[10**6] * 1_000_000), "stopping.stop_token_ids"),
     "a million messages": (chat_of([("", "")] * 1_000_000), "chat.messages"),
+    "a million tools": (
+        a_request(chat=inference_pb2.Chat(messages=[HELLO], tools=[inference_pb2.Tool()] * 1_000_000)),
+        "chat.tools",
+    ),
+    "a million tool calls": (
+        a_request(
+            chat=inference_pb2.Chat(
+                messages=[inference_pb2.ChatMessage(role="user", tool_calls=[inference_pb2.ToolCall()] * 1_000)] * 1_000
+            )
+        ),
+        "chat.messages",
+    ),
+    "a million choices": (
+        a_request(
+            prompt="x",
+            structured_output=common_pb2.StructuredOutput(choices=common_pb2.Choices(texts=["x"] * 1_000_000)),
+        ),
+        "structured_output.choices.texts",
+    ),
     "a role of a megabyte": (chat_of([("r" * 1_000_000, "hi")]), "chat.messages[0].role"),
 }
 
