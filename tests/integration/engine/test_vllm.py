@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bucketserve.core.errors import ModelLoadError
+from bucketserve.core.errors import EngineError, ModelLoadError
 from bucketserve.core.types import RequestId
 from bucketserve.engine.fake import FakeEngine, FakeSettings
 from bucketserve.ports import Engine, Sampling, SequenceSpec, StepOutput
@@ -200,6 +200,15 @@ def test_what_vllm_refuses_of_a_request_fails_alone(engine: Engine) -> None:
     assert failures.keys() == {"beyond", "curious", "nothing"}
     assert not any(failure.is_retryable for failure in failures.values())
     assert len(tokens(history, "fine")) == 8
+
+
+def test_nothing_is_handed_over(engine: Engine) -> None:
+    assert engine.info.kv_layout == ""
+    with pytest.raises(EngineError, match="role both"):
+        engine.add([spec("fine"), spec("prompt", hands_over=True)])
+    with pytest.raises(EngineError, match="role both"):
+        engine.export_kv(RequestId("prompt"), memoryview(b""))
+    assert not engine.has_work()
 
 
 def test_a_crash_inside_vllm_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
