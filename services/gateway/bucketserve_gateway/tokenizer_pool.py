@@ -45,6 +45,8 @@ class TokenizerPool:
         self._refusal = refusal
         self._short = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
         self._long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
+        # Short ones may take as long as any to compile: they keep no text waiting.
+        self._structures = ThreadPoolExecutor(1, thread_name_prefix="structure")
         self._max_text_bytes = max_text_bytes
         self._lock = threading.Lock()
         self._waiting = 0
@@ -81,20 +83,19 @@ class TokenizerPool:
 
         Raises:
             InvalidRequestError: it can't; says why.
-            OverloadedError: too many long texts wait.
         """
         structure, grammars = structured_from_pb(wanted), model.grammars
         if structure is None or grammars is None:
             return
         try:
-            await self._run(len(structure.text), lambda: grammars.check(structure))
+            await asyncio.get_running_loop().run_in_executor(self._structures, grammars.check, structure)
         except GrammarError as error:
             field = f"structured_output.{structure.kind.value}"
             raise InvalidRequestError([FieldViolation(field, str(error))]) from error
 
     def close(self) -> None:
         """Ends the threads."""
-        for pool in (self._short, self._long):
+        for pool in (self._short, self._long, self._structures):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, num_characters: int, work: Callable[[], T]) -> T:
