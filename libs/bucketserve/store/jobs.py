@@ -219,8 +219,14 @@ class JobStore:
         await self._run("job_discard", [_key(job_id, "meta"), _key(job_id, "result")], kind, *indices)
 
     async def get_many(self, job_ids: Sequence[str]) -> list[JobInfo | None]:
-        """Returns jobs; None for each that there is not, or not any more."""
-        return [self._info(job_id, meta) for job_id, meta in zip(job_ids, await self._metas(job_ids), strict=True)]
+        """Returns jobs; None for each that there is not, or not any more, or that can't be opened here."""
+        found: list[JobInfo | None] = []
+        for job_id, meta in zip(job_ids, await self._metas(job_ids), strict=True):
+            try:
+                found.append(self._info(job_id, meta))
+            except SealedError:
+                found.append(None)
+        return found
 
     async def results(
         self, job_id: str, indices: Sequence[int], max_bytes: int = MAX_ANSWER_BYTES
