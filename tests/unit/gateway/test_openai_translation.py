@@ -371,6 +371,8 @@ def one_message(**members: Any) -> dict[str, Any]:
         ({"tools": [{"type": "web"}]}, "tools[0].type", UNSUPPORTED),
         ({"tools": [tool("a b")]}, "tools[0].function.name", VALUE),
         ({"tools": [tool("f", [])]}, "tools[0].function.parameters", INVALID),
+        ({"tools": [tool("f", {"type": "string"})]}, "tools[0].function.parameters", VALUE),
+        ({"tools": [tool("f", {"type": ["object", "null"]})]}, "tools[0].function.parameters", VALUE),
         ({"tools": [tool("f", deep())]}, "tools[0].function.parameters", VALUE),
         (schema_of(deep()), "response_format.json_schema.schema", VALUE),
         ({"guided_json": deep()}, "guided_json", VALUE),

@@ -102,6 +102,9 @@ def _tool(tool: Fields) -> inference_pb2.Tool:
     parameters = function.take("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise ParameterError(function.name("parameters"), "invalid type: an object is needed", "invalid_type")
+    if parameters and parameters.get("type", "object") != "object":
+        # Clients take arguments by their names.
+        raise ParameterError(function.name("parameters"), 'a schema of type "object" is needed', "invalid_value")
     function.end()
     tool.end()
     text = _json(parameters, function.name("parameters")) if parameters else ""
