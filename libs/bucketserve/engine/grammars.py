@@ -23,6 +23,8 @@ __all__ = ["GrammarError", "GrammarTokenizer", "Matcher"]
 WHITESPACE = r"[ ]?|\n[ ]{0,40}"
 """Between the parts of JSON: nothing, a space, or a line end and an indentation. Without a bound it may never end."""
 MAX_LEXER_STATES = 20_000
+MAX_LEXER_FUEL = 200_000
+"""For compiling: lists of thousands of words take half of it, and the library's own limit is some seconds."""
 TRIED_TOKENS = 8
 """Most of what is too complex to be followed shows with the first ones."""
 MAX_ERROR_CHARACTERS = 200
@@ -59,7 +61,9 @@ class GrammarTokenizer:
         except ValueError as error:
             raise GrammarError(_short(str(error))) from error
         self._end = special[0]
-        self._limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        self._limits = LLParserLimits(
+            max_lexer_states=MAX_LEXER_STATES, initial_lexer_fuel=MAX_LEXER_FUEL, verbose_errors=False
+        )
 
     def check(self, wanted: StructuredOutput) -> None:
         """Compiles it and tries a beginning of an output. At most some tenths of a second, without the interpreter.
@@ -143,8 +147,14 @@ def _grammar(wanted: StructuredOutput) -> str:
         match wanted.kind:
             case StructureKind.JSON_SCHEMA:
                 # What a schema says of its own compilation must not make the output invalid.
-                strict: JsonCompileOptions = {"lenient": False, "coerce_one_of": False}
                 spaces: JsonCompileOptions = {"whitespace_pattern": WHITESPACE}
+                strict: JsonCompileOptions = {
+                    **spaces,
+                    "lenient": False,
+                    "coerce_one_of": False,
+                    "item_separator": ",",
+                    "key_separator": ":",
+                }
                 if wanted.text.strip() == "true":
                     # Options are for objects.
                     return LLMatcher.grammar_from_json_schema({}, defaults=spaces)

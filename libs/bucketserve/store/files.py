@@ -21,7 +21,7 @@ import redis.asyncio as aioredis
 from bucketserve.core.errors import NotFoundError
 from bucketserve.store.jobs import LOADING_TTL_S, MOST_AT_ONCE
 from bucketserve.store.redis import guard
-from bucketserve.store.sealing import PLAIN, Sealer
+from bucketserve.store.sealing import PLAIN, SealedError, Sealer
 
 __all__ = ["FileInfo", "FileStore"]
 
@@ -104,19 +104,23 @@ class FileStore:
 
         Raises:
             NotFoundError: there is none, or not any more.
+            SealedError: it can't be opened here.
         """
-        [info] = await self.get_many([file_id])
+        [fields] = await self._fields([file_id])
+        info = self._info(file_id, fields)
         if info is None:
             raise NotFoundError("file", file_id)
         return info
 
     async def get_many(self, file_ids: list[str]) -> list[FileInfo | None]:
-        """Returns files; None for each that there is not, or not any more."""
-        async with self._client.pipeline(transaction=False) as pipeline:
-            for file_id in file_ids:
-                pipeline.hgetall(_key(file_id, "file"))
-            found = await self._ask(cast(Awaitable[list[dict[bytes, bytes]]], pipeline.execute()))
-        return [self._info(file_id, fields) for file_id, fields in zip(file_ids, found, strict=True)]
+        """Returns files; None for each that there is not, or not any more, or that can't be opened here."""
+        found: list[FileInfo | None] = []
+        for file_id, fields in zip(file_ids, await self._fields(file_ids), strict=True):
+            try:
+                found.append(self._info(file_id, fields))
+            except SealedError:
+                found.append(None)
+        return found
 
     async def pieces(self, info: FileInfo) -> AsyncIterator[bytes]:
         """Yields the pieces of a file in order.
@@ -135,6 +139,12 @@ class FileStore:
         """Removes a file, or what has come in of one."""
         keys = [_key(file_id, kind) for kind in ("file", "piece")]
         await self._ask(cast(Awaitable[object], self._client.unlink(*keys)))
+
+    async def _fields(self, file_ids: list[str]) -> list[dict[bytes, bytes]]:
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for file_id in file_ids:
+                pipeline.hgetall(_key(file_id, "file"))
+            return await self._ask(cast(Awaitable[list[dict[bytes, bytes]]], pipeline.execute()))
 
     def _info(self, file_id: str, fields: dict[bytes, bytes]) -> FileInfo | None:
         if b"expires" not in fields:

@@ -26,16 +26,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, TypeVar, cast
 
 import redis.asyncio as aioredis
 
-from bucketserve.core.errors import DuplicateRequestError, NotFoundError, UnavailableError
+from bucketserve.core.errors import DuplicateRequestError, NotFoundError
 from bucketserve.store.redis import guard
-from bucketserve.store.sealing import PLAIN, Sealer
+from bucketserve.store.sealing import PLAIN, SealedError, Sealer
 
 __all__ = ["LOADING_TTL_S", "JobInfo", "JobStore"]
 
@@ -219,12 +219,14 @@ class JobStore:
         await self._run("job_discard", [_key(job_id, "meta"), _key(job_id, "result")], kind, *indices)
 
     async def get_many(self, job_ids: Sequence[str]) -> list[JobInfo | None]:
-        """Returns jobs; None for each that there is not, or not any more."""
-        async with self._client.pipeline(transaction=False) as pipeline:
-            for job_id in job_ids:
-                pipeline.hgetall(_key(job_id, "meta"))
-            found = await self._ask(cast(Awaitable[list[dict[bytes, bytes]]], pipeline.execute()))
-        return [self._info(job_id, meta) for job_id, meta in zip(job_ids, found, strict=True)]
+        """Returns jobs; None for each that there is not, or not any more, or that can't be opened here."""
+        found: list[JobInfo | None] = []
+        for job_id, meta in zip(job_ids, await self._metas(job_ids), strict=True):
+            try:
+                found.append(self._info(job_id, meta))
+            except SealedError:
+                found.append(None)
+        return found
 
     async def results(
         self, job_id: str, indices: Sequence[int], max_bytes: int = MAX_ANSWER_BYTES
@@ -240,17 +242,27 @@ class JobStore:
 
     # --- for runners ---------------------------------------------------------------------------------------------
 
-    async def open_jobs(self) -> list[JobInfo]:
-        """Returns the jobs that run, oldest first; those that are over are dropped from the list."""
+    async def open_jobs(self, on_sealed: Callable[[SealedError], None] = lambda error: None) -> list[JobInfo]:
+        """Returns the jobs that run, oldest first; those that are over are dropped from the list.
+
+        Those that can't be opened here are left out, and on_sealed is told of one of them: others may have the key.
+        """
         names = [name.decode() for name in cast(list[bytes], await self._ask(self._client.zrange(self._open, 0, -1)))]
-        jobs = []
+        jobs, sealed = [], None
         for start in range(0, len(names), JOBS_AT_ONCE):
             some = names[start : start + JOBS_AT_ONCE]
-            for name, found in zip(some, await self.get_many(some), strict=True):
-                is_open = found is not None and found.state in UNENDED
-                info = found if is_open else await self._unlist(name)
+            for name, meta in zip(some, await self._metas(some), strict=True):
+                try:
+                    found = self._info(name, meta)
+                    is_open = found is not None and found.state in UNENDED
+                    info = found if is_open else await self._unlist(name)
+                except SealedError as error:
+                    sealed = error
+                    continue
                 if info is not None and info.state == "running":
                     jobs.append(info)
+        if sealed is not None:
+            on_sealed(sealed)
         return jobs
 
     async def _unlist(self, job_id: str) -> JobInfo | None:
@@ -269,6 +281,9 @@ class JobStore:
         """Gives a runner at most that many requests to run; they are its own until its lease is over.
 
         However large it is there is one, if any waits; more of them while they are within max_bytes.
+
+        Raises:
+            SealedError: one can't be opened here.
         """
         indices = await self._run("job_claim", _parts(job_id), owner, most, round(lease_s * 1e3), max_bytes)
         if not indices:
@@ -281,7 +296,7 @@ class JobStore:
                 for index, item in zip(indices, items, strict=True)
                 if item is not None
             ]
-        except UnavailableError:
+        except SealedError:
             # Others may have the key: it is no fault of the requests.
             await self.release(job_id, owner, indices)
             raise
@@ -333,6 +348,12 @@ class JobStore:
 
     async def _meta(self, job_id: str) -> dict[bytes, bytes]:
         return await self._ask(cast(Awaitable[dict[bytes, bytes]], self._client.hgetall(_key(job_id, "meta"))))
+
+    async def _metas(self, job_ids: Sequence[str]) -> list[dict[bytes, bytes]]:
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for job_id in job_ids:
+                pipeline.hgetall(_key(job_id, "meta"))
+            return await self._ask(cast(Awaitable[list[dict[bytes, bytes]]], pipeline.execute()))
 
     async def _ask(self, call: Awaitable[T]) -> T:
         # As many connections as commands at once: a thousand results that come together must not open a thousand.

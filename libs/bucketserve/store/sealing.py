@@ -18,13 +18,21 @@ import redis.asyncio as aioredis
 from bucketserve.core.errors import SettingsError, UnavailableError
 from bucketserve.store.redis import guard
 
-__all__ = ["PLAIN", "Sealer", "read_sealing_keys"]
+__all__ = ["PLAIN", "SealedError", "Sealer", "read_sealing_keys"]
 
 MARK = b"\x00bs1"
 """Before what is sealed: neither a message nor JSON begins so."""
 KEY_ID_BYTES, NONCE_BYTES = 4, 12
 REASON = "JOB_KEY"
 _KEY = re.compile(r"[0-9a-fA-F]{64}")
+
+
+class SealedError(UnavailableError):
+    """What is stored can't be opened here; the rest of the store can be used."""
+
+    def __init__(self, message: str) -> None:
+        """Says why."""
+        super().__init__(message, reason=REASON)
 
 
 def read_sealing_keys(path: Path) -> list[bytes]:
@@ -70,21 +78,21 @@ class Sealer:
         """Returns what was stored at a place.
 
         Raises:
-            UnavailableError: it is sealed with a key that is not here, or was changed.
+            SealedError: it is sealed with a key that is not here, or was changed.
         """
         if not data.startswith(MARK):
             return data
         start = len(MARK) + KEY_ID_BYTES
         cipher = self._ciphers.get(data[len(MARK) : start])
         if cipher is None:
-            raise UnavailableError("what is stored is sealed with a key that this gateway does not have", reason=REASON)
+            raise SealedError("what is stored is sealed with a key that this gateway does not have")
         nonce, sealed = data[start : start + NONCE_BYTES], data[start + NONCE_BYTES :]
         from cryptography.exceptions import InvalidTag
 
         try:
             return cipher.decrypt(nonce, sealed, place.encode())
         except InvalidTag:
-            raise UnavailableError("what is stored was changed by somebody else", reason=REASON) from None
+            raise SealedError("what is stored was changed by somebody else") from None
 
     async def check(self, client: aioredis.Redis, deployment: str) -> None:
         """Checks that what others seal can be opened here, and says what is sealed with from now on.
@@ -100,7 +108,7 @@ class Sealer:
             return
         try:
             self.open(found or b"", key)
-        except UnavailableError:
+        except SealedError:
             problem = "jobs in Redis are sealed with a key that is not in it, or there is no file"
             raise SettingsError([f"[gateway] job_keys_file: {problem}"]) from None
         if self._ciphers and (found or b"")[len(MARK) : len(MARK) + KEY_ID_BYTES] != self._first:

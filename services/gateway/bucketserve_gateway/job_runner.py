@@ -22,6 +22,7 @@ from bucketserve.core.errors import (
 )
 from bucketserve.store.job_room import JobRoom
 from bucketserve.store.jobs import JobInfo, JobStore
+from bucketserve.store.sealing import SealedError
 from bucketserve.v1 import inference_pb2, job_pb2
 from bucketserve_gateway.servicer import Generate
 from bucketserve_gateway.settings import GatewaySettings
@@ -138,10 +139,13 @@ class JobRunner:
 
     async def _claim(self) -> None:
         """Takes work, turn by turn, from the jobs that have least running here."""
-        jobs = await self._store.open_jobs()
+        jobs = await self._store.open_jobs(self._sealed)
         for job in [job for job in jobs if job.is_over]:
             jobs.remove(job)
-            await self._end(job)
+            try:
+                await self._end(job)
+            except SealedError as error:
+                self._sealed(error)
         while jobs and (free := self._settings.job_concurrency - len(self._tasks)) > 0:
             of_tenant = Counter(tenant for tenant, _ in self._running.values())
             of_job = Counter(job_id for job_id, _ in self._running)
@@ -159,7 +163,11 @@ class JobRunner:
 
     async def _claim_from(self, job: JobInfo, most: int, max_bytes: int) -> bool:
         """Starts at most so many requests of a job; returns whether there was one."""
-        claimed = await self._store.claim(job.job_id, self._owner, most, self._settings.job_lease_s, max_bytes)
+        try:
+            claimed = await self._store.claim(job.job_id, self._owner, most, self._settings.job_lease_s, max_bytes)
+        except SealedError as error:
+            self._sealed(error)
+            return False
         losses = await self._store.losses(job.job_id, [index for index, _ in claimed])
         for (index, item), num_lost in zip(claimed, losses, strict=True):
             key = (job.job_id, index)
@@ -220,6 +228,10 @@ class JobRunner:
         """Stores that a request ends the gateways that run it."""
         error = UnavailableError(f"{MAX_LOSSES} gateways ended while they ran it", reason="ATTEMPTS_EXHAUSTED")
         await self._finish(job, index, self._work_of(job).failed(job, index, item, error), is_error=True)
+
+    def _sealed(self, error: SealedError) -> None:
+        """Reports a job that can't be opened here; the others go on."""
+        self._telemetry.job_store_unavailable(str(error))
 
     def _work_of(self, job: JobInfo) -> Work:
         if not job.note:

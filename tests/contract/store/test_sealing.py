@@ -88,6 +88,21 @@ async def test_requests_that_can_not_be_opened_stay_for_who_can(client: aioredis
     assert await store.losses("j", [0, 1]) == [0, 0]
 
 
+async def test_what_can_not_be_opened_is_no_part_of_a_list_and_does_not_spoil_it(client: aioredis.Redis) -> None:
+    for name, sealer in (("old", Sealer([OLD])), ("new", Sealer([NEW]))):
+        await JobStore(client, sealer=sealer).begin(name, "t", 60, note=b"a note", window_s=60)
+        files = FileStore(client, sealer)
+        await files.put(name, 0, b"piece")
+        await files.end(name, "t", "a name", num_bytes=5, num_pieces=1, ttl_s=60)
+    jobs, files = JobStore(client, sealer=Sealer([NEW])), FileStore(client, Sealer([NEW]))
+    assert await jobs.get_many(["old", "new"]) == [None, await jobs.get("new")]
+    assert await files.get_many(["old", "new"]) == [None, await files.get("new")]
+    # Who asks for it is told why.
+    for call in (jobs.get, files.get):
+        with pytest.raises(UnavailableError, match="does not have"):
+            await call("old")
+
+
 async def test_what_was_moved_or_changed_is_not_taken(client: aioredis.Redis) -> None:
     store = JobStore(client, sealer=Sealer([OLD]))
     await put(store)

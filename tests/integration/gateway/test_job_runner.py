@@ -14,6 +14,7 @@ from bucketserve.core.errors import BucketServeError
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.jobs import JobInfo, JobStore
 from bucketserve.store.redis import connect
+from bucketserve.store.sealing import Sealer
 from bucketserve.v1 import inference_pb2, job_pb2
 from bucketserve_gateway import job_runner
 from bucketserve_gateway.job_runner import JobRunner
@@ -32,12 +33,13 @@ class Heard(GatewayTelemetry):
     def __init__(self) -> None:
         self.errors: list[BaseException] = []
         self.stored: list[bool] = []
+        self.unavailable: list[str] = []
 
     def unexpected(self, method: str, error: BaseException) -> None:
         self.errors.append(error)
 
     def job_store_unavailable(self, detail: str) -> None:
-        pass
+        self.unavailable.append(detail)
 
     def job_request_done(self, is_stored: bool, is_error: bool) -> None:
         self.stored.append(is_stored)
@@ -126,7 +128,7 @@ async def test_what_nobody_foresaw_in_the_store_does_not_end_the_runner(store: J
     look = store.open_jobs
     failures = [RuntimeError("of another kind than the server being away")]
 
-    async def open_jobs() -> list[JobInfo]:
+    async def open_jobs(*told: object) -> list[JobInfo]:
         if failures:
             raise failures.pop()
         return await look()
@@ -137,6 +139,28 @@ async def test_what_nobody_foresaw_in_the_store_does_not_end_the_runner(store: J
         assert [result.text for result in await results(store, 1)] == ["a"]
         assert not task.done()
     assert [type(error) for error in heard.errors] == [RuntimeError]
+
+
+async def test_jobs_that_can_not_be_opened_here_do_not_stop_the_others(store: JobStore, valkey: EmbeddedServer) -> None:
+    model, heard = Model(), Heard()
+    client = connect(valkey.url)
+    other = JobStore(client, sealer=Sealer([b"o" * 32]))
+    await other.begin("batch_1", "t", 60, note=b"{}", window_s=60)
+    await submit(other, ["sealed"], "sealed", tenant="u")
+    # Over, so that its requests are to be ended; what it is is older than the keys.
+    await store.begin("over", "t", 60, note=b"{}", window_s=60)
+    await other.put("over", "u", 0, [b"over"])
+    await other.start("over", "u", 1, "d")
+    await other.stop("over")
+    await submit(store, ["a", "b"])
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+        assert [result.text for result in await results(store, 2)] == ["a", "b"]
+    assert heard.errors == []
+    assert any("a key that this gateway does not have" in detail for detail in heard.unavailable)
+    for job_id in ("sealed", "over"):
+        assert [index for index, _ in await other.claim(job_id, "another", 10, 1.0)] == [0]
+        assert await other.losses(job_id, [0]) == [0]
+    await client.aclose()
 
 
 async def test_a_request_lost_and_claimed_again_is_the_runners_own_still(store: JobStore) -> None:

@@ -70,6 +70,14 @@ PERSON = schema(
         (PERSON, ['{"name":"Noah","age":600}', '{\n  "name": "", "age": 0}'], ['{"name":"Noah"}', '{"name":1', " {"]),
         (schema({"enum": ["a", 1, None]}), ['"a"', "1", "null"], ["2", '"b"', "[]"]),
         (schema(True), ["1", "[[{}]]", '"x"'], ["x", "[}"]),
+        (
+            schema(
+                {"type": "array", "items": {"type": "object", "maxProperties": 1}}
+                | {"x-guidance": {"item_separator": ";", "key_separator": "=", "whitespace_pattern": "x+"}}
+            ),
+            ['[{"a":1},{}]', "[ {} , {}]"],
+            ["[{};{}]", '[{"a"=1}]', "[xx{}]"],
+        ),
         (StructuredOutput(REGEX, "[0-9]{3}-(x|y)+"), ["123-x", "000-yxy"], ["12-x", "123-", "1234"]),
         (StructuredOutput(REGEX, "(?i)noah|é"), ["NoAh", "é"], ["noahs", "e"]),
         (
@@ -162,6 +170,9 @@ REFUSED = {
     "empty expression": StructuredOutput(REGEX, "()"),
     "no letter": StructuredOutput(REGEX, "[^\\x00-\\x{10FFFF}]"),
     "no choice but nothing": StructuredOutput(CHOICES, '[""]'),
+    "doubled": StructuredOutput(
+        GRAMMAR, "start: T0\n" + "".join(f"T{i}: T{i + 1} T{i + 1}\n" for i in range(17)) + "T17: /a/"
+    ),
     "no grammar": StructuredOutput(GRAMMAR, "x" * 60_000),
     "unknown rule": StructuredOutput(GRAMMAR, "start: foo"),
     "endless rule": StructuredOutput(GRAMMAR, "start: start"),

@@ -329,6 +329,18 @@ def test_a_conversation_with_calls_is_taken_as_it_came() -> None:
     assert (turns[0].content, turns[1].content, turns[1].tool_call_id) == ("", "yes", "1")
 
 
+def deep() -> dict[str, Any]:
+    """What orjson reads but does not write."""
+    inner: dict[str, Any] = {}
+    for _ in range(400):
+        inner = {"not": inner}
+    return inner
+
+
+def schema_of(schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+
+
 def one_message(**members: Any) -> dict[str, Any]:
     return {"messages": [{**USER, **members}]}
 
@@ -359,6 +371,12 @@ def one_message(**members: Any) -> dict[str, Any]:
         ({"tools": [{"type": "web"}]}, "tools[0].type", UNSUPPORTED),
         ({"tools": [tool("a b")]}, "tools[0].function.name", VALUE),
         ({"tools": [tool("f", [])]}, "tools[0].function.parameters", INVALID),
+        ({"tools": [tool("f", {"type": "string"})]}, "tools[0].function.parameters", VALUE),
+        ({"tools": [tool("f", {"type": ["object", "null"]})]}, "tools[0].function.parameters", VALUE),
+        ({"tools": [tool("f", deep())]}, "tools[0].function.parameters", VALUE),
+        (schema_of(deep()), "response_format.json_schema.schema", VALUE),
+        ({"guided_json": deep()}, "guided_json", VALUE),
+        ({"structured_outputs": {"json": deep()}}, "structured_outputs.json", VALUE),
         ({"tools": [tool("f")] * 129}, "tools", "array_above_max_length"),
         ({"tools": {}}, "tools", INVALID),
         ({"tool_choice": "required"}, "tool_choice", VALUE),

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bucketserve.core.errors import InvalidRequestError, OverloadedError
 from bucketserve.engine.grammars import GrammarTokenizer
+from bucketserve.ports import StructuredOutput
 from bucketserve.v1 import common_pb2
 from bucketserve_gateway import tokenizer_pool
 from bucketserve_gateway.models import ServedModel
@@ -137,6 +138,26 @@ async def test_a_short_text_does_not_wait_for_long_ones(pool: TokenizerPool) -> 
     assert not any(task.done() for task in waiting)
     tokenizer.may_end.set()
     await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_no_text_waits_for_what_is_compiled(pool: TokenizerPool) -> None:
+    may_end = threading.Event()
+
+    class Slow(GrammarTokenizer):
+        def check(self, wanted: StructuredOutput) -> None:
+            assert may_end.wait(30)
+
+    slow = replace(SERVED, grammars=Slow(SERVED.tokenizer.backend_tokenizer, SERVED.card.vocab_size))
+    waiting = [asyncio.create_task(pool.check_structure(slow, Wanted(regex="a" * size))) for size in (1, 60_000) * 9]
+    await asyncio.sleep(0.05)
+    model, _ = served()
+    async with asyncio.timeout(20):
+        assert await pool.encode(model, "the fox")
+        with pytest.raises(InvalidRequestError):
+            await pool.encode(model, "the fox " * 20_000)
+    assert not any(task.done() for task in waiting)
+    may_end.set()
+    await asyncio.gather(*waiting)
 
 
 async def test_what_waits_to_be_tokenised_is_bounded(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> None:

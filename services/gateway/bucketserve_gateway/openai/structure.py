@@ -102,9 +102,13 @@ def _tool(tool: Fields) -> inference_pb2.Tool:
     parameters = function.take("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise ParameterError(function.name("parameters"), "invalid type: an object is needed", "invalid_type")
+    if parameters and parameters.get("type", "object") != "object":
+        # Clients take arguments by their names.
+        raise ParameterError(function.name("parameters"), 'a schema of type "object" is needed', "invalid_value")
     function.end()
     tool.end()
-    return inference_pb2.Tool(name=name, description=description, parameters=_json(parameters) if parameters else "")
+    text = _json(parameters, function.name("parameters")) if parameters else ""
+    return inference_pb2.Tool(name=name, description=description, parameters=text)
 
 
 def _calls(tools: list[inference_pb2.Tool]) -> common_pb2.StructuredOutput:
@@ -115,7 +119,7 @@ def _calls(tools: list[inference_pb2.Tool]) -> common_pb2.StructuredOutput:
         options = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
         schema = {"type": "object", **orjson.loads(tool.parameters or "{}"), **options}
         beginning = json.dumps(f'{{"name":"{tool.name}","arguments":')
-        lines += [f'call_{i}: {beginning} arguments_{i} "}}"', f"arguments_{i}: %json {_json(schema)}"]
+        lines += [f'call_{i}: {beginning} arguments_{i} "}}"', f"arguments_{i}: %json {_json(schema, 'tools')}"]
     return common_pb2.StructuredOutput(grammar="\n".join(lines))
 
 
@@ -140,7 +144,8 @@ def _response_format(fields: Fields) -> Form | None:
             # Whatever it says: the output is valid.
             inner.flag("strict")
             inner.end()
-            form = Form(common_pb2.StructuredOutput(json_schema=_json(schema)), "response_format")
+            text = _json(schema, "response_format.json_schema.schema")
+            form = Form(common_pb2.StructuredOutput(json_schema=text), "response_format")
         case _:
             raise ParameterError("response_format.type", "text, json_object or json_schema", "invalid_value")
     asked.end()
@@ -171,7 +176,7 @@ def _vllm(fields: Fields, prefix: str) -> list[Form | None]:
     if schema is not None:
         if not isinstance(schema, dict | str | bool):
             raise ParameterError(fields.name(f"{prefix}json"), "invalid type: an object is needed", "invalid_type")
-        text = schema if isinstance(schema, str) else _json(schema)
+        text = schema if isinstance(schema, str) else _json(schema, fields.name(f"{prefix}json"))
         found.append(Form(common_pb2.StructuredOutput(json_schema=text), fields.name(f"{prefix}json")))
     if (regex := fields.text(f"{prefix}regex")) is not None:
         found.append(Form(common_pb2.StructuredOutput(regex=regex), fields.name(f"{prefix}regex")))
@@ -188,5 +193,13 @@ def _vllm(fields: Fields, prefix: str) -> list[Form | None]:
     return found
 
 
-def _json(value: Any) -> str:
-    return orjson.dumps(value).decode()
+def _json(value: Any, name: str) -> str:
+    """Returns a parameter as text.
+
+    Raises:
+        ParameterError: it is too deep: what can be read may be deeper than what can be written.
+    """
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:
+        raise ParameterError(name, "nested too deeply", "invalid_value") from None
