@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from typing import Any
 
 import openai
@@ -94,20 +95,22 @@ async def test_errors_reach_the_sdk_as_its_own(stack: LocalStack) -> None:
 
 
 async def raw(stack: LocalStack, data: bytes) -> bytes:
-    """Sends bytes as they are; returns all that comes until the connection is closed."""
+    """Sends bytes as they are; returns all that comes until the connection is closed.
+
+    On a plain socket: what came before a reset is lost in asyncio's streams.
+    """
     host, _, port = stack.http_address.partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
-        writer.write(data)
-        await writer.drain()
+    loop, received = asyncio.get_running_loop(), bytearray()
+    with socket.socket() as client:
+        client.setblocking(False)
+        await loop.sock_connect(client, (host, int(port)))
+        with contextlib.suppress(ConnectionError):
+            await loop.sock_sendall(client, data)
         with contextlib.suppress(ConnectionError):
             async with asyncio.timeout(20):
-                return await reader.read()
-        return b""
-    finally:
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
+                while piece := await loop.sock_recv(client, 1 << 16):
+                    received += piece
+    return bytes(received)
 
 
 @pytest.mark.parametrize(
