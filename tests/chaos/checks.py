@@ -63,11 +63,13 @@ def usage(stack: LocalStack, hops: Hops = dict) -> dict[str, Usage]:
 
 def _open_files(stack: LocalStack, hops: Hops) -> dict[str, Counter[str]]:
     """Open files of each service by kind; connections by the kind of service at their other end."""
-    sockets, unix = _tcp_sockets(), _unix_sockets()
+    sockets, unix, beyond = _tcp_sockets(), _unix_sockets(), hops()
     links = {name: _links(service) for name, service in stack.services.items()}
-    owner = {sockets[link][0]: _kind(name) for name in links for link in links[name] if link in sockets}
+    owned = [(sockets[link], _kind(name)) for name in links for link in links[name] if link in sockets]
+    served = {local: kind for (local, _, _), kind in owned}
+    # Connections to different places may share a local port: only both ends tell whose one is.
+    callers = {(local, beyond.get(remote, remote)): kind for (local, remote, _), kind in owned}
     listening = {local for local, _, state in sockets.values() if state == LISTEN}
-    beyond = hops()
 
     def kind(link: str) -> str:
         if link in unix:
@@ -80,8 +82,9 @@ def _open_files(stack: LocalStack, hops: Hops) -> dict[str, Counter[str]]:
         if state == LISTEN:
             return "listening"
         if local in listening:
-            return f"connection of {owner.get(remote, 'a client')}" + ("" if state == ESTABLISHED else ", half-closed")
-        return f"connection to {owner[remote]}" if remote in owner else STORE
+            caller = callers.get((remote, local), "a client")
+            return f"connection of {caller}" + ("" if state == ESTABLISHED else ", half-closed")
+        return f"connection to {served[remote]}" if remote in served else STORE
 
     return {name: Counter(map(kind, of_service)) for name, of_service in links.items()}
 
@@ -176,7 +179,7 @@ async def leaks(stack: LocalStack, before: Mapping[str, Usage], hops: Hops = dic
     after = usage(stack, hops)
     found = await _at_work(stack)
     if not stack.redis_url.startswith("memory"):
-        found += await _keys(stack.redis_url)
+        found += await leased(stack.redis_url)
     return found or _compared(after, before, len(await models(stack)) - 1)
 
 
@@ -229,7 +232,7 @@ def _compared(after: Mapping[str, Usage], before: Mapping[str, Usage], num_unser
     return found
 
 
-async def _keys(redis_url: str) -> list[str]:
+async def leased(redis_url: str) -> list[str]:
     """Queue keys that hold something, and requests of jobs that somebody still has a lease on."""
     found = []
     client = connect(redis_url)
