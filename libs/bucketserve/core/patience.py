@@ -75,7 +75,7 @@ class Patience:
         """Notes since when a worker that has joined holds a request's KV: if it is stuck, it has been since then."""
         self._held_since[request_id] = since_s
 
-    def pulled(self, request_id: RequestId, now_s: float) -> None:
+    def pulling(self, request_id: RequestId, now_s: float) -> None:
         """Notes that a decode worker was told to pull a request's KV."""
         self._pulls.set(request_id, now_s + PULL_S)
 

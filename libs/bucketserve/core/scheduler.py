@@ -472,7 +472,7 @@ class SchedulerCore:
         for pull in pulls:
             if life := self._lives.get(pull.request_id):
                 self._lives.pull(life, pull.target_id, pull.assignment)
-                self._patience.pulled(pull.request_id, now_s)
+                self._patience.pulling(pull.request_id, now_s)
                 self._commands.append(pull)
         for life, reason in self._patience.stuck(stuck, now_s):
             self._drop(life, reason, now_s)

@@ -149,6 +149,8 @@ class Keys:
         self._tokens = tokens
         self._default_model = default_model
         self._on_refused = on_refused
+        # Whose tenant is "" names his own, as ADMIN may.
+        self._anybody = Identity("", frozenset(Scope), None, frozenset(RequestClass), default_model, on_refused)
         self._on_problem = on_problem
         self._stamp = self._read_stamp()
         self._identities, self._limits = self._read()
@@ -180,7 +182,7 @@ class Keys:
             UnauthenticatedError: there is no key, or one that is not known.
         """
         if self.is_open:
-            return self._anybody()
+            return self._anybody
         self._read_if_changed()
         scheme, _, key = headers.get("authorization", "").partition(" ")
         try:
@@ -209,10 +211,6 @@ class Keys:
             self._default_model,
             self._on_refused,
         )
-
-    def _anybody(self) -> Identity:
-        # Whose tenant is "" names his own, as ADMIN may.
-        return Identity("", frozenset(Scope), None, frozenset(RequestClass), self._default_model, self._on_refused)
 
     def _read_if_changed(self) -> None:
         stamp = self._read_stamp()

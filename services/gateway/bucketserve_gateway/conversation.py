@@ -11,14 +11,14 @@ from bucketserve.core.errors import FieldViolation
 from bucketserve.v1 import inference_pb2
 from bucketserve_gateway.tokenization import Tools, Turn
 
-__all__ = ["MAX_CHAT_MESSAGES", "MAX_TOOLS", "MAX_TOOL_BYTES", "MAX_TOOL_CALLS", "turns_of"]
+__all__ = ["MAX_CHAT_MESSAGES", "MAX_TOOLS", "MAX_TOOL_BYTES", "MAX_TOOL_CALLS", "TOOL_NAME", "turns_of"]
 
 MAX_CHAT_MESSAGES = 4096
 MAX_TOOLS = 128
 MAX_TOOL_CALLS = 4096
 MAX_TOOL_BYTES = 64 * 1024
 """Of all tools, and of all calls of a conversation."""
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 def turns_of(chat: inference_pb2.Chat, bad: list[FieldViolation]) -> tuple[tuple[Turn, ...], Tools]:
@@ -60,7 +60,7 @@ def _call(call: inference_pb2.ToolCall, field: str, bad: list[FieldViolation]) -
 
 
 def _check_name(name: str, field: str, bad: list[FieldViolation]) -> None:
-    if not _NAME.fullmatch(name):
+    if not TOOL_NAME.fullmatch(name):
         bad.append(FieldViolation(f"{field}.name", "1 to 64 letters, digits, underscores or dashes"))
 
 

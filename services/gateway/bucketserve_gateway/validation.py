@@ -16,7 +16,7 @@ from bucketserve_gateway.keys import MAX_TENANT_CHARACTERS
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
 from bucketserve_gateway.tokenization import Tools, Turn
 
-__all__ = ["ValidRequest", "check_length", "largest_message", "validate"]
+__all__ = ["MAX_CHOICES", "ValidRequest", "check_length", "largest_message", "validate"]
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+import redis.asyncio as aioredis
 
 from bucketserve.ports import QueueStore
 from bucketserve.store.embedded import EmbeddedServer
@@ -17,6 +18,15 @@ _names = itertools.count()
 def valkey() -> Iterator[EmbeddedServer]:
     with EmbeddedServer() as server:
         yield server
+
+
+@pytest.fixture
+async def client(valkey: EmbeddedServer) -> AsyncIterator[aioredis.Redis]:
+    """Returns a client of an empty server."""
+    client = connect(valkey.url)
+    await client.flushdb()
+    yield client
+    await client.aclose()
 
 
 @pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.redis)])

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 
 import pytest
 import redis.asyncio as aioredis
 
 from bucketserve.core.errors import NotFoundError
 from bucketserve.store import listing as listing_module
-from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.files import FileInfo, FileStore
 from bucketserve.store.jobs import JobStore
 from bucketserve.store.listing import ID_CHARACTERS, Listing, new_id
-from bucketserve.store.redis import connect
 
 pytestmark = pytest.mark.redis
-
-
-@pytest.fixture
-async def client(valkey: EmbeddedServer) -> AsyncIterator[aioredis.Redis]:
-    client = connect(valkey.url)
-    await client.flushdb()
-    yield client
-    await client.aclose()
 
 
 async def begun(store: JobStore, job_id: str = "b") -> None:

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
 
 import pytest
 import redis.asyncio as aioredis
 
 from bucketserve.core.errors import OverloadedError
 from bucketserve.store import job_room
-from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.job_room import JobRoom
-from bucketserve.store.redis import connect
 
 pytestmark = pytest.mark.redis
-
-
-@pytest.fixture
-async def client(valkey: EmbeddedServer) -> AsyncIterator[aioredis.Redis]:
-    client = connect(valkey.url)
-    await client.flushdb()
-    yield client
-    await client.aclose()
 
 
 @pytest.fixture

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 import redis.asyncio as aioredis
 
 from bucketserve.core.errors import DuplicateRequestError, NotFoundError
-from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.jobs import JobStore
-from bucketserve.store.redis import connect
 
 OPEN = "bs:{default/jobs}:open"
 pytestmark = pytest.mark.redis
 
 LEASE_S = 30.0
-
-
-@pytest.fixture
-async def client(valkey: EmbeddedServer) -> AsyncIterator[aioredis.Redis]:
-    client = connect(valkey.url)
-    await client.flushdb()
-    yield client
-    await client.aclose()
 
 
 async def submitted(store: JobStore, number: int = 3, ttl_s: int = 60, job_id: str = "j") -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
 
 import pytest
 import redis.asyncio as aioredis
@@ -16,14 +15,6 @@ from bucketserve.store.redis import connect
 pytestmark = pytest.mark.redis
 NONE = {"requests": 0, "tokens": 0, "at_once": 0}
 _names = (f"request-{number}" for number in itertools.count())
-
-
-@pytest.fixture
-async def client(valkey: EmbeddedServer) -> AsyncIterator[aioredis.Redis]:
-    client = connect(valkey.url)
-    await client.flushdb()
-    yield client
-    await client.aclose()
 
 
 async def taken(store: QuotaStore, number: int, *, num_tokens: int = 1, tenant: str = "a", **limits: int) -> int:

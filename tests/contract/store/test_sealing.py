@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import redis.asyncio as aioredis
 
 from bucketserve.core.errors import SettingsError, UnavailableError
-from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.files import FileStore
 from bucketserve.store.jobs import JobStore
-from bucketserve.store.redis import connect
 from bucketserve.store.sealing import PLAIN, Sealer, read_sealing_keys
 
 pytestmark = pytest.mark.redis
 
 OLD, NEW = secrets.token_bytes(32), secrets.token_bytes(32)
-
-
-@pytest.fixture
-async def client(valkey: EmbeddedServer) -> AsyncIterator[aioredis.Redis]:
-    client = connect(valkey.url)
-    await client.flushdb()
-    yield client
-    await client.aclose()
 
 
 async def everything(client: aioredis.Redis) -> bytes:

@@ -51,12 +51,16 @@ Json = dict[str, Any]
 
 def output_file_id(batch_id: str) -> str:
     """Returns the id of the file with the answers of a batch."""
-    return f"{PREFIX}{batch_id.removeprefix(BATCH_PREFIX)}-output"
+    return _results_id(batch_id, "-output")
 
 
 def error_file_id(batch_id: str) -> str:
     """Returns the id of the file with the errors of a batch."""
-    return f"{PREFIX}{batch_id.removeprefix(BATCH_PREFIX)}-errors"
+    return _results_id(batch_id, "-errors")
+
+
+def _results_id(batch_id: str, ending: str) -> str:
+    return f"{PREFIX}{batch_id.removeprefix(BATCH_PREFIX)}{ending}"
 
 
 class Shelves(NamedTuple):
@@ -76,7 +80,7 @@ class _Results:
 
     @property
     def file_id(self) -> str:
-        return f"{PREFIX}{self.job.job_id.removeprefix(BATCH_PREFIX)}{self.ending}"
+        return _results_id(self.job.job_id, self.ending)
 
     @property
     def num_bytes(self) -> int:
@@ -258,9 +262,7 @@ class Files:
             await exchange.begin(200, headers)
             num_left = file.num_bytes
             try:
-                async for piece in (
-                    self._there.files.pieces(file) if isinstance(file, FileInfo) else self._results(file)
-                ):
+                async for piece in self._pieces(file):
                     held.resize(HELD_BYTES + len(piece))
                     num_left -= len(piece)
                     if num_left < 0:

@@ -11,17 +11,16 @@ import orjson
 
 from bucketserve.engine.grammars import WHITESPACE
 from bucketserve.v1 import common_pb2, inference_pb2
-from bucketserve_gateway.conversation import MAX_TOOLS
+from bucketserve_gateway.conversation import MAX_TOOLS, TOOL_NAME
 from bucketserve_gateway.openai.errors import ParameterError
 from bucketserve_gateway.openai.fields import Fields
+from bucketserve_gateway.validation import MAX_CHOICES
 
 __all__ = ["CALL", "Form", "Toolbox", "structure_of", "toolbox_of"]
 
 CALL = re.compile(r'\{"name":"([^"]*)","arguments":')
 """How the text of a call begins; a brace ends it."""
 ANY_OBJECT = '{"type":"object"}'
-MAX_CHOICES = 1024
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,7 @@ def _tool(tool: Fields) -> inference_pb2.Tool:
     if function is None:
         raise ParameterError(tool.name("function"), "you must provide it", "missing_required_parameter")
     name, description = function.text("name"), function.text("description")
-    if name is None or not _NAME.fullmatch(name):
+    if name is None or not TOOL_NAME.fullmatch(name):
         description = "1 to 64 letters, digits, underscores or dashes"
         raise ParameterError(function.name("name"), description, "invalid_value")
     # A call that is forced keeps to the schema in any case.
