@@ -81,13 +81,14 @@ class _Started:
         left: list[str] = []
 
         async def is_clean() -> bool:
-            # An error that a test has caught holds its call, and that a connection, until its cycle is found.
-            gc.collect()
             try:
                 left[:] = await leaks(self.stack, self._first)
             except (AssertionError, grpc.aio.AioRpcError, OSError) as error:
                 # Nobody leads yet.
                 left[:] = [f"not to be seen: {error!r}"]
+            if left:
+                # An error that a test has caught may hold its call, and that a connection, until its cycle is found.
+                gc.collect()
             return not left
 
         try:
