@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from bucketserve.engine.grammars import GrammarError, GrammarTokenizer, Matcher
+from bucketserve.engine.grammars import GrammarTokenizer, Matcher
 from bucketserve.engine.sequences import EngineSequence
 
 __all__ = ["GrammarCompiler"]
@@ -39,9 +39,11 @@ class GrammarCompiler:
     def done(self) -> Iterator[tuple[EngineSequence, str]]:
         """Gives the sequences their matchers that are made; yields those that get none, and why."""
         for sequence in [sequence for sequence, future in self._open.items() if future.done()]:
-            try:
-                sequence.matcher = self._open.pop(sequence).result()
-            except GrammarError as error:
+            future = self._open.pop(sequence)
+            # Whatever it is: what one sequence asks for must not end the engine.
+            if (error := future.exception()) is None:
+                sequence.matcher = future.result()
+            else:
                 yield sequence, f"its output can't be constrained as it asks: {error}"
 
     def wait(self) -> None:
