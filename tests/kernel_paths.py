@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from bucketserve.engine.native.instruction_sets import ALL, supported
@@ -12,3 +14,5 @@ INSTRUCTION_SETS = [
 ]
 PATHS = [*INSTRUCTION_SETS, pytest.param("torch")]
 """Values of LoadSettings.kernels."""
+if os.environ.get("ENGINE_DEVICE", "cpu") != "cpu":
+    PATHS = [pytest.param("auto"), pytest.param("torch")]

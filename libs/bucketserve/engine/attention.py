@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -23,7 +23,17 @@ from bucketserve.core.errors import EngineError
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory
 from bucketserve.engine.native.kernels import Kernels
 
-__all__ = ["NAME", "AttentionCall", "Segment", "Step", "StepPlan", "current_step", "packed_attention", "running_step"]
+__all__ = [
+    "NAME",
+    "AttentionCall",
+    "Planner",
+    "Segment",
+    "Step",
+    "StepPlan",
+    "current_step",
+    "packed_attention",
+    "running_step",
+]
 
 NAME = "bucketserve"
 
@@ -59,8 +69,10 @@ class AttentionCall:
     """Tokens that a token may look back to, itself included; None for all."""
     softcap: float | None
     """Scores are bent to (-softcap, softcap) by tanh; None for none."""
-    chunk: int | None = None
+    chunk: int | None
     """Tokens look back to where their chunk of so many positions begins; None for all."""
+    group: int
+    """Heads that share a KV head."""
 
 
 class Step(Protocol):
@@ -78,9 +90,13 @@ class Step(Protocol):
         """Returns [1, tokens, heads, value head_dim]; see packed_attention."""
 
 
+Planner = Callable[[KvMemory, Mapping[int, AttentionCall], Sequence[Segment], "array[int]"], Step]
+"""Returns how to attend in a step, from what StepPlan is made of."""
+
+
 @dataclass
 class StepPlan:
-    """How a packed step is composed."""
+    """How a packed step is composed, and its attention by torch, or by kernels on a CPU."""
 
     memory: KvMemory
     calls: Mapping[int, AttentionCall]

@@ -17,9 +17,10 @@ from tokenizers import Tokenizer
 
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS
-from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
+from bucketserve.engine.attention import AttentionCall, Planner, Segment, StepPlan, running_step
 from bucketserve.engine.device_memory import CPU_KV_MOST_BYTES, CPU_KV_SHARE, device_memory, seldom
 from bucketserve.engine.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bucketserve.engine.forward import EagerForward, Forward
 from bucketserve.engine.grammars import GrammarError, GrammarTokenizer
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory, bytes_per_token, num_pages
 from bucketserve.engine.linear import place_linears
@@ -30,11 +31,12 @@ from bucketserve.engine.native.layers import fuse_layers
 from bucketserve.engine.native.products import KernelProducts, Products, choose_products
 from bucketserve.engine.packed import PackedEngine, PackedLimits
 from bucketserve.engine.pretrained import load_model
-from bucketserve.engine.probe import probe
+from bucketserve.engine.probe import Probed, decoder_layers, probe
+from bucketserve.engine.sampling import SampleRow, sample
 from bucketserve.engine.self_check import SelfCheck
 from bucketserve.machine import memory as machine_memory
 from bucketserve.machine import num_cpus
-from bucketserve.ports import EngineInfo
+from bucketserve.ports import EngineInfo, Sampling
 
 __all__ = ["LoadSettings", "build_engine", "load_engine"]
 
@@ -68,7 +70,10 @@ class LoadSettings:
     """none, or int8: weights of linear layers rounded to 8 bits (CPU)."""
     prefix_cache: bool = True
     kernels: str = "auto"
-    """auto; torch: nothing but torch's own operations; or an instruction set, which must be there (native.library)."""
+    """auto; torch: nothing but torch's own operations; or, on CPU, an instruction set, which must be there
+    (native.library)."""
+    compile: bool = True
+    """On CUDA: layers are compiled and decode steps captured as graphs, which takes up to a minute."""
 
 
 def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lambda text: None) -> PackedEngine:
@@ -158,7 +163,8 @@ def build_engine(
     try:
         context = context_of(text_config, settings.context_tokens)
         on_progress("looking at its attention")
-        calls, self_check = _examine(model, text_config.num_hidden_layers, context)
+        probed, self_check = _examine(model, text_config.num_hidden_layers, context)
+        calls = probed.calls
         kernels, placed_bytes = None, 0
         if device.type == "cpu":
             kernels = _kernels(settings, on_progress)
@@ -166,12 +172,13 @@ def build_engine(
         elif settings.quantization != "none":
             raise ModelLoadError(f"quantization {settings.quantization} is for CPU workers; set quantization to none")
         on_progress("comparing packed steps with the model by itself")
-        self_check.compare(kernels, is_int8=settings.quantization == "int8")
+        planner = _planner(device, kernels, settings, on_progress)
+        self_check.compare(planner, is_int8=settings.quantization == "int8")
     except ModelLoadError as error:
         raise ModelLoadError(f"{settings.model!r} ({type(model).__name__}) can't be served: {error}") from error
     layouts = [calls[layer].layout for layer in sorted(calls)]
     weights_bytes = placed_bytes + sum(p.numel() * p.element_size() for p in model.parameters())
-    warm_up = partial(_warm_up, model, calls, layouts, dtype=dtype, device=device, kernels=kernels)
+    warm_up = partial(_warm_up, model, calls, layouts, dtype=dtype, device=device, planner=planner)
     max_step_tokens, activation = settings.max_step_tokens or STEP_TOKENS, 0
     if device.type == "cpu" and not settings.max_step_tokens:
         max_step_tokens, activation = _cpu_step(warm_up, context)
@@ -184,9 +191,8 @@ def build_engine(
     on_progress(f"taking {tokens * per_token / 2**20:,.0f} MiB for KV of {tokens:,} tokens")
     memory = KvMemory(layouts, tokens, dtype, device)
     return PackedEngine(
-        model,
+        _forward(model, memory, probed, planner, settings, max_step_tokens, context, on_progress),
         memory,
-        calls,
         EngineInfo(
             name=ENGINE,
             device=str(device),
@@ -203,9 +209,50 @@ def build_engine(
         weights_bytes=weights_bytes,
         activation_bytes_per_token=activation,
         device_memory=seldom(lambda: device_memory(device)),
-        kernels=kernels,
         keeps_prefixes=settings.prefix_cache,
         grammar_tokenizer=grammar_tokenizer,
+    )
+
+
+def _planner(
+    device: torch.device, kernels: Kernels | None, settings: LoadSettings, on_progress: Callable[[str], None]
+) -> Planner:
+    if device.type == "cpu" or settings.kernels == "torch":
+        return partial(StepPlan, kernels=kernels)
+    try:
+        # Only here: Triton comes with torch's builds for CUDA alone, and wants a C compiler.
+        from bucketserve.engine.cuda.plan import plan_step, try_kernels
+
+        try_kernels(device)
+    except Exception as error:  # of Triton, or of the compiler
+        on_progress(f"serving without Triton's kernels, sequence by sequence: {type(error).__name__}: {error}")
+        return partial(StepPlan, kernels=None)
+    return plan_step
+
+
+def _forward(
+    model: Any,
+    memory: KvMemory,
+    probed: Probed,
+    planner: Planner,
+    settings: LoadSettings,
+    max_step_tokens: int,
+    context: int,
+    on_progress: Callable[[str], None],
+) -> Forward:
+    if isinstance(planner, partial):
+        return EagerForward(model, memory, probed.calls, planner)
+    from bucketserve.engine.cuda.forward import CudaForward
+
+    return CudaForward(
+        model,
+        memory,
+        probed.calls,
+        max_sequences=settings.max_sequences,
+        max_step_tokens=max_step_tokens,
+        context_tokens=context,
+        compiled=[p.get_submodule(name) for p, name in decoder_layers(model, probed)] if settings.compile else [],
+        on_progress=on_progress,
     )
 
 
@@ -271,7 +318,7 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _examine(model: Any, num_layers: int, context: int) -> tuple[Mapping[int, AttentionCall], SelfCheck]:
+def _examine(model: Any, num_layers: int, context: int) -> tuple[Probed, SelfCheck]:
     """Returns what each layer asks of attention, and what the model computes by itself.
 
     Raises:
@@ -287,7 +334,7 @@ def _examine(model: Any, num_layers: int, context: int) -> tuple[Mapping[int, At
         is_used = getattr(config, "use_sliding_window", True) and any(kind in layer for layer in layer_types or [kind])
         if is_used and declared and declared < context and declared not in reaches:
             raise ModelLoadError(f"config.json declares {name} {declared}, and none of its layers asks for it")
-    return probed.calls, SelfCheck(model, probed, context)
+    return probed, SelfCheck(model, probed, context)
 
 
 @torch.inference_mode()
@@ -299,7 +346,7 @@ def _warm_up(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    kernels: Kernels | None,
+    planner: Planner,
 ) -> int:
     """Runs the largest step once; returns the activation bytes that it took per token."""
     memory = KvMemory(layouts, num_tokens, dtype, device)
@@ -308,10 +355,13 @@ def _warm_up(
         arena.zero_()
     ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
     positions = torch.arange(num_tokens, device=device)
-    plan = StepPlan(memory, calls, [Segment(0, num_tokens, 0, num_tokens)], memory.backwards(), kernels)
+    plan = planner(memory, calls, [Segment(0, num_tokens, 0, num_tokens)], memory.backwards())
     before = _peak_bytes(device, reset=True)
+    # On CUDA nobody else has what is left: the tokens of many sequences are chosen at once.
+    rows = min(num_tokens, MAX_SEQUENCES) if device.type == "cuda" else 1
     with running_step(plan):
-        model(input_ids=ids, position_ids=positions[None], use_cache=False, logits_to_keep=1)
+        output = model(input_ids=ids, position_ids=positions[None], use_cache=False, logits_to_keep=rows)
+    sample(output.logits[0].float(), [SampleRow(Sampling(temperature=1.0), 0, ())] * rows)
     return max(_peak_bytes(device) - before, 0) // num_tokens
 
 

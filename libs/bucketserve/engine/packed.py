@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,13 +19,12 @@ from bucketserve.core.pace import StepPace
 from bucketserve.core.preemption import SPARE_SHARE
 from bucketserve.core.stepping import plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId
-from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, running_step
 from bucketserve.engine.device_memory import DeviceMemory
+from bucketserve.engine.forward import Forward, PackedTokens
 from bucketserve.engine.grammar_compiler import GrammarCompiler
 from bucketserve.engine.grammars import GrammarTokenizer
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory, num_pages
 from bucketserve.engine.kv_space import KvSpace
-from bucketserve.engine.native.kernels import Kernels
 from bucketserve.engine.pressure import MemoryPressure, is_out_of_memory
 from bucketserve.engine.sequences import EngineSequence, Entry, Row, Success, Trouble, choose, halve, measure
 from bucketserve.ports import EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenOutput
@@ -49,32 +46,25 @@ class PackedEngine:
 
     def __init__(
         self,
-        model: Any,
+        forward: Forward,
         memory: KvMemory,
-        calls: Mapping[int, AttentionCall],
         info: EngineInfo,
         limits: PackedLimits,
         *,
         weights_bytes: int,
         activation_bytes_per_token: int,
         device_memory: Callable[[], DeviceMemory],
-        kernels: Kernels | None = None,
         keeps_prefixes: bool = True,
         grammar_tokenizer: GrammarTokenizer | None = None,
     ) -> None:
-        """Takes a warm model whose attention is bucketserve.engine.attention, and the kernels of its CPU, if any.
-
-        `calls` is what its layers ask of attention, by layer. Without a tokenizer for grammars there are none.
-        """
-        self._model = model
-        self._calls = calls
+        """Takes the forward pass of a warm model over this memory. Without a tokenizer for grammars there are none."""
+        self._forward = forward
         self._space = KvSpace(memory, keeps_prefixes=keeps_prefixes)
         self._info = info
         self._limits = limits
         self._weights_bytes = weights_bytes
         self._activation_bytes_per_token = activation_bytes_per_token
         self._device_memory = device_memory
-        self._kernels = kernels
         self._device = torch.device(info.device)
         self._pressure = MemoryPressure(limits.max_step_tokens, memory.num_tokens)
         self._pace = StepPace()
@@ -92,17 +82,9 @@ class PackedEngine:
         return self._info
 
     @property
-    def model(self) -> Any:
-        """The model, for measurements of itself."""
-        return self._model
-
-    def plan(self, num_tokens: int) -> StepPlan:
-        """Returns the plan of a step with one new sequence, for measurements; only while the engine is idle."""
-        if self.has_work():
-            raise EngineError("the engine has work")
-        segments = [Segment(0, num_tokens, 0, num_tokens)]
-        memory = self._space.memory
-        return StepPlan(memory, self._calls, segments, array("q", range(memory.num_pages)), self._kernels)
+    def forward(self) -> Forward:
+        """The forward pass, for measurements; only while the engine is idle."""
+        return self._forward
 
     def headroom(self) -> Headroom:
         """See ports.Engine."""
@@ -211,7 +193,7 @@ class PackedEngine:
         self.cancel([*self._waiting, *self._running])
         if self._compiler is not None:
             self._compiler.close()
-        del self._model, self._space
+        del self._forward, self._space
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -402,32 +384,12 @@ class PackedEngine:
 
     def _run_model(self, entries: Sequence[Entry]) -> torch.Tensor | None:
         """One forward pass; returns logits [rows, vocabulary] in float32 for the entries that complete, or None."""
-        ids: list[int] = []
-        positions: list[int] = []
-        segments: list[Segment] = []
-        table = array("q")
-        last: list[int] = []
+        tokens = PackedTokens()
         for entry in entries:
             sequence, start = entry.sequence, entry.sequence.num_cached
-            end = start + entry.num_tokens
-            segments.append(Segment(len(ids), entry.num_tokens, len(table) * PAGE_TOKENS, end))
-            if sequence.kv is not None:
-                table += sequence.kv.pages
-            ids += sequence.tokens[start:end]
-            positions += range(start, end)
-            if entry.completes:
-                last.append(len(ids) - 1)
-        device = self._device
-        plan = StepPlan(self._space.memory, self._calls, segments, table, self._kernels)
-        with running_step(plan):
-            output = self._model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
-                # Logits cost hidden x vocabulary per position: only where a token is chosen. At least one is asked for.
-                logits_to_keep=torch.tensor(last or [0], device=device),
-            )
-        return output.logits[0].float() if last else None
+            pages = sequence.kv.pages if sequence.kv is not None else ()
+            tokens.add(sequence.tokens[start : start + entry.num_tokens], start, pages, wants_logits=entry.completes)
+        return self._forward(tokens)
 
     def _fail(
         self, sequence: EngineSequence, message: str, failures: list[SequenceFailure], *, is_retryable: bool

@@ -18,7 +18,7 @@ from bucketserve.core.errors import EngineError, ModelLoadError
 from bucketserve.engine.attention import AttentionCall, current_step, packed_attention, running_step
 from bucketserve.engine.kv_memory import KvLayout
 
-__all__ = ["Probed", "as_attention", "probe", "reach_of", "refusing_what_fails"]
+__all__ = ["Probed", "as_attention", "decoder_layers", "probe", "reach_of", "refusing_what_fails"]
 
 PROBE = "bucketserve-probe"
 MOST_POSITIONS = 1 << 20
@@ -64,7 +64,8 @@ class Probed:
         layout = KvLayout(key.shape[1], key.shape[3], value.shape[3])
         window, chunk = self._reach(mask, asked["sliding_window"])
         scale = asked["scaling"] if asked["scaling"] is not None else query.shape[-1] ** -0.5
-        self.calls[int(layer)] = AttentionCall(layout, float(scale), window, asked["softcap"], chunk)
+        group = query.shape[1] // key.shape[1]
+        self.calls[int(layer)] = AttentionCall(layout, float(scale), window, asked["softcap"], chunk, group)
         self.modules[int(layer)] = module
         return query.new_ones(1, query.shape[2], query.shape[1], value.shape[3])
 
@@ -126,6 +127,19 @@ def probe(model: Any, num_layers: int, context: int) -> Probed:
             else "its layers do not call attention through transformers' AttentionInterface"
         )
     return probed
+
+
+def decoder_layers(model: torch.nn.Module, probed: Probed) -> list[tuple[torch.nn.ModuleList, str]]:
+    """Returns the places of the layers that hold the attention, in order; none if they don't lie in one list."""
+    attentions = [probed.modules[layer] for layer in sorted(probed.modules)]
+    for parent in model.modules():
+        if not isinstance(parent, torch.nn.ModuleList):
+            continue
+        owner = {id(part): name for name, child in parent.named_children() for part in child.modules()}
+        names = [owner.get(id(attention)) for attention in attentions]
+        if None not in names and len(set(names)) == len(attentions):
+            return [(parent, str(name)) for name in names]
+    return []
 
 
 @contextmanager

@@ -21,12 +21,11 @@ import torch
 from torch import nn
 
 from bucketserve.core.errors import EngineError, ModelLoadError
-from bucketserve.engine.attention import Segment, StepPlan, running_step
+from bucketserve.engine.attention import Planner, Segment, running_step
 from bucketserve.engine.kv_memory import KvMemory
-from bucketserve.engine.native.kernels import Kernels
-from bucketserve.engine.probe import Probed, as_attention, refusing_what_fails
+from bucketserve.engine.probe import Probed, as_attention, decoder_layers, refusing_what_fails
 
-__all__ = ["SelfCheck"]
+__all__ = ["SelfCheck", "tolerance"]
 
 LENGTHS = (44, 40, 28)
 """Tokens of the sequences, fewer in a short context."""
@@ -89,7 +88,7 @@ class SelfCheck:
         self._model, self._calls = model, probed.calls
         self._lengths = [min(length, context) for length in LENGTHS]
         self._offsets = [0, 0, context - self._lengths[2]]
-        self._records = _decoder_layers(model, probed)
+        self._records = [_Record(parent, name) for parent, name in decoder_layers(model, probed)]
         generator = torch.Generator().manual_seed(0)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         self._ids = [torch.randint(0, vocabulary, (n,), generator=generator).to(model.device) for n in self._lengths]
@@ -99,7 +98,7 @@ class SelfCheck:
             raise ModelLoadError("what it computes is not finite: its weights are damaged, or its dtype is too narrow")
 
     @torch.inference_mode()
-    def compare(self, kernels: Kernels | None, *, is_int8: bool) -> float:
+    def compare(self, planner: Planner, *, is_int8: bool) -> float:
         """Returns the largest difference, as a share of what is tolerated.
 
         Raises:
@@ -108,14 +107,15 @@ class SelfCheck:
         weight = next(self._model.parameters())
         layouts = [self._calls[layer].layout for layer in sorted(self._calls)]
         memory = KvMemory(layouts, sum(self._lengths), weight.dtype, weight.device)
-        tolerance = INT8_TOLERANCE if is_int8 else TOLERANCE.get(weight.dtype, HALF_TOLERANCE)
         # Rounding adds up where layers are not given what they had.
-        add_up = 1.0 if all(record.given for record in self._records) and self._records else len(layouts) ** 0.5
+        adds_up = not self._records or not all(record.given for record in self._records)
+        tolerated = INT8_TOLERANCE if is_int8 else tolerance(weight.dtype)
+        add_up = len(layouts) ** 0.5 if adds_up else 1.0
         head = _Record(nn.ModuleList(), "")
         for step in _steps(self._lengths):
-            compare = _Comparison(step, tolerance, add_up, ROUNDINGS * torch.finfo(weight.dtype).eps)
+            compare = _Comparison(step, tolerated, add_up, ROUNDINGS * torch.finfo(weight.dtype).eps)
             with self._watched(compare.layer), refusing_what_fails():
-                logits = self._run_together(step, memory, kernels)
+                logits = self._run_together(step, memory, planner)
             compare.logits(head, logits, self._logits, self._lengths)
         return _judge([*self._records, head])
 
@@ -131,7 +131,7 @@ class SelfCheck:
         )
         return _kept(output, min(NUM_SINGLE + 1, length))
 
-    def _run_together(self, step: Sequence[_Piece], memory: KvMemory, kernels: Kernels | None) -> torch.Tensor:
+    def _run_together(self, step: Sequence[_Piece], memory: KvMemory, planner: Planner) -> torch.Tensor:
         """Returns the logits after each piece's last token."""
         device = self._model.device
         segments: list[Segment] = []
@@ -146,8 +146,7 @@ class SelfCheck:
             ids.append(self._ids[piece.sequence][piece.start : piece.end])
             positions.append(here + self._offsets[piece.sequence])
             last.append(first - 1)
-        plan = StepPlan(memory, self._calls, segments, memory.backwards(), kernels)
-        with running_step(plan):
+        with running_step(planner(memory, self._calls, segments, memory.backwards())):
             output = self._model(
                 input_ids=torch.cat(ids)[None],
                 position_ids=torch.cat(positions)[None],
@@ -172,6 +171,11 @@ class SelfCheck:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def tolerance(dtype: torch.dtype, num_layers: int = 1) -> float:
+    """Returns the share by which so many layers, one after another, may differ between two ways to compute them."""
+    return float(TOLERANCE.get(dtype, HALF_TOLERANCE) * num_layers**0.5)
 
 
 def _kept(output: Any, number: int) -> torch.Tensor:
@@ -289,16 +293,3 @@ def _share(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     tokens = torch.cat(list(parts))
     # Both are NaN if anything is, which is what is wanted.
     return torch.maximum(tokens.median(), tokens[:HEAD_TOKENS].median())
-
-
-def _decoder_layers(model: nn.Module, probed: Probed) -> list[_Record]:
-    """Returns the places of the layers that hold the attention, in order; none if they don't lie in one list."""
-    attentions = [probed.modules[layer] for layer in sorted(probed.modules)]
-    for parent in model.modules():
-        if not isinstance(parent, nn.ModuleList):
-            continue
-        owner = {id(part): name for name, child in parent.named_children() for part in child.modules()}
-        names = [owner.get(id(attention)) for attention in attentions]
-        if None not in names and len(set(names)) == len(attentions):
-            return [_Record(parent, str(name)) for name in names]
-    return []

@@ -53,6 +53,7 @@ def _transformers(settings: WorkerSettings, on_progress: Callable[[str], None]) 
                 dtype=settings.dtype,
                 quantization=settings.quantization,
                 kernels=settings.kernels,
+                compile=settings.compile,
                 prefix_cache=settings.prefix_cache,
                 num_threads=settings.num_threads,
                 kv_budget_bytes=settings.kv_budget_bytes,

@@ -44,7 +44,11 @@ class WorkerSettings(Section):
     kernels: Literal["auto", "avx512", "avx2", "baseline", "torch"] = Field(
         "auto",
         description="CPU kernels: auto, the best that this processor has and that are ready or can be compiled; an "
-        "instruction set, which must be there; torch, torch's operations only",
+        "instruction set, which must be there; torch, torch's operations only, on CUDA too",
+    )
+    compile: bool = Field(
+        True,
+        description="on CUDA: at start layers are compiled and decode steps captured as graphs, up to a minute",
     )
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: as torch chooses, within the quota")
     kv_budget_bytes: int = Field(0, ge=0, description="memory for KV; 0: measured at start")

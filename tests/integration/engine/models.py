@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -21,6 +23,10 @@ from bucketserve.engine.attention import NAME
 from bucketserve.engine.loader import LoadSettings, build_engine
 from bucketserve.engine.packed import PackedEngine
 
+DEVICE = os.environ.get("ENGINE_DEVICE", "cpu")
+"""Where engines are; what they are compared with is computed on the CPU."""
+# Compiling takes many seconds: tests/integration/engine/test_cuda.py does it.
+OF_DEVICE = {} if DEVICE == "cpu" else {"max_sequences": 16, "compile": False}
 VOCAB = 400
 CONTEXT = 1024
 COMMON = {
@@ -71,13 +77,16 @@ def reference(name: str) -> torch.nn.Module:
     return model.to(torch.float32).eval()
 
 
-def engine(name: str, **settings: object) -> PackedEngine:
+def engine(
+    name: str, *, device: str = DEVICE, on_progress: Callable[[str], None] = lambda text: None, **settings: object
+) -> PackedEngine:
     """A fresh engine around a copy of the reference's weights."""
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation=NAME)
     model.load_state_dict(reference(name).state_dict())
     return build_engine(
-        model.to(torch.float32).eval(),
-        LoadSettings(model=name, **{"kv_budget_tokens": 6000, "max_step_tokens": 512, **settings}),
+        model.to(device, torch.float32).eval(),
+        LoadSettings(model=name, **{"kv_budget_tokens": 6000, "max_step_tokens": 512, **OF_DEVICE, **settings}),
+        on_progress,
     )
 
 

@@ -157,9 +157,11 @@ def test_a_layer_that_scales_late_positions_is_not_fused_and_right() -> None:
     config = small_config("ministral3")
     config.rope_parameters = {**config.rope_parameters, **rope}
     for way in ("float32", "bfloat16", "int8"):
-        engine = serve(small_model(copy.deepcopy(config), NAME), **WAYS[way])
-        assert not any(isinstance(module, FusedLayer) for module in engine.model.modules())
-    assert any(isinstance(module, FusedLayer) for module in serve(llama()).model.modules())
+        model = small_model(copy.deepcopy(config), NAME)
+        serve(model, **WAYS[way])
+        assert not any(isinstance(module, FusedLayer) for module in model.modules())
+    serve(model := llama())
+    assert any(isinstance(module, FusedLayer) for module in model.modules())
 
 
 # --- what a mask says -----------------------------------------------------------------------------------------------
