@@ -83,6 +83,8 @@ AddressList = Annotated[str, AfterValidator(_targets)]
 
 
 def _named_texts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _distinct(list(value.items()))
     if not isinstance(value, str):
         return value
     if value.startswith("{"):
