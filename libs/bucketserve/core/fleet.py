@@ -200,6 +200,11 @@ class Fleet:
         if sample.decode_sequences:
             self.tpot_s += (sample.duration_s - self.tpot_s) * (TPOT_WEIGHT if self.tpot_s else 1.0)
 
+    @property
+    def is_computing(self) -> bool:
+        """Whether any worker computes prompts."""
+        return bool(self._starting)
+
     def could_hold(self, request: Request) -> bool:
         """Whether some worker that may serve the request could hold it if it were empty.
 
