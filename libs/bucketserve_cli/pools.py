@@ -35,6 +35,8 @@ def parse_pool(text: str) -> Pool:
         InputError: it describes none; says everything that is wrong with it.
     """
     try:
+        if not text.strip():
+            raise ValueError("it describes nothing")
         settings = dict(named_texts(text))
     except ValueError as error:
         raise InputError(f"--pool {text!r}: {error}") from None

@@ -16,7 +16,7 @@ ARGS = {"tensor_parallel_size": "2", "hf_overrides": '{"a": 1}'}
 @pytest.mark.parametrize(
     ("text", "number", "settings"),
     [
-        ("", 1, {}),
+        ("{}", 1, {}),
         ("workers=3", 3, {}),
         ("model_name=a,model=/m", 1, {"model_name": "a", "model": "/m"}),
         (" model=/a,b/c , role=decode,workers=64", 64, {"model": "/a,b/c", "role": "decode"}),
@@ -33,6 +33,8 @@ def test_a_pool_is_a_number_of_workers_and_their_settings(text: str, number: int
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
+        ("", "it describes nothing"),
+        (" ", "it describes nothing"),
         ("demo", "write name=value, not 'demo'"),
         ("model=", "write name=value, not 'model'"),
         ("=x", "write name=value"),
@@ -90,7 +92,7 @@ def test_a_model_may_have_several_pools_of_the_same_files_only() -> None:
 def test_half_a_model_is_refused_whatever_the_others_are(role: str) -> None:
     other = {"prefill": "decode", "decode": "prefill"}[role]
     check_pools(workers(f"role={role}", f"role={other},workers=3"))
-    check_pools(workers(f"role={role}", ""))
+    check_pools(workers(f"role={role}", "role=both"))
     with pytest.raises(InputError, match="model 'demo': prefill workers need a decode worker"):
         check_pools(workers(f"role={role}", f"model_name=b,role={other}", "model_name=b"))
 
