@@ -435,8 +435,10 @@ class SchedulerCore:
         for life, reason in self._patience.given_up(now_s):
             self._drop(life, reason, now_s)
         if len(self._lanes) and self._patience.is_alone(now_s):
+            # One that leaves goes on with what is bound to its fingerprint.
             for life in [life for life in self._lives if life.state is State.WAITING]:
-                self._drop(life, DropReason.NO_WORKER, now_s)
+                if not life.request.fingerprint or not self._fleet.serves(life.request):
+                    self._drop(life, DropReason.NO_WORKER, now_s)
 
     # --- batches ------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ from bucketserve.core.patience import PATIENCE_S, REJOIN_S
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
 from bucketserve.core.types import FinishReason, RequestId, WorkerId, WorkerRole
-from tests.builders import a_request, at, finished, joined
+from tests.builders import a_request, at, finished, joined, reported
 
 pytestmark = pytest.mark.usefixtures("all_that_may_be_is_expected")
 
@@ -113,6 +113,19 @@ def test_a_model_without_a_worker_waits_for_one_and_then_says_that_there_is_none
     found = under_test.step([worker("w"), submitted("f")], 2000.0)
     assert not refusals(found) and not found.drops
     assert sent(found) == [("w", ("f",))]
+
+
+def test_a_worker_that_leaves_is_nobody_for_what_is_new_and_somebody_for_what_it_began() -> None:
+    under_test = core()
+    busy = worker("w", "A", free=0, total=1000)
+    under_test.step([busy, resumed("a", fingerprint="A"), submitted("b")], 0.0)
+    under_test.step([WorkerDraining(WorkerId("w"))], 100.0)
+    ended = under_test.step([submitted("c")], 100.0 + PATIENCE_S)
+    assert ended.drops == (Drop(RequestId("b"), DropReason.NO_WORKER),)
+    assert refusals(ended) == [RefuseReason.NO_WORKER]
+    found = under_test.step([reported("w", free=1000)], 200.0)
+    assert sent(found) == [("w", ("a",))]
+    assert not found.drops
 
 
 def test_patience_with_a_model_begins_when_its_last_worker_leaves() -> None:
