@@ -164,6 +164,7 @@ paper: $(READY) ## Reproduce the paper's evaluation into docs/paper
 compose-check: $(READY) ## docker-compose.yml parses, alone and with TLS, with the real Compose binary
 	$(BIN)/docker-compose config -q
 	BUCKETSERVE_SECRETS=/run $(BIN)/docker-compose -f docker-compose.yml -f docker-compose.tls.yml config -q
+	BUCKETSERVE_SECOND=/run $(BIN)/docker-compose -f docker-compose.yml -f docker-compose.models.yml config -q
 
 k8s-render: $(READY) ## Lint, render and validate the Helm chart
 	$(BIN)/python -m pytest -q tests/deploy

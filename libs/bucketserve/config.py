@@ -43,6 +43,7 @@ __all__ = [
     "TelemetrySettings",
     "TlsSettings",
     "load_settings",
+    "named_texts",
     "optional",
     "section_of",
 ]
@@ -82,7 +83,14 @@ AddressList = Annotated[str, AfterValidator(_targets)]
 """One or more host:port to connect to, separated by commas."""
 
 
-def _named_texts(value: Any) -> Any:
+def named_texts(value: Any) -> Any:
+    """Returns the table that a text is: name=value,name=value, or a JSON object; what is neither stays as it is.
+
+    Raises:
+        ValueError: a name or a value is missing, or a name is there twice.
+    """
+    if isinstance(value, dict):
+        return _distinct(list(value.items()))
     if not isinstance(value, str):
         return value
     if value.startswith("{"):
@@ -109,7 +117,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-NamedTexts = Annotated[dict[str, str], BeforeValidator(_named_texts)]
+NamedTexts = Annotated[dict[str, str], BeforeValidator(named_texts)]
 """A table; as text name=value,name=value, or a JSON object, which may have any name and text."""
 
 

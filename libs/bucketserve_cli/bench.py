@@ -124,10 +124,10 @@ async def _measure(options: BenchOptions, progress_console: Console) -> tuple[Be
         options.address, tls=options.connection.tls, api_key=options.connection.api_key
     ) as client:
         models = await client.list_models()
-        names = [options.model] if options.model else [model.name for model in models][:2]
-        model = next((model for model in models if [model.name] == names), None)
-        if model is None:
+        meant = [model for model in models if options.model in ("", model.name, *model.aliases)]
+        if len(meant) != 1:
             raise UnknownModelError(options.model, [model.name for model in models])
+        (model,) = meant
         plan = _plan(options, model.context_tokens, model.vocab_size)
         with Progress(
             TextColumn("{task.description}"),

@@ -30,6 +30,7 @@ from bucketserve_cli.connection import Connection, connects
 from bucketserve_cli.generate import GenerateOptions, parse_bias, stream_generation
 from bucketserve_cli.job import job_app
 from bucketserve_cli.keys import keys_app
+from bucketserve_cli.pools import pool_lines, pools_of, roles_of
 from bucketserve_cli.services import config_app, gateway, scheduler, worker
 from bucketserve_cli.sim import SimOptions, option_slo, parse_settings, run_simulation
 from bucketserve_cli.sim_tables import run_comparison, run_scenarios
@@ -92,25 +93,16 @@ def _model(model: str, engine: str) -> str:
     return model
 
 
-def _roles(roles: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in roles.split(",") if name.strip())
-    if unknown := [name for name in names if name not in ("both", "prefill", "decode")]:
-        raise InputError(f"--roles {unknown[0]!r}: a role is both, prefill or decode")
-    if names and "both" not in names and not {"prefill", "decode"} <= set(names):
-        raise InputError("--roles: prefill workers need a decode worker, and the other way round")
-    return names
-
-
-def _engine_args(pairs: list[str]) -> dict[str, str]:
-    arguments: dict[str, str] = {}
+def _pairs(option: str, pairs: list[str], form: str) -> dict[str, str]:
+    values: dict[str, str] = {}
     for pair in pairs:
         name, found, value = pair.partition("=")
         if not (name.strip() and found and value.strip()):
-            raise InputError(f"--engine-arg {pair!r}: write name=value, such as tensor_parallel_size=2")
-        if name.strip() in arguments:
-            raise InputError(f"--engine-arg {name.strip()!r} is given twice")
-        arguments[name.strip()] = value.strip()
-    return arguments
+            raise InputError(f"{option} {pair!r}: write {form}")
+        if name.strip() in values:
+            raise InputError(f"{option} {name.strip()!r} is given twice")
+        values[name.strip()] = value.strip()
+    return values
 
 
 class EngineKind(StrEnum):
@@ -125,13 +117,24 @@ class EngineKind(StrEnum):
 def up(
     model: ModelOption = "",
     model_name: Annotated[str, typer.Option(help="name that clients use; default: demo")] = "",
-    workers: Annotated[int, typer.Option(min=1, max=64, help="worker processes")] = 1,
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="worker processes; default: 1")] = None,
     roles: Annotated[
         str, typer.Option(help="role of each worker: both, prefill or decode, separated by commas; replaces --workers")
     ] = "",
     engine: Annotated[EngineKind | None, typer.Option(help="what runs the model; default: transformers")] = None,
     engine_arg: Annotated[
         list[str] | None, typer.Option(help="name=value: an argument of vLLM's own, for --engine vllm; may be repeated")
+    ] = None,
+    pool: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="workers of one model, for several: model_name=NAME,model=DIR,workers=N and any setting of a worker "
+            "(engine, role, device, ...), or a JSON object of texts; may be repeated; replaces the options above",
+            metavar="NAME=VALUE,...",
+        ),
+    ] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="a further name of a model; may be repeated", metavar="NAME=MODEL")
     ] = None,
     port: Annotated[
         int | None,
@@ -145,14 +148,24 @@ def up(
 
     Settings of the environment and of the file that BUCKETSERVE_CONFIG names hold, where no option says otherwise.
     """
+    of_one_pool: dict[str, object] = {
+        "--model": model,
+        "--model-name": model_name,
+        "--workers": workers,
+        "--roles": roles,
+        "--engine": engine,
+        "--engine-arg": engine_arg,
+    }
     spec = StackSpec(
         model=model,
         default_model=default_model(),
         model_name=model_name,
-        num_workers=workers,
-        roles=_roles(roles),
+        num_workers=workers or 1,
+        roles=roles_of(roles),
         engine=engine.value if engine else "",
-        engine_args=_engine_args(engine_arg or []),
+        engine_args=_pairs("--engine-arg", engine_arg or [], "name=value, such as tensor_parallel_size=2"),
+        pools=pools_of(pool or [], of_one_pool),
+        aliases=_pairs("--alias", alias or [], "NAME=MODEL"),
         port=port,
         redis_url=redis_url,
         log_dir=log_dir,
@@ -164,18 +177,26 @@ def up(
 
     try:
         stack = LocalStack(spec, say)
-        _model(stack.spec.model, engine or stack.settings.value("worker", "engine"))
+        for each in stack.workers:
+            _model(each["model"], each.get("engine") or stack.settings.value("worker", "engine"))
         with interrupted_by_signals(stack), stack:
             console.print(
-                f"\n[bold green]ready[/]  gateway {stack.gateway_address}  model {escape(stack.spec.model_name)}"
+                f"\n[bold green]ready[/]  gateway {stack.gateway_address}  model{'s' if len(stack.models) > 1 else ''} "
+                f"{escape(', '.join(stack.models))}"
             )
+            for line in pool_lines(stack.workers):
+                console.print(f"       {line}", highlight=False, markup=False)
+            for name, meant in stack.aliases.items():
+                console.print(f"       alias  {name}: {meant}", highlight=False, markup=False)
             if stack.http_address:
                 console.print(f"       OpenAI API http://{stack.http_address}/v1", highlight=False)
             console.print(f"       scheduler {stack.scheduler_address}")
             for name, address in stack.metrics_addresses.items():
                 console.print(f"       {name} metrics http://{address}/metrics", highlight=False)
             console.print(
-                f'try    bucketserve generate --address {stack.gateway_address} "And the king said"\n'
+                f"try    bucketserve generate --address {stack.gateway_address} "
+                + (f"--model {escape(stack.spec.model_name)} " if len(stack.models) > 1 else "")
+                + '"And the king said"\n'
                 f"       bucketserve status --address {stack.scheduler_address}\n"
                 "Ctrl-C drains and stops; a second one cuts what still runs.",
                 highlight=False,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import socket
 import sys
@@ -18,15 +19,12 @@ from bucketserve.addresses import Address
 from bucketserve.config import DeploymentSettings, Loaded, TelemetrySettings, TlsSettings, load_settings, section_of
 from bucketserve.process import tls_of
 from bucketserve.rpc.tls import Tls
+from bucketserve_cli.pools import PER_PROCESS, Pool
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_worker.settings import WorkerSettings
 
 __all__ = ["Settings", "StackError", "StackSpec", "hold_addresses"]
-
-PER_PROCESS = {"listen", "http_listen", "delivery_listen", "delivery_address", "address", "metrics_listen", "worker_id",
-               "gateway_id", "scheduler_id"}  # fmt: skip
-"""Fields of which two processes can't have the same value, unless it is empty."""
 
 
 class StackError(Exception):
@@ -45,6 +43,10 @@ class StackSpec:
     num_workers: int = 1
     roles: tuple[str, ...] = ()
     """Role of each worker, in place of num_workers of role both."""
+    pools: tuple[Pool, ...] = ()
+    """In place of all above, for several models or kinds of workers."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Further names of models; empty: as the gateway's settings say."""
     num_schedulers: int = 1
     """One leads, the others stand by."""
     num_gateways: int = 1
@@ -76,9 +78,22 @@ class StackSpec:
         return dict(enumerate(of_kind[kind])).get(int(index or 0), {})
 
     @property
+    def worker_settings(self) -> tuple[Mapping[str, str], ...]:
+        """Settings of each worker that are given here, as text; what is empty is as the environment and file say."""
+        if self.pools:
+            return tuple(pool.settings for pool in self.pools for _ in range(pool.num_workers))
+        all_have = {
+            "model": self.model,
+            "model_name": self.model_name,
+            "engine": self.engine,
+            "engine_args": json.dumps(dict(self.engine_args)) if self.engine_args else "",
+        }
+        return tuple({**all_have, "role": role} for role in self.roles or ("",) * self.num_workers)
+
+    @property
     def worker_roles(self) -> tuple[str, ...]:
         """Role of each worker; empty: as the worker's settings say."""
-        return self.roles or ("",) * self.num_workers
+        return tuple(worker.get("role", "") for worker in self.worker_settings)
 
 
 class Settings:
@@ -94,7 +109,7 @@ class Settings:
         self._counts = {
             "gateway": spec.num_gateways,
             "scheduler": spec.num_schedulers,
-            "worker": len(spec.worker_roles),
+            "worker": len(spec.worker_settings),
         }
         self._loaded: Loaded = load_settings(
             {
@@ -123,6 +138,10 @@ class Settings:
     def value(self, section: str, name: str) -> str:
         """Returns the value in force, the service's own default included."""
         return str(getattr(self._loaded.sections[section], name))
+
+    def table(self, section: str, name: str) -> dict[str, str]:
+        """Returns a setting that is a table, as it is in force."""
+        return dict(getattr(self._loaded.sections[section], name))
 
     def listen(self, section: str, name: str, port: int | None = 0) -> Address:
         """Returns where a process is to listen: as set, else on this machine at `port`, 0 for any free one."""

@@ -19,7 +19,9 @@ from bucketserve.machine import num_cpus
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.store.embedded import EmbeddedServer, ReservedPorts
 from bucketserve_cli.plan import Settings, StackError, StackSpec, hold_addresses
+from bucketserve_cli.pools import check_pools, sources_of
 from bucketserve_cli.service_process import ServiceProcess
+from bucketserve_gateway.names import ModelNames
 
 __all__ = ["LocalStack", "StackError", "StackSpec"]
 
@@ -35,20 +37,38 @@ class LocalStack:
         """Starts nothing yet. on_progress is called with one line for each thing that happens.
 
         Raises:
-            SettingsError: the environment or the file has a setting that is wrong.
+            SettingsError: the environment or the file has a setting that is wrong, or names of models clash.
+            InputError: the pools don't make a whole.
             StackError: one process's setting would be shared by several.
         """
         self.on_progress = on_progress
         self.services: dict[str, ServiceProcess] = {}
         self._ports = ReservedPorts()
         self.settings = Settings(spec, self._ports.take)
-        self._names_model = bool(spec.model or spec.model_name)
-        self.spec = replace(
-            spec,
-            model=spec.model or self.settings.given("worker", "model") or spec.default_model,
-            model_name=spec.model_name or self.settings.given("worker", "model_name") or "demo",
-        )
-        """What was asked for, with the model and its name filled in."""
+        model = self.settings.given("worker", "model") or spec.default_model
+        model_name = self.settings.given("worker", "model_name") or "demo"
+        self.workers = [
+            {
+                **given,
+                "model": given.get("model") or model,
+                "model_name": given.get("model_name") or model_name,
+            }
+            for given in spec.worker_settings
+        ]
+        """Settings of each worker that are given, with the model and its name filled in."""
+        self.spec = replace(spec, model=self.workers[0]["model"], model_name=self.workers[0]["model_name"])
+        """What was asked for, with the first worker's model and its name filled in."""
+        self._flags_of_gateways = {
+            "models": json.dumps(sources_of(self.workers)) if spec.model or spec.model_name or spec.pools else "",
+            "aliases": json.dumps(dict(spec.aliases)) if spec.aliases else "",
+        }
+        self.aliases = dict(spec.aliases) or self.settings.table("gateway", "aliases")
+        is_told = not self._flags_of_gateways["models"] and self.settings.given("gateway", "models")
+        self.models = self.settings.table("gateway", "models") if is_told else sources_of(self.workers)
+        """Where the files of each model are that is served."""
+        if spec.pools:
+            check_pools(self.workers)
+        ModelNames(self.models, self.aliases)
         self.store: EmbeddedServer | None = None
         self._exit = contextlib.ExitStack()
         self._interrupts = 0
@@ -208,8 +228,7 @@ class LocalStack:
         return [str(address.local()) for name, address in self._listens.items() if name.startswith(kind)]
 
     def _start(self) -> None:
-        roles = self.spec.worker_roles
-        for index in range(len(roles)):
+        for index in range(len(self.workers)):
             self._listens[f"worker-{index}"] = self._worker_listen(index)
         metrics = {}
         for name in self._listens:
@@ -228,8 +247,8 @@ class LocalStack:
         self._log_dir.mkdir(parents=True, exist_ok=True)
         for name in [name for name in self._listens if name.startswith("scheduler")]:
             self._spawn(name, {"redis_url": self.spec.redis_url}, {"redis_url": self.redis_url})
-        for index, role in enumerate(roles):
-            self._start_worker(index, role)
+        for index in range(len(self.workers)):
+            self._start_worker(index)
         for index, _ in enumerate(self.gateway_addresses):
             self._start_gateway(index)
         self.wait_until_serving()
@@ -243,32 +262,23 @@ class LocalStack:
         given = self.spec.environ_of(f"worker-{index}").get("BUCKETSERVE_WORKER_LISTEN")
         return Address.parse(given) if given else self.settings.listen("worker", "listen")
 
-    def _start_worker(self, index: int, role: str) -> None:
-        spec = self.spec
-        threads = spec.threads_per_worker or max(num_cpus() // len(spec.worker_roles), 1)
-        flags = {
-            "model": spec.model,
-            "model_name": spec.model_name,
-            "engine": spec.engine,
-            "engine_args": json.dumps(dict(spec.engine_args)) if spec.engine_args else "",
-            "role": role,
-        }
+    def _start_worker(self, index: int) -> None:
+        threads = self.spec.threads_per_worker or max(num_cpus() // len(self.workers), 1)
         defaults = {
             "worker_id": f"worker-{index}",
             "scheduler_address": ",".join(self.scheduler_addresses),
             # Workers on one machine share its cores; each taking all of them would make all of them slow.
             "num_threads": str(threads),
         }
-        self._spawn(f"worker-{index}", flags, defaults)
+        self._spawn(f"worker-{index}", self.workers[index], defaults)
 
     def _start_gateway(self, index: int) -> None:
-        models = json.dumps({self.spec.model_name: self.spec.model})
         flags = {
-            "models": models if self._names_model else "",
+            **self._flags_of_gateways,
             "redis_url": "" if self.redis_url.startswith("memory") else self.spec.redis_url,
         }
         defaults = {
-            "models": models,
+            "models": json.dumps(self.models),
             "http_listen": str(self._https[index] or ""),
             "delivery_listen": str(self._deliveries[index]),
             "delivery_address": self.delivery_addresses[index],

@@ -63,7 +63,7 @@ async def show_status(
 
 
 def status_view(status: scheduler_pb2.GetStatusResponse) -> RenderableType:
-    """Returns the tables: one of workers and one of buckets for each model."""
+    """Returns the tables: of pools if there are several, of workers and of buckets, for each model."""
     parts: list[RenderableType] = [
         Text(f"scheduler {status.scheduler.scheduler_id}, epoch {status.scheduler.epoch}", style="bold")
     ]
@@ -73,10 +73,37 @@ def status_view(status: scheduler_pb2.GetStatusResponse) -> RenderableType:
                 f"\nmodel {model.model}: {model.num_waiting} waiting, {model.num_running} running, "
                 f"{model.num_finished} finished in {model.num_batches} batches, policy {model.policy}"
             ),
+            *_pools(model),
             _workers(model),
             _buckets(model),
         ]
     return Group(*parts)
+
+
+def _pools(model: scheduler_pb2.ModelStatus) -> list[Table]:
+    """Returns a table with a row for each role and engine; none where that is one row."""
+    pools: dict[tuple[str, str], list[scheduler_pb2.WorkerStatus]] = {}
+    for worker in model.workers:
+        pools.setdefault((_role(worker), worker.engine), []).append(worker)
+    if len(pools) < 2:
+        return []
+    table = plain_table("pool", "engine", "workers", "KV free", "KV total", "running", "waiting")
+    for (role, engine), workers in sorted(pools.items()):
+        reports = [worker.report for worker in workers]
+        table.add_row(
+            role,
+            Text(engine),
+            str(len(workers)),
+            f"{sum(report.kv_free_tokens for report in reports):,} tokens",
+            f"{sum(report.kv_total_tokens for report in reports):,} tokens",
+            str(sum(report.num_running for report in reports)),
+            str(sum(report.num_waiting for report in reports)),
+        )
+    return [table]
+
+
+def _role(worker: scheduler_pb2.WorkerStatus) -> str:
+    return common_pb2.WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower()
 
 
 def _workers(model: scheduler_pb2.ModelStatus) -> Table:
@@ -86,7 +113,7 @@ def _workers(model: scheduler_pb2.ModelStatus) -> Table:
         name = f"{worker.worker_id} (draining)" if worker.is_draining else worker.worker_id
         table.add_row(
             Text(name),
-            common_pb2.WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower(),
+            _role(worker),
             Text(worker.engine),
             f"{report.kv_free_tokens:,} tokens",
             f"{report.kv_total_tokens:,} tokens",

@@ -14,6 +14,7 @@ from helm_python.errors import HelmError
 
 from bucketserve.addresses import Address
 from bucketserve.config import TelemetrySettings, TlsSettings, load_settings
+from bucketserve_gateway.names import ModelNames
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_worker.settings import WorkerSettings
@@ -74,6 +75,28 @@ MATRIX: dict[str, dict[str, Any]] = {
             "strategy": "Recreate",
             "resources": {"limits": {"nvidia.com/gpu": 2, "memory": "64Gi"}},
         },
+    },
+    "two models": {
+        "worker": {"resources": {"requests": {"cpu": "2"}}, "extraEnv": {"BUCKETSERVE_WORKER_HANG_S": "60"}},
+        "pools": {
+            "chat": {
+                "model": {"name": "a=b, c", "source": "/models/a,b=c"},
+                "engine": "vllm",
+                "device": "cuda",
+                "replicas": 3,
+                "engineArgs": {"tensor_parallel_size": "2"},
+                "runtimeClassName": "nvidia",
+                "sharedMemory": "8Gi",
+                "strategy": "Recreate",
+                "resources": {"limits": {"nvidia.com/gpu": 2}},
+                "nodeSelector": {"gpu": "yes"},
+                "tolerations": [{"key": "gpu", "operator": "Exists"}],
+                "podDisruptionBudget": {"enabled": False, "minAvailable": 0},
+            },
+            "small-1": {"role": "prefill", "replicas": 0},
+            "small-2": {"role": "decode", "quantization": "int8", "extraEnv": {}, "kvBudgetBytes": 30000000000},
+        },
+        "aliases": {"latest": "a=b, c", "org/small": "demo"},
     },
     "redis without volume": {"redis": {"storage": {"enabled": False}}},
 }
@@ -153,6 +176,20 @@ def test_manifests_are_strictly_valid(case: str, version: str) -> None:
         {"redis": {"enabled": False, "url": "http://x"}},
         {"model": {"name": "", "source": "x"}},
         {"image": {"pullPolicy": "Sometimes"}},
+        {"pools": {"Chat": {}}},
+        {"pools": {"x" * 23: {}}},
+        {"pools": {"": {}}},
+        {"pools": []},
+        {"pools": {"chat": {"role": "chef"}}},
+        {"pools": {"chat": {"model": {"name": "chat"}}}},
+        {"pools": {"chat": {"model": "chat"}}},
+        {"pools": {"chat": {"engine": "chef"}}},
+        {"pools": {"chat": {"replicas": -1}}},
+        {"pools": {"chat": {"disaggregated": {"enabled": True}}}},
+        {"pools": {"chat": {"podDisruptionBudget": {"minAvailable": 1}}}},
+        {"aliases": {"": "demo"}},
+        {"aliases": {"latest": ""}},
+        {"aliases": ["latest"]},
         {"tls": {"enabled": True}},
         {"tls": {"peerName": ""}},
     ],
@@ -297,7 +334,10 @@ def test_every_pod_s_environment_starts_its_service(case: str, release: str, pod
                 assert Address.parse(getattr(settings, field)).host == pod_ip
         if component == "gateway":
             model = {"name": "demo", "source": "/models/demo"} | MATRIX[case].get("model", {})
-            assert settings.models == {model["name"]: model["source"]}
+            of_pools = [pool.get("model", model) for pool in MATRIX[case].get("pools", {"": {}}).values()]
+            assert settings.models == {each["name"]: each["source"] for each in of_pools}
+            assert settings.aliases == MATRIX[case].get("aliases", {})
+            ModelNames(settings.models, settings.aliases)
     assert found == {"gateway", "scheduler", "worker"}
 
 
@@ -375,6 +415,82 @@ def test_vllm_has_its_image_its_arguments_and_what_gpus_need() -> None:
     assert container(other)["image"] == "bucketserve-worker:0.1.0"
     assert not {"strategy", "runtimeClassName"} & {*other["spec"], *pod(other)["spec"]}
     assert [volume["name"] for volume in pod(other)["spec"]["volumes"]] == ["tmp"]
+
+
+def test_pools_have_workloads_and_budgets_of_their_own() -> None:
+    found = {
+        name.rpartition("-worker-")[2]: each for name, each in workloads("two models").items() if "-worker" in name
+    }
+    assert found.keys() == {"chat", "small-1", "small-2"}
+    assert {name: each["spec"]["replicas"] for name, each in found.items()} == {"chat": 3, "small-1": 0, "small-2": 2}
+    images = {name: container(each)["image"] for name, each in found.items()}
+    assert images == {
+        "chat": "bucketserve-worker-vllm:0.1.0",
+        "small-1": "bucketserve-worker:0.1.0",
+        "small-2": "bucketserve-worker:0.1.0",
+    }
+    loaded = {
+        name: load_settings({"worker": WorkerSettings}, environ=settings_of(each)) for name, each in found.items()
+    }
+    workers = {name: each.sections["worker"] for name, each in loaded.items()}
+    kinds = {name: (w.model_name, w.model, w.role, w.engine, w.device, w.quantization) for name, w in workers.items()}
+    assert kinds == {
+        "chat": ("a=b, c", "/models/a,b=c", "both", "vllm", "cuda", "none"),
+        "small-1": ("demo", "/models/demo", "prefill", "transformers", "auto", "none"),
+        "small-2": ("demo", "/models/demo", "decode", "transformers", "auto", "int8"),
+    }
+    # What a pool names is its own as a whole; what it does not name is as worker says.
+    assert {name: w.hang_s for name, w in workers.items()} == {"chat": 60, "small-1": 60, "small-2": 30}
+    assert container(found["chat"])["resources"] == {"limits": {"nvidia.com/gpu": 2}}
+    assert container(found["small-1"])["resources"]["requests"]["cpu"] == "2"
+    spec = pod(found["chat"])["spec"]
+    assert (spec["nodeSelector"], spec["tolerations"][0]["key"], spec["runtimeClassName"]) == (
+        {"gpu": "yes"}, "gpu", "nvidia",
+    )  # fmt: skip
+    assert "nodeSelector" not in pod(found["small-1"])["spec"]
+    for name, each in found.items():
+        labels = pod(each)["metadata"]["labels"]
+        selector = each["spec"]["selector"]["matchLabels"]
+        assert selector.items() <= labels.items()
+        # A role may change; a selector can't.
+        assert "bucketserve.dev/role" not in selector
+        assert selector["bucketserve.dev/pool"] == name
+    budgets = of_kind("two models", "PodDisruptionBudget")
+    of_pools = {name: each["spec"] for name, each in budgets.items() if "-worker" in name}
+    assert of_pools.keys() == {"rel-bucketserve-worker-small-1", "rel-bucketserve-worker-small-2"}
+    for name, each in of_pools.items():
+        assert each["selector"]["matchLabels"]["bucketserve.dev/pool"] == name.rpartition("-worker-")[2]
+    # A budget of the only pool is of all workers, as it was before there were pools.
+    (one,) = (each for name, each in of_kind("defaults", "PodDisruptionBudget").items() if "-worker" in name)
+    assert one["spec"]["selector"]["matchLabels"].keys() == {
+        "app.kubernetes.io/name", "app.kubernetes.io/instance", "app.kubernetes.io/component",
+    }  # fmt: skip
+
+
+MODEL_A = {"model": {"name": "a", "source": "/models/a"}}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"pools": {"x": MODEL_A, "y": {"model": {"name": "a", "source": "/b"}}}}, "pools of model a have two sources"),
+        (
+            {"pools": {"x": {**MODEL_A, "role": "prefill"}, "y": {"role": "both"}}},
+            "model a: prefill pools need a decode",
+        ),
+        ({"pools": {"x": {"role": "decode"}}}, "model demo: prefill pools need a decode pool"),
+        ({"pools": {"x": {"engine": "vllm", "role": "prefill"}, "y": {}}}, "pools.x: engine vllm hands no KV over"),
+        ({"pools": {"x": {"engineArgs": {"a": "b"}}}}, "pools.x.engineArgs are vLLM's"),
+        ({"pools": {"x": {}}, "worker": {"disaggregated": {"enabled": True}}}, "beside pools: say the role of each"),
+        ({"aliases": {"demo": "demo"}}, "aliases: demo is a model's own name"),
+        ({"aliases": {"a": "b", "b": "demo"}}, "aliases: a is for b, which is no model"),
+        ({"pools": {"x": MODEL_A}, "aliases": {"new": "demo"}}, "aliases: new is for demo, which is no model"),
+    ],
+)
+def test_pools_and_aliases_that_are_no_whole_are_refused(values: dict[str, Any], said: str) -> None:
+    Chart.load(CHART).validate_schema(values)
+    with pytest.raises(HelmError, match=said):
+        Chart.load(CHART).render(values, name="rel")
 
 
 def settings_of(workload: dict[str, Any]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bucketserve.config import TelemetrySettings, TlsSettings, load_settings
+from bucketserve_gateway.names import ModelNames
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_worker.settings import WorkerSettings
@@ -106,6 +107,32 @@ def test_the_image_is_built_or_the_build_fails() -> None:
     assert len(shipped) == len(names)
     # Wheels and compilers stay in the stages that are left behind.
     assert not any(word in stage for stage in shipped for word in ("wheels", "g++", "pip"))
+
+
+def test_a_second_model_is_served_beside_the_first() -> None:
+    files = ("docker-compose.yml", "docker-compose.models.yml")
+    refused = config(*files)
+    assert refused.returncode != 0 and "name the folder of a model" in refused.stderr
+    done = config(*files, BUCKETSERVE_SECOND="/some/model")
+    assert done.returncode == 0, done.stderr
+    plain, found = json.loads(config(files[0]).stdout)["services"], json.loads(done.stdout)["services"]
+    assert found.keys() - plain.keys() == {"worker-second"}
+    assert {name for name in plain if plain[name] != found[name]} == {"gateway"}
+    environ = found["gateway"]["environment"]
+    gateway = load_settings({"gateway": GatewaySettings}, environ=environ).sections["gateway"]
+    ModelNames(gateway.models, gateway.aliases)
+    served = {"demo": "/models/demo", "second": "/models/second"}
+    assert (gateway.models, gateway.aliases) == (served, {"latest": "second"})
+    of_workers, ids = {}, set()
+    for name in ("worker-a", "worker-b", "worker-second"):
+        worker = load_settings({"worker": WorkerSettings}, environ=found[name]["environment"]).sections["worker"]
+        of_workers[worker.model_name] = worker.model
+        ids.add((worker.worker_id, worker.address))
+    assert of_workers == served
+    assert ids == {(name, f"{name}:50054") for name in ("worker-a", "worker-b", "worker-second")}
+    for name in ("gateway", "worker-second"):
+        (mount,) = found[name]["volumes"]
+        assert (mount["source"], mount["target"], mount["read_only"]) == ("/some/model", "/models/second", True)
 
 
 def test_locked_all_of_ours_have_papers_and_the_gateway_keys() -> None:

@@ -17,7 +17,7 @@ from bucketserve.rpc.channel import open_channel
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_cli.stack import LocalStack
 
-__all__ = ["begin", "events", "eventually", "leader", "metric", "status"]
+__all__ = ["begin", "events", "eventually", "leader", "metric", "models", "status"]
 
 START = ("process_start_time_seconds", ())
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

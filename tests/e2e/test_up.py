@@ -31,19 +31,12 @@ class Up:
         self.port = free_port()
         self.log = folder / f"up-{self.port}.log"
         self.services = folder / f"services-{self.port}"
-        command = [
-            sys.executable,
-            "-m",
-            "bucketserve_cli.main",
-            "up",
-            "--engine",
-            "fake",
-            "--log-dir",
-            str(self.services),
-        ]
+        command = [sys.executable, "-m", "bucketserve_cli.main", "up", "--log-dir", str(self.services)]
+        if "--pool" not in arguments:
+            command += ["--engine", "fake", "--model", str(MODEL)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, "--model", str(MODEL), *arguments],
+                [*command, *arguments],
                 env={**os.environ, "BUCKETSERVE_GATEWAY_LISTEN": f"127.0.0.1:{self.port}", "COLUMNS": "200"}
                 | {"BUCKETSERVE_SCHEDULER_LISTEN": f"127.0.0.1:{free_port()}"}
                 | {"BUCKETSERVE_GATEWAY_HTTP_LISTEN": f"127.0.0.1:{free_port()}"}
@@ -111,9 +104,9 @@ def ready(up: Up) -> Up:
     return up
 
 
-async def generate(up: Up, max_tokens: int = 4) -> Finished:
+async def generate(up: Up, max_tokens: int = 4, model: str = "") -> Finished:
     async with BucketServeClient(f"127.0.0.1:{up.port}") as client:
-        async for event in client.generate(prompt="hello", max_tokens=max_tokens, ignore_eos=True):
+        async for event in client.generate(prompt="hello", max_tokens=max_tokens, ignore_eos=True, model=model):
             if isinstance(event, Finished):
                 return event
     raise AssertionError("the stream had no end")
@@ -228,6 +221,53 @@ def test_settings_of_the_user_win_over_the_launcher_s(launch, tmp_path: Path) ->
     gateway = environment_of(up.child("bucketserve_gateway"))
     assert "BUCKETSERVE_GATEWAY_LAME_DUCK_S" not in gateway
     assert gateway["BUCKETSERVE_GATEWAY_MODELS"] == f'{{"a=b, c": "{MODEL}"}}'
+
+
+POOL = f"model={MODEL},engine=fake"
+
+
+async def test_pools_and_aliases_are_told_and_served(launch) -> None:
+    up = ready(
+        launch(
+            *("--pool", f"{POOL},model_name=big,workers=2,num_threads=3", "--pool", f"{POOL},model_name=a=b"),
+            *("--alias", "latest=big", "--alias", "org/small=a=b"),
+        )
+    )
+    for line in (
+        "models big, a=b",
+        "pool   big: 2 workers, engine fake, num_threads 3",
+        "pool   a=b: 1 worker, engine fake",
+        "alias  latest: big",
+        "alias  org/small: a=b",
+    ):
+        assert line in up.said()
+    for name in ("big", "a=b", "latest", "org/small"):
+        assert (await generate(up, model=name)).usage.output_tokens == 4
+    assert [environment_of(pid).get("BUCKETSERVE_WORKER_NUM_THREADS") for pid in up.children()].count("3") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--pool", POOL, "--workers", "2"], "--workers and --pool can't be given together"),
+        (["--pool", f"{POOL},role=decode"], "prefill workers need a decode worker"),
+        (["--pool", POOL, "--pool", "engine=fake,model=/elsewhere"], "pools of model 'demo' are of"),
+        (["--pool", f"{POOL},engin=fake"], "engin: no such setting"),
+        (["--pool", f"{POOL},listen=127.0.0.1:1"], "listen is for a single process"),
+        (["--alias", "demo=demo"], "'demo' is a model's own name"),
+        (["--alias", "a=b"], "'a' is for 'b', which is no model here; served: demo"),
+        (["--alias", "a=demo", "--alias", "a=demo"], "--alias 'a' is given twice"),
+        (["--alias", "a"], "--alias 'a': write NAME=MODEL"),
+    ],
+)
+def test_pools_and_aliases_that_are_none_are_said_before_anything_starts(
+    launch, arguments: list[str], said: str
+) -> None:
+    up = launch(*arguments)
+    assert up.process.wait(60) in (1, 2)
+    assert said in " ".join(up.said().split())
+    assert "Traceback" not in up.said()
+    assert not up.services.exists()
 
 
 @pytest.mark.parametrize("host", ["[::1]", "[::]"])

@@ -99,6 +99,8 @@ class Fleet:
         self._num_generations = 0
         self.fingerprints: set[str] = set()
         """Those of its workers."""
+        self.is_computing = False
+        """Whether any worker that stays computes prompts."""
         self.num_counted = 0
         """Changes so far of who is there, and in which role."""
 
@@ -257,6 +259,7 @@ class Fleet:
     def _count_all(self) -> None:
         self.num_counted += 1
         self.fingerprints = {worker.fingerprint for worker in self._workers.values()}
+        self.is_computing = any(w.stays and w.role is not WorkerRole.DECODE for w in self._workers.values())
         self.kv_total_tokens, self._starting = 0, {}
         for worker in self._workers.values():
             size = min(worker.headroom.kv_total_tokens, worker.context_tokens)

@@ -69,6 +69,8 @@ class RefuseReason(enum.Enum):
     """No worker's model has the tokenizer that made the prompt."""
     NO_GRAMMARS = "no_grammars"
     """No worker's engine can constrain output as the request asks."""
+    NO_WORKER = "no_worker"
+    """Nobody has computed prompts of this model for PATIENCE_S."""
     STORE_FULL = "store_full"
 
 
@@ -82,6 +84,8 @@ class DropReason(enum.Enum):
     TOO_LARGE = "too_large"
     NO_LIKE_WORKER = "no_like_worker"
     """Nobody has the engine that could go on with what another has begun, the prompt's tokenizer, or grammars."""
+    NO_WORKER = "no_worker"
+    """Nobody has computed prompts of this model for PATIENCE_S."""
     INTERNAL = "internal"
     """A step of the core failed on it."""
 

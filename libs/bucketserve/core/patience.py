@@ -1,7 +1,8 @@
 """For how long a request is waited for: until its deadline, until one comes that could go on with it, while it moves.
 
 Orphans are parked requests that no worker here may serve, or could hold if it were empty. What is stuck was prefilled,
-and no worker here could decode it. For both a worker may come, or come back.
+and no worker here could decode it. For both a worker may come, or come back. Where there is no worker at all, requests
+wait as ever until there has been none for as long; from then on there is no model, for these and for new ones.
 """
 
 from __future__ import annotations
@@ -42,8 +43,19 @@ class Patience:
         """When each is given up, if it is stuck until then without a break."""
         self._held_since: dict[RequestId, float] = {}
         """Since when KV is held of which a worker has said so in this step."""
+        self._alone_since_s: float | None = None
+        """Since when nobody computes prompts; None: somebody does, or nobody has looked yet."""
         self._num_counted = 0
         """Changes of the fleet after which orphans were looked at."""
+
+    def is_alone(self, now_s: float) -> bool:
+        """Whether nobody has computed prompts for PATIENCE_S, nor in this step; to be asked in each step."""
+        if self._fleet.is_computing:
+            self._alone_since_s = None
+            return False
+        if self._alone_since_s is None:
+            self._alone_since_s = now_s
+        return now_s - self._alone_since_s >= PATIENCE_S
 
     def set_deadline(self, request: Request, prefill_s: float) -> None:
         """Notes when a request that needs so many seconds to its first token can't have one by its deadline."""

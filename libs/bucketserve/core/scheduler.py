@@ -62,6 +62,9 @@ from bucketserve.core.workers import WorkerState
 
 __all__ = ["SchedulerCore"]
 
+RETURN_S = 5.0
+"""After which who was refused for want of any worker may look again."""
+
 
 class SchedulerCore:
     """Admission, buckets, batches and placement for one model."""
@@ -131,6 +134,7 @@ class SchedulerCore:
             now_s: never less than in the step before.
         """
         self._commands, self._drops = [], []
+        self._patience.is_alone(now_s)
         faults = [fault for event in events if (fault := self._try(event, now_s))]
         for life in self._patience.late(now_s):
             self._drop(life, DropReason.DEADLINE, now_s, at=life.workers)
@@ -213,7 +217,10 @@ class SchedulerCore:
         if self._lives.get(request.request_id) is not None:
             return
         request = self._affinity.expected(request)
-        if refusal := self._admission.refusal(request, now_s):
+        refusal = self._admission.refusal(request, now_s)
+        if refusal is None and self._patience.is_alone(now_s):
+            refusal = RefuseReason.NO_WORKER, RETURN_S
+        if refusal:
             self._commands.append(RefuseRequest(request.request_id, *refusal))
             return
         self._admit(request, now_s)
@@ -427,6 +434,11 @@ class SchedulerCore:
             self._enqueue(request, now_s)
         for life, reason in self._patience.given_up(now_s):
             self._drop(life, reason, now_s)
+        if len(self._lanes) and self._patience.is_alone(now_s):
+            # One that leaves goes on with what is bound to its fingerprint.
+            for life in [life for life in self._lives if life.state is State.WAITING]:
+                if not life.request.fingerprint or not self._fleet.serves(life.request):
+                    self._drop(life, DropReason.NO_WORKER, now_s)
 
     # --- batches ------------------------------------------------------------------------------------------------
 

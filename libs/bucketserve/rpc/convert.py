@@ -74,6 +74,7 @@ _REFUSALS = {
     RefuseReason.TOO_LARGE: scheduler_pb2.REFUSE_REASON_TOO_LARGE,
     RefuseReason.OTHER_TOKENIZER: scheduler_pb2.REFUSE_REASON_OTHER_TOKENIZER,
     RefuseReason.NO_GRAMMARS: scheduler_pb2.REFUSE_REASON_NO_GRAMMARS,
+    RefuseReason.NO_WORKER: scheduler_pb2.REFUSE_REASON_NO_WORKER,
     RefuseReason.STORE_FULL: scheduler_pb2.REFUSE_REASON_STORE_FULL,
 }
 _DROPS = {
@@ -83,6 +84,7 @@ _DROPS = {
     DropReason.WORKER_FAILED: scheduler_pb2.DROP_REASON_WORKER_FAILED,
     DropReason.TOO_LARGE: scheduler_pb2.DROP_REASON_TOO_LARGE,
     DropReason.NO_LIKE_WORKER: scheduler_pb2.DROP_REASON_NO_LIKE_WORKER,
+    DropReason.NO_WORKER: scheduler_pb2.DROP_REASON_NO_WORKER,
     DropReason.INTERNAL: scheduler_pb2.DROP_REASON_INTERNAL,
 }
 

@@ -19,6 +19,7 @@ class RefuseReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSE_REASON_STORE_FULL: _ClassVar[RefuseReason]
     REFUSE_REASON_OTHER_TOKENIZER: _ClassVar[RefuseReason]
     REFUSE_REASON_NO_GRAMMARS: _ClassVar[RefuseReason]
+    REFUSE_REASON_NO_WORKER: _ClassVar[RefuseReason]
 
 class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -30,6 +31,7 @@ class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DROP_REASON_TOO_LARGE: _ClassVar[DropReason]
     DROP_REASON_INTERNAL: _ClassVar[DropReason]
     DROP_REASON_NO_LIKE_WORKER: _ClassVar[DropReason]
+    DROP_REASON_NO_WORKER: _ClassVar[DropReason]
 REFUSE_REASON_UNSPECIFIED: RefuseReason
 REFUSE_REASON_QUEUE_REQUESTS: RefuseReason
 REFUSE_REASON_QUEUE_TOKENS: RefuseReason
@@ -39,6 +41,7 @@ REFUSE_REASON_TOO_LARGE: RefuseReason
 REFUSE_REASON_STORE_FULL: RefuseReason
 REFUSE_REASON_OTHER_TOKENIZER: RefuseReason
 REFUSE_REASON_NO_GRAMMARS: RefuseReason
+REFUSE_REASON_NO_WORKER: RefuseReason
 DROP_REASON_UNSPECIFIED: DropReason
 DROP_REASON_DEADLINE: DropReason
 DROP_REASON_CANCELLED: DropReason
@@ -47,6 +50,7 @@ DROP_REASON_WORKER_FAILED: DropReason
 DROP_REASON_TOO_LARGE: DropReason
 DROP_REASON_INTERNAL: DropReason
 DROP_REASON_NO_LIKE_WORKER: DropReason
+DROP_REASON_NO_WORKER: DropReason
 
 class Ticket(_message.Message):
     __slots__ = ("run_id", "model", "prompt_tokens", "max_new_tokens", "request_class", "tenant", "slo", "gateway_id", "context_tokens", "is_resumed", "avoid_worker_ids", "traceparent", "tracestate", "fingerprint", "tokenizer", "num_preemptions", "needs_grammar")

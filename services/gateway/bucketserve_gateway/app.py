@@ -30,6 +30,7 @@ from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.job_runner import JobRunner
 from bucketserve_gateway.jobs import JobServicer
 from bucketserve_gateway.models import ModelCatalog, load_models
+from bucketserve_gateway.names import ModelNames
 from bucketserve_gateway.openai import BatchLines, HttpServer, Shelves
 from bucketserve_gateway.public import grpc_server, http_server
 from bucketserve_gateway.quotas import Quotas
@@ -55,10 +56,9 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
 
     Raises:
         ModelLoadError: a model's tokenizer can't be loaded.
-        SettingsError: an address can't be bound, or there is no model.
+        SettingsError: an address can't be bound, there is no model, or names of models clash.
     """
-    if not settings.models:
-        raise SettingsError(["[gateway] models: name at least one, BUCKETSERVE_GATEWAY_MODELS=name=directory"])
+    names = _names(settings)
     gateway_id = settings.gateway_id or default_instance_id("gateway")
     with ExitStack() as stack:
         outlets = stack.enter_context(
@@ -81,6 +81,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                 settings.models,
                 settings.default_max_tokens,
                 lambda text: outlets.log.info("model.loading", progress=text),
+                names=names,
             ),
         )
         admission = Admission(
@@ -91,7 +92,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             on_refused=observer.refused_at_the_door,
         )
         stores = await _stores(settings, ours.name)
-        keys = _keys(settings, observer, stores)
+        keys = _keys(settings, names, observer, stores)
         tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_prompt_bytes, admission.refusal)
         stack.callback(tokenizers.close)
         requests = OpenRequests()
@@ -173,6 +174,17 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                 await internal.stop(FLUSH_S)
 
 
+def _names(settings: GatewaySettings) -> ModelNames:
+    """Returns the names of the served models.
+
+    Raises:
+        SettingsError: there is no model, or names clash.
+    """
+    if not settings.models:
+        raise SettingsError(["[gateway] models: name at least one, BUCKETSERVE_GATEWAY_MODELS=name=directory"])
+    return ModelNames(settings.models, settings.aliases)
+
+
 async def _show_health(servers: Sequence[RpcServer | HttpServer], scheduler: SchedulerLink, grace_s: float) -> None:
     """Keeps health true: SERVING if a request would be served, or would only wait for a scheduler that takes over."""
     while True:
@@ -221,7 +233,7 @@ def _tokens(settings: GatewaySettings, observer: GatewayTelemetry) -> Tokens | N
     return Tokens(rules, observer.keys_unusable)
 
 
-def _keys(settings: GatewaySettings, observer: GatewayTelemetry, stores: _Stores) -> Keys:
+def _keys(settings: GatewaySettings, names: ModelNames, observer: GatewayTelemetry, stores: _Stores) -> Keys:
     """Returns the keys of clients.
 
     Raises:
@@ -230,7 +242,7 @@ def _keys(settings: GatewaySettings, observer: GatewayTelemetry, stores: _Stores
     keys = Keys(
         settings.keys_file,
         tokens=_tokens(settings, observer),
-        default_model=next(iter(settings.models)) if len(settings.models) == 1 else "",
+        names=names,
         on_refused=observer.refused_at_the_door,
         on_problem=observer.keys_unusable,
     )

@@ -20,6 +20,7 @@ from bucketserve.rpc.convert import request_class_from_pb
 from bucketserve.v1 import inference_pb2, job_pb2
 from bucketserve_gateway.admission import HEALTH
 from bucketserve_gateway.keys import EVERYBODY, Grant, Limits, Scope, hash_of, read_keys_file
+from bucketserve_gateway.names import ModelNames
 
 if TYPE_CHECKING:
     from bucketserve_gateway.tokens import Tokens
@@ -41,10 +42,9 @@ class Identity:
     tenant: str
     scopes: frozenset[Scope]
     models: frozenset[str] | None
-    """None: all."""
+    """By their own names; None: all."""
     classes: frozenset[RequestClass]
-    default_model: str
-    """What a request means that names no model; empty: there are several."""
+    names: ModelNames
     on_refused: Callable[[str], None] = field(repr=False, compare=False)
     """Called with the reason of each refusal."""
 
@@ -87,8 +87,8 @@ class Identity:
                 raise self._refusal(f"no key is for {message.DESCRIPTOR.full_name}")
 
     def may_use(self, model: str) -> bool:
-        """Whether the key is for a model."""
-        return self.models is None or model in self.models
+        """Whether the key is for a model, by whichever name."""
+        return self.models is None or self.names.resolve(model) in self.models
 
     def shown(self, message: Message) -> Message:
         """Returns an answer without the models that the key is not for."""
@@ -101,7 +101,7 @@ class Identity:
             raise self._refusal(f"this key has no scope {scope.value!r}")
 
     def _check_model(self, name: str) -> None:
-        if not self.may_use(name or self.default_model):
+        if not self.may_use(name):
             raise self._refusal(f"this key is not for model {name!r}")
 
     def _check_class(self, request_class: RequestClass) -> None:
@@ -129,7 +129,7 @@ class Keys:
         file: str,
         *,
         tokens: Tokens | None = None,
-        default_model: str = "",
+        names: ModelNames | None = None,
         on_refused: Callable[[str], None] = lambda reason: None,
         on_problem: Callable[[str], None] = lambda problem: None,
     ) -> None:
@@ -138,7 +138,7 @@ class Keys:
         Args:
             file: TOML with tables [[keys]] and [[tenants]]; empty: there are no keys.
             tokens: those of an identity provider, which are as good as keys; None: there is none.
-            default_model: what a request means that names no model; empty: there are several.
+            names: what names of models mean, in requests and in keys; None: only themselves.
             on_refused: called with the reason of each refusal.
             on_problem: called with what is wrong with a changed file; the keys that were read last stay in force.
 
@@ -147,10 +147,10 @@ class Keys:
         """
         self._path = Path(file) if file else None
         self._tokens = tokens
-        self._default_model = default_model
+        self._names = names or ModelNames(())
         self._on_refused = on_refused
         # Whose tenant is "" names his own, as ADMIN may.
-        self._anybody = Identity("", frozenset(Scope), None, frozenset(RequestClass), default_model, on_refused)
+        self._anybody = Identity("", frozenset(Scope), None, frozenset(RequestClass), self._names, on_refused)
         self._on_problem = on_problem
         self._stamp = self._read_stamp()
         self._identities, self._limits = self._read()
@@ -206,9 +206,9 @@ class Keys:
         return Identity(
             grant.tenant,
             frozenset(grant.scopes),
-            None if grant.models is None else frozenset(grant.models),
+            None if grant.models is None else frozenset(self._names.resolve(name) for name in grant.models if name),
             frozenset(RequestClass if grant.classes is None else grant.classes),
-            self._default_model,
+            self._names,
             self._on_refused,
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bucketserve.core.errors import ModelLoadError, UnknownModelError
+from bucketserve.core.errors import ModelLoadError
 from bucketserve.engine.fingerprint import tokenizer_fingerprint
 from bucketserve.engine.grammars import GrammarError, GrammarTokenizer
 from bucketserve.engine.model_source import (
@@ -24,6 +24,7 @@ from bucketserve.engine.model_source import (
 from bucketserve.engine.weight_files import read_json
 from bucketserve.v1 import inference_pb2
 from bucketserve_gateway.detokenizer import TokenBytes
+from bucketserve_gateway.names import ModelNames
 from bucketserve_gateway.text_bound import bytes_per_token
 
 __all__ = ["ModelCard", "ModelCatalog", "ServedModel", "load_models"]
@@ -42,6 +43,8 @@ class ModelCard:
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
     default_max_tokens: int
+    aliases: tuple[str, ...] = ()
+    """Its further names."""
 
     def to_pb(self) -> inference_pb2.Model:
         """Returns it as a message."""
@@ -52,6 +55,7 @@ class ModelCard:
             eos_token_ids=self.eos_token_ids,
             has_chat_template=self.has_chat_template,
             default_max_tokens=self.default_max_tokens,
+            aliases=self.aliases,
         )
 
 
@@ -80,21 +84,21 @@ class ServedModel:
 class ModelCatalog:
     """Models by name."""
 
-    def __init__(self, models: Mapping[str, ServedModel]) -> None:
-        """Holds the models for good."""
+    def __init__(self, models: Mapping[str, ServedModel], names: ModelNames | None = None) -> None:
+        """Holds the models for good; names: what else they are called, None for nothing."""
         self._models = dict(sorted(models.items()))
+        self.names = names or ModelNames(models)
 
     def get(self, name: str) -> ServedModel:
-        """Returns the model of that name; an empty name means the only one.
+        """Returns the model of that name or alias; an empty name means the only one.
 
         Raises:
             UnknownModelError: there is none, or several and no name was given.
         """
-        if not name and len(self._models) == 1:
-            return next(iter(self._models.values()))
-        if name not in self._models:
-            raise UnknownModelError(name, list(self._models))
-        return self._models[name]
+        model = self._models.get(self.names.resolve(name))
+        if model is None:
+            raise self.names.unknown(name)
+        return model
 
     def models(self) -> list[ServedModel]:
         """Returns all models, in name order."""
@@ -106,9 +110,19 @@ class ModelCatalog:
 
 
 def load_models(
-    sources: Mapping[str, str], default_max_tokens: int, on_progress: Callable[[str], None] = lambda text: None
+    sources: Mapping[str, str],
+    default_max_tokens: int,
+    on_progress: Callable[[str], None] = lambda text: None,
+    *,
+    names: ModelNames | None = None,
 ) -> ModelCatalog:
     """Returns the catalogue of {name: directory or hf://organisation/name}. Takes seconds; call it in a thread.
+
+    Args:
+        sources: where each model's files are.
+        default_max_tokens: of a request that names none.
+        on_progress: called with what is being done.
+        names: what else the models are called; None for nothing.
 
     Raises:
         ModelLoadError: a source has no usable tokenizer or configuration.
@@ -118,17 +132,18 @@ def load_models(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
+    names = names or ModelNames(sources)
     models = {}
     for name, source in sources.items():
         on_progress(f"loading tokenizer of {name}")
         try:
-            models[name] = _load_model(name, source, default_max_tokens)
+            models[name] = _load_model(name, source, default_max_tokens, names.aliases_of(name))
         except ModelLoadError as error:
             raise ModelLoadError(f"model {name!r} from {source!r} can't be loaded: {error}") from error
-    return ModelCatalog(models)
+    return ModelCatalog(models, names)
 
 
-def _load_model(name: str, source: str, default_max_tokens: int) -> ServedModel:
+def _load_model(name: str, source: str, default_max_tokens: int, aliases: tuple[str, ...]) -> ServedModel:
     directory = model_directory(source, with_weights=False)
     config = load_config(directory)
     tokenizer = _load_tokenizer(directory)
@@ -141,6 +156,7 @@ def _load_model(name: str, source: str, default_max_tokens: int) -> ServedModel:
         eos_token_ids=_stop_ids(directory, tokenizer, vocab_size),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
         default_max_tokens=default_max_tokens,
+        aliases=aliases,
     )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -34,6 +34,8 @@ SPREAD_S = 4.0
 """Many that became silent together are submitted again over so long, and so from then on: prompts are large."""
 FEW = 100
 """So many at once are no burden."""
+RETURN_S = 5.0
+"""After which a client may come again whose request has waited in vain for any worker."""
 FULL_S = 1.0
 """One that was admitted is submitted again so long after a full store did not take its next attempt."""
 
@@ -167,7 +169,7 @@ class SchedulerLink:
             case "refused" if opened.is_admitted and message.reason == scheduler_pb2.REFUSE_REASON_STORE_FULL:
                 self._wait_for_room(opened)
             case "refused":
-                opened.fail(_refusal(message))
+                opened.fail(_refusal(opened.model, message))
             case "dropped":
                 _drop(opened, message.reason)
 
@@ -186,13 +188,20 @@ def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
         case scheduler_pb2.DROP_REASON_NO_LIKE_WORKER:
             message = "no worker is left that could go on with the answer: none has its weights, tokenizer or grammars"
             opened.fail(UnavailableError(message, reason="NO_LIKE_WORKER"))
+        case scheduler_pb2.DROP_REASON_NO_WORKER:
+            opened.fail(_no_worker(opened.model, RETURN_S))
         case scheduler_pb2.DROP_REASON_INTERNAL:
             opened.fail(EngineError("the scheduler failed on the request"))
         case _:
             opened.fail(UnavailableError("no worker can hold the request any more", reason="TOO_LARGE"))
 
 
-def _refusal(refused: scheduler_pb2.RunRefused) -> BucketServeError:
+def _no_worker(model: str, retry_delay_s: float) -> UnavailableError:
+    message = f"no worker serves model {model!r} at present"
+    return UnavailableError(message, reason="NO_WORKER", retry_delay_s=retry_delay_s)
+
+
+def _refusal(model: str, refused: scheduler_pb2.RunRefused) -> BucketServeError:
     """Returns the error that a refusal means for the client."""
     name = scheduler_pb2.RefuseReason.Name(refused.reason).removeprefix("REFUSE_REASON_")
     delay_s = refused.retry_delay_ms / 1e3
@@ -203,6 +212,8 @@ def _refusal(refused: scheduler_pb2.RunRefused) -> BucketServeError:
         case scheduler_pb2.REFUSE_REASON_NO_GRAMMARS:
             description = "no worker of this model can constrain its output: their engine has no grammars"
             return InvalidRequestError([FieldViolation("structured_output", description)])
+        case scheduler_pb2.REFUSE_REASON_NO_WORKER:
+            return _no_worker(model, delay_s)
         case scheduler_pb2.REFUSE_REASON_OTHER_TOKENIZER:
             return UnavailableError("the workers' model has another tokenizer than this gateway", reason=name)
         case _:

@@ -53,6 +53,10 @@ class GatewaySettings(Section):
         default_factory=dict,
         description="served models: name=directory or name=hf://organisation/name, comma-separated, or a JSON object",
     )
+    aliases: NamedTexts = Field(
+        default_factory=dict,
+        description="further names of served models: alias=model, comma-separated, or a JSON object",
+    )
     max_prompt_bytes: int = Field(4 * 1024 * 1024, ge=1, description="longest prompt in bytes, before tokenising")
     max_open_calls: int = Field(
         2_048, ge=2, le=100_000, description="calls open at once; a connection has at most as many as are still free"

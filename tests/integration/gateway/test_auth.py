@@ -18,6 +18,7 @@ from bucketserve.v1 import inference_pb2, inference_pb2_grpc, job_pb2, job_pb2_g
 from bucketserve_gateway.admission import Admission, AdmissionInterceptor
 from bucketserve_gateway.auth import AuthInterceptor, Keys
 from bucketserve_gateway.keys import hash_of, new_key
+from bucketserve_gateway.names import ModelNames
 from bucketserve_gateway.reads import Reads
 
 KEY = new_key()
@@ -76,7 +77,7 @@ class Door:
 @pytest.fixture
 async def door(tmp_path: Path) -> AsyncIterator[Door]:
     (tmp_path / "keys.toml").write_text(FILE)
-    async with opened(Keys(str(tmp_path / "keys.toml"), default_model="demo")) as found:
+    async with opened(Keys(str(tmp_path / "keys.toml"), names=ModelNames(["demo"]))) as found:
         yield found
 
 

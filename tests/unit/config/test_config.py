@@ -156,6 +156,13 @@ def test_what_names_no_models(text: str) -> None:
     assert "BUCKETSERVE_PART_MODELS" in problems({"BUCKETSERVE_PART_MODELS": text})
 
 
+@pytest.mark.parametrize("table", ['{ "" = "/x" }', '{ a = "" }', "{ a = 1 }", "[]"])
+def test_what_names_no_models_in_a_file(table: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(f"[part]\nmodels = {table}\n")
+    assert "[part] models" in problems({"BUCKETSERVE_CONFIG": str(file)})
+
+
 @given(st.dictionaries(st.text(min_size=1), st.text(min_size=1)))
 def test_any_names_and_paths_can_be_said_in_the_environment(models: dict[str, str]) -> None:
     assert part({"BUCKETSERVE_PART_MODELS": json.dumps(models)}).models == models

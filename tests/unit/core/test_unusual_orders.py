@@ -34,7 +34,7 @@ from bucketserve.core.patience import PATIENCE_S, REJOIN_S
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
 from bucketserve.core.types import FinishReason, RequestId, WorkerId, WorkerRole
-from tests.builders import a_request, at, finished, joined
+from tests.builders import a_request, at, finished, joined, reported
 
 pytestmark = pytest.mark.usefixtures("all_that_may_be_is_expected")
 
@@ -92,6 +92,55 @@ def test_a_prompt_whose_tokenizer_has_gone_ends(event: Event) -> None:
     under_test.step([worker("w", tokenizer="T1")], 0.1)
     drops = [under_test.step([], 3.0 + i * (PATIENCE_S + 1)).drops for i in range(2)]
     assert drops == [(), (Drop(A, DropReason.NO_LIKE_WORKER),)]
+
+
+def refusals(decision: Decision) -> list[RefuseReason]:
+    return [command.reason for command in of_type(decision, RefuseRequest)]
+
+
+@pytest.mark.parametrize("role", [None, DECODE])
+def test_a_model_without_a_worker_waits_for_one_and_then_says_that_there_is_none(role: WorkerRole | None) -> None:
+    under_test = core()
+    others = [] if role is None else [worker("d", role=role)]
+    assert under_test.step([*others, submitted("a"), resumed("b")], 1000.0).drops == ()
+    assert under_test.step([submitted("c")], 1000.0 + PATIENCE_S - 0.1).drops == ()
+    ended = under_test.step([submitted("d")], 1000.0 + PATIENCE_S).drops
+    assert {drop.request_id for drop in ended} == {"a", "b", "c"}
+    assert {drop.reason for drop in ended} == {DropReason.NO_WORKER}
+    assert refusals(under_test.step([submitted("e")], 1001.0 + PATIENCE_S)) == [RefuseReason.NO_WORKER]
+    assert under_test.status().num_waiting == 0
+    # Once there is one it is as if nothing had been.
+    found = under_test.step([worker("w"), submitted("f")], 2000.0)
+    assert not refusals(found) and not found.drops
+    assert sent(found) == [("w", ("f",))]
+
+
+def test_a_worker_that_leaves_is_nobody_for_what_is_new_and_somebody_for_what_it_began() -> None:
+    under_test = core()
+    busy = worker("w", "A", free=0, total=1000)
+    under_test.step([busy, resumed("a", fingerprint="A"), submitted("b")], 0.0)
+    under_test.step([WorkerDraining(WorkerId("w"))], 100.0)
+    ended = under_test.step([submitted("c")], 100.0 + PATIENCE_S)
+    assert ended.drops == (Drop(RequestId("b"), DropReason.NO_WORKER),)
+    assert refusals(ended) == [RefuseReason.NO_WORKER]
+    found = under_test.step([reported("w", free=1000)], 200.0)
+    assert sent(found) == [("w", ("a",))]
+    assert not found.drops
+
+
+def test_patience_with_a_model_begins_when_its_last_worker_leaves() -> None:
+    under_test = core()
+    under_test.step([worker("w"), worker("v")], 0.0)
+    under_test.step([WorkerLost(WorkerId("w"))], 100.0)
+    under_test.step([WorkerLost(WorkerId("v")), submitted("a")], 200.0)
+    assert under_test.step([], 199.9 + PATIENCE_S).drops == ()
+    # With whoever comes before that is over it begins anew.
+    under_test.step([worker("u", free=0)], 199.95 + PATIENCE_S)
+    gone_s = 300.0
+    under_test.step([WorkerLost(WorkerId("u")), submitted("b")], gone_s)
+    assert not refusals(under_test.step([submitted("c")], gone_s + PATIENCE_S - 0.1))
+    assert under_test.status().num_waiting == 3
+    assert len(under_test.step([], gone_s + PATIENCE_S).drops) == 3
 
 
 def test_a_bound_request_ends_while_its_like_only_decode() -> None:

@@ -13,10 +13,12 @@ from bucketserve.core.errors import ForbiddenError, SettingsError, Unauthenticat
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2
 from bucketserve_gateway.auth import Identity, Keys
 from bucketserve_gateway.keys import hash_of, new_key
+from bucketserve_gateway.names import ModelNames
 
 KEY = "bs-" + "a1B2" * 10
 GOOD = f'[[keys]]\nname = "a"\nsha256 = "{hash_of(KEY)}"\ntenant = "acme"\n'
 Generate = inference_pb2.GenerateRequest
+NAMES = ModelNames(["demo"], {"latest": "demo", "newest": "demo"})
 
 
 def keys(folder: Path, content: str, **more) -> Keys:
@@ -125,6 +127,14 @@ PERMITTED: list[tuple[str, Message]] = [
     # The one that is served.
     ('models = ["demo"]', Generate()),
     ('models = ["demo"]', submit(request=Generate(model="demo"))),
+    # By an alias, in the request, in the key, and in both.
+    ('models = ["demo"]', Generate(model="latest")),
+    ('models = ["demo"]', submit(request=Generate(model="latest"))),
+    ('models = ["demo"]', inference_pb2.TokenizeRequest(model="latest")),
+    ('models = ["demo"]', inference_pb2.GetModelRequest(name="latest")),
+    ('models = ["latest"]', Generate(model="demo")),
+    ('models = ["latest"]', Generate()),
+    ('models = ["latest"]', Generate(model="newest")),
     ('models = ["demo"]', inference_pb2.ListModelsRequest()),
     ('classes = ["interactive"]', Generate()),
     ('classes = ["batch"]', Generate(request_class=BATCH)),
@@ -144,6 +154,9 @@ FORBIDDEN: list[tuple[str, Message, str]] = [
     ("", job_pb2.CancelJobRequest(tenant="ACME"), "another tenant"),
     ('models = ["demo"]', Generate(model="big"), "not for model 'big'"),
     ('models = ["big"]', Generate(), "not for model ''"),
+    ('models = ["big"]', Generate(model="latest"), "not for model 'latest'"),
+    # No name of a model: it stands for none.
+    ('models = [""]', Generate(), "not for model ''"),
     ('models = ["demo"]', inference_pb2.TokenizeRequest(model="big"), "not for model"),
     ('models = ["demo"]', inference_pb2.GetModelRequest(name="big"), "not for model"),
     ('models = ["demo"]', submit(request=Generate(model="big")), "not for model"),
@@ -163,7 +176,7 @@ FORBIDDEN: list[tuple[str, Message, str]] = [
 @pytest.mark.parametrize(("key", "message"), PERMITTED)
 def test_what_a_key_is_for_passes_as_its_tenants(key: str, message: Message, tmp_path: Path) -> None:
     sent = type(message).FromString(message.SerializeToString())
-    identity(tmp_path, key, default_model="demo").permit(sent)
+    identity(tmp_path, key, names=NAMES).permit(sent)
     inner = getattr(sent, sent.WhichOneof("message")) if isinstance(sent, job_pb2.SubmitJobRequest) else sent
     named = getattr(message, "tenant", "") or "acme"
     assert getattr(inner, "tenant", "acme") == named
@@ -172,7 +185,7 @@ def test_what_a_key_is_for_passes_as_its_tenants(key: str, message: Message, tmp
 @pytest.mark.parametrize(("key", "message", "why"), FORBIDDEN)
 def test_what_a_key_is_not_for_is_refused(key: str, message: Message, why: str, tmp_path: Path) -> None:
     refused: list[str] = []
-    who = identity(tmp_path, key, default_model="demo", on_refused=refused.append)
+    who = identity(tmp_path, key, names=NAMES, on_refused=refused.append)
     with pytest.raises(ForbiddenError, match=why):
         who.permit(type(message).FromString(message.SerializeToString()))
     assert refused == ["FORBIDDEN"]
@@ -187,7 +200,9 @@ def test_every_message_of_the_public_api_has_a_rule(tmp_path: Path) -> None:
 
 def test_models_that_a_key_is_not_for_are_not_shown(tmp_path: Path) -> None:
     both = inference_pb2.ListModelsResponse(models=[{"name": "demo"}, {"name": "big"}])
-    assert [model.name for model in identity(tmp_path, 'models = ["demo"]').shown(both).models] == ["demo"]
+    for name in ("demo", "latest"):
+        who = identity(tmp_path, f'models = ["{name}"]', names=NAMES)
+        assert [model.name for model in who.shown(both).models] == ["demo"]
     assert identity(tmp_path).shown(both) == both
 
 

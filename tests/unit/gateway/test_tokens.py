@@ -24,6 +24,7 @@ from bucketserve.core.errors import ForbiddenError, SettingsError, Unauthenticat
 from bucketserve.core.types import RequestClass
 from bucketserve.v1 import inference_pb2
 from bucketserve_gateway.auth import Identity, Keys
+from bucketserve_gateway.names import ModelNames
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.tokens import TokenRules, Tokens
 from tests.certificates import Authority
@@ -65,7 +66,7 @@ def tokens(where: str, problems: list[str] | None = None, tenant_claim: str = "t
 
 
 def identity(folder: Path, text: str, **more: str) -> Identity:
-    keys = Keys("", tokens=tokens(written(folder, SET), **more), default_model="demo")
+    keys = Keys("", tokens=tokens(written(folder, SET), **more), names=ModelNames(["demo"]))
     return keys.identify({"authorization": f"Bearer {text}"})
 
 

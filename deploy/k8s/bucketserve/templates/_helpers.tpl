@@ -34,6 +34,28 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- else }}{{ required "redis.url is needed when redis.enabled is false" .Values.redis.url }}{{ end }}
 {{- end }}
 
+{{- /* The served models, as JSON: name to source. */ -}}
+{{- define "bucketserve.models" -}}
+{{- $models := dict -}}
+{{- $pools := .Values.pools | default (dict "" dict) -}}
+{{- range $pools -}}
+{{- $model := .model | default $.Values.model -}}
+{{- if ne (get $models $model.name | default $model.source) $model.source -}}
+{{- fail (printf "pools of model %s have two sources: %s and %s" $model.name (get $models $model.name) $model.source) -}}
+{{- end -}}
+{{- $_ := set $models $model.name $model.source -}}
+{{- end -}}
+{{- toJson $models -}}
+{{- end }}
+
+{{- /* What pods are of a pool: .selector beside what all pods of a component have. */ -}}
+{{- define "bucketserve.poolSelector" -}}
+{{ include "bucketserve.selector" . }}
+{{- range $name, $value := .selector }}
+{{ $name }}: {{ $value }}
+{{- end }}
+{{- end }}
+
 {{- /* The variables of a service: .env, what all have, and over these what extraEnv sets; each name once. */ -}}
 {{- define "bucketserve.env" -}}
 {{- $telemetry := .root.Values.telemetry -}}
@@ -150,12 +172,12 @@ grpc: { port: {{ .port }} }
 apiVersion: policy/v1
 kind: PodDisruptionBudget
 metadata:
-  name: {{ include "bucketserve.fullname" .root }}-{{ .component }}
+  name: {{ include "bucketserve.fullname" .root }}-{{ .component }}{{ .suffix }}
   labels: {{- include "bucketserve.labels" . | nindent 4 }}
 spec:
   minAvailable: {{ .values.podDisruptionBudget.minAvailable }}
   selector:
-    matchLabels: {{- include "bucketserve.selector" . | nindent 6 }}
+    matchLabels: {{- include "bucketserve.poolSelector" . | nindent 6 }}
 {{- end }}
 {{- end }}
 

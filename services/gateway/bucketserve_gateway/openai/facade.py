@@ -101,13 +101,14 @@ class OpenAIFacade:
         elif path == MODELS:
             exchange.check_method("GET", "HEAD")
             identity = self._identify(exchange)
-            models = [self._model(card) for card in self._catalog.cards() if identity.may_use(card.name)]
+            cards = [card for card in self._catalog.cards() if identity.may_use(card.name)]
+            models = [self._model(card, name) for card in cards for name in (card.name, *card.aliases)]
             await exchange.answer(200, {"object": "list", "data": models})
         elif path.startswith(MODELS + "/"):
             exchange.check_method("GET", "HEAD")
             name = path.removeprefix(MODELS + "/") or "/"
             self._identify(exchange).permit(inference_pb2.GetModelRequest(name=name))
-            await exchange.answer(200, self._model(self._catalog.get(name).card))
+            await exchange.answer(200, self._model(self._catalog.get(name).card, name))
         elif path == FILES or path.startswith(FILES + "/"):
             await self._serve_file(exchange, self._identify(exchange))
         elif path == BATCHES or path.startswith(BATCHES + "/"):
@@ -122,12 +123,14 @@ class OpenAIFacade:
         else:
             raise HttpError(404, f"invalid URL ({exchange.method} {path})", "unknown_url")
 
-    def _model(self, card: ModelCard) -> dict[str, Any]:
+    def _model(self, card: ModelCard, name: str) -> dict[str, Any]:
+        """Returns a model as it is shown under one of its names; root is its own."""
         return {
-            "id": card.name,
+            "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "bucketserve",
+            "root": card.name,
             "max_model_len": card.context_tokens,
         }
 
