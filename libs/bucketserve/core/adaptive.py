@@ -11,7 +11,6 @@ needed every few seconds. Objectives, both additive over buckets:
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -59,13 +58,6 @@ class LengthHistogram:
         self.tokens[i] += weight * length
         self.inverses[i] += weight / max(length, 1)
         self.longest[i] = max(self.longest[i], length)
-
-    def token_rate(self, low: int, high: int, now_s: float) -> float:
-        """Returns the tokens per second that arrive with lengths in [low, high)."""
-        fading = 2.0 ** (-min((now_s - self._since_s) / self._half_life_s, 1000.0))
-        first, last = bisect_right(self.highs, low), bisect_right(self.highs, high - 1)
-        # In a steady state a decayed sum is the rate times half-life / ln 2.
-        return float(sum(self.tokens[first : last + 1]) * fading * math.log(2) / self._half_life_s)
 
     def _rescale(self, now_s: float) -> None:
         factor = 2.0 ** (-min((now_s - self._since_s) / self._half_life_s, 1000.0))

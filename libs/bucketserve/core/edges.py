@@ -53,10 +53,6 @@ class EdgeChooser:
         self._num_arrivals += 1
         self._histogram.add(length, now_s)
 
-    def token_rate(self, bucket: Bucket, now_s: float) -> float:
-        """Returns the prompt tokens per second that arrive in a bucket."""
-        return self._histogram.token_rate(bucket.low, bucket.high, now_s)
-
     def predicted_waste(self) -> Waste:
         """Returns the waste of prompts padded to their bucket's upper edge, over the lengths that arrive."""
         return expected_waste(self._histogram, self.edges)
