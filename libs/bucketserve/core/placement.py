@@ -15,12 +15,10 @@ LoadScorer = Callable[[WorkerState], float]
 
 def can_take(request: Request, prefill_tokens: int, worker: WorkerState, settings: CoreSettings) -> bool:
     """Whether a worker may be given the request now, of which it has to compute that many prompt tokens."""
-    if worker.role is WorkerRole.DECODE:
+    if worker.role is WorkerRole.DECODE or worker.is_saved:
         return False
     # What fails most often, and costs least to ask, comes first.
     if worker.kv_tokens(request) > worker.room or worker.free_sequences() < 1:
-        return False
-    if worker.saved_for is not None and worker.saved_for != request.request_id:
         return False
     is_small = prefill_tokens <= settings.small_batch_tokens
     if not (worker.has_place(settings, small=False) or (is_small and worker.has_place(settings, small=True))):

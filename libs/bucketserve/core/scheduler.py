@@ -198,14 +198,11 @@ class SchedulerCore:
                 if worker := self._fleet.get(worker_id):
                     leaves = self._fleet.away if isinstance(event, WorkerAway) else self._fleet.drain
                     leaves(worker)
-                    self._former.worker_left(worker)
             case WorkerLost(worker_id=worker_id):
                 worker = self._fleet.leave(worker_id)
                 self._affinity.index.leave(worker_id)
-                if worker is not None:
-                    self._former.worker_left(worker)
-                    if worker.is_delivering and not worker.is_released:
-                        self._leaving.lost(worker, now_s)
+                if worker is not None and worker.is_delivering and not worker.is_released:
+                    self._leaving.lost(worker, now_s)
                 for life in self._lives.at(worker_id):
                     self._drop(life, DropReason.WORKER_LOST, now_s)
 
@@ -347,8 +344,6 @@ class SchedulerCore:
             self._commands.append(PlaceRequest(life.request.request_id, life.worker_id))
 
     def _join(self, event: WorkerJoined, now_s: float) -> None:
-        if older := self._fleet.get(event.worker_id):
-            self._former.worker_left(older)
         self._extend(event.context_tokens)
         worker = WorkerState.joined(event, self._fleet.outputs)
         for at in event.running:
@@ -419,8 +414,7 @@ class SchedulerCore:
 
     def _dequeue(self, request_id: RequestId) -> None:
         self._patience.adopted(request_id)
-        if self._queue.leave(request_id):
-            self._former.forget(request_id)
+        self._queue.leave(request_id)
 
     def _mind_orphans(self, now_s: float) -> None:
         for request in self._patience.adoptable():

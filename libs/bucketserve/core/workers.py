@@ -77,8 +77,8 @@ class WorkerState:
     """KV tokens that interactive ones among them are likely to need that were late when they were sent."""
     released: list[int] = field(default_factory=list)
     """KV tokens of each request that has left since its report, which may not say yet that they are free."""
-    saved_for: RequestId | None = None
-    """Takes nothing but this request, so that its memory becomes free."""
+    is_saved: bool = False
+    """Takes nothing now, so that its memory becomes free for a deferred request (core/batching.py)."""
     is_away: bool = False
     """Its stream broke, and it may come back."""
     is_draining: bool = False

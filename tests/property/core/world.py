@@ -323,7 +323,7 @@ class World:
             assert set(worker.batch_of) <= own
             assert set().union(*worker.outstanding.values()) == set(worker.batch_of)
             assert worker.small <= set(worker.outstanding)
-            assert worker.saved_for is None or worker.saved_for in waiting
+            assert not worker.is_saved
 
     def is_batch_class(self, request_id: RequestId) -> bool:
         return self.client_of[request_id].request.request_class is RequestClass.BATCH
@@ -503,7 +503,7 @@ class World:
             books = (worker.requests, worker.incoming, worker.outstanding, worker.batch_of, worker.small)
             assert not any(books)
             assert (worker.batch_class, worker.kv._by_id, worker.kv._lines, worker.kv.peak()) == (set(), {}, [], 0)
-            assert (list(worker.unaccounted), worker.saved_for) == ([], None)
+            assert not worker.unaccounted
 
     def check_replay(self) -> None:
         """The same events at the same times bring the same decisions."""

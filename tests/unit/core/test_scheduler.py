@@ -557,11 +557,13 @@ def test_a_worker_whose_memory_has_shrunk_is_kept_for_nobody_who_needs_more() ->
     under_test = core(batch_patience_s=1.0, deferred_share=0.5)
     [busy] = batches(under_test.step([joined(free=1000), *submitted("busy", prompt_tokens=600)], 0.0))
     under_test.step(submitted("large", prompt_tokens=900, request_class=RequestClass.BATCH), 0.1)
-    under_test.step([], 10.0)
-    assert under_test._former._saving is not None
+    [first] = batches(under_test.step(submitted("first", arrival_s=10.0), 10.0))
+    # From now on the worker is kept for the large one.
+    assert batches(under_test.step(submitted("small", arrival_s=10.0), 10.0)) == []
     # Out of memory: its budget is a step smaller from now on, and it is empty.
-    smaller = reported(free=800, total=800, last_assignment=busy.assignment)
-    [small] = batches(under_test.step([finished("busy"), smaller, *submitted("small")], 10.1))
+    smaller = reported(free=800, total=800, last_assignment=first.assignment)
+    ends = [finished("busy", assignment=busy.assignment), finished("first", assignment=first.assignment)]
+    [small] = batches(under_test.step([*ends, smaller], 10.1))
     assert small.request_ids == ("small",)
     as_before = reported(last_assignment=small.assignment)
     [large] = batches(under_test.step([finished("small", assignment=small.assignment), as_before], 10.2))
