@@ -155,8 +155,6 @@ class WorkerJoined:
     """Fingerprint of its model's tokenizer; empty: it knows of none."""
     has_grammars: bool = False
     """Whether its engine can constrain output."""
-    keeps_kv: bool = False
-    """It hands no KV over and takes none: its role is both and stays so."""
     running: tuple[RunningRequest, ...] = ()
     """Requests that the worker still has from before."""
     is_delivering: bool = False

@@ -15,7 +15,6 @@ from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.handover import Handover
 from bucketserve.core.lanes import Lane, Lanes
-from bucketserve.core.layout import LayoutChooser
 from bucketserve.core.leaving import Leaving
 from bucketserve.core.lifecycle import Life, Lifecycle, State
 from bucketserve.core.messages import (
@@ -77,7 +76,6 @@ class SchedulerCore:
         self._former = BatchFormer(settings, self._lanes, self._fleet, self._edges, self._lives, self._affinity)
         self._handover = Handover(self._fleet)
         self._roles = RoleBalancer(settings, self._fleet, self._lanes, self._handover)
-        self._layout = LayoutChooser(settings, self._fleet)
         self._tenants = TenantBook()
         self._admission = Admission(settings, self._lanes, self._fleet, self._tenants)
         self._queue = Queue(settings, self._lanes, self._fleet, self._tenants, self._admission)
@@ -140,7 +138,6 @@ class SchedulerCore:
             self._commands.append(ChangeEdges(self._edges.edges))
         if counts := self._fleet.outputs.to_save(now_s):
             self._commands.append(SaveOutputs(counts))
-        self._commands += self._layout.update(now_s)
         self._commands += self._roles.update(now_s)
         self._mind_orphans(now_s)
         self._hand_over(now_s)
@@ -180,7 +177,7 @@ class SchedulerCore:
             case RequestFinished():
                 self._finish(event, now_s)
             case BatchPrefilled():
-                self._prefilled(event, now_s)
+                self._prefilled(event)
             case KvPulled():
                 self._pulled(event, now_s)
             case _:
@@ -278,7 +275,6 @@ class SchedulerCore:
             self._leaving.expect(life, now_s)
             self._end(life, now_s)
         else:
-            self._layout.finished(life.request, life.prefilled_s, event.output_tokens, now_s)
             self._end(life, now_s, event.output_tokens)
             self._admission.drain.finished(life.request.prefill_tokens, now_s)
         if event.reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -299,7 +295,7 @@ class SchedulerCore:
             self._fleet.learn(worker, sample)
         self._fleet.changed(worker)
 
-    def _prefilled(self, event: BatchPrefilled, now_s: float) -> None:
+    def _prefilled(self, event: BatchPrefilled) -> None:
         worker = self._fleet.get(event.worker_id)
         if worker is None:
             return
@@ -308,7 +304,7 @@ class SchedulerCore:
             life = self._lives.in_state(request_id, State.PREFILL, State.DECODE)
             if life is not None and life.is_of(event.worker_id, event.assignment):
                 worker.prefilled(request_id)
-                self._lives.prefilled(life, now_s)
+                self._lives.prefilled(life)
                 self._affinity.computed(life.request, event.worker_id, cached.get(request_id))
         for request_id in event.held:
             self._hold(request_id, event.worker_id, event.assignment)

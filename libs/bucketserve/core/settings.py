@@ -106,16 +106,6 @@ class CoreSettings:
     role_cooldown_s: float = 15.0
     """Least time between two switches."""
 
-    choose_layout: bool = False
-    """Whether all workers do everything or half of them prefill and half decode is decided by trial (core/layout.py);
-    for workers of one kind."""
-    layout_window_s: float = 30.0
-    """Least length of a window of a trial."""
-    layout_retry_s: float = 300.0
-    """Least time between two trials while the mix stays; doubles each time that one changes nothing."""
-    default_tpot_s: float = 0.1
-    """What choose_layout judges by where a request names no target."""
-
     max_queued_requests: int = 100_000
     max_queued_tokens: int = 50_000_000
     max_batch_share: float = 0.9
@@ -155,9 +145,6 @@ class CoreSettings:
                 ("batch_order_s_per_token", "at least 0", self.batch_order_s_per_token >= 0),
                 ("role_hold_s", "at least 0", self.role_hold_s >= 0),
                 ("role_cooldown_s", "at least 0", self.role_cooldown_s >= 0),
-                ("layout_window_s", "positive", self.layout_window_s > 0),
-                ("layout_retry_s", "at least 0", self.layout_retry_s >= 0),
-                ("default_tpot_s", "positive", self.default_tpot_s > 0),
                 ("max_queued_requests", "at least 1", self.max_queued_requests >= 1),
                 ("max_queued_tokens", "at least 1", self.max_queued_tokens >= 1),
                 ("max_batch_share", "in (0, 1]", 0 < self.max_batch_share <= 1),

@@ -52,8 +52,6 @@ class WorkerState:
     fingerprint: str = ""
     tokenizer: str = ""
     has_grammars: bool = False
-    keeps_kv: bool = False
-    """Its role is both and stays so."""
     generation: int = 0
     """Counts up with each fingerprint that is new to the fleet: new requests prefer the newest."""
     times: StepTimes = field(default_factory=StepTimes)
@@ -113,7 +111,6 @@ class WorkerState:
             tokenizer=event.tokenizer,
             is_delivering=event.is_delivering,
             has_grammars=event.has_grammars,
-            keeps_kv=event.keeps_kv,
             num_assigned=event.headroom.last_assignment,
             outputs=outputs,
             kv=KvBook(outputs),

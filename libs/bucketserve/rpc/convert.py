@@ -129,7 +129,6 @@ def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
         tokenizer=hello.tokenizer,
         is_delivering=hello.report.is_delivering,
         has_grammars=hello.has_grammars,
-        keeps_kv=hello.keeps_kv,
         running=tuple(
             RunningRequest(
                 request_id=RequestId(at.run_id),

@@ -63,18 +63,6 @@ class SchedulerSettings(Section):
         CORE.switch_roles,
         description="workers of role prefill and decode change sides with the load; each side keeps one",
     )
-    choose_layout: bool = Field(
-        CORE.choose_layout,
-        description="whether all workers do everything, or half prefill and half decode, is decided by trial; "
-        "for workers of one kind",
-    )
-    layout_window_s: float = Field(
-        CORE.layout_window_s, gt=0, description="least length of one window of such a trial, seconds"
-    )
-    layout_retry_s: float = Field(CORE.layout_retry_s, ge=0, description="least time between two trials, seconds")
-    default_tpot_s: float = Field(
-        CORE.default_tpot_s, gt=0, description="TPOT that trials judge by if a request names no target, seconds"
-    )
     max_queued_requests: int = Field(CORE.max_queued_requests, ge=1, description="requests that may wait, per model")
     max_queued_tokens: int = Field(CORE.max_queued_tokens, ge=1, description="prompt tokens that may wait, per model")
     max_batch_share: float = Field(

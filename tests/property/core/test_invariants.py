@@ -256,9 +256,6 @@ core_settings = st.builds(
     switch_roles=st.booleans(),
     role_hold_s=st.just(0.2),
     role_cooldown_s=st.just(0.5),
-    choose_layout=st.booleans(),
-    layout_window_s=st.just(0.5),
-    layout_retry_s=st.just(1.0),
 )
 CROWDED: list[Callable[[World, Worker, random.Random], None]] = [
     *[crowd] * 10,
