@@ -349,10 +349,7 @@ class BatchFormer:
             limited_by=limited_by,
             max_chunk_tokens=self._settings.max_chunk_tokens,
         )
-        is_small = cut.prefill_tokens <= self._settings.small_batch_tokens and worker.has_place(
-            self._settings, small=True
-        )
-        worker.assign(batch, chosen, is_small=is_small)
+        worker.assign(batch, chosen)
         self._fleet.changed(worker)
         return DispatchBatch(batch)
 

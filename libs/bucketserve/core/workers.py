@@ -62,8 +62,6 @@ class WorkerState:
     """Requests whose KV is on its way here: tokens to hold, counted here and at the source until it has arrived."""
     outstanding: dict[BatchId, set[RequestId]] = field(default_factory=dict)
     """Batches whose prompts aren't all computed: the requests still to come."""
-    small: set[BatchId] = field(default_factory=set)
-    """Those of them that are small (CoreSettings.small_batch_tokens)."""
     batch_of: dict[RequestId, BatchId] = field(default_factory=dict)
     """The outstanding batch of each such request."""
     requests: set[RequestId] = field(default_factory=set)
@@ -90,7 +88,7 @@ class WorkerState:
     version: int = 0
     """Counts changes that matter to placement; load and room are as of the last one (core/fleet.py keeps them)."""
     load: float = 0.0
-    """Weighted sum of the load scorers (core/placement.py)."""
+    """Score of its load (core/placement.py): the greater, the less it has to do."""
     room: int = 0
     """KV tokens that a single request may take."""
     decodable_tokens: int = 0
@@ -152,10 +150,8 @@ class WorkerState:
         while self.unaccounted and self.unaccounted[0].assignment <= headroom.last_assignment:
             self.unaccounted.popleft()
 
-    def assign(self, batch: Batch, requests: Sequence[Request], *, is_small: bool = False) -> None:
+    def assign(self, batch: Batch, requests: Sequence[Request]) -> None:
         """Notes a batch given to it."""
-        if is_small:
-            self.small.add(batch.batch_id)
         kv_tokens = sum(self._kv_tokens_at_first(request) for request in requests)
         self.unaccounted.append(
             _Unaccounted(batch.batch_id, batch.assignment, kv_tokens, batch.prefill_tokens, len(requests))
@@ -210,7 +206,6 @@ class WorkerState:
             left.discard(request_id)
             if not left:
                 del self.outstanding[batch_id]
-                self.small.discard(batch_id)
 
     def release(self, request: Request) -> None:
         """Forgets a request that has left."""
@@ -314,7 +309,7 @@ class WorkerState:
         """Whether it may be given another batch, a small one or one of any size."""
         if small:
             is_long = self.backlog_tokens() > settings.max_batch_tokens
-            return is_long and bool(settings.small_batch_tokens) and not self.small
+            return is_long and bool(settings.small_batch_tokens) and len(self.outstanding) < 2
         return self.backlog_tokens() < settings.fill_tokens
 
     def num_sequences(self) -> int:

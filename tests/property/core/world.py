@@ -322,7 +322,6 @@ class World:
             assert set(worker.incoming) == pulling
             assert set(worker.batch_of) <= own
             assert set().union(*worker.outstanding.values()) == set(worker.batch_of)
-            assert worker.small <= set(worker.outstanding)
             assert not worker.is_saved
 
     def is_batch_class(self, request_id: RequestId) -> bool:
@@ -500,7 +499,7 @@ class World:
         assert (core._admission._batch_requests, core._admission._batch_tokens) == (0, 0)
         assert (core._handover.waiting_tokens(), core._handover._waiting) == (0, {})
         for worker in core._fleet:
-            books = (worker.requests, worker.incoming, worker.outstanding, worker.batch_of, worker.small)
+            books = (worker.requests, worker.incoming, worker.outstanding, worker.batch_of)
             assert not any(books)
             assert (worker.batch_class, worker.kv._by_id, worker.kv._lines, worker.kv.peak()) == (set(), {}, [], 0)
             assert not worker.unaccounted
