@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -29,16 +29,10 @@ class SchedulerSettings(Section):
     scheduler_id: str = Field("", description="unique per process; default: host name and process id")
     policy: Literal["adaptive", "paper"] = Field("adaptive", description="adaptive, or Algorithm 1 of the paper")
     batch_order: Literal["sjf", "ljf"] = Field(
-        cast(Literal["sjf", "ljf"], CORE.batch_order.value), description="order of batch-class requests in a bucket"
+        CORE.batch_order.value, description="order of batch-class requests in a bucket"
     )
     default_ttft_s: float = Field(
         CORE.default_ttft_s, gt=0, description="TTFT target of interactive requests that name none, seconds"
-    )
-    deferred_share: float = Field(
-        CORE.deferred_share,
-        gt=0,
-        lt=1,
-        description="share of tokens owed to late and batch-class requests while others wait as well",
     )
     late_kv_share: float = Field(
         CORE.late_kv_share,
@@ -52,12 +46,6 @@ class SchedulerSettings(Section):
     )
     max_chunk_tokens: int = Field(
         CORE.max_chunk_tokens, ge=0, description="most prompt tokens a step beside decodes; 0: no limit"
-    )
-    small_batch_tokens: int = Field(
-        CORE.small_batch_tokens,
-        ge=0,
-        description="batches of up to so many prompt tokens also go to workers that are busy with longer prompts and "
-        "share their steps; 0: no",
     )
     switch_roles: bool = Field(
         CORE.switch_roles,
