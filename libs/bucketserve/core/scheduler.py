@@ -14,7 +14,7 @@ from bucketserve.core.batching import BatchFormer
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.handover import Handover
-from bucketserve.core.lanes import Lane, Lanes
+from bucketserve.core.lanes import Lanes
 from bucketserve.core.leaving import Leaving
 from bucketserve.core.lifecycle import Life, Lifecycle, State
 from bucketserve.core.messages import (
@@ -55,7 +55,7 @@ from bucketserve.core.roles import RoleBalancer
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.tenants import TenantBook
 from bucketserve.core.types import FinishReason, Request, RequestId, RunningRequest, WorkerId
-from bucketserve.core.views import BucketView, CoreView
+from bucketserve.core.views import CoreView, view
 from bucketserve.core.waste import WasteBook
 from bucketserve.core.workers import WorkerState
 
@@ -107,19 +107,7 @@ class SchedulerCore:
 
     def status(self) -> CoreView:
         """Returns buckets, totals and roles. O(cells + workers)."""
-        views = []
-        for bucket in self._edges.buckets:
-            number, tokens = self._lanes.count(bucket)
-            views.append(BucketView(bucket, number, tokens))
-        return CoreView(
-            tuple(views),
-            len(self._lanes),
-            len(self._lanes.of(Lane.DEFERRED)),
-            self._lives.num_at_workers,
-            self._edges.predicted_waste(),
-            self._waste.observed(),
-            {worker.worker_id: worker.role for worker in self._fleet},
-        )
+        return view(self._lanes, self._edges, self._lives, self._fleet, self._waste)
 
     def step(self, events: Sequence[Event], now_s: float) -> Decision:
         """Returns what to do about the events at that time.
@@ -426,7 +414,9 @@ class SchedulerCore:
         if not len(self._lanes):
             return
         self._lanes.defer_late(now_s)
-        self._set_aside_what_nobody_takes(now_s)
+        for request in self._patience.beyond_all(self._lanes, self._edges.buckets, now_s):
+            self._dequeue(request.request_id)
+            self._patience.orphan(request, now_s)
         while len(self._lanes) and (formed := self._former.form(now_s)) is not None:
             batch = formed.command.batch
             for request in formed.requests:
@@ -437,25 +427,6 @@ class SchedulerCore:
             self._waste.add(batch)
             self._commands.append(formed.command)
         self._commands += self._former.preemptions
-
-    def _set_aside_what_nobody_takes(self, now_s: float) -> None:
-        """Parks requests that are late and that no worker here may serve, or could hold even if it were empty.
-
-        They were admitted while there was another worker, or none: one may still come, and they are in nobody's way.
-        """
-        if not len(self._fleet):
-            return
-        for lane in Lane:
-            cells = self._lanes.of(lane)
-            if not len(cells):
-                continue
-            for bucket in self._edges.buckets:
-                while (key := cells.head(bucket)) is not None and key[0] < now_s:
-                    request = cells.get(RequestId(key[2]))
-                    if request is None or self._patience.fits(request):
-                        break
-                    self._dequeue(request.request_id)
-                    self._patience.orphan(request, now_s)
 
     def _hand_over(self, now_s: float) -> None:
         pulls, stuck = self._handover.pulls(self._lives.held_at)
