@@ -100,11 +100,8 @@ class BatchFormer:
             return None
         lanes = self._lanes.in_turn()
         for lane in lanes:
-            formed = self._form_from(lane, candidates, now_s, is_its_turn=lane is lanes[0])
-            if formed is not None:
+            if formed := self._form_from(lane, candidates, now_s, is_its_turn=lane is lanes[0]):
                 return formed
-            if self._settings.queue_order is QueueOrder.FCFS:
-                return None
         return None
 
     def _form_from(
@@ -319,12 +316,11 @@ class BatchFormer:
         """Whether the batch with one more request still meets its tightest TTFT, and that TPOT once it decodes."""
         due_s = min(cut.due_s, _due_s(request, now_s))
         if due_s < INFINITY:
-            tokens = cut.prefill_tokens + request.prefill_tokens
             took_s = worker.prefill_in_s(
-                tokens,
+                cut.prefill_tokens + request.prefill_tokens,
                 cut.attention + request.prefill_tokens * request.prompt_tokens,
                 self._settings.max_chunk_tokens,
-                is_small=tokens <= self._settings.small_batch_tokens,
+                shares_steps=True,
             )
             if now_s + took_s > due_s:
                 return False

@@ -337,14 +337,15 @@ class WorkerState:
         """KV tokens in use or reserved, by its report."""
         return self.headroom.kv_total_tokens - self.headroom.kv_free_tokens
 
-    def prefill_in_s(self, num_tokens: int, attention: int, max_chunk_tokens: int, *, is_small: bool = False) -> float:
+    def prefill_in_s(
+        self, num_tokens: int, attention: int, max_chunk_tokens: int, *, shares_steps: bool = False
+    ) -> float:
         """Returns when that many further prompt tokens are computed, in seconds from now.
 
-        They come after its backlog, and in chunks while it has decodes running. A small batch shares the steps of the
-        backlog by halves.
+        They come after its backlog, or share steps with it by halves, and in chunks while it has decodes running.
         """
         backlog = self.backlog_tokens()
-        tokens = num_tokens + (min(backlog, num_tokens) if is_small else backlog)
+        tokens = num_tokens + (min(backlog, num_tokens) if shares_steps else backlog)
         running = self.headroom.num_running
         if not running:
             return self.times.step_s(tokens, attention, 0, 0)
