@@ -72,12 +72,11 @@ class EdgeChooser:
         """Looks at the edges if it is time to; returns whether they changed."""
         if now_s < self._next_s or self._settings.edges is EdgeRule.NONE:
             return False
-        known = list(workers)
         self._next_s = now_s + self._interval_s
         if self._settings.edges is EdgeRule.PAPER:
-            edges = self._paper_edges(waiting, known)
+            edges = self._paper_edges(waiting, list(workers))
         else:
-            edges = self._adaptive_edges(known, now_s)
+            edges = self._adaptive_edges(now_s)
         if edges == self.edges:
             return False
         self._set(edges, waiting)
@@ -96,17 +95,15 @@ class EdgeChooser:
             waiting.count_below,
         )
 
-    def _adaptive_edges(self, workers: Sequence[WorkerState], now_s: float) -> tuple[int, ...]:
+    def _adaptive_edges(self, now_s: float) -> tuple[int, ...]:
         if self._num_arrivals < MIN_ARRIVALS or now_s - self._changed_s < COOLDOWN_S:
             return self.edges
-        pays_padding = any(worker.pays_padding for worker in workers)
         edges, cost = best_edges(
             self._histogram,
             max_buckets=MAX_BUCKETS,
             min_share=MIN_SHARE,
-            pays_padding=pays_padding,
         )
-        present = edges_cost(self._histogram, self.edges, pays_padding=pays_padding)
+        present = edges_cost(self._histogram, self.edges)
         # Hysteresis: a change must be worth it, or edges would follow the noise of arrivals.
         if cost < present * (1 - GAIN):
             self._interval_s = LOOK_S

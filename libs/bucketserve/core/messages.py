@@ -148,7 +148,6 @@ class WorkerJoined:
     role: WorkerRole
     headroom: Headroom
     context_tokens: int
-    pays_padding: bool
     fingerprint: str = ""
     """Of weights, number type and engine: workers with the same generate the same."""
     tokenizer: str = ""

@@ -44,7 +44,6 @@ class WorkerState:
     role: WorkerRole
     headroom: Headroom
     context_tokens: int
-    pays_padding: bool
     outputs: OutputBook
     """Of the model; shared by its workers."""
     kv: KvBook
@@ -104,7 +103,6 @@ class WorkerState:
             role=event.role,
             headroom=event.headroom,
             context_tokens=event.context_tokens,
-            pays_padding=event.pays_padding,
             fingerprint=event.fingerprint,
             tokenizer=event.tokenizer,
             is_delivering=event.is_delivering,

@@ -124,7 +124,6 @@ def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
         role=role_from_pb(hello.role),
         headroom=headroom_from_pb(hello.report),
         context_tokens=hello.context_tokens,
-        pays_padding=hello.pays_padding,
         fingerprint=hello.fingerprint,
         tokenizer=hello.tokenizer,
         is_delivering=hello.report.is_delivering,
