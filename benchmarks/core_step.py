@@ -121,7 +121,6 @@ class Bench:
             role=WorkerRole.BOTH,
             headroom=self.headroom(worker_id),
             context_tokens=CONTEXT,
-            pays_padding=False,
         )
 
     def finished(self, number: int) -> list[Event]:

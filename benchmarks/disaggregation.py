@@ -1,11 +1,9 @@
-"""Prefill and decode apart, or together? Two workers with one core each: `both, both`, `prefill, decode`, and chosen.
+"""Prefill and decode apart, or together? Two workers with one core each: `both, both` and `prefill, decode`.
 
 The load is open. In every case short interactive requests arrive steadily. In `bursts`, groups of long prompts come on
 top, sized so that prefill takes about three times the work of decode; in `decoding` there are none, and outputs are
-long. `chosen` starts together and leaves the layout to the scheduler (`choose_layout`); its figures are of the time
-after it had the chance to decide. Reported are TTFT and TPOT of the short requests, how many of them met both targets,
-the cost that the scheduler itself compares (TTFT and TPOT relative to their targets, in equal parts), and tokens per
-second.
+long. Reported are TTFT and TPOT of the short requests, how many of them met both targets, the cost (TTFT and TPOT
+relative to their targets, in equal parts), and tokens per second.
 
     python benchmarks/disaggregation.py [--model DIR] [--case bursts] [--seconds 40] [--rounds 2] [--jsonl OUT]
 """
@@ -33,11 +31,9 @@ from bucketserve.v1 import common_pb2, scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_cli.stack import LocalStack, StackSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-ROLES = {"together": ("both", "both"), "apart": ("prefill", "decode"), "chosen": ("both", "both")}
-DECIDING_WINDOWS = 6
-"""One to see trouble, three of a trial, and what is under way as windows end."""
+ROLES = {"together": ("both", "both"), "apart": ("prefill", "decode")}
 WORST = 4.0
-"""As in the scheduler: how much a missed target counts at most."""
+"""How much a missed target counts at most."""
 COLUMNS = {
     "ttft_p50_ms": ".0f",
     "ttft_p99_ms": ".0f",
@@ -143,7 +139,6 @@ async def roles(stack: LocalStack) -> list[str]:
 
 def measure(options: argparse.Namespace, layout: str, case: Case) -> Row:
     """Runs one case on one layout and returns its figures."""
-    is_chosen = layout == "chosen"
     spec = StackSpec(
         model=options.model,
         roles=ROLES[layout],
@@ -151,19 +146,12 @@ def measure(options: argparse.Namespace, layout: str, case: Case) -> Row:
             "BUCKETSERVE_WORKER_NUM_THREADS": "1",
             "BUCKETSERVE_WORKER_DTYPE": options.dtype,
             "BUCKETSERVE_WORKER_QUANTIZATION": options.quantization,
-            "BUCKETSERVE_SCHEDULER_CHOOSE_LAYOUT": str(is_chosen).lower(),
-            "BUCKETSERVE_SCHEDULER_LAYOUT_WINDOW_S": str(options.window_s),
-            "BUCKETSERVE_SCHEDULER_LAYOUT_RETRY_S": "3600",
         },
     )
-    deciding_s = DECIDING_WINDOWS * options.window_s if is_chosen else 0.0
     with LocalStack(spec) as stack:
-        felt = asyncio.run(
-            load(stack.gateway_address, case, deciding_s + options.seconds, options.ttft_s, options.tpot_s)
-        )
+        felt = asyncio.run(load(stack.gateway_address, case, options.seconds, options.ttft_s, options.tpot_s))
         at_end = asyncio.run(roles(stack))
-    after = [one for one in felt if one.sent_s >= deciding_s]
-    return {"layout": layout, "roles_at_end": at_end, **figures(after, options.ttft_s, options.tpot_s)}
+    return {"layout": layout, "roles_at_end": at_end, **figures(felt, options.ttft_s, options.tpot_s)}
 
 
 def main() -> None:
@@ -178,9 +166,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ttft-s", type=float, default=0.5, help="target of short requests")
     parser.add_argument("--tpot-s", type=float, default=0.05, help="likewise")
-    parser.add_argument(
-        "--window-s", type=float, default=10.0, help="of the scheduler's trial; 20 short requests or more"
-    )
     parser.add_argument("--short-rate", type=float, help="short requests per second, in place of the case's")
     parser.add_argument("--burst", type=int, help="long prompts in a burst, in place of the case's")
     parser.add_argument("--every-s", type=float, help="seconds between bursts, in place of the case's")

@@ -31,7 +31,6 @@ def joined(name: str = "w", free: int = 1000, total: int | None = None, **more) 
         role=WorkerRole.BOTH,
         headroom=headroom(free, total, **more),
         context_tokens=4096,
-        pays_padding=False,
         running=running,
     )
 

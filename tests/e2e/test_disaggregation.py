@@ -135,38 +135,6 @@ async def test_a_worker_changes_sides_under_load_and_nothing_is_lost(new_stack: 
     await eventually(lambda: is_clean(stack))
 
 
-async def test_layouts_are_tried_under_load_and_nothing_is_lost(new_stack: NewStack) -> None:
-    stack = new_stack(
-        roles=("both", "both"),
-        environ={
-            **SLOW,
-            "BUCKETSERVE_SCHEDULER_CHOOSE_LAYOUT": "true",
-            "BUCKETSERVE_SCHEDULER_LAYOUT_WINDOW_S": "1.5",
-            "BUCKETSERVE_SCHEDULER_LAYOUT_RETRY_S": "1",
-            # So that there is always a reason to try.
-            "BUCKETSERVE_SCHEDULER_DEFAULT_TPOT_S": "0.0001",
-        },
-    )
-    results = []
-    async with BucketServeClient(stack.gateway_address) as client:
-        wanted, _ = await run(client, 50, 40)
-
-        async def keep_asking() -> None:
-            while len(events(stack, "scheduler", "worker.role_switched")) < 8:
-                results.append(await run(client, 50, 40))
-
-        await asyncio.gather(*(keep_asking() for _ in range(16)))
-    assert {event["role"] for event in events(stack, "scheduler", "worker.role_switched")} == {
-        "prefill",
-        "decode",
-        "both",
-    }
-    assert len(results) > 60
-    assert all(tokens == wanted for tokens, _ in results)
-    assert {finished.attempts for _, finished in results} == {1}
-    await eventually(lambda: is_clean(stack))
-
-
 async def test_held_kv_is_freed_when_no_scheduler_comes_back(new_stack: NewStack) -> None:
     small = ({"BUCKETSERVE_WORKER_KV_LEASE_S": "2"}, {"BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "600"})
     stack = new_stack(roles=("prefill", "decode"), environ=SLOW, worker_environ=small)

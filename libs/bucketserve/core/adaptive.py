@@ -1,17 +1,12 @@
 """Bucket edges by exact dynamic programme over a decayed histogram of arriving lengths.
 
 The paper says that the optimum is too expensive and bisects instead; on a binned histogram it costs milliseconds and is
-needed every few seconds. Objectives, both additive over buckets:
-
-- padding (engines that pad): tokens computed in vain when every prompt is padded to the longest of its bucket.
-- interference (packed engines, which pad nothing): how much longer requests wait for their batch mates than for
-  themselves. In a bucket with lengths l a request's slowdown is about mean(l) / l, so a bucket costs
-  sum(l) * sum(1 / l) / n - n, which is 0 when all are equal.
+needed every few seconds. The objective, additive over buckets, is what an engine that pads computes in vain when every
+prompt is padded to the longest of its bucket. One that pads nothing loses nothing by it.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -36,14 +31,13 @@ class LengthHistogram:
         n = len(self.highs)
         self.counts = [0.0] * n
         self.tokens = [0.0] * n
-        self.inverses = [0.0] * n
         self.longest = [0] * n
 
     def extend(self, context_tokens: int) -> None:
         """Covers lengths up to context_tokens, which is more than before."""
         further = [edge for edge in self._grid if self.highs[-1] <= edge <= context_tokens]
         self.highs[-1:] = [*further, context_tokens + 1]
-        for values in (self.counts, self.tokens, self.inverses):
+        for values in (self.counts, self.tokens):
             values.extend([0.0] * len(further))
         self.longest += [0] * len(further)
 
@@ -57,32 +51,22 @@ class LengthHistogram:
         i = bisect_right(self.highs, length)
         self.counts[i] += weight
         self.tokens[i] += weight * length
-        self.inverses[i] += weight / max(length, 1)
         self.longest[i] = max(self.longest[i], length)
-
-    def token_rate(self, low: int, high: int, now_s: float) -> float:
-        """Returns the tokens per second that arrive with lengths in [low, high)."""
-        fading = 2.0 ** (-min((now_s - self._since_s) / self._half_life_s, 1000.0))
-        first, last = bisect_right(self.highs, low), bisect_right(self.highs, high - 1)
-        # In a steady state a decayed sum is the rate times half-life / ln 2.
-        return float(sum(self.tokens[first : last + 1]) * fading * math.log(2) / self._half_life_s)
 
     def _rescale(self, now_s: float) -> None:
         factor = 2.0 ** (-min((now_s - self._since_s) / self._half_life_s, 1000.0))
-        for values in (self.counts, self.tokens, self.inverses):
+        for values in (self.counts, self.tokens):
             values[:] = [value * factor if value * factor > 1e-9 else 0.0 for value in values]
         self._since_s = now_s
 
 
-def best_edges(
-    histogram: LengthHistogram, *, max_buckets: int, min_share: float, pays_padding: bool
-) -> tuple[tuple[int, ...], float]:
+def best_edges(histogram: LengthHistogram, *, max_buckets: int, min_share: float) -> tuple[tuple[int, ...], float]:
     """Returns (upper edges, cost) of the cheapest partition into at most max_buckets buckets.
 
     Every bucket holds at least min_share of the weight. Bins x bins x buckets steps; the last edge is the context
     length + 1.
     """
-    prefix = _Prefix(histogram, pays_padding)
+    prefix = _Prefix(histogram)
     n, total = len(histogram.highs), prefix.count[-1]
     if total <= 0:
         return (histogram.highs[-1],), 0.0
@@ -115,9 +99,9 @@ def best_edges(
     return tuple(reversed(edges)), best[k][-1]
 
 
-def edges_cost(histogram: LengthHistogram, edges: Sequence[int], *, pays_padding: bool) -> float:
+def edges_cost(histogram: LengthHistogram, edges: Sequence[int]) -> float:
     """Returns the cost of given edges, comparable with best_edges; an edge inside a bin counts as the bin's end."""
-    prefix = _Prefix(histogram, pays_padding)
+    prefix = _Prefix(histogram)
     n = len(histogram.highs)
     penalty = BUCKET_PENALTY * prefix.cost(0, n)
     cost, start = 0.0, 0
@@ -147,26 +131,18 @@ def expected_waste(histogram: LengthHistogram, edges: Sequence[int]) -> Waste:
 class _Prefix:
     """Prefix sums, for the cost of a range of bins in O(1)."""
 
-    def __init__(self, histogram: LengthHistogram, pays_padding: bool) -> None:
-        self._pays_padding = pays_padding
+    def __init__(self, histogram: LengthHistogram) -> None:
         # The longest length below each bin's end: in a range with requests it is the range's longest.
         self._longest = [0]
         for longest in histogram.longest:
             self._longest.append(longest or self._longest[-1])
-        self.count, self._tokens, self._inverses = (
-            _sums(histogram.counts),
-            _sums(histogram.tokens),
-            _sums(histogram.inverses),
-        )
+        self.count, self._tokens = _sums(histogram.counts), _sums(histogram.tokens)
 
     def cost(self, start: int, end: int) -> float:
         count = self.count[end] - self.count[start]
         if count <= 0:
             return 0.0
-        tokens = self._tokens[end] - self._tokens[start]
-        if self._pays_padding:
-            return count * self._longest[end] - tokens
-        return tokens * (self._inverses[end] - self._inverses[start]) / count - count
+        return count * self._longest[end] - (self._tokens[end] - self._tokens[start])
 
 
 def _sums(values: Sequence[float]) -> list[float]:

@@ -7,7 +7,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from bucketserve.core.affinity import MAX_LOOKED_AT, Affinity
-from bucketserve.core.cells import Key
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.lanes import Lane, Lanes
@@ -72,7 +71,8 @@ class BatchFormer:
         self._edges = edges
         self._lives = lives
         self._num_formed = 0
-        self._saving: tuple[RequestId, WorkerState] | None = None
+        self._saved: WorkerState | None = None
+        """Takes nothing while this batch is formed (_save_for)."""
         self._reclaimer = Reclaimer(lives)
         self.preemptions: list[PreemptAtWorker] = []
         """Of this step."""
@@ -84,37 +84,29 @@ class BatchFormer:
 
         Lanes are tried in turn, buckets in the order of their first requests. A first request that fits nowhere is
         passed over, with two exceptions as long as some worker here could take it: if the order is first come, first
-        served, nothing goes before it; and a deferred one has a worker saved for it, or small requests would take each
-        bit of memory as it becomes free.
+        served, nothing goes before it; and a deferred one whose turn it is has a worker saved for it, or small requests
+        would take each bit of memory as it becomes free.
         """
-        self._check_saving()
+        formed = self._form(now_s)
+        if self._saved is not None:
+            self._saved.is_saved, self._saved = False, None
+        return formed
+
+    def _form(self, now_s: float) -> Formed | None:
         candidates = self._fleet.candidates()
         if not candidates:
             if (first := self._first_in_time()) is not None:
                 self._reclaim(first, now_s)
             return None
-        for lane in self._lanes.in_turn():
-            formed = self._form_from(lane, candidates, now_s)
-            if formed is not None:
+        lanes = self._lanes.in_turn()
+        for lane in lanes:
+            if formed := self._form_from(lane, candidates, now_s, is_its_turn=lane is lanes[0]):
                 return formed
-            if self._settings.queue_order is QueueOrder.FCFS:
-                return None
         return None
 
-    def forget(self, request_id: RequestId) -> None:
-        """Gives up the worker saved for a request that does not wait any more."""
-        if self._saving is not None and self._saving[0] == request_id:
-            self._saving[1].saved_for = None
-            self._fleet.changed(self._saving[1])
-            self._saving = None
-
-    def worker_left(self, worker: WorkerState) -> None:
-        """Gives up what was saved at a worker that takes no more."""
-        if self._saving is not None and self._saving[1] is worker:
-            worker.saved_for = None
-            self._saving = None
-
-    def _form_from(self, lane: Lane, candidates: Sequence[WorkerState], now_s: float) -> Formed | None:
+    def _form_from(
+        self, lane: Lane, candidates: Sequence[WorkerState], now_s: float, *, is_its_turn: bool
+    ) -> Formed | None:
         cells = self._lanes.of(lane)
         heads = sorted((key, bucket) for bucket in self._edges.buckets if (key := cells.head(bucket)) is not None)
         for key, bucket in heads:
@@ -124,8 +116,6 @@ class BatchFormer:
             due_s = first.arrival_s + self._settings.batch_patience_s if first.is_resumed else key[0]
             # What is behind it in the lane could go before it for ever, each time that one of them fits.
             is_overdue = lane is Lane.DEFERRED and due_s + self._settings.batch_patience_s <= now_s
-            if is_overdue:
-                self._save_for_none_behind(key)
             placed = self._placed(lane, bucket, first, candidates, now_s)
             if placed is None:
                 continue
@@ -135,8 +125,8 @@ class BatchFormer:
                     return None
                 if lane is Lane.IN_TIME:
                     self._reclaim(first, now_s)
-                if lane is Lane.DEFERRED and due_s <= now_s:
-                    self._save_for(first)
+                if lane is Lane.DEFERRED and is_its_turn and due_s <= now_s:
+                    self._save_for(first, candidates)
                 if is_overdue and self._is_served(first):
                     return None
                 continue
@@ -219,33 +209,18 @@ class BatchFormer:
         """Whether some worker here could be given the request: one that may only come, or leaves, holds nobody up."""
         return any(_could_take(worker, request) for worker in self._fleet)
 
-    def _check_saving(self) -> None:
-        """Gives up a worker that can't take what it is saved for any more: its memory, role or place has changed."""
-        if self._saving is not None:
-            request_id, worker = self._saving
-            request = self._lanes.get(request_id)
-            if request is None or not _could_take(worker, request):
-                self.forget(request_id)
+    def _save_for(self, request: Request, candidates: Sequence[WorkerState]) -> None:
+        """Lets the roomiest worker that could hold the request take nothing else.
 
-    def _save_for_none_behind(self, key: Key) -> None:
-        """Gives up the worker saved for a deferred request that may not go before the one of that key any more."""
-        if self._saving is not None:
-            saved_key = self._lanes.of(Lane.DEFERRED).key(self._saving[0])
-            if saved_key is None or saved_key > key:
-                self.forget(self._saving[0])
-
-    def _save_for(self, request: Request) -> None:
-        """Lets the roomiest worker that could hold the request take nothing else until it does."""
-        if self._saving is not None or not self._lanes.may_save():
-            return
-        able = [worker for worker in self._fleet.candidates() if _could_take(worker, request)]
-        if any(worker.kv_tokens(request) <= worker.room for worker in able):
+        Each time anew, until it has room: since it takes nothing it only becomes roomier, and stays the one.
+        """
+        able = [worker for worker in candidates if _could_take(worker, request)]
+        if self._saved is not None or any(worker.kv_tokens(request) <= worker.room for worker in able):
             # It waits for a place, and that comes without saving.
             return
-        worker = max(able, key=lambda worker: (worker.free_tokens(), worker.worker_id), default=None)
-        if worker is not None:
-            worker.saved_for = request.request_id
-            self._saving = (request.request_id, worker)
+        self._saved = max(able, key=lambda worker: (worker.free_tokens(), worker.worker_id), default=None)
+        if self._saved is not None:
+            self._saved.is_saved = True
 
     def _may_share(self, request: Request, worker: WorkerState, now_s: float) -> bool:
         """Whether what a worker has still to compute, less than a step, meets its targets if a request joins it."""
@@ -294,7 +269,7 @@ class BatchFormer:
             most_tokens -= worker.backlog_tokens()
         alone_s = worker.times.decode_s(worker.num_sequences() + 1, worker.context_tokens_held())
         safe_tokens = worker.safe_tokens(self._settings.memory_reserve)
-        sequences = 1 if worker.saved_for is not None else worker.free_sequences()
+        sequences = worker.free_sequences()
         fair_tokens, num_passed = self._fair_tokens(lane, bucket), 0
         with closing(self._lanes.of(lane).in_order(bucket)) as ordered:
             for waiting in ordered:
@@ -341,12 +316,11 @@ class BatchFormer:
         """Whether the batch with one more request still meets its tightest TTFT, and that TPOT once it decodes."""
         due_s = min(cut.due_s, _due_s(request, now_s))
         if due_s < INFINITY:
-            tokens = cut.prefill_tokens + request.prefill_tokens
             took_s = worker.prefill_in_s(
-                tokens,
+                cut.prefill_tokens + request.prefill_tokens,
                 cut.attention + request.prefill_tokens * request.prompt_tokens,
                 self._settings.max_chunk_tokens,
-                is_small=tokens <= self._settings.small_batch_tokens,
+                shares_steps=True,
             )
             if now_s + took_s > due_s:
                 return False
@@ -371,12 +345,7 @@ class BatchFormer:
             limited_by=limited_by,
             max_chunk_tokens=self._settings.max_chunk_tokens,
         )
-        is_small = cut.prefill_tokens <= self._settings.small_batch_tokens and worker.has_place(
-            self._settings, small=True
-        )
-        worker.assign(batch, chosen, is_small=is_small)
-        if worker.saved_for is not None:
-            self.forget(worker.saved_for)
+        worker.assign(batch, chosen)
         self._fleet.changed(worker)
         return DispatchBatch(batch)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from bucketserve.core.adaptive import LengthHistogram, best_edges, edges_cost, expected_waste
 from bucketserve.core.lanes import Lanes
-from bucketserve.core.paper import algorithm_1, n_max
+from bucketserve.core.paper import THETA, algorithm_1, n_max
 from bucketserve.core.settings import CoreSettings, EdgeRule
 from bucketserve.core.types import Bucket
 from bucketserve.core.waste import Waste
@@ -18,6 +18,17 @@ INITIAL_EDGES = (256, 1024, 4096, 16384)
 """Before anything has arrived: enough to keep short prompts from waiting for long ones."""
 MIN_ARRIVALS = 32
 """Arrivals before the histogram is believed."""
+HALF_LIFE_S = 30.0
+"""Of an arrival in the histogram."""
+LOOK_S = 0.25
+"""Least time between two evaluations of the edges."""
+COOLDOWN_S = 5.0
+"""Adaptive: least time between two changes."""
+GAIN = 0.1
+"""Adaptive: least relative gain for a change (hysteresis)."""
+MAX_BUCKETS = 8
+MIN_SHARE = 0.05
+"""Adaptive: least share of the arriving requests in a bucket."""
 
 
 class EdgeChooser:
@@ -27,9 +38,9 @@ class EdgeChooser:
         """Starts with one bucket, or, adaptive, with round edges until arrivals have been seen."""
         self._settings = settings
         self._last_edge = context_tokens + 1
-        self._histogram = LengthHistogram(context_tokens, settings.histogram_half_life_s)
+        self._histogram = LengthHistogram(context_tokens, HALF_LIFE_S)
         self._next_s = 0.0
-        self._interval_s = settings.rebucket_interval_s
+        self._interval_s = LOOK_S
         self._changed_s = float("-inf")
         self._num_arrivals = 0
         first = INITIAL_EDGES if settings.edges is EdgeRule.ADAPTIVE else ()
@@ -53,10 +64,6 @@ class EdgeChooser:
         self._num_arrivals += 1
         self._histogram.add(length, now_s)
 
-    def token_rate(self, bucket: Bucket, now_s: float) -> float:
-        """Returns the prompt tokens per second that arrive in a bucket."""
-        return self._histogram.token_rate(bucket.low, bucket.high, now_s)
-
     def predicted_waste(self) -> Waste:
         """Returns the waste of prompts padded to their bucket's upper edge, over the lengths that arrive."""
         return expected_waste(self._histogram, self.edges)
@@ -65,12 +72,11 @@ class EdgeChooser:
         """Looks at the edges if it is time to; returns whether they changed."""
         if now_s < self._next_s or self._settings.edges is EdgeRule.NONE:
             return False
-        known = list(workers)
         self._next_s = now_s + self._interval_s
         if self._settings.edges is EdgeRule.PAPER:
-            edges = self._paper_edges(waiting, known)
+            edges = self._paper_edges(waiting, list(workers))
         else:
-            edges = self._adaptive_edges(known, now_s)
+            edges = self._adaptive_edges(now_s)
         if edges == self.edges:
             return False
         self._set(edges, waiting)
@@ -84,28 +90,26 @@ class EdgeChooser:
         return algorithm_1(
             self.edges,
             n_max(safe_tokens, waiting.longest()),
-            self._settings.theta,
+            THETA,
             lambda bucket: waiting.count(bucket)[0],
             waiting.count_below,
         )
 
-    def _adaptive_edges(self, workers: Sequence[WorkerState], now_s: float) -> tuple[int, ...]:
-        if self._num_arrivals < MIN_ARRIVALS or now_s - self._changed_s < self._settings.edge_cooldown_s:
+    def _adaptive_edges(self, now_s: float) -> tuple[int, ...]:
+        if self._num_arrivals < MIN_ARRIVALS or now_s - self._changed_s < COOLDOWN_S:
             return self.edges
-        pays_padding = any(worker.pays_padding for worker in workers)
         edges, cost = best_edges(
             self._histogram,
-            max_buckets=self._settings.max_buckets,
-            min_share=self._settings.min_bucket_share,
-            pays_padding=pays_padding,
+            max_buckets=MAX_BUCKETS,
+            min_share=MIN_SHARE,
         )
-        present = edges_cost(self._histogram, self.edges, pays_padding=pays_padding)
+        present = edges_cost(self._histogram, self.edges)
         # Hysteresis: a change must be worth it, or edges would follow the noise of arrivals.
-        if cost < present * (1 - self._settings.edge_gain):
-            self._interval_s = self._settings.rebucket_interval_s
+        if cost < present * (1 - GAIN):
+            self._interval_s = LOOK_S
             return edges
         # Nothing to gain: look again later and later, so that the programme stays a small share of the time.
-        self._interval_s = min(self._interval_s * 2, self._settings.edge_cooldown_s)
+        self._interval_s = min(self._interval_s * 2, COOLDOWN_S)
         return self.edges
 
     def _set(self, edges: tuple[int, ...], waiting: Lanes) -> None:

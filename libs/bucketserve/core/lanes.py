@@ -91,10 +91,6 @@ class Lanes:
         lanes = tuple(lane for lane in Lane if len(self._cells[lane]))
         return lanes[::-1] if len(lanes) > 1 and self._owed > 0 else lanes
 
-    def may_save(self) -> bool:
-        """Whether deferred requests have not had more than their share, or nobody else waits: one may be helped."""
-        return self._owed >= 0 or not len(self._cells[Lane.IN_TIME])
-
     def dispatched(self, lane: Lane, tokens: int) -> None:
         """Books tokens that went to a worker; what a lane gets while the other is empty costs it nothing."""
         if lane is Lane.DEFERRED:

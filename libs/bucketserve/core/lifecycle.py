@@ -79,7 +79,6 @@ class Life:
     """Of the only engine that could go on with it: the one whose tokens it has, or that has it; None: any may."""
     is_leaving: bool = False
     """Its worker was told to let it go."""
-    prefilled_s: float | None = None
     is_cancelled: bool = False
     """Nobody waits for it any more, and it has not been heard yet that its worker has stopped."""
 
@@ -221,11 +220,10 @@ class Lifecycle:
         life.go(State.WAITING)
         life.worker_id = None
 
-    def prefilled(self, life: Life, now_s: float) -> None:
+    def prefilled(self, life: Life) -> None:
         """Its prompt is computed where it is."""
         if life.state is State.PREFILL:
             life.go(State.DECODE)
-        life.prefilled_s = now_s
 
     def hold(self, life: Life) -> None:
         """Its KV waits for a decode worker."""

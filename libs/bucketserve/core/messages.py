@@ -152,15 +152,12 @@ class WorkerJoined:
     role: WorkerRole
     headroom: Headroom
     context_tokens: int
-    pays_padding: bool
     fingerprint: str = ""
     """Of weights, number type and engine: workers with the same generate the same."""
     tokenizer: str = ""
     """Fingerprint of its model's tokenizer; empty: it knows of none."""
     has_grammars: bool = False
     """Whether its engine can constrain output."""
-    keeps_kv: bool = False
-    """It hands no KV over and takes none: its role is both and stays so."""
     running: tuple[RunningRequest, ...] = ()
     """Requests that the worker still has from before."""
     is_delivering: bool = False

@@ -20,6 +20,9 @@ from bucketserve.core.types import Request, RequestClass
 
 __all__ = ["latest_start_s", "order_key"]
 
+TOKEN_S = 0.002
+"""SJF/LJF: how much later or earlier a prompt token makes a batch-class request count."""
+
 
 def order_key(
     request: Request, settings: CoreSettings, *, prefill_s: float = 0.0, cost_s: float = 0.0, lead_s: float = 0.0
@@ -39,9 +42,7 @@ def order_key(
     if request.request_class is RequestClass.INTERACTIVE:
         slack_s = latest_start_s(request, settings, prefill_s) - request.arrival_s
         return request.arrival_s + slack_s + settings.cost_weight * cost_s + lead_s
-    length_s = request.prefill_tokens * settings.batch_order_s_per_token
-    if settings.batch_order is BatchOrder.FCFS:
-        length_s = 0.0
+    length_s = request.prefill_tokens * TOKEN_S
     sign = -1.0 if settings.batch_order is BatchOrder.LJF else 1.0
     # LJF brings long ones forward, but never before their arrival.
     return request.arrival_s + max(settings.batch_patience_s + sign * length_s, 0.0) + lead_s

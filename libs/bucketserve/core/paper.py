@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from bucketserve.core.types import Bucket
 
 __all__ = [
+    "THETA",
     "algorithm_1",
     "expected_waste_relative",
     "expected_waste_tokens",
@@ -20,6 +21,9 @@ __all__ = [
     "upper_bound",
     "waste_ratio",
 ]
+
+THETA = 0.5
+"""A bucket splits when more than this share of it lies below its middle."""
 
 
 def kv_bytes(num_layers: int, num_heads: int, head_dim: int, max_tokens: int, bytes_per_value: int, batch: int) -> int:

@@ -7,13 +7,14 @@ wait as ever until there has been none for as long; from then on there is no mod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from bucketserve.core.due import DueTimes
 from bucketserve.core.fleet import Fleet
+from bucketserve.core.lanes import Lane, Lanes
 from bucketserve.core.lifecycle import Life, Lifecycle, State
 from bucketserve.core.messages import DropReason
-from bucketserve.core.types import Request, RequestId
+from bucketserve.core.types import Bucket, Request, RequestId
 
 __all__ = ["PATIENCE_S", "PULL_S", "REJOIN_S", "Patience"]
 
@@ -82,6 +83,22 @@ class Patience:
     def fits(self, request: Request) -> bool:
         """Whether some worker may serve the request and could hold it if it were empty."""
         return self._fleet.serves(request) and self._fleet.could_hold(request)
+
+    def beyond_all(self, lanes: Lanes, buckets: Sequence[Bucket], now_s: float) -> Iterator[Request]:
+        """Yields waiting requests that are late and that no worker here may serve, or could hold even if it were empty.
+
+        They were admitted while there was another worker, or none: one may still come, and they are in nobody's way.
+        The caller parks each before it asks for the next.
+        """
+        if not len(self._fleet):
+            return
+        for cells in (lanes.of(lane) for lane in Lane):
+            for bucket in buckets if len(cells) else ():
+                while (key := cells.head(bucket)) is not None and key[0] < now_s:
+                    request = cells.get(RequestId(key[2]))
+                    if request is None or self.fits(request):
+                        break
+                    yield request
 
     def held(self, request_id: RequestId, since_s: float) -> None:
         """Notes since when a worker that has joined holds a request's KV: if it is stuck, it has been since then."""

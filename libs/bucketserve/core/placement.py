@@ -1,26 +1,22 @@
-"""Which worker: filters, then scorers in [0, 1], then the best."""
+"""Which worker: filters, then the least loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.types import Request, WorkerRole
 from bucketserve.core.workers import WorkerState
 
-__all__ = ["LOAD_SCORERS", "can_take", "load_score", "place"]
-
-LoadScorer = Callable[[WorkerState], float]
+__all__ = ["can_take", "load_score", "place"]
 
 
 def can_take(request: Request, prefill_tokens: int, worker: WorkerState, settings: CoreSettings) -> bool:
     """Whether a worker may be given the request now, of which it has to compute that many prompt tokens."""
-    if worker.role is WorkerRole.DECODE:
+    if worker.role is WorkerRole.DECODE or worker.is_saved:
         return False
     # What fails most often, and costs least to ask, comes first.
     if worker.kv_tokens(request) > worker.room or worker.free_sequences() < 1:
-        return False
-    if worker.saved_for is not None and worker.saved_for != request.request_id:
         return False
     is_small = prefill_tokens <= settings.small_batch_tokens
     if not (worker.has_place(settings, small=False) or (is_small and worker.has_place(settings, small=True))):
@@ -28,31 +24,9 @@ def can_take(request: Request, prefill_tokens: int, worker: WorkerState, setting
     return worker.could_serve(request)
 
 
-def by_queue(worker: WorkerState) -> float:
-    """Prefers workers without a batch before this one: it starts at once."""
-    return 1.0 / (1 + len(worker.outstanding))
-
-
-def by_free_kv(worker: WorkerState) -> float:
-    """Prefers workers with much free KV: a larger batch fits."""
-    return max(worker.free_tokens(), 0) / max(worker.headroom.kv_total_tokens, 1)
-
-
-def by_decodes(worker: WorkerState) -> float:
-    """Prefers workers with few running sequences: their steps are short, and a prompt disturbs fewer."""
-    return 1.0 - min(worker.num_sequences() / max(worker.headroom.max_sequences, 1), 1.0)
-
-
-LOAD_SCORERS: tuple[tuple[float, LoadScorer], ...] = ((2.0, by_queue), (1.0, by_free_kv), (0.5, by_decodes))
-"""Weight and scorer of a worker's load."""
-
-
 def load_score(worker: WorkerState) -> float:
-    """Returns the weighted sum of the load scorers."""
-    score = 0.0
-    for weight, scorer in LOAD_SCORERS:
-        score += weight * scorer(worker)
-    return score
+    """Returns how little a worker has to do: without a batch before this one it starts at once; then by free KV."""
+    return 2.0 / (1 + len(worker.outstanding)) + max(worker.free_tokens(), 0) / max(worker.headroom.kv_total_tokens, 1)
 
 
 def place(request: Request, candidates: Sequence[WorkerState], settings: CoreSettings) -> WorkerState | None:

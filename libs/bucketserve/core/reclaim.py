@@ -35,7 +35,7 @@ class Reclaimer:
             if worker.kv_tokens(request) <= worker.room and worker.free_sequences() > 0:
                 return []
             # What becomes free at one that is saved is another's.
-            may_give = worker.batch_class and worker.saved_for is None
+            may_give = worker.batch_class and not worker.is_saved
             victims = self._victims(request, worker, reserve) if may_give else None
             if victims is None:
                 continue

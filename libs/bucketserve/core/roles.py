@@ -22,6 +22,10 @@ from bucketserve.core.workers import WorkerState
 __all__ = ["RoleBalancer"]
 
 LOOK_S = 0.5
+HOLD_S = 5.0
+"""How long one side must be short of workers before another one joins it."""
+COOLDOWN_S = 15.0
+"""Least time between two switches."""
 PREFILL_SHORT = 0.5
 """Share of the default TTFT target that the prefill queue may take; beyond it prefill is short."""
 PREFILL_SPARE = 0.2
@@ -58,11 +62,7 @@ class RoleBalancer:
         short = self._short_side()
         if short is None or self._short is None or self._short[0] != short:
             self._short = (short, now_s) if short is not None else None
-        if (
-            self._short is None
-            or now_s - self._short[1] < self._settings.role_hold_s
-            or now_s - self._switched_s < self._settings.role_cooldown_s
-        ):
+        if self._short is None or now_s - self._short[1] < HOLD_S or now_s - self._switched_s < COOLDOWN_S:
             return []
         role, fingerprint = self._short[0]
         giver = WorkerRole.DECODE if role is WorkerRole.PREFILL else WorkerRole.PREFILL

@@ -14,8 +14,7 @@ from bucketserve.core.batching import BatchFormer
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.handover import Handover
-from bucketserve.core.lanes import Lane, Lanes
-from bucketserve.core.layout import LayoutChooser
+from bucketserve.core.lanes import Lanes
 from bucketserve.core.leaving import Leaving
 from bucketserve.core.lifecycle import Life, Lifecycle, State
 from bucketserve.core.messages import (
@@ -56,7 +55,7 @@ from bucketserve.core.roles import RoleBalancer
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.tenants import TenantBook
 from bucketserve.core.types import FinishReason, Request, RequestId, RunningRequest, WorkerId
-from bucketserve.core.views import BucketView, CoreView
+from bucketserve.core.views import CoreView, view
 from bucketserve.core.waste import WasteBook
 from bucketserve.core.workers import WorkerState
 
@@ -80,7 +79,6 @@ class SchedulerCore:
         self._former = BatchFormer(settings, self._lanes, self._fleet, self._edges, self._lives, self._affinity)
         self._handover = Handover(self._fleet)
         self._roles = RoleBalancer(settings, self._fleet, self._lanes, self._handover)
-        self._layout = LayoutChooser(settings, self._fleet)
         self._tenants = TenantBook()
         self._admission = Admission(settings, self._lanes, self._fleet, self._tenants)
         self._queue = Queue(settings, self._lanes, self._fleet, self._tenants, self._admission)
@@ -112,19 +110,7 @@ class SchedulerCore:
 
     def status(self) -> CoreView:
         """Returns buckets, totals and roles. O(cells + workers)."""
-        views = []
-        for bucket in self._edges.buckets:
-            number, tokens = self._lanes.count(bucket)
-            views.append(BucketView(bucket, number, tokens))
-        return CoreView(
-            tuple(views),
-            len(self._lanes),
-            len(self._lanes.of(Lane.DEFERRED)),
-            self._lives.num_at_workers,
-            self._edges.predicted_waste(),
-            self._waste.observed(),
-            {worker.worker_id: worker.role for worker in self._fleet},
-        )
+        return view(self._lanes, self._edges, self._lives, self._fleet, self._waste)
 
     def step(self, events: Sequence[Event], now_s: float) -> Decision:
         """Returns what to do about the events at that time.
@@ -144,7 +130,6 @@ class SchedulerCore:
             self._commands.append(ChangeEdges(self._edges.edges))
         if counts := self._fleet.outputs.to_save(now_s):
             self._commands.append(SaveOutputs(counts))
-        self._commands += self._layout.update(now_s)
         self._commands += self._roles.update(now_s)
         self._mind_orphans(now_s)
         self._hand_over(now_s)
@@ -184,7 +169,7 @@ class SchedulerCore:
             case RequestFinished():
                 self._finish(event, now_s)
             case BatchPrefilled():
-                self._prefilled(event, now_s)
+                self._prefilled(event)
             case KvPulled():
                 self._pulled(event, now_s)
             case _:
@@ -202,14 +187,11 @@ class SchedulerCore:
                 if worker := self._fleet.get(worker_id):
                     leaves = self._fleet.away if isinstance(event, WorkerAway) else self._fleet.drain
                     leaves(worker)
-                    self._former.worker_left(worker)
             case WorkerLost(worker_id=worker_id):
                 worker = self._fleet.leave(worker_id)
                 self._affinity.index.leave(worker_id)
-                if worker is not None:
-                    self._former.worker_left(worker)
-                    if worker.is_delivering and not worker.is_released:
-                        self._leaving.lost(worker, now_s)
+                if worker is not None and worker.is_delivering and not worker.is_released:
+                    self._leaving.lost(worker, now_s)
                 for life in self._lives.at(worker_id):
                     self._drop(life, DropReason.WORKER_LOST, now_s)
 
@@ -288,7 +270,6 @@ class SchedulerCore:
             self._leaving.expect(life, now_s)
             self._end(life, now_s)
         else:
-            self._layout.finished(life.request, life.prefilled_s, event.output_tokens, now_s)
             self._end(life, now_s, event.output_tokens)
             self._admission.drain.finished(life.request.prefill_tokens, now_s)
         if event.reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -309,7 +290,7 @@ class SchedulerCore:
             self._fleet.learn(worker, sample)
         self._fleet.changed(worker)
 
-    def _prefilled(self, event: BatchPrefilled, now_s: float) -> None:
+    def _prefilled(self, event: BatchPrefilled) -> None:
         worker = self._fleet.get(event.worker_id)
         if worker is None:
             return
@@ -318,7 +299,7 @@ class SchedulerCore:
             life = self._lives.in_state(request_id, State.PREFILL, State.DECODE)
             if life is not None and life.is_of(event.worker_id, event.assignment):
                 worker.prefilled(request_id)
-                self._lives.prefilled(life, now_s)
+                self._lives.prefilled(life)
                 self._affinity.computed(life.request, event.worker_id, cached.get(request_id))
         for request_id in event.held:
             self._hold(request_id, event.worker_id, event.assignment)
@@ -354,8 +335,6 @@ class SchedulerCore:
             self._commands.append(PlaceRequest(life.request.request_id, life.worker_id))
 
     def _join(self, event: WorkerJoined, now_s: float) -> None:
-        if older := self._fleet.get(event.worker_id):
-            self._former.worker_left(older)
         self._extend(event.context_tokens)
         worker = WorkerState.joined(event, self._fleet.outputs)
         for at in event.running:
@@ -426,8 +405,7 @@ class SchedulerCore:
 
     def _dequeue(self, request_id: RequestId) -> None:
         self._patience.adopted(request_id)
-        if self._queue.leave(request_id):
-            self._former.forget(request_id)
+        self._queue.leave(request_id)
 
     def _mind_orphans(self, now_s: float) -> None:
         for request in self._patience.adoptable():
@@ -448,7 +426,9 @@ class SchedulerCore:
         if not len(self._lanes):
             return
         self._lanes.defer_late(now_s)
-        self._set_aside_what_nobody_takes(now_s)
+        for request in self._patience.beyond_all(self._lanes, self._edges.buckets, now_s):
+            self._dequeue(request.request_id)
+            self._patience.orphan(request, now_s)
         while len(self._lanes) and (formed := self._former.form(now_s)) is not None:
             batch = formed.command.batch
             for request in formed.requests:
@@ -459,25 +439,6 @@ class SchedulerCore:
             self._waste.add(batch)
             self._commands.append(formed.command)
         self._commands += self._former.preemptions
-
-    def _set_aside_what_nobody_takes(self, now_s: float) -> None:
-        """Parks requests that are late and that no worker here may serve, or could hold even if it were empty.
-
-        They were admitted while there was another worker, or none: one may still come, and they are in nobody's way.
-        """
-        if not len(self._fleet):
-            return
-        for lane in Lane:
-            cells = self._lanes.of(lane)
-            if not len(cells):
-                continue
-            for bucket in self._edges.buckets:
-                while (key := cells.head(bucket)) is not None and key[0] < now_s:
-                    request = cells.get(RequestId(key[2]))
-                    if request is None or self._patience.fits(request):
-                        break
-                    self._dequeue(request.request_id)
-                    self._patience.orphan(request, now_s)
 
     def _hand_over(self, now_s: float) -> None:
         pulls, stuck = self._handover.pulls(self._lives.held_at)

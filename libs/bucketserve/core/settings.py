@@ -37,8 +37,6 @@ class BatchOrder(enum.Enum):
     """Shortest first: requests per second."""
     LJF = "ljf"
     """Longest first: tokens per second."""
-    FCFS = "fcfs"
-    """By arrival."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,18 +48,6 @@ class CoreSettings:
     """
 
     edges: EdgeRule = EdgeRule.ADAPTIVE
-    theta: float = 0.5
-    """Algorithm 1: a bucket splits when more than this share lies below its middle."""
-    max_buckets: int = 8
-    rebucket_interval_s: float = 0.25
-    """Least time between two evaluations of the edges."""
-    edge_cooldown_s: float = 5.0
-    """Adaptive: least time between two changes."""
-    edge_gain: float = 0.1
-    """Adaptive: least relative gain for a change (hysteresis)."""
-    min_bucket_share: float = 0.05
-    """Adaptive: least share of the arriving requests in a bucket."""
-    histogram_half_life_s: float = 30.0
 
     output_quantile: float = 0.6
     """Requests count with this quantile of what outputs like theirs were, where KV grows as it is used."""
@@ -96,25 +82,9 @@ class CoreSettings:
     """Target of interactive requests that name none."""
     batch_patience_s: float = 600.0
     """A batch-class request comes before interactive ones that arrive this much later."""
-    batch_order_s_per_token: float = 0.002
-    """SJF/LJF: how much later or earlier a prompt token makes a batch-class request count."""
 
     switch_roles: bool = False
     """Workers of role prefill and decode change sides with the load (core/roles.py)."""
-    role_hold_s: float = 5.0
-    """How long one side must be short of workers before another one joins it."""
-    role_cooldown_s: float = 15.0
-    """Least time between two switches."""
-
-    choose_layout: bool = False
-    """Whether all workers do everything or half of them prefill and half decode is decided by trial (core/layout.py);
-    for workers of one kind."""
-    layout_window_s: float = 30.0
-    """Least length of a window of a trial."""
-    layout_retry_s: float = 300.0
-    """Least time between two trials while the mix stays; doubles each time that one changes nothing."""
-    default_tpot_s: float = 0.1
-    """What choose_layout judges by where a request names no target."""
 
     max_queued_requests: int = 100_000
     max_queued_tokens: int = 50_000_000
@@ -134,13 +104,6 @@ class CoreSettings:
         problems = [
             f"{name} = {getattr(self, name)}: must be {rule}"
             for name, rule, is_good in (
-                ("theta", "in (0, 1)", 0 < self.theta < 1),
-                ("max_buckets", "at least 1", self.max_buckets >= 1),
-                ("rebucket_interval_s", "positive", self.rebucket_interval_s > 0),
-                ("edge_cooldown_s", "at least 0", self.edge_cooldown_s >= 0),
-                ("edge_gain", "in [0, 1)", 0 <= self.edge_gain < 1),
-                ("min_bucket_share", "in [0, 1)", 0 <= self.min_bucket_share < 1),
-                ("histogram_half_life_s", "positive", self.histogram_half_life_s > 0),
                 ("output_quantile", "in (0, 1)", 0 < self.output_quantile < 1),
                 ("memory_reserve", "in [0, 1)", 0 <= self.memory_reserve < 1),
                 ("max_batch_tokens", "at least 1", self.max_batch_tokens >= 1),
@@ -152,12 +115,6 @@ class CoreSettings:
                 ("late_kv_share", "in (0, 1]", 0 < self.late_kv_share <= 1),
                 ("default_ttft_s", "positive", self.default_ttft_s > 0),
                 ("batch_patience_s", "at least 0", self.batch_patience_s >= 0),
-                ("batch_order_s_per_token", "at least 0", self.batch_order_s_per_token >= 0),
-                ("role_hold_s", "at least 0", self.role_hold_s >= 0),
-                ("role_cooldown_s", "at least 0", self.role_cooldown_s >= 0),
-                ("layout_window_s", "positive", self.layout_window_s > 0),
-                ("layout_retry_s", "at least 0", self.layout_retry_s >= 0),
-                ("default_tpot_s", "positive", self.default_tpot_s > 0),
                 ("max_queued_requests", "at least 1", self.max_queued_requests >= 1),
                 ("max_queued_tokens", "at least 1", self.max_queued_tokens >= 1),
                 ("max_batch_share", "in (0, 1]", 0 < self.max_batch_share <= 1),

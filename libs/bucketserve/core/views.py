@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bucketserve.core.edges import EdgeChooser
+from bucketserve.core.fleet import Fleet
+from bucketserve.core.lanes import Lane, Lanes
+from bucketserve.core.lifecycle import Lifecycle
 from bucketserve.core.types import Bucket, WorkerId, WorkerRole
-from bucketserve.core.waste import Waste
+from bucketserve.core.waste import Waste, WasteBook
 
-__all__ = ["BucketView", "CoreView"]
+__all__ = ["BucketView", "CoreView", "view"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +38,16 @@ class CoreView:
     """Of the batches so far, if each were padded to its longest prompt."""
     roles: Mapping[WorkerId, WorkerRole]
     """Of the workers, as they are now."""
+
+
+def view(lanes: Lanes, edges: EdgeChooser, lives: Lifecycle, fleet: Fleet, waste: WasteBook) -> CoreView:
+    """Returns what the core's parts say now. O(cells + workers)."""
+    return CoreView(
+        buckets=tuple(BucketView(bucket, *lanes.count(bucket)) for bucket in edges.buckets),
+        num_waiting=len(lanes),
+        num_deferred=len(lanes.of(Lane.DEFERRED)),
+        num_running=lives.num_at_workers,
+        predicted_waste=edges.predicted_waste(),
+        observed_waste=waste.observed(),
+        roles={worker.worker_id: worker.role for worker in fleet},
+    )

@@ -44,7 +44,6 @@ class WorkerState:
     role: WorkerRole
     headroom: Headroom
     context_tokens: int
-    pays_padding: bool
     outputs: OutputBook
     """Of the model; shared by its workers."""
     kv: KvBook
@@ -52,8 +51,6 @@ class WorkerState:
     fingerprint: str = ""
     tokenizer: str = ""
     has_grammars: bool = False
-    keeps_kv: bool = False
-    """Its role is both and stays so."""
     generation: int = 0
     """Counts up with each fingerprint that is new to the fleet: new requests prefer the newest."""
     times: StepTimes = field(default_factory=StepTimes)
@@ -64,8 +61,6 @@ class WorkerState:
     """Requests whose KV is on its way here: tokens to hold, counted here and at the source until it has arrived."""
     outstanding: dict[BatchId, set[RequestId]] = field(default_factory=dict)
     """Batches whose prompts aren't all computed: the requests still to come."""
-    small: set[BatchId] = field(default_factory=set)
-    """Those of them that are small (CoreSettings.small_batch_tokens)."""
     batch_of: dict[RequestId, BatchId] = field(default_factory=dict)
     """The outstanding batch of each such request."""
     requests: set[RequestId] = field(default_factory=set)
@@ -77,8 +72,8 @@ class WorkerState:
     """KV tokens that interactive ones among them are likely to need that were late when they were sent."""
     released: list[int] = field(default_factory=list)
     """KV tokens of each request that has left since its report, which may not say yet that they are free."""
-    saved_for: RequestId | None = None
-    """Takes nothing but this request, so that its memory becomes free."""
+    is_saved: bool = False
+    """Takes nothing now, so that its memory becomes free for a deferred request (core/batching.py)."""
     is_away: bool = False
     """Its stream broke, and it may come back."""
     is_draining: bool = False
@@ -92,7 +87,7 @@ class WorkerState:
     version: int = 0
     """Counts changes that matter to placement; load and room are as of the last one (core/fleet.py keeps them)."""
     load: float = 0.0
-    """Weighted sum of the load scorers (core/placement.py)."""
+    """Score of its load (core/placement.py): the greater, the less it has to do."""
     room: int = 0
     """KV tokens that a single request may take."""
     decodable_tokens: int = 0
@@ -108,12 +103,10 @@ class WorkerState:
             role=event.role,
             headroom=event.headroom,
             context_tokens=event.context_tokens,
-            pays_padding=event.pays_padding,
             fingerprint=event.fingerprint,
             tokenizer=event.tokenizer,
             is_delivering=event.is_delivering,
             has_grammars=event.has_grammars,
-            keeps_kv=event.keeps_kv,
             num_assigned=event.headroom.last_assignment,
             outputs=outputs,
             kv=KvBook(outputs),
@@ -155,10 +148,8 @@ class WorkerState:
         while self.unaccounted and self.unaccounted[0].assignment <= headroom.last_assignment:
             self.unaccounted.popleft()
 
-    def assign(self, batch: Batch, requests: Sequence[Request], *, is_small: bool = False) -> None:
+    def assign(self, batch: Batch, requests: Sequence[Request]) -> None:
         """Notes a batch given to it."""
-        if is_small:
-            self.small.add(batch.batch_id)
         kv_tokens = sum(self._kv_tokens_at_first(request) for request in requests)
         self.unaccounted.append(
             _Unaccounted(batch.batch_id, batch.assignment, kv_tokens, batch.prefill_tokens, len(requests))
@@ -213,7 +204,6 @@ class WorkerState:
             left.discard(request_id)
             if not left:
                 del self.outstanding[batch_id]
-                self.small.discard(batch_id)
 
     def release(self, request: Request) -> None:
         """Forgets a request that has left."""
@@ -317,7 +307,7 @@ class WorkerState:
         """Whether it may be given another batch, a small one or one of any size."""
         if small:
             is_long = self.backlog_tokens() > settings.max_batch_tokens
-            return is_long and bool(settings.small_batch_tokens) and not self.small
+            return is_long and bool(settings.small_batch_tokens) and len(self.outstanding) < 2
         return self.backlog_tokens() < settings.fill_tokens
 
     def num_sequences(self) -> int:
@@ -345,14 +335,15 @@ class WorkerState:
         """KV tokens in use or reserved, by its report."""
         return self.headroom.kv_total_tokens - self.headroom.kv_free_tokens
 
-    def prefill_in_s(self, num_tokens: int, attention: int, max_chunk_tokens: int, *, is_small: bool = False) -> float:
+    def prefill_in_s(
+        self, num_tokens: int, attention: int, max_chunk_tokens: int, *, shares_steps: bool = False
+    ) -> float:
         """Returns when that many further prompt tokens are computed, in seconds from now.
 
-        They come after its backlog, and in chunks while it has decodes running. A small batch shares the steps of the
-        backlog by halves.
+        They come after its backlog, or share steps with it by halves, and in chunks while it has decodes running.
         """
         backlog = self.backlog_tokens()
-        tokens = num_tokens + (min(backlog, num_tokens) if is_small else backlog)
+        tokens = num_tokens + (min(backlog, num_tokens) if shares_steps else backlog)
         running = self.headroom.num_running
         if not running:
             return self.times.step_s(tokens, attention, 0, 0)

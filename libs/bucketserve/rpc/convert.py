@@ -126,12 +126,10 @@ def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
         role=role_from_pb(hello.role),
         headroom=headroom_from_pb(hello.report),
         context_tokens=hello.context_tokens,
-        pays_padding=hello.pays_padding,
         fingerprint=hello.fingerprint,
         tokenizer=hello.tokenizer,
         is_delivering=hello.report.is_delivering,
         has_grammars=hello.has_grammars,
-        keeps_kv=hello.keeps_kv,
         running=tuple(
             RunningRequest(
                 request_id=RequestId(at.run_id),

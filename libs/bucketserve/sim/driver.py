@@ -38,7 +38,7 @@ from bucketserve.core.messages import (
 )
 from bucketserve.core.types import Batch, FinishReason, Request, RequestClass, RequestId, WorkerId
 from bucketserve.sim.errors import SimulationError
-from bucketserve.sim.latency import CostMode, DeviceModel
+from bucketserve.sim.latency import DeviceModel
 from bucketserve.sim.ledger import Ledger, Outcome, Record
 from bucketserve.sim.sequence import SimSequence, StepOutcome, WorkerSpec
 from bucketserve.sim.slo import Slo
@@ -229,7 +229,6 @@ class Simulation:
             role=worker.role,
             headroom=worker.headroom(),
             context_tokens=self._device.context_tokens,
-            pays_padding=worker.spec.cost is CostMode.PADDED,
         )
 
     def _happen(self, entry: tuple[float, int, SimWorker | _Move | None], events: list[Event]) -> None:

@@ -312,8 +312,6 @@ class SimWorker:
         sequence.num_generated += 1
         if sequence.num_generated == 1:
             sequence.first_token_s = now_s
-            assert self.end_s is not None  # a step is ending
-            sequence.first_token_s = self.end_s
             outcome.prefilled.append(sequence)
         if sequence.block_hashes:
             self._prefixes.hold(sequence.block_hashes)

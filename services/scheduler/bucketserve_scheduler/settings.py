@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -29,16 +29,10 @@ class SchedulerSettings(Section):
     scheduler_id: str = Field("", description="unique per process; default: host name and process id")
     policy: Literal["adaptive", "paper"] = Field("adaptive", description="adaptive, or Algorithm 1 of the paper")
     batch_order: Literal["sjf", "ljf"] = Field(
-        cast(Literal["sjf", "ljf"], CORE.batch_order.value), description="order of batch-class requests in a bucket"
+        CORE.batch_order.value, description="order of batch-class requests in a bucket"
     )
     default_ttft_s: float = Field(
         CORE.default_ttft_s, gt=0, description="TTFT target of interactive requests that name none, seconds"
-    )
-    deferred_share: float = Field(
-        CORE.deferred_share,
-        gt=0,
-        lt=1,
-        description="share of tokens owed to late and batch-class requests while others wait as well",
     )
     late_kv_share: float = Field(
         CORE.late_kv_share,
@@ -53,27 +47,9 @@ class SchedulerSettings(Section):
     max_chunk_tokens: int = Field(
         CORE.max_chunk_tokens, ge=0, description="most prompt tokens a step beside decodes; 0: no limit"
     )
-    small_batch_tokens: int = Field(
-        CORE.small_batch_tokens,
-        ge=0,
-        description="batches of up to so many prompt tokens also go to workers that are busy with longer prompts and "
-        "share their steps; 0: no",
-    )
     switch_roles: bool = Field(
         CORE.switch_roles,
         description="workers of role prefill and decode change sides with the load; each side keeps one",
-    )
-    choose_layout: bool = Field(
-        CORE.choose_layout,
-        description="whether all workers do everything, or half prefill and half decode, is decided by trial; "
-        "for workers of one kind",
-    )
-    layout_window_s: float = Field(
-        CORE.layout_window_s, gt=0, description="least length of one window of such a trial, seconds"
-    )
-    layout_retry_s: float = Field(CORE.layout_retry_s, ge=0, description="least time between two trials, seconds")
-    default_tpot_s: float = Field(
-        CORE.default_tpot_s, gt=0, description="TPOT that trials judge by if a request names no target, seconds"
     )
     max_queued_requests: int = Field(CORE.max_queued_requests, ge=1, description="requests that may wait, per model")
     max_queued_tokens: int = Field(CORE.max_queued_tokens, ge=1, description="prompt tokens that may wait, per model")

@@ -166,7 +166,6 @@ class Worker:
             role=self.role,
             headroom=self.headroom(),
             context_tokens=self.context_tokens,
-            pays_padding=False,
             fingerprint=self.fingerprint,
             tokenizer=self.tokenizer,
             running=running,

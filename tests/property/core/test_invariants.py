@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,21 @@ from bucketserve.core.types import FinishReason, Request, RequestClass, RequestI
 from tests.builders import a_request, headroom
 from tests.property.core.peers import Worker
 from tests.property.core.world import CONTEXT, World
+
+
+@pytest.fixture(scope="module", autouse=True)
+def much_changes_in_a_short_time() -> Iterator[None]:
+    """Edges and roles change within the seconds that a world lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, seconds in (
+            ("edges.COOLDOWN_S", 0.2),
+            ("edges.LOOK_S", 0.1),
+            ("roles.HOLD_S", 0.2),
+            ("roles.COOLDOWN_S", 0.5),
+        ):
+            patch.setattr(f"bucketserve.core.{name}", seconds)
+        yield
+
 
 # --- what happens in a world ------------------------------------------------------------------------------------
 
@@ -250,15 +266,8 @@ core_settings = st.builds(
     fill_tokens=st.sampled_from([1, 64, 1024]),
     small_batch_tokens=st.sampled_from([0, 64, 256]),
     max_queued_requests=st.sampled_from([5, 1000, 1000]),
-    edge_cooldown_s=st.just(0.2),
-    rebucket_interval_s=st.just(0.1),
     batch_patience_s=st.just(60.0),
     switch_roles=st.booleans(),
-    role_hold_s=st.just(0.2),
-    role_cooldown_s=st.just(0.5),
-    choose_layout=st.booleans(),
-    layout_window_s=st.just(0.5),
-    layout_retry_s=st.just(1.0),
 )
 CROWDED: list[Callable[[World, Worker, random.Random], None]] = [
     *[crowd] * 10,

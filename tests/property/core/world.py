@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from bucketserve.core.lanes import Lane
 from bucketserve.core.lifecycle import State
 from bucketserve.core.messages import (
     AdmitFailed,
@@ -42,6 +41,7 @@ from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.types import Batch, Request, RequestClass, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request
+from tests.property.core.books import check_agreement, check_empty
 from tests.property.core.peers import Client, Phase, Worker
 
 CONTEXT = 2048
@@ -304,29 +304,8 @@ class World:
 
     def check_books(self) -> None:
         """What the core's parts know of its requests agrees at every moment."""
-        core, lives = self.core, list(self.core._lives)
-        assert all(not self.ends[life.request.request_id] for life in lives)
-        in_time = [life for life in lives if life.request.deadline_s is None or life.request.deadline_s > self.now_s]
-        assert len(in_time) == len(lives)
-        waiting = {life.request.request_id for life in lives if life.state is State.WAITING}
-        assert waiting == {entry.request.request_id for lane in Lane for entry in core._lanes.of(lane)}
-        assert set(core._patience._orphans) <= {life.request.request_id for life in lives if life.state is State.PARKED}
-        assert core.status().num_running == sum(life.is_at_worker for life in lives)
-        assert set(core._affinity.index._kept) == {worker.worker_id for worker in core._fleet}
-        for worker in core._fleet:
-            own = {life.request.request_id for life in lives if worker.worker_id in life.workers}
-            pulling = {life.request.request_id for life in lives if life.target_id == worker.worker_id}
-            assert worker.requests == own
-            assert set(worker.kv._by_id) == own
-            assert worker.batch_class == {rid for rid in own if self.is_batch_class(rid)}
-            assert set(worker.incoming) == pulling
-            assert set(worker.batch_of) <= own
-            assert set().union(*worker.outstanding.values()) == set(worker.batch_of)
-            assert worker.small <= set(worker.outstanding)
-            assert worker.saved_for is None or worker.saved_for in waiting
-
-    def is_batch_class(self, request_id: RequestId) -> bool:
-        return self.client_of[request_id].request.request_class is RequestClass.BATCH
+        assert not any(self.ends[life.request.request_id] for life in self.core._lives)
+        check_agreement(self.core, self.now_s)
 
     def check_workers(self) -> None:
         """What runs at a worker is known to be there, or is told to stop; who may not be let go has room there."""
@@ -492,18 +471,7 @@ class World:
         for worker in self.workers.values():
             self.deliver(worker)
             assert worker.runs == {}
-        core, view = self.core, self.core.status()
-        assert (view.num_waiting, view.num_running, view.num_deferred) == (0, 0, 0)
-        assert sum(bucket.num_waiting for bucket in view.buckets) == 0
-        assert list(core._lives) == []
-        assert (len(core._tenants), core._tenants._charged) == (0, {})
-        assert (core._admission._batch_requests, core._admission._batch_tokens) == (0, 0)
-        assert (core._handover.waiting_tokens(), core._handover._waiting) == (0, {})
-        for worker in core._fleet:
-            books = (worker.requests, worker.incoming, worker.outstanding, worker.batch_of, worker.small)
-            assert not any(books)
-            assert (worker.batch_class, worker.kv._by_id, worker.kv._lines, worker.kv.peak()) == (set(), {}, [], 0)
-            assert (list(worker.unaccounted), worker.saved_for) == ([], None)
+        check_empty(self.core)
 
     def check_replay(self) -> None:
         """The same events at the same times bring the same decisions."""

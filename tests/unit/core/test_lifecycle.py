@@ -54,7 +54,7 @@ def test_books_are_as_before_once_a_request_has_ended_wherever_it_was() -> None:
                     fleet.get(W).take(request)
                     lives.place(life, W, 1)
                 case "prefilled":
-                    lives.prefilled(life, 0.0)
+                    lives.prefilled(life)
                 case "hold":
                     lives.hold(life)
                 case "pull":

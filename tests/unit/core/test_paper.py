@@ -60,20 +60,19 @@ def histogram(lengths: list[int], context: int = 4096) -> LengthHistogram:
     return result
 
 
-@pytest.mark.parametrize("pays_padding", [True, False])
-def test_the_programme_is_never_worse_than_any_edges_on_its_grid(pays_padding: bool) -> None:
+def test_the_programme_is_never_worse_than_any_edges_on_its_grid() -> None:
     lengths = [16] * 50 + [40] * 30 + [90] * 10 + [700] * 20 + [1500] * 15 + [4000] * 5
     known = histogram(lengths)
-    edges, cost = best_edges(known, max_buckets=8, min_share=0.0, pays_padding=pays_padding)
+    edges, cost = best_edges(known, max_buckets=8, min_share=0.0)
     assert edges[-1] == 4097
-    assert cost == pytest.approx(edges_cost(known, edges, pays_padding=pays_padding))
+    assert cost == pytest.approx(edges_cost(known, edges))
     for others in ((4097,), (256, 4097), (64, 1024, 4097), (32, 64, 128, 1024, 2048, 4097)):
-        assert cost <= edges_cost(known, others, pays_padding=pays_padding) + 1e-9
+        assert cost <= edges_cost(known, others) + 1e-9
 
 
 def test_minimum_share_bounds_the_buckets() -> None:
     known = histogram([10] * 96 + [1000] * 2 + [4000] * 2)
-    edges, _ = best_edges(known, max_buckets=8, min_share=0.05, pays_padding=True)
+    edges, _ = best_edges(known, max_buckets=8, min_share=0.05)
     assert edges == (4097,)
 
 
@@ -84,5 +83,5 @@ def test_old_arrivals_fade() -> None:
     for _ in range(10):
         known.add(10, 60.0)
         known.add(50, 60.0)
-    edges, _ = best_edges(known, max_buckets=4, min_share=0.0, pays_padding=True)
+    edges, _ = best_edges(known, max_buckets=4, min_share=0.0)
     assert any(10 < edge <= 50 for edge in edges)

@@ -271,14 +271,17 @@ def test_what_was_let_go_goes_on_before_others_of_its_class() -> None:
 
 
 def test_no_worker_is_kept_for_what_was_let_go_before_it_has_waited_as_others_have_to() -> None:
-    for now_s, name in ((1.0, "u"), (2000.0, None)):
+    for now_s, also_sent in ((1.0, [("w", ("v",))]), (2000.0, [])):
         under_test = core()
         under_test.step([growing(), *submitted("busy", prompt_tokens=500, max_new_tokens=100)], 0.0)
         under_test.step(begun("w", ("busy",), free=500, total=1000), 0.1)
         back = a_request("old.2", 500, 100, 0.5, request_class=BATCH, is_resumed=True, num_preemptions=1)
         under_test.step([RequestResumed(back)], now_s)
-        new = submitted("u", prompt_tokens=100, max_new_tokens=100, arrival_s=now_s)
-        assert sent(under_test.step(new, now_s)) == ([("w", (name,))] if name else [])
+        new = submitted("u", prompt_tokens=10, max_new_tokens=10, arrival_s=now_s)
+        assert sent(under_test.step(new, now_s)) == [("w", ("u",))]
+        # From now on its lane is owed a share.
+        more = submitted("v", prompt_tokens=10, max_new_tokens=10, arrival_s=now_s)
+        assert sent(under_test.step(more, now_s)) == also_sent
 
 
 def test_who_went_twice_has_its_kv_reserved_in_full_from_then_on() -> None:
@@ -332,7 +335,6 @@ def test_what_waits_for_a_worker_that_is_saved_for_another_lets_nobody_go_there(
     large = patient("large", prompt_tokens=900, output=50, arrival_s=0.1)
     under_test.step(large, 0.1)
     under_test.step([], 10.0)
-    assert under_test._former._saving is not None
     # What a gives back would be for the one that the worker is saved for.
     decision = under_test.step(submitted("u", prompt_tokens=600, max_new_tokens=300, arrival_s=10.0), 10.1)
     assert (let_go(decision), decision.drops) == ([], ())

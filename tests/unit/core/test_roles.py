@@ -20,15 +20,19 @@ from bucketserve.core.settings import CoreSettings, EdgeRule
 from bucketserve.core.types import Batch, StepSample, WorkerId, WorkerRole
 from tests.builders import a_request, finished, joined, reported
 
-pytestmark = pytest.mark.usefixtures("all_that_may_be_is_expected")
+pytestmark = pytest.mark.usefixtures("all_that_may_be_is_expected", "sides_change_soon")
 
 SLOW_STEPS = tuple(StepSample(prefill_tokens=n, duration_s=0.01 * n) for n in (10, 50, 100, 200, 30, 70))
 
 
+@pytest.fixture
+def sides_change_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bucketserve.core.roles.HOLD_S", 2.0)
+    monkeypatch.setattr("bucketserve.core.roles.COOLDOWN_S", 10.0)
+
+
 def world(prefill: int, decode: int, **more) -> SchedulerCore:
-    settings = CoreSettings(
-        edges=EdgeRule.NONE, role_hold_s=2.0, role_cooldown_s=10.0, **{"switch_roles": True, **more}
-    )
+    settings = CoreSettings(**{"edges": EdgeRule.NONE, "switch_roles": True, **more})
     core = SchedulerCore(settings, 4096)
     workers = [replace(joined(f"p{i}", free=2000), role=WorkerRole.PREFILL) for i in range(prefill)]
     workers += [replace(joined(f"d{i}", free=2000), role=WorkerRole.DECODE) for i in range(decode)]
@@ -106,9 +110,7 @@ def test_a_prefill_worker_joins_a_decode_side_that_has_no_room() -> None:
 
 
 def test_the_last_decode_worker_of_a_fingerprint_stays() -> None:
-    core = SchedulerCore(
-        CoreSettings(edges=EdgeRule.NONE, role_hold_s=2.0, role_cooldown_s=10.0, switch_roles=True), 4096
-    )
+    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE, switch_roles=True), 4096)
     workers = [
         replace(joined(name, free=2000), role=role, fingerprint=fingerprint)
         for name, role, fingerprint in (

@@ -189,14 +189,16 @@ def test_step_times_learned_online_predict_new_steps() -> None:
 
 
 def test_settings_as_text_and_what_is_wrong_with_them() -> None:
-    changed = with_settings(find_policy("adaptive"), {"edges": "none", "is_time_aware": "false", "max_buckets": "3"})
+    changed = with_settings(
+        find_policy("adaptive"), {"edges": "none", "is_time_aware": "false", "max_batch_tokens": "3"}
+    )
     assert changed.settings is not None
-    assert (changed.settings.max_buckets, changed.settings.is_time_aware) == (3, False)
-    for values in ({"nonsense": "1"}, {"max_buckets": "many"}, {"is_time_aware": "perhaps"}):
+    assert (changed.settings.max_batch_tokens, changed.settings.is_time_aware) == (3, False)
+    for values in ({"nonsense": "1"}, {"max_batch_tokens": "many"}, {"is_time_aware": "perhaps"}):
         with pytest.raises(SimulationError):
             with_settings(find_policy("adaptive"), values)
     with pytest.raises(SimulationError, match="not the core"):
-        with_settings(find_policy("chunked"), {"max_buckets": "3"})
+        with_settings(find_policy("chunked"), {"max_batch_tokens": "3"})
 
 
 def test_the_command_writes_the_figures_and_explains_errors(tmp_path: Path) -> None:
