@@ -77,7 +77,7 @@ def make_model(config: LlamaConfig, attention: str) -> Any:
 
 
 def size_of(model: Any, config: LlamaConfig) -> tuple[int, int]:
-    """Returns the bytes of weights that a step reads, and the FLOP of a prompt's token in linear layers but the head."""
+    """Returns the bytes of weights that a step reads, and the FLOP of a prompt's token but for the head."""
     embedding = model.get_input_embeddings().weight
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     number = sum(p.numel() for p in model.parameters())
