@@ -19,6 +19,7 @@ from bucketserve.core.types import (
 )
 
 __all__ = [
+    "AdaptersChanged",
     "AdmitFailed",
     "AdmitRequest",
     "BatchPrefilled",
@@ -69,6 +70,8 @@ class RefuseReason(enum.Enum):
     """No worker's model has the tokenizer that made the prompt."""
     NO_GRAMMARS = "no_grammars"
     """No worker's engine can constrain output as the request asks."""
+    NO_ADAPTER = "no_adapter"
+    """No worker has the adapter that the request names."""
     STORE_FULL = "store_full"
 
 
@@ -81,7 +84,7 @@ class DropReason(enum.Enum):
     WORKER_FAILED = "worker_failed"
     TOO_LARGE = "too_large"
     NO_LIKE_WORKER = "no_like_worker"
-    """Nobody has the engine that could go on with what another has begun, the prompt's tokenizer, or grammars."""
+    """Nobody has the engine that could go on with what another has begun, the tokenizer, the adapter, or grammars."""
     INTERNAL = "internal"
     """A step of the core failed on it."""
 
@@ -157,6 +160,8 @@ class WorkerJoined:
     """Whether its engine can constrain output."""
     keeps_kv: bool = False
     """It hands no KV over and takes none: its role is both and stays so."""
+    adapters: frozenset[str] = frozenset()
+    """Fingerprints of those that it has."""
     running: tuple[RunningRequest, ...] = ()
     """Requests that the worker still has from before."""
     is_delivering: bool = False
@@ -172,6 +177,14 @@ class WorkerReported:
     steps: tuple[StepSample, ...] = ()
     is_delivering: bool = False
     """Whether it has output that no gateway has acknowledged yet, maybe of requests that have ended at it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersChanged:
+    """The worker has these adapters from now on, by fingerprint; what it has of others it finishes."""
+
+    worker_id: WorkerId
+    adapters: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +254,7 @@ Event = (
     | ContextExtended
     | WorkerJoined
     | WorkerReported
+    | AdaptersChanged
     | WorkerAway
     | WorkerDraining
     | WorkerLost

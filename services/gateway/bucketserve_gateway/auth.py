@@ -18,6 +18,7 @@ from bucketserve.core.errors import ForbiddenError, SettingsError, Unauthenticat
 from bucketserve.core.types import RequestClass
 from bucketserve.rpc.convert import request_class_from_pb
 from bucketserve.v1 import inference_pb2, job_pb2
+from bucketserve_gateway.adapters import split_adapter
 from bucketserve_gateway.admission import HEALTH
 from bucketserve_gateway.keys import EVERYBODY, Grant, Limits, Scope, hash_of, read_keys_file
 
@@ -87,8 +88,11 @@ class Identity:
                 raise self._refusal(f"no key is for {message.DESCRIPTOR.full_name}")
 
     def may_use(self, model: str) -> bool:
-        """Whether the key is for a model."""
-        return self.models is None or model in self.models
+        """Whether the key is for a model or an adapter: by its name, or all adapters of a model by "model:*"."""
+        if self.models is None or model in self.models:
+            return True
+        base, _ = split_adapter(model)
+        return bool(base) and f"{base}:*" in self.models
 
     def shown(self, message: Message) -> Message:
         """Returns an answer without the models that the key is not for."""

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from bucketserve.engine.model_source import (
 )
 from bucketserve.engine.weight_files import read_json
 from bucketserve.v1 import inference_pb2
+from bucketserve_gateway.adapters import AdapterBook, split_adapter
 from bucketserve_gateway.detokenizer import TokenBytes
 from bucketserve_gateway.text_bound import bytes_per_token
 
@@ -42,6 +43,8 @@ class ModelCard:
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
     default_max_tokens: int
+    parent: str = ""
+    """Of an adapter: the model that it belongs to."""
 
     def to_pb(self) -> inference_pb2.Model:
         """Returns it as a message."""
@@ -52,6 +55,7 @@ class ModelCard:
             eos_token_ids=self.eos_token_ids,
             has_chat_template=self.has_chat_template,
             default_max_tokens=self.default_max_tokens,
+            parent=self.parent,
         )
 
 
@@ -70,6 +74,13 @@ class ServedModel:
     """Where its files are; None if it was not loaded from any."""
     grammars: GrammarTokenizer | None = None
     """Its vocabulary for structured output; None if it is of no kind that grammars know."""
+    adapter: str = ""
+    """Fingerprint of the adapter that computes it; empty: the model alone."""
+
+    @property
+    def base_name(self) -> str:
+        """Name of the model whose workers serve it."""
+        return self.card.parent or self.card.name
 
     @property
     def max_text_bytes(self) -> float:
@@ -81,28 +92,42 @@ class ModelCatalog:
     """Models by name."""
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
-        """Holds the models for good."""
+        """Holds the models for good; adapters come and go."""
         self._models = dict(sorted(models.items()))
+        self.adapters = AdapterBook()
 
     def get(self, name: str) -> ServedModel:
-        """Returns the model of that name; an empty name means the only one.
+        """Returns the model of that name, or a model's adapter ("model:adapter"); an empty name means the only model.
 
         Raises:
             UnknownModelError: there is none, or several and no name was given.
         """
         if not name and len(self._models) == 1:
             return next(iter(self._models.values()))
-        if name not in self._models:
-            raise UnknownModelError(name, list(self._models))
-        return self._models[name]
+        if name in self._models:
+            return self._models[name]
+        base, adapter = split_adapter(name)
+        if base in self._models and (fingerprint := self.adapters.fingerprint(base, adapter)):
+            return _with_adapter(self._models[base], name, fingerprint)
+        raise UnknownModelError(name, [card.name for card in self.cards()])
 
     def models(self) -> list[ServedModel]:
-        """Returns all models, in name order."""
+        """Returns all models, in name order; no adapters."""
         return list(self._models.values())
 
     def cards(self) -> list[ModelCard]:
-        """Returns all cards, in name order."""
-        return [model.card for model in self._models.values()]
+        """Returns the cards of all models, each with its adapters behind it, in name order."""
+        found = []
+        for base, model in self._models.items():
+            names = (f"{base}:{adapter}" for adapter in self.adapters.names(base))
+            # A model of that very name is what is meant by it.
+            adapters = [replace(model.card, name=name, parent=base) for name in names if name not in self._models]
+            found += [model.card, *adapters]
+        return found
+
+
+def _with_adapter(model: ServedModel, name: str, fingerprint: str) -> ServedModel:
+    return replace(model, card=replace(model.card, name=name, parent=model.card.name), adapter=fingerprint)
 
 
 def load_models(

@@ -24,6 +24,7 @@ from bucketserve.rpc.convert import (
 )
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import scheduler_pb2
+from bucketserve_worker.adapters import AdapterDirectory
 from bucketserve_worker.delivery import DeliveryPool
 from bucketserve_worker.engine_thread import EngineStarted, EngineThread, EngineTurn
 from bucketserve_worker.kv_holder import Held, KvHolder
@@ -85,8 +86,9 @@ class Worker:
         self._last_accounted = 0
         """Number of the last batch that the headroom accounts for."""
 
-    def attach(self, engine: EngineThread, started: EngineStarted) -> None:
-        """Takes the warm engine."""
+    def attach(self, engine: EngineThread, started: EngineStarted, adapters: AdapterDirectory) -> None:
+        """Takes the warm engine, and what says which adapters it has."""
+        self._adapters = adapters
         self._engine = engine
         self._info = started.info
         self._puller = KvPuller(
@@ -294,6 +296,7 @@ class Worker:
             has_grammars=self._info.has_grammars,
             instance=self._instance,
             keeps_kv=not self._info.kv_layout,
+            adapters=self._adapters.served(),
         )
 
     def _running_run(self, key: RequestId, running: Running) -> scheduler_pb2.RunningRun:
