@@ -129,19 +129,20 @@ async def test_streams_keep_their_adapter_when_a_worker_is_killed(
     stack = new_stack(roles=roles, environ=SLOW, worker_environ=here(tmp_path / "there", 2))
     await listed(stack, "one")
     prompts = [[number, *PROMPT] for number in range(8)]
-    wanted = [expected(adapter, prompt, 150) for prompt in prompts]
-    running = [asyncio.create_task(run(stack, "demo:one", prompt, 150)) for prompt in prompts]
-    if roles[0] == "both":
-        await eventually(lambda: metric(stack, "worker-0", "vllm:num_requests_running") >= 2)
-        victim = "worker-0"
-    else:
-        await eventually(lambda: metric(stack, "worker-1", "vllm:num_requests_running") >= 2)
-        victim = "worker-1"
+    wanted = [expected(adapter, prompt, 400) for prompt in prompts]
+    running = [asyncio.create_task(run(stack, "demo:one", prompt, 400)) for prompt in prompts]
+    able = ("worker-0", "worker-1")
+
+    def num_running(name: str) -> float:
+        return metric(stack, name, "vllm:num_requests_running")
+
+    await eventually(lambda: sum(map(num_running, able)) >= 6)
+    victim = max(able, key=num_running)
     stack.services[victim].signal(signal.SIGKILL)
     stack.services[victim].wait(5)
     stack.restart(victim)
     assert await asyncio.gather(*running) == wanted
-    assert metric(stack, "gateway", "bucketserve_gateway_resumptions_total", cause="lost") >= 2
+    assert metric(stack, "gateway", "bucketserve_gateway_resumptions_total", cause="lost") >= 1
 
 
 async def test_adapters_come_and_go_while_their_worker_runs(new_stack: NewStack, tmp_path: Path) -> None:
