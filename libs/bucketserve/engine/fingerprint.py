@@ -70,6 +70,9 @@ def adapter_fingerprint(directory: Path) -> str:
     Raises:
         ModelLoadError: a file is missing or damaged, or it is no LoRA adapter.
     """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (directory / name).is_file():
+            raise ModelLoadError(f"it has no {name}")
     config = read_json(directory / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise ModelLoadError(f"adapter_config.json: peft_type is {config.get('peft_type')!r}; only LORA is served")

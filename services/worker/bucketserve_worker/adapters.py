@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.engine.fingerprint import adapter_fingerprint
+from bucketserve.engine.model_source import first_line
 from bucketserve.ports import Adapter
 from bucketserve.v1 import scheduler_pb2
 from bucketserve_worker.engine_thread import EngineThread
@@ -109,8 +110,8 @@ class AdapterDirectory:
                 self._loaded.add(fingerprint)
                 if await asyncio.to_thread(adapter_fingerprint, directory) != fingerprint:
                     problem = "it changed while it was loaded"
-        except ModelLoadError as error:
-            problem = str(error)
+        except (ModelLoadError, OSError, ValueError, RecursionError) as error:
+            problem = first_line(error)
         if problem:
             self._telemetry.adapter_refused(name, problem)
             return ""

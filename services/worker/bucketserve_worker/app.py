@@ -17,7 +17,6 @@ from bucketserve.rpc.tasks import end_task
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import worker_pb2, worker_pb2_grpc
-from bucketserve_worker.adapters import AdapterDirectory
 from bucketserve_worker.engine_thread import EngineThread
 from bucketserve_worker.engines import engine_loader
 from bucketserve_worker.servicer import WorkerServicer
@@ -70,15 +69,14 @@ async def serve(settings: WorkerSettings, ours: Deployment, telemetry: Telemetry
         engine.start()
         try:
             started = await unless_stopped(stop, engine.started)
-            adapters = AdapterDirectory(settings.adapters_dir, engine, worker.link.adapters, observer)
-            await unless_stopped(stop, asyncio.ensure_future(adapters.look()))
-            worker.attach(engine, started, adapters)
+            worker.attach(engine, started)
+            await unless_stopped(stop, asyncio.ensure_future(worker.adapters.look()))
             servicer = WorkerServicer(worker.holder, ours)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server.grpc_server)
             await server.start()
             link = asyncio.create_task(worker.link.run(), name="scheduler-link")
             sweeper = asyncio.create_task(worker.sweep(), name="kv-sweeper")
-            watcher = asyncio.create_task(adapters.run(), name="adapters")
+            watcher = asyncio.create_task(worker.adapters.run(), name="adapters")
             health = asyncio.create_task(_show_health(server, worker), name="health")
             log.info(
                 "worker.ready",

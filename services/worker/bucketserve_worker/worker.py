@@ -86,9 +86,9 @@ class Worker:
         self._last_accounted = 0
         """Number of the last batch that the headroom accounts for."""
 
-    def attach(self, engine: EngineThread, started: EngineStarted, adapters: AdapterDirectory) -> None:
-        """Takes the warm engine, and what says which adapters it has."""
-        self._adapters = adapters
+    def attach(self, engine: EngineThread, started: EngineStarted) -> None:
+        """Takes the warm engine."""
+        self.adapters = AdapterDirectory(self._settings.adapters_dir, engine, self.link.adapters, self._telemetry)
         self._engine = engine
         self._info = started.info
         self._puller = KvPuller(
@@ -296,7 +296,7 @@ class Worker:
             has_grammars=self._info.has_grammars,
             instance=self._instance,
             keeps_kv=not self._info.kv_layout,
-            adapters=self._adapters.served(),
+            adapters=self.adapters.served(),
         )
 
     def _running_run(self, key: RequestId, running: Running) -> scheduler_pb2.RunningRun:
