@@ -24,7 +24,7 @@ from bucketserve.ports import Adapter, SequenceSpec
 from bucketserve_cli.stack import LocalStack
 from tests.adapters import write_adapter
 from tests.e2e.conftest import DEMO_MODEL, NewStack
-from tests.e2e.observe import events, eventually, metric
+from tests.e2e.observe import events, eventually, leader, metric
 from tests.e2e.openai_client import sdk
 
 pytestmark = pytest.mark.e2e
@@ -211,3 +211,23 @@ async def test_an_adapter_whose_last_worker_has_left_is_unknown(new_stack: NewSt
     stack.restart("worker-0")
     await listed(stack, "one")
     assert await run(stack, "demo:one") == expected(adapter, PROMPT, 12)
+
+
+async def test_adapters_are_known_through_a_change_of_schedulers(new_stack: NewStack, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "there" / "one", MODEL, 1)
+    stack = new_stack(num_schedulers=2, num_workers=2, worker_environ=here(tmp_path / "there"), environ=SLOW)
+    await listed(stack, "one")
+    running = [asyncio.create_task(run(stack, "demo:one", [number, *PROMPT], 300)) for number in range(4)]
+    await eventually(lambda: metric(stack, "worker-0", "vllm:num_requests_running") >= 1)
+    victim = await leader(stack)
+    stack.services[victim].signal(signal.SIGKILL)
+    stack.services[victim].wait(5)
+    # Nobody is told meanwhile that there is no such adapter.
+    for number in range(20):
+        try:
+            assert await run(stack, "demo:one") == expected(adapter, PROMPT, 12)
+        except UnavailableError as error:
+            assert error.reason == "NO_ADAPTER"
+        if number < 10:
+            assert "demo:one" in await names(stack)
+    assert await asyncio.gather(*running) == [expected(adapter, [number, *PROMPT], 300) for number in range(4)]

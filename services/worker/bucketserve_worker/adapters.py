@@ -110,7 +110,9 @@ class AdapterDirectory:
                 self._loaded.add(fingerprint)
                 if await asyncio.to_thread(adapter_fingerprint, directory) != fingerprint:
                     problem = "it changed while it was loaded"
-        except (ModelLoadError, OSError, ValueError, RecursionError) as error:
+        except ModelLoadError as error:
+            problem = str(error)
+        except (OSError, ValueError, RecursionError) as error:
             problem = first_line(error)
         if problem:
             self._telemetry.adapter_refused(name, problem)
