@@ -8,11 +8,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from bucketserve.core.types import BatchId, FinishReason, Headroom, RequestId, StepSample, WorkerId
 
 __all__ = [
+    "Adapter",
     "Admit",
     "Dispatch",
     "Engine",
@@ -231,11 +233,22 @@ class SequenceSpec:
     """How often it was let go before (Request.num_preemptions)."""
     prefix_salt: bytes = b""
     """Only sequences of the same salt use each other's KV."""
+    adapter: str = ""
+    """Fingerprint of the adapter that computes it; empty: the model alone."""
 
     @property
     def reserved_tokens(self) -> int:
         """KV tokens that it needs at most: one that is handed over grows elsewhere."""
         return len(self.token_ids) + (0 if self.hands_over else self.max_new_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """An adapter (LoRA): small weights beside those of a model."""
+
+    fingerprint: str
+    directory: Path
+    """As peft writes it: adapter_config.json and adapter_model.safetensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +327,8 @@ class EngineInfo:
     """Fingerprint of what its token ids mean; empty if it does not know."""
     has_grammars: bool = False
     """Whether it takes sequences with a structured_output."""
+    max_adapters: int = 0
+    """How many adapters it can have at once; 0: it can have none."""
 
 
 class Engine(Protocol):
@@ -339,6 +354,7 @@ class Engine(Protocol):
         Raises:
             EngineError: a sequence could never fit (context or total KV), its id is here already, or its output can't
                 be constrained here; none was added.
+            NoAdapterError: a sequence's adapter is not here; none was added.
         """
 
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:
@@ -366,6 +382,16 @@ class Engine(Protocol):
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
         """Forgets sequences and frees their KV; unknown ids are ignored."""
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Loads an adapter; no effect if it is here.
+
+        Raises:
+            EngineError: it can't be served, or as many are here as there may be; says why. All others go on.
+        """
+
+    def unload_adapter(self, fingerprint: str) -> bool:
+        """Forgets an adapter, unless a sequence here uses it; returns whether it is gone."""
 
     def step(self) -> StepOutput:
         """Runs one forward pass over what is queued and running; returns at once, empty, if there is nothing."""

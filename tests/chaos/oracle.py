@@ -12,7 +12,7 @@ from bucketserve.engine.fake import FakeEngine, FakeSettings
 from bucketserve.ports import Sampling, SequenceSpec
 from tests.chaos.worker import WEIGHTS
 
-__all__ = ["FakeOracle", "ModelOracle", "Oracle", "Request", "expected_tokens"]
+__all__ = ["FakeOracle", "MixedOracle", "ModelOracle", "Oracle", "Request", "expected_tokens"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,14 @@ class ModelOracle:
     def outputs(self, request: Request) -> Sequence[list[int]]:
         """See Oracle."""
         return [self._outputs[request.prompt][: request.max_tokens]]
+
+
+class MixedOracle(ModelOracle):
+    """Of workers with a real model beside some with the fake engine: each stream is of one or the other."""
+
+    def outputs(self, request: Request) -> Sequence[list[int]]:
+        """See Oracle."""
+        return [*super().outputs(request), *FakeOracle().outputs(request)]
 
 
 def expected_tokens(

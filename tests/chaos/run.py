@@ -8,6 +8,8 @@ cancelled by the client + cut with a killed gateway, no token differs from what 
 is lost or left over, no attempt was executed by two workers at once under one epoch, and no request waited for more
 than 15 s without a fault that lasted as long. --faults none makes a soak test of it, --faults TEXT takes only those
 whose names contain it, --engine transformers serves the demo model, whose tokens transformers itself foretells.
+--vllm N adds workers with vLLM, for an environment that has it (scripts/vllm_env.sh): whatever is begun by one kind of
+engine is to be gone on with by that kind.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from tests.chaos.clocks import Clocks
 from tests.chaos.faults import Faults, Site, engines
 from tests.chaos.links import Links
 from tests.chaos.load import LONG_WAIT_S, Load, Tally
-from tests.chaos.oracle import FakeOracle, ModelOracle, Oracle
+from tests.chaos.oracle import FakeOracle, MixedOracle, ModelOracle, Oracle
 
 MODEL = str(Path(__file__).resolve().parents[2] / "models" / "demo" / "model")
 ROLES = ("prefill", "prefill", "decode", "decode")
@@ -64,6 +66,14 @@ ENVIRON = {
     "BUCKETSERVE_TELEMETRY_LOG_LEVEL": "debug",
 }
 FAKE_ENVIRON = {"BUCKETSERVE_WORKER_HANG_S": "2"}
+VLLM_ENVIRON = {
+    "BUCKETSERVE_WORKER_ENGINE": "vllm",
+    "BUCKETSERVE_WORKER_ENGINE_ARGS": "enforce_eager=true,block_size=32",
+    "BUCKETSERVE_WORKER_DTYPE": "float32",
+    "BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "8192",
+    # New requests prefer the weights that came last, which these are: what is too many for them is the others'.
+    "BUCKETSERVE_WORKER_MAX_SEQUENCES": "4",
+}
 MODEL_ENVIRON = {"BUCKETSERVE_WORKER_DTYPE": "float32", "BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "20000"}
 
 
@@ -74,7 +84,9 @@ async def chaos(options: argparse.Namespace, console: Console, log_dir: Path) ->
         # Whoever ends us ends the stack with us.
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
     is_fake = options.engine == "fake"
-    oracle = FakeOracle() if is_fake else await asyncio.to_thread(ModelOracle, MODEL, options.seed)
+    of_model = MixedOracle if is_fake else ModelOracle
+    has_model = options.vllm or not is_fake
+    oracle = await asyncio.to_thread(of_model, MODEL, options.seed) if has_model else FakeOracle()
     async with contextlib.AsyncExitStack() as exits:
         site = await _open_site(exits, options, console, log_dir)
         tally = Tally()
@@ -117,9 +129,10 @@ async def _open_site(
 ) -> Site:
     """Starts everything; what is to be stopped goes to exits."""
     is_fake = options.engine == "fake"
-    links = Links(len(ROLES), num_gateways=2, num_schedulers=2, remote=(REMOTE,))
+    roles = ROLES + ("both",) * options.vllm
+    links = Links(len(roles), num_gateways=2, num_schedulers=2, remote=(REMOTE,))
     exits.push_async_callback(links.close)
-    services = ["scheduler", "scheduler-1", "gateway", "gateway-1", *(f"worker-{i}" for i in range(len(ROLES)))]
+    services = ["scheduler", "scheduler-1", "gateway", "gateway-1", *(f"worker-{i}" for i in range(len(roles)))]
     clocks = None
     with contextlib.suppress(KernelBuildError):
         clocks = Clocks(Path(exits.enter_context(tempfile.TemporaryDirectory())), [*services, "store"])
@@ -127,12 +140,12 @@ async def _open_site(
     spec = StackSpec(
         model=MODEL,
         engine=options.engine,
-        roles=ROLES,
+        roles=roles,
         num_schedulers=2,
         num_gateways=2,
         redis_url=store.url,
         log_dir=log_dir,
-        environ={**ENVIRON, **(FAKE_ENVIRON if is_fake else MODEL_ENVIRON)},
+        environ={**ENVIRON, **({} if is_fake else MODEL_ENVIRON)},
         gateway_environ=links.gateway_environ,
         scheduler_environ=links.scheduler_environ,
         worker_environ=links.worker_environ,
@@ -141,8 +154,9 @@ async def _open_site(
     stack = LocalStack(spec, lambda line: console.print(f"  {line}", highlight=False))
     await links.connect(stack, f"127.0.0.1:{store.port}")
     orders = Path(exits.enter_context(tempfile.TemporaryDirectory()))
-    for environ in links.worker_environ:
+    for index, environ in enumerate(links.worker_environ):
         environ["CHAOS_ORDERS"] = str(orders)
+        environ.update(VLLM_ENVIRON if index >= len(ROLES) else FAKE_ENVIRON if is_fake else {})
     if clocks is not None:
         for name in services:
             links.environ_of(name).update(clocks.environ(name))
@@ -313,6 +327,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=NUM_CLIENTS)
     parser.add_argument("--faults", default="all", help="all, none, or what their names contain")
     parser.add_argument("--engine", choices=["fake", "transformers"], default="fake")
+    parser.add_argument("--vllm", type=int, default=0, help="workers with vLLM beside the others")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--logs", type=Path)
     options = parser.parse_args()

@@ -24,6 +24,7 @@ async def test_the_books_balance_after_45_seconds_of_faults(tmp_path: Path) -> N
         clients=NUM_CLIENTS,
         faults="all",
         engine="fake",
+        vllm=0,
         json=None,
     )
     is_good = await chaos(options, Console(file=text, width=110), tmp_path)

@@ -8,13 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bucketserve.client import BucketServeClient, Chunk, Finished
 from bucketserve.v1 import common_pb2
 from bucketserve_cli.stack import LocalStack
-from tests.e2e.conftest import DEMO_MODEL
+from tests.adapters import write_adapter
+from tests.e2e.conftest import DEMO_MODEL, NewStack
 from tests.e2e.observe import eventually, metric, status
 from tests.e2e.test_cancellation import nothing_runs
 
@@ -156,6 +158,7 @@ async def test_log_probabilities_come_with_every_token(stack: LocalStack) -> Non
         ({"BUCKETSERVE_WORKER_ROLE": "decode"}, "the vllm engine hands no KV over; set both"),
         ({"BUCKETSERVE_WORKER_ENGINE_ARGS": "no_such=1"}, "has no engine argument no_such"),
         ({"BUCKETSERVE_WORKER_ENGINE_ARGS": "max_num_seqs=1"}, "is the worker's setting max_sequences"),
+        ({"BUCKETSERVE_WORKER_ENGINE_ARGS": "enable_lora=true"}, "is the worker's setting adapters_dir"),
         ({"BUCKETSERVE_WORKER_DEVICE": "cuda"}, "built for cpu, not for cuda"),
     ],
     ids=str,
@@ -174,3 +177,32 @@ def test_a_worker_that_can_not_start_says_why_in_its_last_line(environ: dict[str
     assert done.returncode != 0
     assert said in (done.stdout + done.stderr).splitlines()[-1]
     assert "Traceback" not in done.stdout + done.stderr
+
+
+async def test_streams_with_adapters_go_on_with_the_same_tokens_when_their_worker_is_killed(
+    new_stack: NewStack, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("one", "two")):
+        write_adapter(tmp_path / "there" / name, Path(DEMO_MODEL), seed)
+    environ = ENVIRON | {"BUCKETSERVE_WORKER_ADAPTERS_DIR": str(tmp_path / "there")}
+    stack = new_stack(engine="vllm", num_workers=2, environ=environ)
+    names = [("demo", "demo:one", "demo:two")[number % 3] for number in range(6)]
+    async with BucketServeClient(stack.gateway_address) as client:
+
+        async def are_listed() -> bool:
+            return {model.name for model in await client.list_models()} == set(names)
+
+        await eventually(are_listed)
+        wanted = [(await run(client, number, 150, model=name))[0] for number, name in enumerate(names)]
+        running = [asyncio.create_task(run(client, number, 150, model=name)) for number, name in enumerate(names)]
+        workers = stack.worker_names()
+        await eventually(lambda: sum(metric(stack, name, "vllm:num_requests_running") for name in workers) >= 5)
+        victim = max(workers, key=lambda name: metric(stack, name, "vllm:num_requests_running"))
+        stack.services[victim].signal(signal.SIGKILL)
+        stack.services[victim].wait(5)
+        results = await asyncio.gather(*running)
+        # Of one prompt each says something else.
+        said = [(await run(client, 2, 20, model=name))[0] for name in names[:3]]
+    assert [tokens for tokens, _ in results] == wanted
+    assert max(finished.attempts for _, finished in results) == 2
+    assert len({tuple(tokens) for tokens in said}) == 3

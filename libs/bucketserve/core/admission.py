@@ -62,8 +62,10 @@ class Admission:
     def _reason(self, request: Request, now_s: float) -> RefuseReason | None:
         settings, tokens = self._settings, request.prefill_tokens
         if not self._fleet.serves(request):
-            is_plain = self._fleet.serves(replace(request, needs_grammar=False))
-            return RefuseReason.NO_GRAMMARS if is_plain else RefuseReason.OTHER_TOKENIZER
+            if not self._fleet.serves(replace(request, needs_grammar=False, adapter="")):
+                return RefuseReason.OTHER_TOKENIZER
+            has_adapter = self._fleet.serves(replace(request, needs_grammar=False))
+            return RefuseReason.NO_GRAMMARS if has_adapter else RefuseReason.NO_ADAPTER
         if request.reserved_tokens > self._lanes.context_tokens or not self._fleet.could_hold(request):
             return RefuseReason.TOO_LARGE
         if len(self._lanes) >= settings.max_queued_requests:

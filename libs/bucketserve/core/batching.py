@@ -352,7 +352,8 @@ class BatchFormer:
 
 def _is_bound(request: Request, candidates: Sequence[WorkerState]) -> bool:
     """Whether only some workers could serve a request, so that the others need not wait for it."""
-    return bool(request.fingerprint) or not any(worker.could_serve(request) for worker in candidates)
+    is_bound = bool(request.fingerprint or request.adapter)
+    return is_bound or not any(worker.could_serve(request) for worker in candidates)
 
 
 def _could_take(worker: WorkerState, request: Request) -> bool:

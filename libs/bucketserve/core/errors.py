@@ -16,6 +16,7 @@ BucketServeError
 ├── IllegalStepError         a request can't go from the one state to the other; a fault of ours
 ├── StaleEpochError          another scheduler leads; discard and re-read
 ├── EngineError              the model failed
+│   ├── NoAdapterError       the adapter is not loaded here
 │   └── OutOfMemoryError     the device ran out of memory
 ├── ModelLoadError           a model directory or id can't be served; says what to do
 └── SettingsError            settings are wrong; lists every problem
@@ -36,6 +37,7 @@ __all__ = [
     "IllegalStepError",
     "InvalidRequestError",
     "ModelLoadError",
+    "NoAdapterError",
     "NotFoundError",
     "OutOfMemoryError",
     "OverloadedError",
@@ -185,6 +187,12 @@ class EngineError(BucketServeError):
     """The model failed."""
 
     reason = "ENGINE_FAILED"
+
+
+class NoAdapterError(EngineError):
+    """The adapter is not loaded here: another worker may have it."""
+
+    reason = "NO_ADAPTER"
 
 
 class OutOfMemoryError(EngineError):

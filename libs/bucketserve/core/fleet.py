@@ -17,7 +17,7 @@ __all__ = ["Fleet"]
 CANDIDATES = 8
 """Workers that are scored for a request: the least loaded ones."""
 TPOT_WEIGHT = 0.02
-Kind = tuple[str, str, bool]
+Kind = tuple[str, str, bool, frozenset[str]]
 """Of a worker (WorkerState.kind)."""
 STALE_ENTRIES = 64
 """Of a ranking, before it is cleaned: beyond two for each worker."""
@@ -37,8 +37,8 @@ class _Ranking:
             self._heap = [entry for entry in self._heap if self._is_current(entry)]
             heapq.heapify(self._heap)
 
-    def first(self, number: int, fingerprint: str | None = None) -> list[WorkerState]:
-        """Returns the first workers whose entry is current, of one fingerprint or of any."""
+    def first(self, number: int, fingerprint: str | None = None, adapter: str = "") -> list[WorkerState]:
+        """Returns the first workers whose entry is current, of one fingerprint and with that adapter, or of any."""
         found: list[WorkerState] = []
         entries = []
         heap = self._heap
@@ -47,7 +47,8 @@ class _Ranking:
             if self._is_current(entry):
                 entries.append(entry)
                 worker = self._workers[entry[1]]
-                if fingerprint is None or worker.fingerprint == fingerprint:
+                is_like = fingerprint is None or worker.fingerprint == fingerprint
+                if is_like and (not adapter or adapter in worker.adapters):
                     found.append(worker)
         for entry in entries:
             heapq.heappush(heap, entry)
@@ -190,6 +191,12 @@ class Fleet:
         self._count_all()
         self.changed(worker)
 
+    def set_adapters(self, worker: WorkerState, adapters: frozenset[str]) -> None:
+        """Notes which adapters a worker has from now on."""
+        worker.adapters = adapters
+        self._count_all()
+        self.changed(worker)
+
     @property
     def num_open(self) -> int:
         """Workers that may be given a batch of any size, memory permitting."""
@@ -216,7 +223,7 @@ class Fleet:
         )
 
     def serves(self, request: Request) -> bool:
-        """Whether some worker that computes prompts may serve the request, by fingerprint, tokenizer and grammars.
+        """Whether some worker that computes prompts may serve the request (workers.serves).
 
         True as well while nobody computes any, or nobody decodes what is computed, unless it is bound to a fingerprint
         that may never come back.
@@ -235,6 +242,8 @@ class Fleet:
     def could_decode(self, request: Request, fingerprint: str) -> bool:
         """Whether a worker that takes over what others of its fingerprint prefilled could hold the request if empty."""
         able = [worker for worker in self if worker.goes_on and worker.fingerprint == fingerprint]
+        if request.adapter:
+            able = [worker for worker in able if request.adapter in worker.adapters]
         decoders = [worker for worker in able if worker.role is WorkerRole.DECODE]
         others = [worker for worker in able if worker.role is WorkerRole.BOTH]
         return any(worker.could_hold(request) for worker in decoders or others)
@@ -249,17 +258,22 @@ class Fleet:
         found += [worker for worker in roomiest if worker not in found]
         return found + self._for_small.first(CANDIDATES) + self._for_bound.first(CANDIDATES)
 
-    def decoders(self, fingerprint: str) -> list[WorkerState]:
+    def decoders(self, fingerprint: str, adapter: str = "") -> list[WorkerState]:
         """Returns a fingerprint's decode workers with the most free KV; where there is none, those that do both.
+
+        With an adapter only those that have it.
 
         The latter take what was prefilled before the roles changed, or they would leave it where it is for ever.
         """
-        return self._decoders.first(CANDIDATES, fingerprint) or self._all_round.first(CANDIDATES, fingerprint)
+        found = self._decoders.first(CANDIDATES, fingerprint, adapter)
+        return found or self._all_round.first(CANDIDATES, fingerprint, adapter)
 
     def _count_all(self) -> None:
         self.num_counted += 1
         self.fingerprints = {worker.fingerprint for worker in self._workers.values()}
         self.is_computing = any(w.stays and w.role is not WorkerRole.DECODE for w in self._workers.values())
+        self._count_last()
+        self._count_adapters()
         self.kv_total_tokens, self._starting = 0, {}
         for worker in self._workers.values():
             size = min(worker.headroom.kv_total_tokens, worker.context_tokens)
@@ -270,7 +284,6 @@ class Fleet:
                 self.kv_total_tokens += worker.headroom.kv_total_tokens
         self._decoding = _decoded_by(self._workers.values())
         self._decodable = _decoded_by(worker for worker in self._workers.values() if worker.stays)
-        self._count_last()
         self._bound_decodable = _decoded_by(worker for worker in self._workers.values() if worker.goes_on)
         self._bound_starting = {}
         for worker in self._workers.values():
@@ -280,6 +293,19 @@ class Fleet:
             if (worker.decodable_tokens, worker.bound_tokens) != tokens:
                 worker.decodable_tokens, worker.bound_tokens = tokens
                 self.changed(worker)
+
+    def _count_adapters(self) -> None:
+        """Finds the adapters of those that decode what others prefilled."""
+        found: dict[WorkerRole, dict[str, frozenset[str]]] = {role: {} for role in WorkerRole}
+        for worker in self._workers.values():
+            if worker.goes_on:
+                of_role = found[worker.role]
+                of_role[worker.fingerprint] = of_role.get(worker.fingerprint, frozenset()) | worker.adapters
+        # As in _decoded_by; but one who has it and does both takes over where no decoder has it (decoders).
+        for worker in self._workers.values():
+            worker.decodable_adapters = frozenset().union(
+                *(found[role].get(worker.fingerprint, ()) for role in (WorkerRole.DECODE, WorkerRole.BOTH))
+            )
 
     def _count_last(self) -> None:
         """Finds the workers that leave and do what nobody who stays could do for their fingerprint."""

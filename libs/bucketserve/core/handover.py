@@ -102,7 +102,7 @@ class Handover:
         return pulls, stuck
 
     def _target(self, request: Request, source_id: WorkerId, fingerprint: str) -> WorkerState | None:
-        for worker in self._fleet.decoders(fingerprint):
+        for worker in self._fleet.decoders(fingerprint, request.adapter):
             if worker.free_sequences() > 0 and _needs(request, source_id, worker) <= worker.room:
                 return worker
         return None

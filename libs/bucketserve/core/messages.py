@@ -19,6 +19,7 @@ from bucketserve.core.types import (
 )
 
 __all__ = [
+    "AdaptersChanged",
     "AdmitFailed",
     "AdmitRequest",
     "BatchPrefilled",
@@ -71,6 +72,8 @@ class RefuseReason(enum.Enum):
     """No worker's engine can constrain output as the request asks."""
     NO_WORKER = "no_worker"
     """Nobody has computed prompts of this model for PATIENCE_S."""
+    NO_ADAPTER = "no_adapter"
+    """No worker has the adapter that the request names."""
     STORE_FULL = "store_full"
 
 
@@ -83,7 +86,7 @@ class DropReason(enum.Enum):
     WORKER_FAILED = "worker_failed"
     TOO_LARGE = "too_large"
     NO_LIKE_WORKER = "no_like_worker"
-    """Nobody has the engine that could go on with what another has begun, the prompt's tokenizer, or grammars."""
+    """Nobody has the engine that could go on with what another has begun, the tokenizer, the adapter, or grammars."""
     NO_WORKER = "no_worker"
     """Nobody has computed prompts of this model for PATIENCE_S."""
     INTERNAL = "internal"
@@ -158,6 +161,8 @@ class WorkerJoined:
     """Fingerprint of its model's tokenizer; empty: it knows of none."""
     has_grammars: bool = False
     """Whether its engine can constrain output."""
+    adapters: frozenset[str] = frozenset()
+    """Fingerprints of those that it has."""
     running: tuple[RunningRequest, ...] = ()
     """Requests that the worker still has from before."""
     is_delivering: bool = False
@@ -173,6 +178,14 @@ class WorkerReported:
     steps: tuple[StepSample, ...] = ()
     is_delivering: bool = False
     """Whether it has output that no gateway has acknowledged yet, maybe of requests that have ended at it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersChanged:
+    """The worker has these adapters from now on, by fingerprint; what it has of others it finishes."""
+
+    worker_id: WorkerId
+    adapters: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +255,7 @@ Event = (
     | ContextExtended
     | WorkerJoined
     | WorkerReported
+    | AdaptersChanged
     | WorkerAway
     | WorkerDraining
     | WorkerLost

@@ -18,6 +18,7 @@ from bucketserve.core.lanes import Lanes
 from bucketserve.core.leaving import Leaving
 from bucketserve.core.lifecycle import Life, Lifecycle, State
 from bucketserve.core.messages import (
+    AdaptersChanged,
     AdmitFailed,
     AdmitRequest,
     BatchPrefilled,
@@ -179,6 +180,9 @@ class SchedulerCore:
         match event:
             case WorkerReported():
                 self._report(event)
+            case AdaptersChanged(worker_id=worker_id, adapters=adapters):
+                if worker := self._fleet.get(worker_id):
+                    self._fleet.set_adapters(worker, adapters)
             case ContextExtended(context_tokens=context_tokens):
                 self._extend(context_tokens)
             case WorkerJoined():

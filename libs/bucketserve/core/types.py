@@ -111,6 +111,8 @@ class Request:
     """Of the engine that generated a part of the output: only the same goes on with it. Empty: any may."""
     tokenizer: str = ""
     """Fingerprint of the tokenizer that made the prompt; empty: not known."""
+    adapter: str = ""
+    """Fingerprint of the adapter that computes it, which not every worker has; empty: the model alone."""
     needs_grammar: bool = False
     """Its output is constrained, which not every engine can do."""
     ttft_slo_s: float | None = None

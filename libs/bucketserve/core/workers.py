@@ -16,11 +16,13 @@ from bucketserve.core.types import Batch, BatchId, Headroom, Request, RequestCla
 __all__ = ["WorkerState", "serves"]
 
 
-def serves(request: Request, fingerprint: str, tokenizer: str, has_grammars: bool) -> bool:
-    """Whether an engine of that fingerprint and tokenizer, with or without grammars, may serve the request at all."""
+def serves(request: Request, fingerprint: str, tokenizer: str, has_grammars: bool, adapters: frozenset[str]) -> bool:
+    """Whether a worker of that kind (WorkerState.kind) may serve the request at all."""
     if request.fingerprint and request.fingerprint != fingerprint:
         return False
     if request.needs_grammar and not has_grammars:
+        return False
+    if request.adapter and request.adapter not in adapters:
         return False
     return not (request.tokenizer and tokenizer and request.tokenizer != tokenizer)
 
@@ -51,6 +53,10 @@ class WorkerState:
     fingerprint: str = ""
     tokenizer: str = ""
     has_grammars: bool = False
+    adapters: frozenset[str] = frozenset()
+    """Fingerprints of those that it has."""
+    decodable_adapters: frozenset[str] = frozenset()
+    """Those of workers of its fingerprint that decode what others prefilled (core/fleet.py)."""
     generation: int = 0
     """Counts up with each fingerprint that is new to the fleet: new requests prefer the newest."""
     times: StepTimes = field(default_factory=StepTimes)
@@ -107,6 +113,7 @@ class WorkerState:
             tokenizer=event.tokenizer,
             is_delivering=event.is_delivering,
             has_grammars=event.has_grammars,
+            adapters=event.adapters,
             num_assigned=event.headroom.last_assignment,
             outputs=outputs,
             kv=KvBook(outputs),
@@ -115,9 +122,13 @@ class WorkerState:
         return state
 
     @property
-    def kind(self) -> tuple[str, str, bool]:
-        """Fingerprint, tokenizer, and whether there are grammars: what decides whom it may serve."""
-        return self.fingerprint, self.tokenizer, self.has_grammars
+    def kind(self) -> tuple[str, str, bool, frozenset[str]]:
+        """Fingerprint, tokenizer, whether there are grammars, and adapters: what decides whom it may serve."""
+        adapters = self.adapters
+        if self.role is WorkerRole.PREFILL:
+            # Somebody has to go on with what it computes.
+            adapters &= self.decodable_adapters
+        return self.fingerprint, self.tokenizer, self.has_grammars, adapters
 
     @property
     def stays(self) -> bool:

@@ -2,7 +2,8 @@
 
 For tests of the serving path and for scale runs. The next token depends on all tokens before it, so that a request
 resumed elsewhere goes on as if nothing had happened, and a mix-up of sequences shows. Of the sampling parameters it
-knows the temperature, as zero or not, and the seed; the others change nothing. It has no grammars.
+knows the temperature, as zero or not, and the seed; the others change nothing. It has no grammars. Of an adapter it
+knows the fingerprint, on which its tokens depend.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from bucketserve.core.errors import EngineError
+from bucketserve.core.errors import EngineError, NoAdapterError
 from bucketserve.core.pace import StepPace
 from bucketserve.core.preemption import SPARE_SHARE, loss
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS, plan_prefill
 from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, Headroom, RequestId, StepSample
 from bucketserve.engine.fingerprint import settings_fingerprint
 from bucketserve.ports import (
+    Adapter,
     EngineInfo,
     Logprob,
     SequenceFailure,
@@ -45,6 +47,7 @@ class FakeSettings:
     max_sequences: int = MAX_SEQUENCES
     max_step_tokens: int = STEP_TOKENS
     vocab_size: int = 256
+    max_adapters: int = 0
     step_s: float = 0.0
     prefill_s_per_token: float = 0.0
     decode_s_per_sequence: float = 0.0
@@ -108,6 +111,7 @@ class FakeEngine:
     _preempted: list[RequestId] = field(default_factory=list)
     """Let go since the last step."""
     _num_decode_steps: int = 0
+    _adapters: set[str] = field(default_factory=set)
 
     @property
     def info(self) -> EngineInfo:
@@ -121,6 +125,7 @@ class FakeEngine:
             pays_padding=False,
             kv_layout="fake",
             fingerprint=settings_fingerprint({"engine": "fake", "vocab_size": self.settings.vocab_size}),
+            max_adapters=self.settings.max_adapters,
         )
 
     def headroom(self) -> Headroom:
@@ -145,9 +150,10 @@ class FakeEngine:
                 raise EngineError(f"{spec.reserved_tokens} tokens can never fit: the context is {most} tokens here")
             if spec.structured_output is not None:
                 raise EngineError("the fake engine has no grammars")
+            self._check_adapter(spec)
         self._check_new([spec.request_id for spec in sequences])
         for spec in sequences:
-            state = _hash(spec.token_ids)
+            state = _hash(spec)
             self._waiting[spec.request_id] = _Sequence(spec, state, max_chunk_tokens=max_chunk_tokens)
 
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:
@@ -159,12 +165,13 @@ class FakeEngine:
         if len(into) != num_tokens * KV_BYTES:
             raise EngineError(f"{len(into)} bytes are not the KV of {num_tokens} tokens")
         # Its state knows the tokens generated as well: their KV is not there yet.
-        into[:] = _hash(sequence.spec.token_ids).to_bytes(KV_BYTES, "big") * num_tokens
+        into[:] = _hash(sequence.spec).to_bytes(KV_BYTES, "big") * num_tokens
         del self._running[request_id]
 
     def import_kv(self, spec: SequenceSpec, generated: Sequence[int], kv: memoryview) -> None:
         """See ports.Engine."""
         self._check_new([spec.request_id])
+        self._check_adapter(spec)
         num_tokens = len(spec.token_ids) + len(generated) - 1
         state = bytes(kv[:KV_BYTES])
         if len(kv) != num_tokens * KV_BYTES or bytes(kv) != state * num_tokens:
@@ -233,6 +240,19 @@ class FakeEngine:
             sample=sample,
         )
 
+    def load_adapter(self, adapter: Adapter) -> None:
+        """See ports.Engine."""
+        if adapter.fingerprint not in self._adapters and len(self._adapters) >= self.settings.max_adapters:
+            raise EngineError(f"there are {len(self._adapters)} adapters here, and max_adapters is no more")
+        self._adapters.add(adapter.fingerprint)
+
+    def unload_adapter(self, fingerprint: str) -> bool:
+        """See ports.Engine."""
+        if any(s.spec.adapter == fingerprint for s in (*self._waiting.values(), *self._running.values())):
+            return False
+        self._adapters.discard(fingerprint)
+        return True
+
     def close(self) -> None:
         """See ports.Engine."""
         self._waiting.clear()
@@ -244,6 +264,10 @@ class FakeEngine:
             if request_id in seen:
                 raise EngineError(f"sequence {request_id} is already here")
             seen.add(request_id)
+
+    def _check_adapter(self, spec: SequenceSpec) -> None:
+        if spec.adapter and spec.adapter not in self._adapters:
+            raise NoAdapterError("the adapter is not here any more")
 
     def _begun(self) -> list[_Sequence]:
         """Returns the sequences that have KV: those that wait have none before their first piece."""
@@ -352,9 +376,9 @@ class FakeEngine:
         )
 
 
-def _hash(token_ids: Sequence[int]) -> int:
+def _hash(spec: SequenceSpec) -> int:
     state = 0
-    for token_id in token_ids:
+    for token_id in (*spec.adapter.encode(), *spec.token_ids):
         state = _mix(state ^ token_id)
     return state
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bucketserve.core.errors import ModelLoadError
-from bucketserve.engine.weight_files import StoredTensor, WeightFile, read_json, weight_files
+from bucketserve.engine.weight_files import StoredTensor, WeightFile, read_json, weight_file, weight_files
 
-__all__ = ["model_fingerprint", "settings_fingerprint", "tokenizer_fingerprint"]
+__all__ = ["adapter_fingerprint", "model_fingerprint", "settings_fingerprint", "tokenizer_fingerprint"]
 
 WHOLE_BYTES = 256 * 2**20
 """Weights up to this size are hashed byte by byte."""
@@ -61,6 +61,32 @@ def model_fingerprint(directory: Path, *, engine: str, dtype: str, quantization:
     finally:
         for stream in opened.values():
             stream.close()
+    return digest.hexdigest()
+
+
+def adapter_fingerprint(directory: Path) -> str:
+    """Returns the fingerprint of an adapter as peft writes it: all of its weights, and its configuration.
+
+    Raises:
+        ModelLoadError: a file is missing or damaged, or it is no LoRA adapter.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (directory / name).is_file():
+            raise ModelLoadError(f"it has no {name}")
+    config = read_json(directory / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise ModelLoadError(f"adapter_config.json: peft_type is {config.get('peft_type')!r}; only LORA is served")
+    said = {name: value for name, value in config.items() if name != "base_model_name_or_path"}
+    digest = hashlib.blake2b(_canonical({"adapter": said}), digest_size=16)
+    file = weight_file(directory / "adapter_model.safetensors")
+    try:
+        with file.path.open("rb") as stream:
+            for tensor in file.tensors:
+                digest.update(_canonical([tensor.name, tensor.dtype, list(tensor.shape), tensor.num_bytes]))
+                for block in _blocks(stream, tensor, is_whole=True):
+                    digest.update(block)
+    except OSError as error:
+        raise ModelLoadError(f"{file.path.name} can't be read: {error.strerror}") from error
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bucketserve.core.errors import EngineError
+from bucketserve.core.errors import EngineError, NoAdapterError
 from bucketserve.core.pace import StepPace
 from bucketserve.core.preemption import SPARE_SHARE
 from bucketserve.core.stepping import plan_prefill
@@ -27,9 +27,11 @@ from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory, num_pages
 from bucketserve.engine.kv_space import KvSpace
 from bucketserve.engine.pressure import MemoryPressure, is_out_of_memory
 from bucketserve.engine.sequences import EngineSequence, Entry, Row, Success, Trouble, choose, halve, measure
-from bucketserve.ports import EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenOutput
+from bucketserve.ports import Adapter, EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenOutput
 
 __all__ = ["PackedEngine", "PackedLimits"]
+
+NO_ADAPTERS = "this engine has no adapters"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,11 +125,21 @@ class PackedEngine:
                 raise EngineError(f"sequence {spec.request_id} is already here")
             if spec.structured_output is not None and self._compiler is None:
                 raise EngineError("this engine has no grammars: the model's tokenizer is of no kind that they know")
+            if spec.adapter:
+                raise NoAdapterError(NO_ADAPTERS)
             seen.add(spec.request_id)
         for spec in sequences:
             sequence = EngineSequence(spec, max_chunk_tokens, list(spec.token_ids))
             self._waiting[spec.request_id] = sequence
             self._compile(sequence)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Always refused (EngineInfo.max_adapters)."""
+        raise EngineError(NO_ADAPTERS)
+
+    def unload_adapter(self, fingerprint: str) -> bool:
+        """See ports.Engine."""
+        return True
 
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:
         """See ports.Engine."""

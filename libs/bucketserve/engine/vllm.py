@@ -22,16 +22,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from bucketserve.core.errors import EngineError
+from bucketserve.core.errors import EngineError, NoAdapterError
 from bucketserve.core.pace import StepPace
 from bucketserve.core.preemption import SPARE_SHARE, loss
 from bucketserve.core.stepping import plan_prefill
 from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, Headroom, RequestId
 from bucketserve.engine.device_memory import DeviceMemory
+from bucketserve.engine.model_source import first_line
 from bucketserve.engine.vllm_inside import POSITION, SAMPLING, DoneStep, StepOrder, clear_blocks
 from bucketserve.ports import (
+    Adapter,
     EngineInfo,
     Logprob,
     Sampling,
@@ -135,6 +138,10 @@ class VllmEngine:
         self._pace = StepPace()
         self._waiting: dict[RequestId, _Sequence] = {}
         self._begun: dict[RequestId, _Sequence] = {}
+        self._adapters: dict[str, LoRARequest] = {}
+        """By fingerprint, by which vLLM calls them as well."""
+        self._num_loaded = 0
+        """Adapters so far: vLLM wants numbers for them."""
         self._preempted: list[RequestId] = []
         """Let go since the last step."""
         self._num_decode_steps = 0
@@ -187,6 +194,8 @@ class VllmEngine:
                 raise EngineError(f"{spec.reserved_tokens} tokens can never fit: the context is {most} tokens here")
             if spec.request_id in seen:
                 raise EngineError(f"sequence {spec.request_id} is already here")
+            if spec.adapter and spec.adapter not in self._adapters:
+                raise NoAdapterError("the adapter is not here any more")
             seen.add(spec.request_id)
         for spec in sequences:
             self._waiting[spec.request_id] = _Sequence(spec, max_chunk_tokens)
@@ -214,6 +223,31 @@ class VllmEngine:
             self._vllm.abort_request(begun)
         for name in request_ids:
             self._waiting.pop(name, None)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """See ports.Engine."""
+        if adapter.fingerprint in self._adapters:
+            return
+        if len(self._adapters) >= self._info.max_adapters:
+            # One more would take another one's place, and vLLM would load it again when it is wanted.
+            raise EngineError(f"there are {len(self._adapters)} adapters here, and max_adapters is no more")
+        # Numbers are not used twice: of one that fails half of it may be there.
+        self._num_loaded += 1
+        request = LoRARequest(adapter.fingerprint, self._num_loaded, str(adapter.directory))
+        try:
+            self._vllm.add_lora(request)
+        except Exception as error:  # whatever vLLM makes of files that it did not write
+            raise EngineError(f"vLLM can't serve it: {first_line(error)}") from error
+        self._adapters[adapter.fingerprint] = request
+
+    def unload_adapter(self, fingerprint: str) -> bool:
+        """See ports.Engine."""
+        if any(s.spec.adapter == fingerprint for s in (*self._waiting.values(), *self._begun.values())):
+            return False
+        request = self._adapters.pop(fingerprint, None)
+        if request is not None:
+            self._vllm.remove_lora(request.lora_int_id)
+        return True
 
     def has_work(self) -> bool:
         """See ports.Engine."""
@@ -289,7 +323,12 @@ class VllmEngine:
                 brought.fail(name, NO_TOKEN)
                 continue
             try:
-                internal = self._vllm.add_request(name, _prompt(sequence.spec), _sampling(sequence.spec))
+                internal = self._vllm.add_request(
+                    name,
+                    _prompt(sequence.spec),
+                    _sampling(sequence.spec),
+                    lora_request=self._adapters.get(sequence.spec.adapter),
+                )
             except (ValueError, TypeError, VLLMValidationError) as error:
                 brought.fail(name, f"vLLM refuses it: {error}")
                 continue

@@ -52,10 +52,14 @@ OURS = {
     "enable_prefix_caching": "prefix_cache",
     "kv_cache_memory_bytes": "kv_budget_bytes",
     "num_gpu_blocks_override": "kv_budget_tokens",
+    "enable_lora": "adapters_dir",
+    "max_loras": "max_adapters",
+    "max_cpu_loras": "max_adapters",
 }
 """Arguments of vLLM that are settings of every worker, with their names."""
 TAKEN = (
     "data_parallel_size",
+    "default_mm_loras",
     "enable_chunked_prefill",
     "kv_transfer_config",
     "logits_processors",
@@ -95,6 +99,8 @@ class VllmSettings:
     """0: STEP_TOKENS."""
     prefix_cache: bool = True
     max_logprobs: int = 20
+    max_adapters: int = 0
+    """LoRA adapters that may be loaded at once, for each of which memory is set aside; 0: none."""
     engine_args: Mapping[str, str] = field(default_factory=dict)
     """vLLM's own EngineArgs, by name, as its command line takes them."""
 
@@ -211,6 +217,10 @@ def _start(arguments: Any, settings: VllmSettings, directory: Path) -> Any:
     arguments.max_num_seqs = settings.max_sequences
     arguments.max_num_batched_tokens = settings.max_step_tokens or max(STEP_TOKENS, settings.max_sequences)
     arguments.max_logprobs = settings.max_logprobs
+    if settings.max_adapters:
+        arguments.enable_lora = True
+        # All in place: none is loaded again because another one was used.
+        arguments.max_loras = arguments.max_cpu_loras = settings.max_adapters
     arguments.enable_chunked_prefill = True
     arguments.enable_prefix_caching = settings.prefix_cache
     arguments.kv_cache_memory_bytes = settings.kv_budget_bytes or _cpu_budget()
@@ -291,6 +301,7 @@ def _around(engine: Any, settings: VllmSettings, directory: Path) -> VllmEngine:
             directory, engine=" ".join([ENGINE, VLLM_VERSION, *numeric]), dtype=dtype, quantization="none"
         ),
         tokenizer=tokenizer_fingerprint(directory),
+        max_adapters=settings.max_adapters,
     )
     limits = VllmLimits(
         max_sequences=settings.max_sequences,

@@ -14,7 +14,7 @@ from typing import Any
 
 from bucketserve.core.errors import ModelLoadError
 
-__all__ = ["StoredTensor", "WeightFile", "read_json", "weight_files"]
+__all__ = ["StoredTensor", "WeightFile", "read_json", "weight_file", "weight_files"]
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 MOST_HEADER_BYTES = 100_000_000
@@ -71,7 +71,7 @@ def weight_files(directory: Path) -> list[WeightFile]:
         if index.is_file():
             return _indexed(directory, index)
         if (directory / single).is_file():
-            return [_weight_file(directory / single)]
+            return [weight_file(directory / single)]
     raise ModelLoadError(f"it has no weights: neither {SINGLE[0]} nor {SINGLE[0]}.index.json{_instead(directory)}")
 
 
@@ -92,7 +92,7 @@ def _indexed(directory: Path, index: Path) -> list[WeightFile]:
         raise ModelLoadError(
             f"{index.name} names {missing[0]}, which is not there ({len(missing)} of {len(names)} files)"
         )
-    files = [_weight_file(directory / name) for name in names]
+    files = [weight_file(directory / name) for name in names]
     held = {tensor.name: file.path.name for file in files for tensor in file.tensors}
     for tensor, name in places.items():
         if name.endswith(".safetensors") and held.get(tensor) != name:
@@ -100,7 +100,12 @@ def _indexed(directory: Path, index: Path) -> list[WeightFile]:
     return files
 
 
-def _weight_file(path: Path) -> WeightFile:
+def weight_file(path: Path) -> WeightFile:
+    """Returns what a file of weights holds.
+
+    Raises:
+        ModelLoadError: it is missing or damaged.
+    """
     try:
         size = path.stat().st_size
         if not size:

@@ -25,6 +25,7 @@ from bucketserve.ports import Logprob, Sampling, SequenceSpec, StructuredOutput,
 from bucketserve.v1 import common_pb2, scheduler_pb2
 
 __all__ = [
+    "adapters_from_pb",
     "batch_info",
     "drop_reason_to_pb",
     "finish_reason_from_pb",
@@ -75,6 +76,7 @@ _REFUSALS = {
     RefuseReason.OTHER_TOKENIZER: scheduler_pb2.REFUSE_REASON_OTHER_TOKENIZER,
     RefuseReason.NO_GRAMMARS: scheduler_pb2.REFUSE_REASON_NO_GRAMMARS,
     RefuseReason.NO_WORKER: scheduler_pb2.REFUSE_REASON_NO_WORKER,
+    RefuseReason.NO_ADAPTER: scheduler_pb2.REFUSE_REASON_NO_ADAPTER,
     RefuseReason.STORE_FULL: scheduler_pb2.REFUSE_REASON_STORE_FULL,
 }
 _DROPS = {
@@ -130,6 +132,7 @@ def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
         tokenizer=hello.tokenizer,
         is_delivering=hello.report.is_delivering,
         has_grammars=hello.has_grammars,
+        adapters=adapters_from_pb(hello.adapters),
         running=tuple(
             RunningRequest(
                 request_id=RequestId(at.run_id),
@@ -140,6 +143,11 @@ def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
             for at in hello.running
         ),
     )
+
+
+def adapters_from_pb(adapters: scheduler_pb2.WorkerAdapters) -> frozenset[str]:
+    """Returns the fingerprints of the adapters that a worker has."""
+    return frozenset(adapter.fingerprint for adapter in adapters.adapters)
 
 
 def refuse_reason_to_pb(reason: RefuseReason) -> scheduler_pb2.RefuseReason:
@@ -182,6 +190,7 @@ def request_from_ticket(
         fingerprint=ticket.fingerprint,
         tokenizer=ticket.tokenizer,
         needs_grammar=ticket.needs_grammar,
+        adapter=ticket.adapter,
         ttft_slo_s=slo.ttft_ms / 1e3 if slo.HasField("ttft_ms") else None,
         tpot_slo_s=slo.tpot_ms / 1e3 if slo.HasField("tpot_ms") else None,
         deadline_s=deadline_s,
@@ -219,6 +228,7 @@ def sequence_from_spec(
         is_batch=request_class_from_pb(spec.request_class) is RequestClass.BATCH,
         num_preemptions=spec.num_preemptions,
         prefix_salt=spec.prefix_salt,
+        adapter=spec.adapter,
     )
 
 

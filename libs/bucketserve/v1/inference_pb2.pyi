@@ -186,7 +186,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "context_tokens", "vocab_size", "eos_token_ids", "has_chat_template", "default_max_tokens", "aliases")
+    __slots__ = ("name", "context_tokens", "vocab_size", "eos_token_ids", "has_chat_template", "default_max_tokens", "aliases", "parent")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +194,7 @@ class Model(_message.Message):
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     context_tokens: int
     vocab_size: int
@@ -201,4 +202,5 @@ class Model(_message.Message):
     has_chat_template: bool
     default_max_tokens: int
     aliases: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., default_max_tokens: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ...) -> None: ...
+    parent: str
+    def __init__(self, name: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., default_max_tokens: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ..., parent: _Optional[str] = ...) -> None: ...

@@ -20,6 +20,7 @@ class RefuseReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSE_REASON_OTHER_TOKENIZER: _ClassVar[RefuseReason]
     REFUSE_REASON_NO_GRAMMARS: _ClassVar[RefuseReason]
     REFUSE_REASON_NO_WORKER: _ClassVar[RefuseReason]
+    REFUSE_REASON_NO_ADAPTER: _ClassVar[RefuseReason]
 
 class DropReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -42,6 +43,7 @@ REFUSE_REASON_STORE_FULL: RefuseReason
 REFUSE_REASON_OTHER_TOKENIZER: RefuseReason
 REFUSE_REASON_NO_GRAMMARS: RefuseReason
 REFUSE_REASON_NO_WORKER: RefuseReason
+REFUSE_REASON_NO_ADAPTER: RefuseReason
 DROP_REASON_UNSPECIFIED: DropReason
 DROP_REASON_DEADLINE: DropReason
 DROP_REASON_CANCELLED: DropReason
@@ -53,7 +55,7 @@ DROP_REASON_NO_LIKE_WORKER: DropReason
 DROP_REASON_NO_WORKER: DropReason
 
 class Ticket(_message.Message):
-    __slots__ = ("run_id", "model", "prompt_tokens", "max_new_tokens", "request_class", "tenant", "slo", "gateway_id", "context_tokens", "is_resumed", "avoid_worker_ids", "traceparent", "tracestate", "fingerprint", "tokenizer", "num_preemptions", "needs_grammar")
+    __slots__ = ("run_id", "model", "prompt_tokens", "max_new_tokens", "request_class", "tenant", "slo", "gateway_id", "context_tokens", "is_resumed", "avoid_worker_ids", "traceparent", "tracestate", "fingerprint", "tokenizer", "num_preemptions", "needs_grammar", "adapter")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +73,7 @@ class Ticket(_message.Message):
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     NEEDS_GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     model: str
     prompt_tokens: int
@@ -88,10 +91,11 @@ class Ticket(_message.Message):
     tokenizer: str
     num_preemptions: int
     needs_grammar: bool
-    def __init__(self, run_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., tenant: _Optional[str] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., gateway_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., is_resumed: _Optional[bool] = ..., avoid_worker_ids: _Optional[_Iterable[str]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., num_preemptions: _Optional[int] = ..., needs_grammar: _Optional[bool] = ...) -> None: ...
+    adapter: str
+    def __init__(self, run_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., tenant: _Optional[str] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., gateway_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., is_resumed: _Optional[bool] = ..., avoid_worker_ids: _Optional[_Iterable[str]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., num_preemptions: _Optional[int] = ..., needs_grammar: _Optional[bool] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class RunSpec(_message.Message):
-    __slots__ = ("token_ids", "num_resumed_tokens", "max_new_tokens", "sampling", "stop_token_ids", "num_logprobs", "delivery_address", "traceparent", "tracestate", "tpot_ms", "request_class", "num_preemptions", "prefix_salt", "structured_output")
+    __slots__ = ("token_ids", "num_resumed_tokens", "max_new_tokens", "sampling", "stop_token_ids", "num_logprobs", "delivery_address", "traceparent", "tracestate", "tpot_ms", "request_class", "num_preemptions", "prefix_salt", "structured_output", "adapter")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +110,7 @@ class RunSpec(_message.Message):
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_SALT_FIELD_NUMBER: _ClassVar[int]
     STRUCTURED_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_resumed_tokens: int
     max_new_tokens: int
@@ -120,7 +125,8 @@ class RunSpec(_message.Message):
     num_preemptions: int
     prefix_salt: bytes
     structured_output: _common_pb2.StructuredOutput
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., delivery_address: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., tpot_ms: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., num_preemptions: _Optional[int] = ..., prefix_salt: _Optional[bytes] = ..., structured_output: _Optional[_Union[_common_pb2.StructuredOutput, _Mapping]] = ...) -> None: ...
+    adapter: str
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., delivery_address: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., tpot_ms: _Optional[int] = ..., request_class: _Optional[_Union[_common_pb2.RequestClass, str]] = ..., num_preemptions: _Optional[int] = ..., prefix_salt: _Optional[bytes] = ..., structured_output: _Optional[_Union[_common_pb2.StructuredOutput, _Mapping]] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("hello", "run", "cancel")
@@ -167,20 +173,44 @@ class CancelRun(_message.Message):
     def __init__(self, model: _Optional[str] = ..., run_id: _Optional[str] = ...) -> None: ...
 
 class SubmitResponse(_message.Message):
-    __slots__ = ("hello", "accepted", "refused", "dispatched", "dropped", "heartbeat")
+    __slots__ = ("hello", "accepted", "refused", "dispatched", "dropped", "heartbeat", "adapters")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     DISPATCHED_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     hello: SchedulerHello
     accepted: RunAccepted
     refused: RunRefused
     dispatched: RunDispatched
     dropped: RunDropped
     heartbeat: Heartbeat
-    def __init__(self, hello: _Optional[_Union[SchedulerHello, _Mapping]] = ..., accepted: _Optional[_Union[RunAccepted, _Mapping]] = ..., refused: _Optional[_Union[RunRefused, _Mapping]] = ..., dispatched: _Optional[_Union[RunDispatched, _Mapping]] = ..., dropped: _Optional[_Union[RunDropped, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    adapters: ServedAdapters
+    def __init__(self, hello: _Optional[_Union[SchedulerHello, _Mapping]] = ..., accepted: _Optional[_Union[RunAccepted, _Mapping]] = ..., refused: _Optional[_Union[RunRefused, _Mapping]] = ..., dispatched: _Optional[_Union[RunDispatched, _Mapping]] = ..., dropped: _Optional[_Union[RunDropped, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., adapters: _Optional[_Union[ServedAdapters, _Mapping]] = ...) -> None: ...
+
+class ServedAdapters(_message.Message):
+    __slots__ = ("adapters",)
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    adapters: _containers.RepeatedCompositeFieldContainer[ServedAdapter]
+    def __init__(self, adapters: _Optional[_Iterable[_Union[ServedAdapter, _Mapping]]] = ...) -> None: ...
+
+class ServedAdapter(_message.Message):
+    __slots__ = ("model", "adapter")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    adapter: Adapter
+    def __init__(self, model: _Optional[str] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+
+class Adapter(_message.Message):
+    __slots__ = ("name", "fingerprint")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    fingerprint: str
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("problem",)
@@ -231,23 +261,25 @@ class RunDropped(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., reason: _Optional[_Union[DropReason, str]] = ...) -> None: ...
 
 class WorkRequest(_message.Message):
-    __slots__ = ("hello", "report", "prefilled", "finished", "draining", "kv_pulled")
+    __slots__ = ("hello", "report", "prefilled", "finished", "draining", "kv_pulled", "adapters")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     PREFILLED_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     KV_PULLED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     report: WorkerReport
     prefilled: BatchPrefilled
     finished: RunFinished
     draining: WorkerDraining
     kv_pulled: KvPulled
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., prefilled: _Optional[_Union[BatchPrefilled, _Mapping]] = ..., finished: _Optional[_Union[RunFinished, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ..., kv_pulled: _Optional[_Union[KvPulled, _Mapping]] = ...) -> None: ...
+    adapters: WorkerAdapters
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., prefilled: _Optional[_Union[BatchPrefilled, _Mapping]] = ..., finished: _Optional[_Union[RunFinished, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ..., kv_pulled: _Optional[_Union[KvPulled, _Mapping]] = ..., adapters: _Optional[_Union[WorkerAdapters, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running", "is_draining", "fingerprint", "tokenizer", "instance", "has_grammars", "keeps_kv")
+    __slots__ = ("worker_id", "model", "role", "address", "engine", "pays_padding", "context_tokens", "report", "running", "is_draining", "fingerprint", "tokenizer", "instance", "has_grammars", "keeps_kv", "adapters")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -263,6 +295,7 @@ class WorkerHello(_message.Message):
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     HAS_GRAMMARS_FIELD_NUMBER: _ClassVar[int]
     KEEPS_KV_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     role: _common_pb2.WorkerRole
@@ -278,7 +311,14 @@ class WorkerHello(_message.Message):
     instance: str
     has_grammars: bool
     keeps_kv: bool
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ..., has_grammars: _Optional[bool] = ..., keeps_kv: _Optional[bool] = ...) -> None: ...
+    adapters: WorkerAdapters
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., pays_padding: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ..., has_grammars: _Optional[bool] = ..., keeps_kv: _Optional[bool] = ..., adapters: _Optional[_Union[WorkerAdapters, _Mapping]] = ...) -> None: ...
+
+class WorkerAdapters(_message.Message):
+    __slots__ = ("adapters",)
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
 
 class RunningRun(_message.Message):
     __slots__ = ("run_id", "held", "assignment", "held_us")

@@ -98,7 +98,12 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
         requests = OpenRequests()
         delivery = DeliveryServicer(requests, ours)
         scheduler = SchedulerLink(
-            settings.scheduler_address.split(","), ours, gateway_id, requests, observer.scheduler_state
+            settings.scheduler_address.split(","),
+            ours,
+            gateway_id,
+            requests,
+            on_state=observer.scheduler_state,
+            on_adapters=catalog.adapters.announced,
         )
         quotas = Quotas(stores.quotas, keys.limits_of, observer.quota_uncounted)
         parts = GatewayParts(

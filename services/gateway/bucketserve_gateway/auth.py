@@ -18,6 +18,7 @@ from bucketserve.core.errors import ForbiddenError, SettingsError, Unauthenticat
 from bucketserve.core.types import RequestClass
 from bucketserve.rpc.convert import request_class_from_pb
 from bucketserve.v1 import inference_pb2, job_pb2
+from bucketserve_gateway.adapters import split_adapter
 from bucketserve_gateway.admission import HEALTH
 from bucketserve_gateway.keys import EVERYBODY, Grant, Limits, Scope, hash_of, read_keys_file
 from bucketserve_gateway.names import ModelNames
@@ -87,8 +88,12 @@ class Identity:
                 raise self._refusal(f"no key is for {message.DESCRIPTOR.full_name}")
 
     def may_use(self, model: str) -> bool:
-        """Whether the key is for a model, by whichever name."""
-        return self.models is None or self.names.resolve(model) in self.models
+        """Whether the key is for a model or an adapter, by any of its names, or for all of a model by "model:*"."""
+        name = self.names.resolve(model)
+        if self.models is None or name in self.models:
+            return True
+        base, _ = split_adapter(name)
+        return bool(base) and f"{base}:*" in self.models
 
     def shown(self, message: Message) -> Message:
         """Returns an answer without the models that the key is not for."""

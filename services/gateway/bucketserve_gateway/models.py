@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from bucketserve.engine.model_source import (
 )
 from bucketserve.engine.weight_files import read_json
 from bucketserve.v1 import inference_pb2
+from bucketserve_gateway.adapters import AdapterBook, split_adapter
 from bucketserve_gateway.detokenizer import TokenBytes
 from bucketserve_gateway.names import ModelNames
 from bucketserve_gateway.text_bound import bytes_per_token
@@ -45,6 +46,8 @@ class ModelCard:
     default_max_tokens: int
     aliases: tuple[str, ...] = ()
     """Its further names."""
+    parent: str = ""
+    """Of an adapter: the model that it belongs to."""
 
     def to_pb(self) -> inference_pb2.Model:
         """Returns it as a message."""
@@ -56,6 +59,7 @@ class ModelCard:
             has_chat_template=self.has_chat_template,
             default_max_tokens=self.default_max_tokens,
             aliases=self.aliases,
+            parent=self.parent,
         )
 
 
@@ -74,6 +78,13 @@ class ServedModel:
     """Where its files are; None if it was not loaded from any."""
     grammars: GrammarTokenizer | None = None
     """Its vocabulary for structured output; None if it is of no kind that grammars know."""
+    adapter: str = ""
+    """Fingerprint of the adapter that computes it; empty: the model alone."""
+
+    @property
+    def base_name(self) -> str:
+        """Name of the model whose workers serve it."""
+        return self.card.parent or self.card.name
 
     @property
     def max_text_bytes(self) -> float:
@@ -85,28 +96,42 @@ class ModelCatalog:
     """Models by name."""
 
     def __init__(self, models: Mapping[str, ServedModel], names: ModelNames | None = None) -> None:
-        """Holds the models for good; names: what else they are called, None for nothing."""
+        """Holds the models for good, adapters come and go; names: what else models are called, None for nothing."""
         self._models = dict(sorted(models.items()))
         self.names = names or ModelNames(models)
+        self.adapters = AdapterBook()
 
     def get(self, name: str) -> ServedModel:
-        """Returns the model of that name or alias; an empty name means the only one.
+        """Returns the model of that name or alias, or its adapter ("model:adapter"); an empty name means the only one.
 
         Raises:
             UnknownModelError: there is none, or several and no name was given.
         """
-        model = self._models.get(self.names.resolve(name))
-        if model is None:
-            raise self.names.unknown(name)
-        return model
+        own = self.names.resolve(name)
+        if own in self._models:
+            return self._models[own]
+        base, adapter = split_adapter(own)
+        if base in self._models and (fingerprint := self.adapters.fingerprint(base, adapter)):
+            card = self._adapter_card(base, own)
+            return replace(self._models[base], card=card, adapter=fingerprint)
+        raise self.names.unknown(name, [card.name for card in self.cards() if card.parent])
 
     def models(self) -> list[ServedModel]:
-        """Returns all models, in name order."""
+        """Returns all models, in name order; no adapters."""
         return list(self._models.values())
 
     def cards(self) -> list[ModelCard]:
-        """Returns all cards, in name order."""
-        return [model.card for model in self._models.values()]
+        """Returns the cards of all models, each with its adapters behind it, in name order."""
+        found = []
+        for base, model in self._models.items():
+            names = (f"{base}:{adapter}" for adapter in self.adapters.names(base))
+            # A model of that very name is what is meant by it, or that it is an alias of.
+            own = [name for name in names if name not in self._models and self.names.resolve(name) == name]
+            found += [model.card, *(self._adapter_card(base, name) for name in own)]
+        return found
+
+    def _adapter_card(self, base: str, name: str) -> ModelCard:
+        return replace(self._models[base].card, name=name, parent=base, aliases=())
 
 
 def load_models(

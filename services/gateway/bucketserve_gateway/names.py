@@ -5,9 +5,10 @@ The only place that knows; from here on everybody speaks of a model by its own n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from bucketserve.core.errors import SettingsError, UnknownModelError
+from bucketserve_gateway.adapters import split_adapter
 
 __all__ = ["ModelNames"]
 
@@ -46,20 +47,23 @@ class ModelNames:
             raise SettingsError(problems)
 
     def resolve(self, name: str) -> str:
-        """Returns the own name of the model that a name stands for.
+        """Returns the own name of the model that a name stands for, or of its adapter: that of an alias is the model's.
 
         Empty stands for the only model, and stays empty where there are several; a name that nobody knows stays too.
         """
         if not name and len(self._models) == 1:
             return self._models[0]
-        return self._model_of.get(name, name)
+        if name in self._models or name in self._model_of:
+            return self._model_of.get(name, name)
+        base, adapter = split_adapter(name)
+        return f"{self._model_of[base]}:{adapter}" if base in self._model_of else name
 
     def aliases_of(self, model: str) -> tuple[str, ...]:
         """Returns a model's aliases, in order."""
         return tuple(alias for alias, its in self._model_of.items() if its == model)
 
-    def unknown(self, name: str) -> UnknownModelError:
-        """Returns the error that a name stands for no model; says which do."""
-        served = [*self._models, *self._model_of]
+    def unknown(self, name: str, adapters: Sequence[str] = ()) -> UnknownModelError:
+        """Returns the error that a name stands for no model; says which do, with these adapters."""
+        served = [*self._models, *adapters, *self._model_of]
         message = "" if name else f"name a model: several are served here: {', '.join(served)}"
         return UnknownModelError(name, served, message)

@@ -9,9 +9,15 @@ import xxhash
 
 from bucketserve.core.prefixes import BLOCK_TOKENS, MAX_BLOCKS
 
-__all__ = ["block_hashes"]
+__all__ = ["block_hashes", "prefix_salt"]
 
 BYTES_PER_TOKEN = 4
+
+
+def prefix_salt(tenant: str, adapter: str) -> bytes:
+    """Returns the salt of prompts that may use each other's KV: those of a tenant (none: of all) and of an adapter."""
+    # Names of tenants are printable: there is no such byte in them.
+    return tenant.encode() + (b"\0" + adapter.encode() if adapter else b"")
 
 
 def block_hashes(token_ids: Sequence[int], salt: bytes) -> list[int]:

@@ -116,7 +116,7 @@ class OpenRequest:
 
     @property
     def model(self) -> str:
-        """The model that it names."""
+        """The model whose workers serve it."""
         return self._ticket.model
 
     @property

@@ -56,12 +56,14 @@ class SchedulerLink:
         gateway_id: str,
         requests: OpenRequests,
         on_state: Callable[[bool, str], None],
+        on_adapters: Callable[[scheduler_pb2.ServedAdapters], None],
     ) -> None:
-        """on_state(connected, detail) on every change; addresses are tried in turn."""
+        """on_state(connected, detail), on_adapters(all that there are) on every change; addresses are tried in turn."""
         self._deployment = deployment
         self._gateway_id = gateway_id
         self._instance = uuid.uuid4().hex
         self._requests = requests
+        self._on_adapters = on_adapters
         self._search = LeaderSearch(addresses, deployment.tls, on_state)
         self._problem = ""
         self._outbox: Outbox[Submit] | None = None
@@ -127,6 +129,8 @@ class SchedulerLink:
                 kind = response.WhichOneof("message")
                 if kind == "heartbeat":
                     self._problem = response.heartbeat.problem
+                elif kind == "adapters":
+                    self._on_adapters(response.adapters)
                 elif kind == "hello":
                     self._search.welcomed(response.hello, address)
                     self._outbox, self._problem = outbox, ""
@@ -186,7 +190,7 @@ def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
             # Not by us, or it would not be open: this gateway was away, and its runs were stopped.
             opened.restart("it was stopped while its gateway was away", is_fault=False)
         case scheduler_pb2.DROP_REASON_NO_LIKE_WORKER:
-            message = "no worker is left that could go on with the answer: none has its weights, tokenizer or grammars"
+            message = "no worker is left that could go on: none has its weights, tokenizer, adapter or grammars"
             opened.fail(UnavailableError(message, reason="NO_LIKE_WORKER"))
         case scheduler_pb2.DROP_REASON_NO_WORKER:
             opened.fail(_no_worker(opened.model, RETURN_S))
@@ -214,6 +218,8 @@ def _refusal(model: str, refused: scheduler_pb2.RunRefused) -> BucketServeError:
             return InvalidRequestError([FieldViolation("structured_output", description)])
         case scheduler_pb2.REFUSE_REASON_NO_WORKER:
             return _no_worker(model, delay_s)
+        case scheduler_pb2.REFUSE_REASON_NO_ADAPTER:
+            return UnavailableError("no worker has the adapter at present", reason=name, retry_delay_s=1.0)
         case scheduler_pb2.REFUSE_REASON_OTHER_TOKENIZER:
             return UnavailableError("the workers' model has another tokenizer than this gateway", reason=name)
         case _:

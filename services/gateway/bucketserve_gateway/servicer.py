@@ -18,6 +18,7 @@ from bucketserve_gateway.admission import Admission, Room
 from bucketserve_gateway.auth import Keys
 from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.models import ModelCatalog
+from bucketserve_gateway.prefixes import prefix_salt
 from bucketserve_gateway.quotas import Quotas
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
 from bucketserve_gateway.scheduler_link import SchedulerLink
@@ -220,7 +221,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def _describe(self, valid: ValidRequest) -> tuple[scheduler_pb2.Ticket, scheduler_pb2.RunSpec]:
         """Returns what the scheduler and what workers need to know of a request in all its attempts."""
         ticket = scheduler_pb2.Ticket(
-            model=valid.model.card.name,
+            model=valid.model.base_name,
+            adapter=valid.model.adapter,
             request_class=valid.request_class,
             tenant=valid.tenant,
             slo=valid.slo,
@@ -237,7 +239,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             num_logprobs=valid.num_logprobs,
             delivery_address=self._parts.delivery_address,
             tpot_ms=valid.slo.tpot_ms if valid.slo.HasField("tpot_ms") else None,
-            prefix_salt=b"" if self._parts.settings.share_prefixes else valid.tenant.encode(),
+            prefix_salt=prefix_salt("" if self._parts.settings.share_prefixes else valid.tenant, valid.model.adapter),
+            adapter=valid.model.adapter,
         )
         return ticket, spec
 

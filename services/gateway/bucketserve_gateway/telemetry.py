@@ -64,7 +64,7 @@ class GatewayTelemetry:
     def resumed(self, opened: OpenRequest) -> None:
         """When a request's next attempt begins."""
         cause = "preempted" if opened.was_preempted else "lost"
-        self._metrics.count("bucketserve_gateway_resumptions_total", model=opened.model, cause=cause)
+        self._metrics.count("bucketserve_gateway_resumptions_total", model=opened.valid.model.card.name, cause=cause)
         log = self.log.info if opened.was_preempted else self.log.warning
         log("request.resumed", request_id=opened.label, run_id=opened.run_id, cause=cause)
 
@@ -107,7 +107,7 @@ class GatewayTelemetry:
             span.set_attribute("bucketserve.request_id", opened.label)
             span.set_attribute("bucketserve.run_id", opened.run_id)
             # Also for a client that named none.
-            span.set_attribute("gen_ai.request.model", opened.model)
+            span.set_attribute("gen_ai.request.model", labels["model"])
             span.set_attribute("bucketserve.attempt", opened.attempt)
             span.set_attribute("bucketserve.request_class", labels["request_class"])
             span.set_attribute("bucketserve.tenant", opened.valid.tenant)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from bucketserve.core.errors import PeerRefusedError, StaleEpochError, UnavailableError
 from bucketserve.core.messages import (
+    AdaptersChanged,
     AdmitFailed,
     BatchPrefilled,
     ContextExtended,
@@ -35,6 +36,7 @@ from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.types import BatchId, FinishReason, RequestId, WorkerId
 from bucketserve.ports import Admit, Dispatch, Leadership, QueueStore
 from bucketserve.rpc.convert import (
+    adapters_from_pb,
     finish_reason_from_pb,
     headroom_from_pb,
     joined_from_pb,
@@ -203,6 +205,9 @@ class SchedulingLoop:
                         is_ok=message.kv_pulled.is_ok,
                     )
                 )
+            case "adapters":
+                peer.hello.adapters.CopyFrom(message.adapters)
+                await self._inbox.put(AdaptersChanged(peer.worker_id, adapters_from_pb(message.adapters)))
             case "draining":
                 await self._drain(peer)
 

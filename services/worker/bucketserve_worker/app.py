@@ -70,11 +70,13 @@ async def serve(settings: WorkerSettings, ours: Deployment, telemetry: Telemetry
         try:
             started = await unless_stopped(stop, engine.started)
             worker.attach(engine, started)
+            await unless_stopped(stop, asyncio.ensure_future(worker.adapters.look()))
             servicer = WorkerServicer(worker.holder, ours)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server.grpc_server)
             await server.start()
             link = asyncio.create_task(worker.link.run(), name="scheduler-link")
             sweeper = asyncio.create_task(worker.sweep(), name="kv-sweeper")
+            watcher = asyncio.create_task(worker.adapters.run(), name="adapters")
             health = asyncio.create_task(_show_health(server, worker), name="health")
             log.info(
                 "worker.ready",
@@ -97,9 +99,10 @@ async def serve(settings: WorkerSettings, ours: Deployment, telemetry: Telemetry
                 await worker.drained(1.0)
                 raise
             finally:
-                for task in (link, sweeper, health):
+                tasks = (link, sweeper, watcher, health)
+                for task in tasks:
                     task.cancel()
-                await asyncio.wait([link, sweeper, health])
+                await asyncio.wait(tasks)
                 await worker.close()
         finally:
             await engine.stop()

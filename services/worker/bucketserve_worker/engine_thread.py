@@ -8,15 +8,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-from bucketserve.core.errors import EngineError
+from bucketserve.core.errors import EngineError, NoAdapterError
 from bucketserve.core.types import Headroom, RequestId
 from bucketserve.engine.kv_staging import KvStaging, StagedKv, checksum
-from bucketserve.ports import Engine, EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenOutput
+from bucketserve.ports import Adapter, Engine, EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenOutput
 from bucketserve.rpc.convert import logprobs_to_pb
 from bucketserve.v1 import worker_pb2
 
 __all__ = ["EngineStarted", "EngineThread", "EngineTurn", "HandedOver", "Resumed"]
+
+T = TypeVar("T")
 
 STOP_S = 10.0
 SLOWER_THAN_EVER, SLOWER_AT_FIRST = 10, 4
@@ -97,6 +100,18 @@ class _Import:
     kv_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Load:
+    adapter: Adapter
+    done: asyncio.Future[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Unload:
+    fingerprint: str
+    done: asyncio.Future[bool]
+
+
 @dataclass(slots=True)
 class _Obeyed:
     """What came of orders."""
@@ -108,7 +123,7 @@ class _Obeyed:
     resumed: list[Resumed] = field(default_factory=list)
 
 
-_Order = _Add | _Cancel | _Preempt | _Import
+_Order = _Add | _Cancel | _Preempt | _Import | _Load | _Unload
 
 
 class EngineThread:
@@ -177,6 +192,34 @@ class EngineThread:
         with self._wake:
             self._orders.append(_Import(spec, tuple(generated), block, kv_bytes))
             self._wake.notify()
+
+    async def load_adapter(self, adapter: Adapter) -> str:
+        """Loads an adapter between two steps; returns why it can't be served, or nothing.
+
+        Raises:
+            EngineError: the engine has ended.
+        """
+        done: asyncio.Future[str] = self._loop.create_future()
+        return await self._ask(_Load(adapter, done), done)
+
+    async def unload_adapter(self, fingerprint: str) -> bool:
+        """Returns whether an adapter is gone: one that a sequence uses stays.
+
+        Raises:
+            EngineError: the engine has ended.
+        """
+        done: asyncio.Future[bool] = self._loop.create_future()
+        return await self._ask(_Unload(fingerprint, done), done)
+
+    async def _ask(self, order: _Load | _Unload, done: asyncio.Future[T]) -> T:
+        with self._wake:
+            self._orders.append(order)
+            self._wake.notify()
+        either: list[asyncio.Future[Any]] = [done, self.ended]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise EngineError("the engine has ended")
+        return done.result()
 
     def hangs_for_s(self, limit_s: float) -> float:
         """Returns for how long the turn in hand has been seen, if that is more than it may take; else 0.
@@ -287,6 +330,10 @@ class EngineThread:
                     obeyed.preempted += order.request_ids
                 case _Import():
                     obeyed.resumed.append(_import(engine, order))
+                case _Load(adapter=adapter, done=done):
+                    self._tell(done, _load(engine, adapter))
+                case _Unload(fingerprint=fingerprint, done=done):
+                    self._tell(done, engine.unload_adapter(fingerprint))
         for request_id in (*obeyed.cancelled, *obeyed.preempted):
             self._hands_over.pop(request_id, None)
         return obeyed
@@ -309,7 +356,7 @@ class EngineThread:
         self._ahead.release()
         self._on_turn(turn)
 
-    def _tell(self, future: asyncio.Future[EngineStarted], value: EngineStarted) -> None:
+    def _tell(self, future: asyncio.Future[Any], value: object) -> None:
         self._loop.call_soon_threadsafe(lambda: None if future.done() else future.set_result(value))
 
     def _finish(self, error: BaseException | None) -> None:
@@ -344,6 +391,15 @@ def _import(engine: Engine, order: _Import) -> Resumed:
     return Resumed(order.spec.request_id, error)
 
 
+def _load(engine: Engine, adapter: Adapter) -> str:
+    """Returns why an adapter can't be served; empty: it is loaded."""
+    try:
+        engine.load_adapter(adapter)
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
 def _add(engine: Engine, add: _Add) -> list[SequenceFailure]:
     """Adds a batch; if the engine refuses it, each sequence is tried alone, so that one bad one harms no other."""
     try:
@@ -351,6 +407,7 @@ def _add(engine: Engine, add: _Add) -> list[SequenceFailure]:
         return []
     except EngineError as error:
         if len(add.sequences) == 1:
-            return [SequenceFailure(request_id=add.sequences[0].request_id, message=str(error), is_retryable=False)]
+            (name,), may_go_on = (s.request_id for s in add.sequences), isinstance(error, NoAdapterError)
+            return [SequenceFailure(request_id=name, message=str(error), is_retryable=may_go_on)]
     singles = (replace(add, sequences=(sequence,)) for sequence in add.sequences)
     return [failure for single in singles for failure in _add(engine, single)]

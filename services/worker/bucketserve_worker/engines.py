@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from bucketserve.core.errors import SettingsError
 from bucketserve.engine.fake import FakeEngine, FakeSettings
@@ -22,6 +23,11 @@ def engine_loader(settings: WorkerSettings, on_progress: Callable[[str], None]) 
     """
     if settings.engine_args and settings.engine != "vllm":
         raise SettingsError([f"[worker] engine_args: they are vLLM's; the engine is {settings.engine}"])
+    if settings.adapters_dir:
+        if settings.engine == "transformers":
+            raise SettingsError(["[worker] adapters_dir: the transformers engine serves no adapters; choose vllm"])
+        if not Path(settings.adapters_dir).is_dir():
+            raise SettingsError([f"[worker] adapters_dir: {settings.adapters_dir} is no directory"])
     return _LOADERS[settings.engine](settings, on_progress)
 
 
@@ -34,6 +40,7 @@ def _fake(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Calla
         max_step_tokens=settings.max_step_tokens or defaults.max_step_tokens,
         step_s=settings.fake_decode_us_per_step / 1e6,
         prefill_s_per_token=settings.fake_prefill_us_per_token / 1e6,
+        max_adapters=settings.max_adapters if settings.adapters_dir else 0,
     )
     return lambda: FakeEngine(fake)
 
@@ -99,6 +106,7 @@ def _vllm(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Calla
                 context_tokens=settings.context_tokens,
                 max_sequences=settings.max_sequences,
                 max_step_tokens=settings.max_step_tokens,
+                max_adapters=settings.max_adapters if settings.adapters_dir else 0,
                 engine_args=settings.engine_args,
             ),
             on_progress,

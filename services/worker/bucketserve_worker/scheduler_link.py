@@ -80,6 +80,10 @@ class SchedulerLink:
         """Reports now."""
         self._send(Work(report=report))
 
+    def adapters(self, message: scheduler_pb2.WorkerAdapters) -> None:
+        """Says which adapters are here from now on."""
+        self._send(Work(adapters=message))
+
     def report_soon(self) -> None:
         """Asks for a report with the next turn of the event loop, rather than at the next interval."""
         self._report_soon.set()

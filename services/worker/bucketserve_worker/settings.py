@@ -36,6 +36,14 @@ class WorkerSettings(Section):
     )
     model: str = Field("", description="directory of a causal LM, or hf://organisation/name; unused by the fake engine")
     model_name: str = Field("default", min_length=1, max_length=128, description="name that clients use")
+    adapters_dir: str = Field(
+        "",
+        description="directory of LoRA adapters, each a directory as peft writes it, named as requests name it; what "
+        "is put there or taken away is loaded or unloaded while the worker runs; vllm (and fake) engine",
+    )
+    max_adapters: int = Field(
+        8, ge=1, le=512, description="adapters that may be loaded at once; the vllm engine sets memory aside for each"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights and KV")
     quantization: Literal["none", "int8"] = Field(

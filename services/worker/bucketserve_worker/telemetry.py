@@ -88,6 +88,18 @@ class WorkerTelemetry:
         """When the scheduler gives this worker another role."""
         self._log.info("role.switched", was=older.value, role=role.value)
 
+    def adapter_loaded(self, name: str, fingerprint: str) -> None:
+        """When requests may name an adapter from now on."""
+        self._log.info("adapter.loaded", name=name, fingerprint=fingerprint)
+
+    def adapter_unloaded(self, fingerprint: str) -> None:
+        """When an adapter that nobody may name any more has left the engine."""
+        self._log.info("adapter.unloaded", fingerprint=fingerprint)
+
+    def adapter_refused(self, name: str, problem: str) -> None:
+        """When something in the adapters' directory can't be served; once for each state of it."""
+        self._log.error("adapter.refused", name=name, detail=problem)
+
     def run_began(self, key: str, epoch: int) -> None:
         """When a run is given to the engine: with run_ended the history that tests check for double execution."""
         self._log.debug("run.began", run=key, epoch=epoch)

@@ -24,6 +24,7 @@ from bucketserve.rpc.convert import (
 )
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import scheduler_pb2
+from bucketserve_worker.adapters import AdapterDirectory
 from bucketserve_worker.delivery import DeliveryPool
 from bucketserve_worker.engine_thread import EngineStarted, EngineThread, EngineTurn
 from bucketserve_worker.kv_holder import Held, KvHolder
@@ -87,6 +88,7 @@ class Worker:
 
     def attach(self, engine: EngineThread, started: EngineStarted) -> None:
         """Takes the warm engine."""
+        self.adapters = AdapterDirectory(self._settings.adapters_dir, engine, self.link.adapters, self._telemetry)
         self._engine = engine
         self._info = started.info
         self._puller = KvPuller(
@@ -294,6 +296,7 @@ class Worker:
             has_grammars=self._info.has_grammars,
             instance=self._instance,
             keeps_kv=not self._info.kv_layout,
+            adapters=self.adapters.served(),
         )
 
     def _running_run(self, key: RequestId, running: Running) -> scheduler_pb2.RunningRun:

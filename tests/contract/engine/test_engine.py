@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from bucketserve.core.errors import EngineError
+from bucketserve.core.errors import EngineError, NoAdapterError
 from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, RequestId
-from bucketserve.ports import Engine, Sampling, SequenceSpec, StepOutput
+from bucketserve.ports import Adapter, Engine, Sampling, SequenceSpec, StepOutput
 from tests.contract.engine.conftest import CONTEXT, STEP_TOKENS
 from tests.integration.engine.models import VOCAB
 
@@ -375,3 +376,17 @@ def test_what_fails_in_a_step_fails_alone(build: Build) -> None:
     assert tokens_of(history) == alone(build, *good)
     assert not {"bad", "held"} & {name for output in history for name in output.prefilled}
     assert books(engine) == before
+
+
+def test_what_names_an_adapter_that_is_not_here_is_refused(build: Build, tmp_path: Path) -> None:
+    engine = build()
+    before = books(engine)
+    with pytest.raises(NoAdapterError):
+        engine.add([spec("a"), spec("b", adapter="F")])
+    assert books(engine) == before
+    assert not engine.has_work()
+    assert engine.unload_adapter("F")
+    # As the contract's engines are built they take none.
+    assert engine.info.max_adapters == 0
+    with pytest.raises(EngineError):
+        engine.load_adapter(Adapter(fingerprint="F", directory=tmp_path))

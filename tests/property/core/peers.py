@@ -148,6 +148,7 @@ class Worker:
     outbox: list[Event] = field(default_factory=list)
     blocks: set[int] = field(default_factory=set)
     """Whose KV it has computed."""
+    adapters: frozenset[str] = frozenset()
 
     # --- the stream ---------------------------------------------------------------------------------------------
 
@@ -168,6 +169,7 @@ class Worker:
             context_tokens=self.context_tokens,
             fingerprint=self.fingerprint,
             tokenizer=self.tokenizer,
+            adapters=self.adapters,
             running=running,
         )
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bucketserve.core.lanes import Lane, Lanes
 from bucketserve.core.messages import (
+    AdaptersChanged,
     AdmitFailed,
     BatchPrefilled,
     DispatchFailed,
@@ -66,6 +67,7 @@ def submit(world: World, worker: Worker, rng: random.Random) -> None:
                 tpot_slo_s=rng.choice([None, 0.05]),
                 tenant=rng.choice(["alice", "bob"]),
                 tokenizer=rng.choice([""] * 4 + ["T1"] * 4 + ["T2"]),
+                adapter=rng.choice(["", "", "X", "Y"]),
                 reject_if_unattainable=rng.random() < 0.2,
                 block_hashes=rng.choice([(), chain(rng.randint(1, 2), length)]),
                 output_tokens=rng.choice([most, rng.randint(1, most)]),
@@ -163,6 +165,11 @@ def die(world: World, worker: Worker, rng: random.Random) -> None:
     worker.die()
 
 
+def adapt(world: World, worker: Worker, rng: random.Random) -> None:
+    """A worker's adapters change; what it has of others it finishes."""
+    world.change_adapters(worker, frozenset(rng.choice(["", "X", "Y", "XY", "XY"])))
+
+
 def lose(world: World, worker: Worker, rng: random.Random) -> None:
     world.lose(worker.worker_id)
 
@@ -243,6 +250,7 @@ def repeat(world: World, worker: Worker, rng: random.Random) -> None:
         AdmitFailed(ids),
         WorkerReported(worker_id=WorkerId("stranger"), headroom=headroom()),
         WorkerDraining(WorkerId("stranger")),
+        AdaptersChanged(WorkerId("stranger"), frozenset("X")),
         WorkerLost(WorkerId("stranger")),
     ]
     world.turn(rng.sample(events, 4))
@@ -252,7 +260,7 @@ ACTIONS: list[Callable[[World, Worker, random.Random], None]] = [
     *[submit] * 4,
     *[work] * 9,
     *[connect] * 4,
-    *[deliver, resume, cancel] * 2,
+    *[deliver, resume, cancel, adapt] * 2,
     *(fail, cut, die, lose, drain, take_over, say_again, evict, lose_sight, fill_store, extend, wait, repeat),
 ]
 actions = st.lists(

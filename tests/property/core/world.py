@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from bucketserve.core.lifecycle import State
 from bucketserve.core.messages import (
+    AdaptersChanged,
     AdmitFailed,
     AdmitRequest,
     CancelAtWorker,
@@ -172,6 +173,7 @@ class World:
             assert not (request.tokenizer and worker.tokenizer) or request.tokenizer == worker.tokenizer
             known = self.core._fleet.get(batch.worker_id)
             assert known is not None
+            assert not request.adapter or request.adapter in known.adapters == worker.adapters
             assert known.kv_tokens(request) <= worker.context_tokens
 
     def tell(self, decision: Decision, dispatched: dict[str, list[Request]]) -> None:
@@ -261,6 +263,8 @@ class World:
     def order_pull(self, pull: PullKv) -> None:
         source, target = self.workers[pull.source_id], self.workers[pull.target_id]
         assert source.fingerprint == target.fingerprint
+        request = self.client_of[pull.request_id].attempts[pull.request_id]
+        assert not request.adapter or request.adapter in target.adapters
         self.check_leaving(pull.target_id, [])
         if source.is_connected:
             self.to_worker(pull.target_id, pull)
@@ -361,6 +365,12 @@ class World:
             events.append(WorkerDraining(worker.worker_id))
         self.context_tokens = max(self.context_tokens, worker.context_tokens)
         self.turn(events)
+
+    def change_adapters(self, worker: Worker, adapters: frozenset[str]) -> None:
+        """A worker that is connected says so; of another one its next hello does."""
+        worker.adapters = adapters
+        if worker.is_connected:
+            self.turn([AdaptersChanged(worker.worker_id, adapters)])
 
     def cut(self, worker: Worker) -> None:
         worker.hang_up()

@@ -14,7 +14,7 @@ import pytest
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.engine import fingerprint
 from bucketserve.engine.fake import FakeEngine, FakeSettings
-from bucketserve.engine.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bucketserve.engine.fingerprint import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 
 TENSORS = {"a.weight": 40, "b.weight": 300_000, "c.weight": 17}
 CONFIG = {"model_type": "llama", "hidden_size": 64, "transformers_version": "5.0"}
@@ -150,3 +150,53 @@ def test_a_gateway_needs_neither_torch_nor_transformers_for_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [tokenizer_fingerprint(DEMO), "set()"]
+
+
+LORA: dict[str, object] = {"peft_type": "LORA", "r": 8}
+
+
+def adapter(at: Path, content: bytes = weights(TENSORS), config: object = LORA) -> Path:
+    at.mkdir()
+    (at / "adapter_model.safetensors").write_bytes(content)
+    (at / "adapter_config.json").write_text(json.dumps(config))
+    return at
+
+
+def test_an_adapter_is_what_is_in_its_files(tmp_path: Path) -> None:
+    found = [
+        adapter_fingerprint(adapter(tmp_path / f"{number}", *parts))
+        for number, parts in enumerate(
+            [
+                (),
+                (weights(dict(reversed(TENSORS.items()))), {**LORA, "base_model_name_or_path": "/elsewhere"}),
+                (weights(TENSORS, ("b.weight", 299_999)),),
+                (weights(TENSORS), {**LORA, "lora_alpha": 16}),
+            ]
+        )
+    ]
+    assert found[0] == found[1]
+    assert len({*found}) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "config", "said"),
+    [
+        (weights(TENSORS)[:-1], LORA, "truncated"),
+        (b"", LORA, "empty"),
+        (b"x" * 100, LORA, "no safetensors file"),
+        (weights(TENSORS), {"peft_type": "IA3"}, "only LORA is served"),
+        (weights(TENSORS), {}, "only LORA is served"),
+        (weights(TENSORS), [], "must hold a JSON object"),
+    ],
+    ids=["cut", "empty", "junk", "other kind", "no kind", "a list"],
+)
+def test_what_is_no_adapter_is_told(tmp_path: Path, content: bytes, config: object, said: str) -> None:
+    with pytest.raises(ModelLoadError, match=said):
+        adapter_fingerprint(adapter(tmp_path / "a", content, config))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_lacks_a_file_is_told(tmp_path: Path, name: str) -> None:
+    (adapter(tmp_path / "a") / name).unlink()
+    with pytest.raises(ModelLoadError, match=f"it has no {name}"):
+        adapter_fingerprint(tmp_path / "a")

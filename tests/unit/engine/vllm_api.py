@@ -18,7 +18,8 @@ CALLABLES = {
     "vllm.utils.argparse_utils": "FlexibleArgumentParser",
     "vllm.platforms": "current_platform.is_cpu",
     "vllm.v1.engine.llm_engine": "LLMEngine.from_vllm_config LLMEngine.add_request LLMEngine.step "
-    "LLMEngine.abort_request LLMEngine.collective_rpc",
+    "LLMEngine.abort_request LLMEngine.collective_rpc LLMEngine.add_lora LLMEngine.remove_lora",
+    "vllm.lora.request": "LoRARequest",
     "vllm.v1.engine.core_client": "InprocClient.shutdown",
     "vllm.v1.core.sched.scheduler": "Scheduler.schedule Scheduler.update_from_output "
     "Scheduler._reserve_prefill_lookahead",

@@ -32,6 +32,13 @@ def settings(**values: str) -> WorkerSettings:
         ({"engine": "vllm", "model": DEMO, "quantization": "int8"}, ["quantization: int8 is of the transformers"]),
         ({"engine": "vllm", "model": DEMO, "kernels": "avx2"}, ["kernels: they are of the transformers engine"]),
         ({"engine": "vllm", "role": "decode", "kernels": "torch"}, ["model:", "role:", "kernels:"]),
+        ({"engine": "transformers", "model": DEMO, "adapters_dir": DEMO}, ["transformers engine serves no adapters"]),
+        (
+            {"engine": "fake", "adapters_dir": f"{DEMO}/nowhere"},
+            [
+                "adapters_dir: ",
+            ],
+        ),
         ({"engine": "fake", "engine_args": "block_size=16"}, ["engine_args: they are vLLM's; the engine is fake"]),
     ],
 )

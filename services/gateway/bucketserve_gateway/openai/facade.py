@@ -132,6 +132,7 @@ class OpenAIFacade:
             "owned_by": "bucketserve",
             "root": card.name,
             "max_model_len": card.context_tokens,
+            "parent": card.parent or None,
         }
 
     def _identify(self, exchange: Exchange) -> Identity:
@@ -197,8 +198,10 @@ class OpenAIFacade:
                 identity.permit(request)
                 run = cast(Events, self._generate(request, caller.metadata, None))
                 runs.append(await end.enter_async_context(contextlib.aclosing(run)))
+            # An adapter may be gone by the time of the answer.
+            model = self._catalog.get(wanted.prompts[0].model)
             started = await _all(_started(run) for run in runs)
-            answer = Answer(wanted, self._catalog.get(started[0].model), started)
+            answer = Answer(wanted, model, started)
             if not wanted.is_stream:
                 await _all(_gather(choice, run) for choice, run in zip(answer.choices, runs, strict=True))
                 await exchange.answer(200, answer.whole())

@@ -146,12 +146,13 @@ class BatchLines:
                 request.sampling.seed = index + 1
         started: list[inference_pb2.GenerateStarted] = []
         outputs: list[list[inference_pb2.GenerateResponse]] = []
+        model = self._catalog.get(wanted.prompts[0].model)
         for request in wanted.requests():
             run = cast(AsyncGenerator[inference_pb2.GenerateResponse, None], self._generate(request, {}, None))
             async with contextlib.aclosing(run):
                 started.append((await anext(run)).started)
                 outputs.append([event async for event in run])
-        answer = Answer(wanted, self._catalog.get(started[0].model), started)
+        answer = Answer(wanted, model, started)
         for choice, events in zip(answer.choices, outputs, strict=True):
             for event in events:
                 choice.gather(event)
