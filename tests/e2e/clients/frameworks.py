@@ -157,7 +157,7 @@ async def errors(library: LangChain | LiteLLM) -> object:
         "unknown model": await failure(
             library.one(model="openai/nobody" if isinstance(library, LiteLLM) else "nobody")
         ),
-        "unknown parameter": await failure(library.one(logit_bias={"5": 1})),
+        "unknown parameter": await failure(library.one(extra_body={"unheard_of": 1})),
         "too late": await failure(library.one(max_tokens=LONG, timeout=1.0)),
     }
 

@@ -65,7 +65,7 @@ async def test_errors_are_the_librarys_own(library: str, stack: LocalStack) -> N
     assert {what: kind for what, kind in ERRORS[library].items() if kind not in found[what]["kinds"]} == {}
     assert "exceed the context of 2048" in found["too many tokens"]["message"]
     assert "unknown model 'nobody'" in found["unknown model"]["message"]
-    assert "logit_bias" in found["unknown parameter"]["message"]
+    assert "unheard_of" in found["unknown parameter"]["message"]
     await eventually(lambda: nothing_runs(stack), 10)
 
 
