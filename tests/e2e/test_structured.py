@@ -23,6 +23,7 @@ from bucketserve.v1 import common_pb2
 from bucketserve_cli.stack import LocalStack
 from tests.cli import run_command
 from tests.e2e.observe import events, eventually, metric
+from tests.e2e.test_kserve import seen as triton
 
 pytestmark = pytest.mark.e2e
 
@@ -172,6 +173,16 @@ async def test_vllm_s_protocol_has_constraints(stack: LocalStack) -> None:
         (answer,) = [each async for each in calls]
         assert answer.complete.finish_reason == "stop"
         assert 1 <= len(answer.complete.output_ids) <= 3
+
+
+@pytest.mark.stack(**MODEL)
+async def test_tritons_client_has_constraints(stack: LocalStack) -> None:
+    found = await triton(stack, "structures")
+    assert json.loads(found["schema"])["a"] in (1, 2)
+    assert found["answers"]["choice"] in ("yes", "no")
+    assert found["answers"]["format"].lstrip().startswith("{")
+    (error,) = found["errors"]
+    assert error.startswith("request bad: INVALID_ARGUMENT: structured_output.regex: ")
 
 
 @pytest.mark.stack(**TWO)
