@@ -436,6 +436,33 @@ async def test_the_http_port_asks_for_the_same_keys(new_stack: NewStack, tmp_pat
                 await stranger.get("/health")
 
 
+async def test_metrics_of_all_are_shown_to_our_certificates_alone(new_stack: NewStack, tmp_path: Path) -> None:
+    locked, theirs = Locked(tmp_path / "locked"), Authority(tmp_path / "theirs")
+    stack = new_stack(environ=locked.environ | {"BUCKETSERVE_TLS_METRICS": "mutual"})
+
+    async def shown(address: str, context: ssl.SSLContext | None) -> bool:
+        scheme = "http" if context is None else "https"
+        try:
+            async with httpx.AsyncClient(verify=context or False, timeout=10) as client:
+                answer = await client.get(f"{scheme}://{address}/metrics")
+        except httpx.TransportError:
+            return False
+        return "process_tls_certificate_ends_seconds" in answer.text
+
+    papers, stranger = locked.papers, theirs.issue("stranger")
+    ours, nobody, rogue = (ssl.create_default_context(cafile=str(papers.ca)) for _ in range(3))
+    ours.load_cert_chain(papers.cert, papers.key)
+    rogue.load_cert_chain(stranger.cert, stranger.key)
+    assert set(stack.metrics_addresses) == {"gateway", "scheduler", "worker-0"}
+    for address in stack.metrics_addresses.values():
+        wary = ssl.create_default_context(cafile=str(theirs.ca_file))
+        wary.load_cert_chain(papers.cert, papers.key)
+        assert [await shown(address, each) for each in (ours, nobody, rogue, wary, None)] == [True] + [False] * 4
+    async with locked.client(stack) as client:
+        assert await tokens_of(client, [3, 4], 5) == right([3, 4], 5)
+    assert_unsaid(stack)
+
+
 async def test_certificates_of_all_are_replaced_under_load(new_stack: NewStack, tmp_path: Path) -> None:
     locked, new = Locked(tmp_path / "locked"), Authority(tmp_path / "new")
     stack = new_stack(environ=locked.environ, **KINDS["apart"])
