@@ -7,13 +7,16 @@ import contextlib
 import json
 import signal
 from collections.abc import AsyncIterator
-from typing import Any
+from datetime import date
+from ipaddress import IPv4Network
+from typing import Any, Literal
 
 import grpc
 import httpx
 import jsonschema
 import openai
 import pytest
+from pydantic import BaseModel, Field, create_model
 
 from bucketserve.client import BucketServeClient, Chunk, Finished
 from bucketserve.core.errors import InvalidRequestError
@@ -123,6 +126,49 @@ async def test_openai_s_client_gets_its_schema(stack: LocalStack) -> None:
         ):
             found = await client.completions.create(model="demo", prompt="a", max_tokens=200, extra_body=extra)
             assert fits(found.choices[0].text), extra
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    lives: int = Field(ge=1, le=9)
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"]
+    name: str | None = Field(max_length=5)
+
+
+class Owner(BaseModel):
+    """Of one pet."""
+
+    born: date
+    pet: Cat | Dog = Field(discriminator="kind")
+    colors: list[Literal["red", "blue"]] = Field(max_length=2)
+
+
+@pytest.mark.stack(**MODEL)
+async def test_openai_s_parse_gets_models_of_pydantic_s(stack: LocalStack) -> None:
+    tool = openai.pydantic_function_tool(Owner)
+    same: dict[str, Any] = {"model": "demo", "messages": [USER], "max_tokens": 400, "seed": 1}
+    async with sdk(stack) as client:
+        answer = (await client.chat.completions.parse(response_format=Owner, **same)).choices[0].message
+        assert isinstance(answer.parsed, Owner)
+        called = (await client.chat.completions.parse(tools=[tool], tool_choice="required", **same)).choices[0].message
+        (call,) = called.tool_calls or ()
+        assert isinstance(call.function.parsed_arguments, Owner)
+        async with client.chat.completions.stream(response_format=Owner, **same) as stream:
+            async for _ in stream:
+                pass
+            streamed = (await stream.get_final_completion()).choices[0].message
+        assert streamed.parsed == answer.parsed
+        for wanted, words in (
+            (set[int], "uniqueItems at #/properties/found "),
+            (IPv4Network, "format ipv4network at #"),
+        ):
+            refused = create_model("Refused", found=(wanted, ...))
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.chat.completions.parse(response_format=refused, **same)
+            assert words in caught.value.message and caught.value.param == "response_format"
 
 
 @pytest.mark.stack(**MODEL)
