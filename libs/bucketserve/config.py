@@ -173,6 +173,9 @@ class TlsSettings(Section):
     peer_name: str = Field(
         "", description="name that the services' certificates carry; empty: the host at which each is called"
     )
+    metrics: Literal["", "tls", "mutual"] = Field(
+        "", description="/metrics by TLS; mutual: to certificates of ca_file only; empty: plain HTTP"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,13 @@ from bucketserve.process import tls_of
 from bucketserve.rpc.tls import Tls
 from bucketserve_cli.terminal import InputError
 
-__all__ = ["Connection", "connects"]
+__all__ = ["ApiKey", "Connection", "checked_key", "connects"]
 
 T = TypeVar("T")
+ApiKey = Annotated[
+    str,
+    typer.Option(metavar="KEY", envvar="BUCKETSERVE_API_KEY", show_envvar=False, help="default: BUCKETSERVE_API_KEY"),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +51,7 @@ def connects(command: Callable[..., T]) -> Callable[..., T]:
 
 def _connection(
     *,
-    api_key: Annotated[
-        str,
-        typer.Option(
-            metavar="KEY", envvar="BUCKETSERVE_API_KEY", show_envvar=False, help="default: BUCKETSERVE_API_KEY"
-        ),
-    ] = "",
+    api_key: ApiKey = "",
     tls_ca: Annotated[
         str,
         typer.Option(metavar="FILE", help="PEM with the CAs to trust; default: BUCKETSERVE_TLS_CA_FILE"),
@@ -67,12 +66,14 @@ def _connection(
     flags = {"ca_file": tls_ca or None, "cert_file": tls_cert or None, "key_file": tls_key or None}
     try:
         loaded = load_settings({"tls": TlsSettings}, environ=os.environ, overrides={"tls": flags})
-        return Connection(tls_of(section_of(loaded, "tls", TlsSettings)), _checked_key(api_key.strip()))
+        return Connection(tls_of(section_of(loaded, "tls", TlsSettings)), checked_key(api_key))
     except SettingsError as error:
         raise InputError("; ".join(error.problems)) from None
 
 
-def _checked_key(key: str) -> str:
+def checked_key(key: str) -> str:
+    """Returns a key as it is sent; raises an InputError if it can't be."""
+    key = key.strip()
     # gRPC would refuse it without a word of what is wrong.
     if not key.isascii() or not key.isprintable():
         raise InputError("--api-key: a key has printable ASCII characters only")

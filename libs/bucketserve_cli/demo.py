@@ -52,7 +52,7 @@ class _Shown:
     finished: inference_pb2.GenerateFinished | None = None
 
 
-def run_demo(model: str, num_workers: int, console: Console) -> None:
+def run_demo(model: str, num_workers: int, console: Console, api_key: str = "") -> None:
     """Starts the stack, runs the requests, prints the tables, stops the stack.
 
     Raises:
@@ -71,7 +71,7 @@ def run_demo(model: str, num_workers: int, console: Console) -> None:
             f"to {stack.gateway_address}\n"
         )
         start_s = time.monotonic()
-        asyncio.run(_send_all(stack, requests, console))
+        asyncio.run(_send_all(stack, requests, console, api_key))
         total_s = time.monotonic() - start_s
         console.print(_request_table(requests))
         console.print(_bucket_table(requests))
@@ -86,8 +86,8 @@ def _requests() -> list[_Shown]:
     return mixed + [_Shown("long", prompt, 24) for prompt in long_prompts[2:]]
 
 
-async def _send_all(stack: LocalStack, requests: list[_Shown], console: Console) -> None:
-    async with BucketServeClient(stack.gateway_address, tls=stack.deployment.tls) as client:
+async def _send_all(stack: LocalStack, requests: list[_Shown], console: Console, api_key: str) -> None:
+    async with BucketServeClient(stack.gateway_address, tls=stack.deployment.tls, api_key=api_key) as client:
         running = [asyncio.create_task(_send(client, request)) for request in requests]
         with Live(_live_view(requests), console=console, refresh_per_second=12, transient=True) as live:
             while not all(task.done() for task in running):

@@ -26,7 +26,7 @@ from bucketserve.v1 import common_pb2
 from bucketserve_cli import demo as demo_command
 from bucketserve_cli.bench import BenchOptions, run_bench
 from bucketserve_cli.chat import Conversation, run_chat
-from bucketserve_cli.connection import Connection, connects
+from bucketserve_cli.connection import ApiKey, Connection, checked_key, connects
 from bucketserve_cli.generate import GenerateOptions, parse_bias, stream_generation
 from bucketserve_cli.job import job_app
 from bucketserve_cli.keys import keys_app
@@ -213,10 +213,11 @@ def up(
 def demo(
     model: ModelOption = "",
     workers: Annotated[int, typer.Option(min=1, max=16, help="worker processes")] = 2,
+    api_key: ApiKey = "",
 ) -> None:
     """Start the stack, send short and long prompts at once, show the text streaming, then a table."""
     try:
-        demo_command.run_demo(_model(model, "transformers"), workers, console)
+        demo_command.run_demo(_model(model, "transformers"), workers, console, checked_key(api_key))
     except StackError as error:
         print_error(str(error))
         raise typer.Exit(1) from None

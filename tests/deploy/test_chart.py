@@ -63,7 +63,7 @@ MATRIX: dict[str, dict[str, Any]] = {
         "scheduler": {"extraEnv": {"BUCKETSERVE_SCHEDULER_SWITCH_ROLES": "true"}},
     },
     "locked": {
-        "tls": {"existingSecret": "papers", "clientCaSecret": "clients"},
+        "tls": {"existingSecret": "papers", "clientCaSecret": "clients", "metrics": "mutual"},
         "auth": {"existingSecret": "keys"},
     },
     "vllm": {
@@ -192,6 +192,7 @@ def test_manifests_are_strictly_valid(case: str, version: str) -> None:
         {"aliases": ["latest"]},
         {"tls": {"enabled": True}},
         {"tls": {"peerName": ""}},
+        {"tls": {"existingSecret": "papers", "metrics": "plain"}},
     ],
     ids=str,
 )
@@ -521,11 +522,11 @@ def test_papers_and_keys_are_secrets_by_reference_which_those_who_need_them_moun
         # A single file (subPath) would stay as it was when the secret changes.
         assert all(mount["readOnly"] and "subPath" not in mount for mount in folders.values())
         tls = load_settings({"tls": TlsSettings}, environ=environment(workload)).sections["tls"]
-        assert tls.peer_name == "bucketserve"
+        assert (tls.peer_name, tls.metrics) == ("bucketserve", "mutual")
         files = {str(getattr(tls, f"{kind}_file")) for kind in ("ca", "cert", "key", "client_ca")} - {""}
         if component == "gateway":
             files.add(environment(workload)["BUCKETSERVE_GATEWAY_KEYS_FILE"])
         assert {str(Path(file).parent) for file in files} == folders.keys()
     assert "tls" not in str(workloads("defaults"))
-    with pytest.raises(HelmError, match=r"tls\.clientCaSecret needs"):
+    with pytest.raises(HelmError, match=r"tls\.clientCaSecret and tls\.metrics need"):
         Chart.load(CHART).render({"tls": {"clientCaSecret": "x"}}, name="rel")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
 import urllib.request
 from collections.abc import Callable
@@ -101,7 +102,13 @@ def metric(stack: LocalStack, service: str, name: str, **labels: str) -> float:
 
 
 def _samples(stack: LocalStack, service: str) -> Samples:
-    with urllib.request.urlopen(f"http://{stack.metrics_addresses[service]}/metrics", timeout=5) as response:
+    scheme, context = "http", None
+    if stack.spec.environ.get("BUCKETSERVE_TLS_METRICS"):
+        ca, *ours = (str(stack.spec.environ[f"BUCKETSERVE_TLS_{name}_FILE"]) for name in ("CA", "CERT", "KEY"))
+        scheme, context = "https", ssl.create_default_context(cafile=ca)
+        context.load_cert_chain(*ours)
+    url = f"{scheme}://{stack.metrics_addresses[service]}/metrics"
+    with urllib.request.urlopen(url, timeout=5, context=context) as response:
         families = list(text_string_to_metric_families(response.read().decode()))
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
 

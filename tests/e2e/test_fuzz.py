@@ -138,6 +138,8 @@ def infer(rng: random.Random) -> bytes:
         "stream": [b"\x01", b"\x00", b"\x02", b"", b"\x01\x01"],
         "sampling_parameters": [
             *(b'{"max_tokens": 3}', b'{"temperature": NaN}', b'{"top_p": 1e999}', b"[" * 5000, b'"x"', b"{"),
+            *(b'{"guided_json": {"oneOf": [{}, 5], "discriminator": {}}}', b'{"guided_regex": "\\ud800"}'),
+            *(b'{"response_format": "[["}', b'{"guided_choice": ["a", 1]}', b'{"guided_decoding": 5}'),
             *(b'{"stop": ["\\ud800"]}', b'{"seed": -1, "top_k": 1.5}', b'{"max_tokens": ' + b"9" * 5000 + b"}"),
         ],
         "nobody": [b"x"],

@@ -27,6 +27,9 @@ ALLOWED = {200, 400, 403, 404, 405, 408, 409, 413, 415, 429, 431}
 FILES, BATCHES = "/v1/files", "/v1/batches"
 NAMES = ["model", "prompt", "messages", "n", "max_tokens", "stream", "stop", "seed", "logprobs", "input_file_id"]
 NAMES += ["endpoint", "completion_window", "metadata", "output_expires_after", "custom_id", "method", "url", "body"]
+# What the output must be, and parts of schemas.
+NAMES += ["response_format", "json_schema", "schema", "type", "guided_json", "guided_regex", "structured_outputs"]
+NAMES += ["tools", "tool_choice", "function", "name", "parameters", "oneOf", "discriminator", "propertyNames", "enum"]
 KNOWN: dict[str, list[str]] = {FILES: [], BATCHES: []}
 """Ids of files and batches that there are, or have been."""
 

@@ -7,13 +7,16 @@ import contextlib
 import json
 import signal
 from collections.abc import AsyncIterator
-from typing import Any
+from datetime import date
+from ipaddress import IPv4Network
+from typing import Any, Literal
 
 import grpc
 import httpx
 import jsonschema
 import openai
 import pytest
+from pydantic import BaseModel, Field, create_model
 
 from bucketserve.client import BucketServeClient, Chunk, Finished
 from bucketserve.core.errors import InvalidRequestError
@@ -23,6 +26,7 @@ from bucketserve.v1 import common_pb2
 from bucketserve_cli.stack import LocalStack
 from tests.cli import run_command
 from tests.e2e.observe import events, eventually, metric
+from tests.e2e.test_kserve import seen as triton
 
 pytestmark = pytest.mark.e2e
 
@@ -124,6 +128,49 @@ async def test_openai_s_client_gets_its_schema(stack: LocalStack) -> None:
             assert fits(found.choices[0].text), extra
 
 
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    lives: int = Field(ge=1, le=9)
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"]
+    name: str | None = Field(max_length=5)
+
+
+class Owner(BaseModel):
+    """Of one pet."""
+
+    born: date
+    pet: Cat | Dog = Field(discriminator="kind")
+    colors: list[Literal["red", "blue"]] = Field(max_length=2)
+
+
+@pytest.mark.stack(**MODEL)
+async def test_openai_s_parse_gets_models_of_pydantic_s(stack: LocalStack) -> None:
+    tool = openai.pydantic_function_tool(Owner)
+    same: dict[str, Any] = {"model": "demo", "messages": [USER], "max_tokens": 400, "seed": 1}
+    async with sdk(stack) as client:
+        answer = (await client.chat.completions.parse(response_format=Owner, **same)).choices[0].message
+        assert isinstance(answer.parsed, Owner)
+        called = (await client.chat.completions.parse(tools=[tool], tool_choice="required", **same)).choices[0].message
+        (call,) = called.tool_calls or ()
+        assert isinstance(call.function.parsed_arguments, Owner)
+        async with client.chat.completions.stream(response_format=Owner, **same) as stream:
+            async for _ in stream:
+                pass
+            streamed = (await stream.get_final_completion()).choices[0].message
+        assert streamed.parsed == answer.parsed
+        for wanted, words in (
+            (set[int], "uniqueItems at #/properties/found "),
+            (IPv4Network, "format ipv4network at #"),
+        ):
+            refused = create_model("Refused", found=(wanted, ...))
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.chat.completions.parse(response_format=refused, **same)
+            assert words in caught.value.message and caught.value.param == "response_format"
+
+
 @pytest.mark.stack(**MODEL)
 async def test_a_tool_that_must_be_called_is_called(stack: LocalStack) -> None:
     schemas = {tool["function"]["name"]: tool["function"].get("parameters", {"type": "object"}) for tool in TOOLS}
@@ -172,6 +219,16 @@ async def test_vllm_s_protocol_has_constraints(stack: LocalStack) -> None:
         (answer,) = [each async for each in calls]
         assert answer.complete.finish_reason == "stop"
         assert 1 <= len(answer.complete.output_ids) <= 3
+
+
+@pytest.mark.stack(**MODEL)
+async def test_tritons_client_has_constraints(stack: LocalStack) -> None:
+    found = await triton(stack, "structures")
+    assert json.loads(found["schema"])["a"] in (1, 2)
+    assert found["answers"]["choice"] in ("yes", "no")
+    assert found["answers"]["format"].lstrip().startswith("{")
+    (error,) = found["errors"]
+    assert error.startswith("request bad: INVALID_ARGUMENT: structured_output.regex: ")
 
 
 @pytest.mark.stack(**TWO)

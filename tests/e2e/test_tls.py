@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import ssl
 import time
@@ -26,7 +27,7 @@ from bucketserve.core.errors import (
     NotFoundError,
     UnauthenticatedError,
 )
-from bucketserve.facades import kserve_pb2, kserve_pb2_grpc
+from bucketserve.facades import kserve_pb2, kserve_pb2_grpc, vllm_pb2, vllm_pb2_grpc
 from bucketserve.job_client import JobClient
 from bucketserve.rpc.channel import key_metadata, open_channel
 from bucketserve.rpc.deployment import Deployment
@@ -49,6 +50,7 @@ from tests.chaos.oracle import expected_tokens
 from tests.cli import run_command
 from tests.e2e.conftest import NewStack
 from tests.e2e.observe import events, eventually, metric, status
+from tests.e2e.test_cli import as_process
 from tests.otlp import OtlpReceiver
 
 pytestmark = pytest.mark.e2e
@@ -369,13 +371,24 @@ async def test_a_key_opens_what_it_is_for_until_it_is_taken_away(new_stack: NewS
     tensor.contents.bytes_contents.append(b"once")
     asked = kserve_pb2.ModelInferRequest(model_name="demo", inputs=[tensor])
     async with open_channel(address, ca) as channel:
-        infer = kserve_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+        kserve, engine = kserve_pb2_grpc.GRPCInferenceServiceStub(channel), vllm_pb2_grpc.VllmEngineStub(channel)
         keys = {"": "", **locked.keys}
-        codes = {who: await code_of(infer(asked, metadata=key_metadata(key))) for who, key in keys.items()}
-    assert codes == {
-        "": "UNAUTHENTICATED", "jobs": "PERMISSION_DENIED", "narrow": "PERMISSION_DENIED", "acme": "OK", "other": "OK",
-        "front": "OK",
+        said = []
+        for ask, message in (
+            (kserve.ModelInfer, asked),
+            (kserve.ModelMetadata, kserve_pb2.ModelMetadataRequest(name="demo")),
+            (kserve.ModelMetadata, kserve_pb2.ModelMetadataRequest()),
+            (kserve.ModelConfig, kserve_pb2.ModelConfigRequest(name="demo")),
+            (engine.GetModelInfo, vllm_pb2.GetModelInfoRequest()),
+        ):
+            said.append({who: await code_of(ask(message, metadata=key_metadata(key))) for who, key in keys.items()})
+        ready = kserve_pb2.ModelReadyRequest(name="demo")
+        for who, is_ready in (("narrow", False), ("acme", True)):
+            assert (await kserve.ModelReady(ready, metadata=key_metadata(keys[who]))).ready is is_ready
+    of_model = {
+        "": "UNAUTHENTICATED", "jobs": "OK", "narrow": "PERMISSION_DENIED", "acme": "OK", "other": "OK", "front": "OK",
     }  # fmt: skip
+    assert said == [{**of_model, "jobs": "PERMISSION_DENIED"}, *[of_model] * 4]
 
     # Health is for everybody; what there is to call is not told.
     assert await asyncio.to_thread(check_health, address, tls=ca) == "SERVING"
@@ -434,6 +447,43 @@ async def test_the_http_port_asks_for_the_same_keys(new_stack: NewStack, tmp_pat
         async with httpx.AsyncClient(base_url=base_url, verify=verify) as stranger:
             with pytest.raises(httpx.TransportError):
                 await stranger.get("/health")
+
+
+def test_the_demo_shows_its_key(tmp_path: Path) -> None:
+    locked = Locked(tmp_path / "locked")
+    status, out, err = as_process("demo", "--workers", "1", **locked.environ)
+    assert (status, err) == (0, "")
+    assert "12 of 12 requests" in out
+    status, _, err = as_process("demo", "--workers", "1", **{**locked.environ, "BUCKETSERVE_API_KEY": ""})
+    assert status == 1
+    assert re.fullmatch(r"error: [^\n]*a key is needed[^\n]*\n", err)
+
+
+async def test_metrics_of_all_are_shown_to_our_certificates_alone(new_stack: NewStack, tmp_path: Path) -> None:
+    locked, theirs = Locked(tmp_path / "locked"), Authority(tmp_path / "theirs")
+    stack = new_stack(environ=locked.environ | {"BUCKETSERVE_TLS_METRICS": "mutual"})
+
+    async def shown(address: str, context: ssl.SSLContext | None) -> bool:
+        scheme = "http" if context is None else "https"
+        try:
+            async with httpx.AsyncClient(verify=context or False, timeout=10) as client:
+                answer = await client.get(f"{scheme}://{address}/metrics")
+        except httpx.TransportError:
+            return False
+        return "process_tls_certificate_ends_seconds" in answer.text
+
+    papers, stranger = locked.papers, theirs.issue("stranger")
+    ours, nobody, rogue = (ssl.create_default_context(cafile=str(papers.ca)) for _ in range(3))
+    ours.load_cert_chain(papers.cert, papers.key)
+    rogue.load_cert_chain(stranger.cert, stranger.key)
+    assert set(stack.metrics_addresses) == {"gateway", "scheduler", "worker-0"}
+    for address in stack.metrics_addresses.values():
+        wary = ssl.create_default_context(cafile=str(theirs.ca_file))
+        wary.load_cert_chain(papers.cert, papers.key)
+        assert [await shown(address, each) for each in (ours, nobody, rogue, wary, None)] == [True] + [False] * 4
+    async with locked.client(stack) as client:
+        assert await tokens_of(client, [3, 4], 5) == right([3, 4], 5)
+    assert_unsaid(stack)
 
 
 async def test_certificates_of_all_are_replaced_under_load(new_stack: NewStack, tmp_path: Path) -> None:

@@ -115,6 +115,23 @@ def generate(client: InferenceServerClient) -> object:
     }
 
 
+def structures(client: InferenceServerClient) -> object:
+    """What the output must be, as a setting and as a parameter; and one that can't be."""
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    one = client.infer("demo", inputs(settings={"max_tokens": 60, "guided_json": schema}))
+    stream = Stream(client)
+    stream.send("choice", *inputs(stream=True), guided_choice='["yes", "no"]')
+    stream.send("format", *inputs(), response_format=json.dumps({"type": "json_object"}), max_tokens=5)
+    stream.send("bad", *inputs(), guided_regex="(")
+    stream.take_all(3)
+    client.stop_stream()
+    return {
+        "schema": one.as_numpy("text_output")[0].decode(),
+        "answers": {label: "".join(pieces) for label, pieces in stream.answers.items()},
+        "errors": stream.errors,
+    }
+
+
 def cancel(client: InferenceServerClient) -> object:
     """Leaves while five requests run."""
     stream = Stream(client)
@@ -197,7 +214,7 @@ def overload(client: InferenceServerClient) -> object:
 
 
 DO: dict[str, Callable[[InferenceServerClient], object]] = {
-    each.__name__: each for each in (describe, generate, cancel, cancel_one, deadlines, errors, overload)
+    each.__name__: each for each in (describe, generate, structures, cancel, cancel_one, deadlines, errors, overload)
 }
 
 

@@ -9,9 +9,11 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 from pydantic import TypeAdapter
+from redis.asyncio import SSLConnection
 
 from bucketserve.addresses import Address, AddressError, channel_target, redact
 from bucketserve.config import AddressList
+from bucketserve.core.errors import SettingsError
 from bucketserve.probe import main
 from bucketserve.rpc.channel import open_channel
 from bucketserve.rpc.probe import check_health
@@ -103,6 +105,32 @@ def test_sentinels_of_both_families_with_a_password_of_their_own() -> None:
     assert (url.service, url.db, url.username, url.password) == ("main", 2, "me", "p@w")
     assert (url.sentinel_username, url.sentinel_password) == ("watch", "a&b@c")
     assert "p@w" not in repr(url)
+
+
+def test_sentinels_by_tls() -> None:
+    url = "sentinels://:one@a,b/main?ssl_ca_certs=/ca.pem&ssl_check_hostname=False&sentinel_password=two"
+    client = connect(url)
+    asked = client.watchers.sentinels[1].connection_pool
+    for pool in (asked, client.connection_pool):
+        assert issubclass(pool.connection_class, SSLConnection)
+        assert pool.connection_kwargs["ssl_ca_certs"] == "/ca.pem"
+        assert pool.connection_kwargs["ssl_check_hostname"] is False
+    assert connect("sentinels://a/main").connection_pool.connection_kwargs["ssl_check_hostname"] is True
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sentinel://a/main?ssl_ca_certs=/ca.pem",
+        "sentinels://a/main?ssl_cert_reqs=none",
+        "sentinels://a/main?ssl_check_hostname=0",
+        "sentinels://a",
+        "sentinels:///main",
+    ],
+)
+def test_what_sentinels_do_not_take_is_refused(url: str) -> None:
+    with pytest.raises(SettingsError):
+        connect(url)
 
 
 def test_the_client_asks_sentinels_with_their_password_and_servers_with_theirs() -> None:

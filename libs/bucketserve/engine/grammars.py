@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
+from bucketserve.engine.schemas import place_of, prepared, schemas_in
 from bucketserve.ports import StructuredOutput, StructureKind
 
 __all__ = ["GrammarError", "GrammarTokenizer", "Matcher"]
@@ -69,9 +70,12 @@ class GrammarTokenizer:
         """Compiles it and tries a beginning of an output. At most some tenths of a second, without the interpreter.
 
         Raises:
-            GrammarError: it can't be done.
+            GrammarError: it can't be done; of a schema it says which keyword it is and where.
         """
-        matcher = self.matcher(wanted, ())
+        try:
+            matcher = self.matcher(wanted, ())
+        except GrammarError as error:
+            raise GrammarError(self._place_of(wanted, str(error)) or str(error)) from None
         for number in range(TRIED_TOKENS):
             allowed = int.from_bytes(matcher.mask(()), "little")
             if not allowed:
@@ -80,6 +84,27 @@ class GrammarTokenizer:
                 return
             lowest = (allowed & -allowed).bit_length() - 1
             matcher.take(lowest)
+
+    def _place_of(self, wanted: StructuredOutput, words: str) -> str:
+        """Returns what of a schema the compiler's words are of, and where; empty if that can't be said."""
+        match wanted.kind:
+            case StructureKind.JSON_SCHEMA:
+                schemas = [wanted.text]
+            case StructureKind.GRAMMAR:
+                schemas = list(schemas_in(wanted.text))
+            case _:
+                schemas = []
+        for schema in schemas:
+            if place := place_of(schema, words, self._has_overlap):
+                return _short(place)
+        return ""
+
+    def _has_overlap(self, schema: str) -> bool:
+        try:
+            self.matcher(StructuredOutput(StructureKind.JSON_SCHEMA, schema), ())
+        except GrammarError as error:
+            return "oneOf" in str(error)
+        return False
 
     def matcher(self, wanted: StructuredOutput, generated: Sequence[int]) -> Matcher:
         """Returns what follows an output that begins with the tokens generated so far.
@@ -158,7 +183,7 @@ def _grammar(wanted: StructuredOutput) -> str:
                 if wanted.text.strip() == "true":
                     # Options are for objects.
                     return LLMatcher.grammar_from_json_schema({}, defaults=spaces)
-                return LLMatcher.grammar_from_json_schema(wanted.text, defaults=spaces, overrides=strict)
+                return LLMatcher.grammar_from_json_schema(prepared(wanted.text), defaults=spaces, overrides=strict)
             case StructureKind.REGEX:
                 return LLMatcher.grammar_from_regex(wanted.text)
             case StructureKind.CHOICES:
@@ -170,4 +195,5 @@ def _grammar(wanted: StructuredOutput) -> str:
 
 
 def _short(text: str) -> str:
-    return " ".join(text.split())[:MAX_ERROR_CHARACTERS]
+    words = " ".join(text.split())[:MAX_ERROR_CHARACTERS]
+    return "".join(letter if letter.isprintable() else "?" for letter in words)

@@ -10,8 +10,9 @@ import contextlib
 import logging
 import ssl
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import grpc
 
@@ -51,7 +52,14 @@ class Tls:
     """
 
     def __init__(
-        self, *, ca_file: str, cert_file: str = "", key_file: str = "", client_ca_file: str = "", peer_name: str = ""
+        self,
+        *,
+        ca_file: str,
+        cert_file: str = "",
+        key_file: str = "",
+        client_ca_file: str = "",
+        peer_name: str = "",
+        metrics: Literal["", "tls", "mutual"] = "",
     ) -> None:
         """Reads the files.
 
@@ -61,12 +69,14 @@ class Tls:
             key_file: PEM with its key, not encrypted.
             client_ca_file: PEM with the CAs of clients; empty: a public port asks for no certificate.
             peer_name: the name that the certificates of those whom we call carry; empty: the host that is called.
+            metrics: whether /metrics is served by TLS; mutual: to certificates of ca_file only.
 
         Raises:
             SettingsError: one of them can't be used; says which and why.
         """
         self._files = _Files(ca_file, cert_file, key_file, client_ca_file)
         self._peer_name = peer_name
+        self._metrics = metrics
         self._lock = threading.Lock()
         self._stamp = self._read_stamp()
         self._pems = self._read()
@@ -124,7 +134,7 @@ class Tls:
         given = self.current()
 
         def configuration() -> grpc.ServerCertificateConfiguration:
-            roots = given.client_ca and given.ca + b"\n" + given.client_ca if is_public else given.ca
+            roots = self._public_roots(given) if is_public else given.ca
             return grpc.ssl_server_certificate_configuration([(given.key, given.cert)], roots or None)
 
         def changed() -> grpc.ServerCertificateConfiguration | None:
@@ -145,7 +155,20 @@ class Tls:
 
     def http_context(self) -> ssl.SSLContext:
         """Returns the same as server_credentials of a public port, for the servers of Python's own TLS."""
-        given, context = self.current(), self._http_context()
+        return self._renewed_context(self._public_roots)
+
+    def metrics_context(self) -> ssl.SSLContext | None:
+        """Returns what /metrics is served by; None: plain HTTP."""
+        if not self._metrics:
+            return None
+        return self._renewed_context(lambda given: given.ca if self._metrics == "mutual" else b"")
+
+    def _renewed_context(self, trusted: Callable[[Pems], bytes]) -> ssl.SSLContext:
+        """Returns a server's context that takes each handshake's certificate from the files as they are then.
+
+        It asks for a certificate of the CAs that are trusted, if there are any.
+        """
+        given, context = self.current(), self._server_context(trusted)
 
         def renewed(connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, former: object) -> None:
             nonlocal given, context
@@ -153,18 +176,22 @@ class Tls:
             if now is not given:
                 # What is read again here was found good a moment ago; if it is not now, the former stays.
                 with contextlib.suppress(ssl.SSLError, OSError):
-                    given, context = now, self._http_context()
+                    given, context = now, self._server_context(trusted)
             connection.context = context
 
         context.set_servername_callback(renewed)
         return context
 
-    def _http_context(self) -> ssl.SSLContext:
-        context, given = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self.current()
+    @staticmethod
+    def _public_roots(given: Pems) -> bytes:
+        return given.client_ca and given.ca + b"\n" + given.client_ca
+
+    def _server_context(self, trusted: Callable[[Pems], bytes]) -> ssl.SSLContext:
+        context, roots = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), trusted(self.current())
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(self._files.cert, self._files.key, password="")
-        if given.client_ca:
-            context.load_verify_locations(cadata=(given.ca + b"\n" + given.client_ca).decode("ascii"))
+        if roots:
+            context.load_verify_locations(cadata=roots.decode("ascii"))
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 

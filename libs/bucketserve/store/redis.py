@@ -45,7 +45,7 @@ def connect(url: str) -> aioredis.Redis:
 
     Args:
         url: redis:// or rediss://[user:password@]host:port/db, unix://path, or, for the master that Sentinels name, a
-            SentinelUrl.
+            SentinelUrl: sentinel://, or sentinels:// with TLS.
 
     Raises:
         SettingsError: the URL names no server; the message has no credentials in it.
@@ -55,7 +55,7 @@ def connect(url: str) -> aioredis.Redis:
     }  # fmt: skip
     try:
         check_store_url(url)
-        if url.startswith("sentinel://"):
+        if url.startswith(("sentinel://", "sentinels://")):
             return _connect_by_sentinel(SentinelUrl.parse(url), options)
         client: aioredis.Redis = aioredis.from_url(url, **options)
     except ValueError as error:
@@ -71,6 +71,7 @@ def _connect_by_sentinel(url: SentinelUrl, options: dict[str, Any]) -> aioredis.
             "socket_connect_timeout": 1.0,
             "username": url.sentinel_username or None,
             "password": url.sentinel_password or None,
+            **url.tls,
         },
         min_other_sentinels=0,
     )  # type: ignore[no-untyped-call]
@@ -80,6 +81,7 @@ def _connect_by_sentinel(url: SentinelUrl, options: dict[str, Any]) -> aioredis.
         db=url.db,
         username=url.username or None,
         password=url.password or None,
+        **url.tls,
         **options,
     )
     client.watchers = sentinel

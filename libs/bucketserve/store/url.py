@@ -1,8 +1,12 @@
-"""URLs of the store: redis://, rediss://, unix://, sentinel:// and memory://. No message holds what was given."""
+"""URLs of the store: redis://, rediss://, unix://, sentinel://, sentinels:// and memory://.
+
+No message holds what was given.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from bucketserve.addresses import Address, AddressError
@@ -11,10 +15,12 @@ __all__ = ["SentinelUrl", "check_store_url"]
 
 REDIS_PORT = 6379
 SENTINEL_PORT = 26379
-SCHEMES = ("redis", "rediss", "unix", "sentinel", "memory")
+SCHEMES = ("redis", "rediss", "unix", "sentinel", "sentinels", "memory")
+TLS_PARAMETERS = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"})
+"""Of rediss:// as the client library has them."""
 _SENTINEL_FORM = (
     "write sentinel://host:port,host:port/service or .../service/db, with ?sentinel_password=... where the Sentinels "
-    "have a password of their own"
+    "have a password of their own; sentinels:// for TLS, with ssl_ca_certs, ssl_certfile and ssl_keyfile"
 )
 
 
@@ -22,7 +28,8 @@ _SENTINEL_FORM = (
 class SentinelUrl:
     """sentinel://[user:password@]host[:port],host[:port]/service[/db][?sentinel_username=...&sentinel_password=...].
 
-    The credentials before the @ are those of the data servers, the parameters those of the Sentinels.
+    The credentials before the @ are those of the data servers, the parameters those of the Sentinels. sentinels://
+    speaks TLS to both, with TLS_PARAMETERS.
     """
 
     sentinels: tuple[Address, ...]
@@ -32,6 +39,8 @@ class SentinelUrl:
     password: str
     sentinel_username: str
     sentinel_password: str
+    tls: dict[str, Any]
+    """Arguments of the client library for connections to Sentinels and servers; empty: no TLS."""
 
     @classmethod
     def parse(cls, url: str) -> SentinelUrl:
@@ -41,7 +50,8 @@ class SentinelUrl:
             AddressError: it names no Sentinel or no service, or has a parameter that is not known.
         """
         # Not urlsplit: it reads [a]:1,[b]:2 as one address and refuses it.
-        rest, _, query = url.removeprefix("sentinel://").partition("?")
+        scheme, _, rest = url.partition("://")
+        rest, _, query = rest.partition("?")
         credentials, _, rest = rest.rpartition("@")
         hosts, _, path = rest.partition("/")
         service, _, db = path.partition("/")
@@ -51,9 +61,13 @@ class SentinelUrl:
         except ValueError:
             # What was taken for an address may be a part of the password.
             raise AddressError(_SENTINEL_FORM) from None
-        known = {"sentinel_username", "sentinel_password"}
+        known = {"sentinel_username", "sentinel_password"} | (TLS_PARAMETERS if scheme == "sentinels" else set())
         if not service or not (db or "0").isdecimal() or not parameters.keys() <= known:
             raise AddressError(_SENTINEL_FORM)
+        tls: dict[str, Any] = {name: parameters[name][-1] for name in TLS_PARAMETERS & parameters.keys()}
+        if tls.get("ssl_check_hostname", "true").lower() not in ("true", "false"):
+            raise AddressError("ssl_check_hostname is true or false")
+        tls["ssl_check_hostname"] = tls.get("ssl_check_hostname", "true").lower() == "true"
         user, _, password = credentials.partition(":")
         return cls(
             sentinels=sentinels,
@@ -63,6 +77,7 @@ class SentinelUrl:
             password=unquote(password),
             sentinel_username=parameters.get("sentinel_username", [""])[-1],
             sentinel_password=parameters.get("sentinel_password", [""])[-1],
+            tls={"ssl": True, **tls} if scheme == "sentinels" else {},
         )
 
 
@@ -75,7 +90,7 @@ def check_store_url(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in SCHEMES:
         raise AddressError("begin with " + ", ".join(f"{name}://" for name in SCHEMES))
-    if scheme == "sentinel":
+    if scheme in ("sentinel", "sentinels"):
         SentinelUrl.parse(url)
     if scheme == "unix" and not rest.rpartition("@")[2].startswith("/"):
         raise AddressError("write unix:///path/of/the/socket")

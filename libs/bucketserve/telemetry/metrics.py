@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -83,8 +84,10 @@ class ProcessMetrics:
 class MetricsEndpoint:
     """HTTP /metrics in a thread, so that a busy event loop does not hide the process from its monitoring."""
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        """Listens at once; port 0 takes a free one.
+    def __init__(
+        self, registry: CollectorRegistry, host: str, port: int, context: ssl.SSLContext | None = None
+    ) -> None:
+        """Listens at once; port 0 takes a free one. With a context it speaks TLS.
 
         Raises:
             OSError: the address can't be bound.
@@ -95,7 +98,13 @@ class MetricsEndpoint:
         self._server, self._thread = start_http_server(port, host, registry)
         # Each connection has a thread and a descriptor: who asks nothing may not keep them.
         handler: Any = self._server.RequestHandlerClass
-        self._server.RequestHandlerClass = type("Handler", (handler,), {"timeout": SILENCE_S})
+        members: dict[str, Any] = {"timeout": SILENCE_S}
+        if context is not None:
+            members |= _tls_members(handler, context)
+            # Whoever breaks off or shows no certificate is no fault of ours to print.
+            server: Any = self._server
+            server.handle_error = lambda request, address: None
+        self._server.RequestHandlerClass = type("Handler", (handler,), members)
         self.port: int = self._server.server_port
 
     def __enter__(self) -> MetricsEndpoint:
@@ -109,3 +118,20 @@ class MetricsEndpoint:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _tls_members(handler: Any, context: ssl.SSLContext) -> dict[str, Any]:
+    """Returns what makes a handler of connections one that speaks TLS: hands are shaken in the connection's thread."""
+
+    def setup(self: Any) -> None:
+        self.request.settimeout(SILENCE_S)
+        self.request = context.wrap_socket(self.request, server_side=True)
+        handler.setup(self)
+
+    def finish(self: Any) -> None:
+        try:
+            handler.finish(self)
+        finally:
+            self.request.close()
+
+    return {"setup": setup, "finish": finish}

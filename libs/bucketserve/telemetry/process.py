@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -38,6 +39,7 @@ def open_telemetry(
     log_level: str = "info",
     log_format: Literal["auto", "json", "text"] = "auto",
     certificate_ends_unix_s: Callable[[], float] | None = None,
+    metrics_context: ssl.SSLContext | None = None,
 ) -> Iterator[Telemetry]:
     """Yields the outlets; on leaving exports the last spans and stops listening.
 
@@ -54,16 +56,18 @@ def open_telemetry(
         f"bucketserve-{service.value}", instance_id, otlp_endpoint=otlp_endpoint, sample_ratio=sample_ratio
     )
     try:
-        with _endpoint(metrics, metrics_address):
+        with _endpoint(metrics, metrics_address, metrics_context):
             yield Telemetry(log, metrics, tracing)
     finally:
         tracing.shutdown()
 
 
-def _endpoint(metrics: ProcessMetrics, address: Address | None) -> contextlib.AbstractContextManager[object]:
+def _endpoint(
+    metrics: ProcessMetrics, address: Address | None, context: ssl.SSLContext | None
+) -> contextlib.AbstractContextManager[object]:
     if address is None:
         return contextlib.nullcontext()
     try:
-        return MetricsEndpoint(metrics.registry, *address)
+        return MetricsEndpoint(metrics.registry, *address, context)
     except OSError as error:
         raise SettingsError([f"metrics_listen: can't listen on {address}: {error.strerror or error}"]) from error

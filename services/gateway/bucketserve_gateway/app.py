@@ -71,6 +71,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                 log_level=telemetry.log_level,
                 log_format=telemetry.log_format,
                 certificate_ends_unix_s=ours.tls.ends_unix_s if ours.tls else None,
+                metrics_context=ours.tls.metrics_context() if ours.tls else None,
             )
         )
         observer = GatewayTelemetry(outlets.log, outlets.metrics, outlets.tracing)

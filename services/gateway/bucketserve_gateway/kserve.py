@@ -18,6 +18,7 @@ from bucketserve import __version__
 from bucketserve.core.errors import (
     BucketServeError,
     FieldViolation,
+    ForbiddenError,
     InvalidRequestError,
     OverloadedError,
     UnavailableError,
@@ -26,7 +27,9 @@ from bucketserve.core.errors import (
 from bucketserve.facades import kserve_pb2, kserve_pb2_grpc
 from bucketserve.rpc.convert import finish_reason_from_pb
 from bucketserve.rpc.status import status_of
+from bucketserve.v1 import inference_pb2
 from bucketserve_gateway.admission import Admission
+from bucketserve_gateway.auth import Identity
 from bucketserve_gateway.kserve_tensors import INPUTS, OUTPUTS, VERSION, Inference, check_version, inference_of
 from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.servicer import Generate, text_metadata
@@ -53,6 +56,7 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         catalog: ModelCatalog,
         admission: Admission,
         *,
+        identify: Callable[[Mapping[str, str]], Identity],
         max_prompt_bytes: int,
         max_streams: int,
         is_serving: Callable[[], bool],
@@ -60,10 +64,14 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         on_refused: Callable[[BucketServeError], None],
         on_unexpected: Callable[[str, BaseException], None],
     ) -> None:
-        """Takes what serves the requests, and who says how the gateway is; reports what never comes to be served."""
+        """Takes what serves the requests, who says how the gateway is, and who calls, by the metadata of a call.
+
+        Reports what never comes to be served.
+        """
         self._generate = generate
         self._catalog = catalog
         self._admission = admission
+        self._identify = identify
         self._max_prompt_bytes = max_prompt_bytes
         self._max_streams = max_streams
         self._is_serving = is_serving
@@ -87,10 +95,10 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(
         self, request: kserve_pb2.ModelReadyRequest, context: Context
     ) -> kserve_pb2.ModelReadyResponse:
-        """False for a model that nobody knows, since that is how clients wait for one."""
+        """False for a model that nobody knows, or that the key is not for, since that is how clients wait for one."""
         try:
-            self._model(request.name, request.version)
-        except UnknownModelError:
+            self._model(request.name, request.version, context)
+        except (UnknownModelError, ForbiddenError):
             return kserve_pb2.ModelReadyResponse(ready=False)
         return kserve_pb2.ModelReadyResponse(ready=self._is_serving())
 
@@ -108,7 +116,7 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         """The same tensors for every model."""
         tensor = kserve_pb2.ModelMetadataResponse.TensorMetadata
         return kserve_pb2.ModelMetadataResponse(
-            name=self._model(request.name, request.version),
+            name=self._model(request.name, request.version, context),
             versions=[VERSION],
             platform="bucketserve",
             inputs=[tensor(name=name, datatype=kind, shape=[1]) for name, kind in INPUTS.items()],
@@ -121,7 +129,7 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         """The same tensors for every model."""
         types = {"BYTES": kserve_pb2.TYPE_STRING, "BOOL": kserve_pb2.TYPE_BOOL}
         config = kserve_pb2.ModelConfig(
-            name=self._model(request.name, request.version),
+            name=self._model(request.name, request.version, context),
             platform="bucketserve",
             backend="bucketserve",
             input=[
@@ -282,12 +290,14 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
                             reason = finish_reason_from_pb(event.finished.reason).value
                             yield asked.response(model, "".join(texts), reason)
 
-    def _model(self, name: str, version: str) -> str:
+    def _model(self, name: str, version: str, context: Context) -> str:
         """Returns the name of the model that a name, which may be empty, stands for.
 
         Raises:
+            ForbiddenError: the caller's key is not for it.
             UnknownModelError: there is none, or not in that version.
         """
+        self._identify(text_metadata(context)).permit(inference_pb2.GetModelRequest(name=name))
         card = self._catalog.get(name).card
         check_version(name, version)
         return card.name

@@ -1,7 +1,8 @@
 """Requests and responses of the KServe protocol, as tensors, <-> those of InferenceService.
 
 A request has one prompt: every tensor has one element. Its parameters are those of the request itself, and those of the
-JSON object sampling_parameters, as Triton's vLLM backend takes them.
+JSON object sampling_parameters, as Triton's vLLM backend takes them. What the output must be is said as in OpenAI's
+API.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 from bucketserve.core.errors import FieldViolation, InvalidRequestError, UnknownModelError
 from bucketserve.facades import kserve_pb2
 from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway.openai.errors import ParameterError
+from bucketserve_gateway.openai.fields import Fields
+from bucketserve_gateway.openai.structure import structure_of
 from bucketserve_gateway.validation import MAX_LOGIT_BIASES
 
 __all__ = ["INPUTS", "OUTPUTS", "PARAMETERS", "VERSION", "Inference", "check_version", "inference_of"]
@@ -27,6 +31,15 @@ MAX_INPUTS, MAX_OUTPUTS, MAX_PARAMETERS = 8, 8, 64
 """Of a request; more are not looked at."""
 MAX_JSON_CHARACTERS = 64 << 10
 MAX_DIGITS = 32
+
+STRUCTURES = {
+    **{name: name for name in ("response_format", "structured_outputs")},
+    **{f"guided_{name}": f"guided_{name}" for name in ("json", "regex", "choice", "grammar")},
+    "guided_decoding": "structured_outputs",
+}
+"""Parameters that say what the output must be, as translation of OpenAI's API calls them."""
+JSON_STRUCTURES = {"response_format", "structured_outputs", "guided_decoding", "guided_choice"}
+"""Those that are JSON where they are text."""
 
 Bad = list[FieldViolation]
 
@@ -77,6 +90,7 @@ def inference_of(message: kserve_pb2.ModelInferRequest, max_prompt_bytes: int) -
         given.update({name: (f"sampling_parameters.{name}", value) for name, value in settings.items()})
     # What the request itself says counts more than what the tensor says.
     given.update({name: (f"parameters.{name}", value) for name, value in _parameters(message, bad).items()})
+    _constrain(request, {name: given.pop(name) for name in STRUCTURES if name in given}, bad)
     options: dict[str, Any] = {}
     for name, (path, value) in given.items():
         _set(request, options, name, path, value, bad)
@@ -206,12 +220,43 @@ def _json_object(text: str, bad: Bad) -> dict[str, object]:
     return found
 
 
+def _constrain(request: inference_pb2.GenerateRequest, given: dict[str, tuple[str, object]], bad: Bad) -> None:
+    """Sets what the output must be; parameters are text, which may be JSON."""
+    members: dict[str, Any] = {}
+    paths: dict[str, str] = {}
+    for name, (path, value) in given.items():
+        known = STRUCTURES[name]
+        if known in members:
+            bad.append(FieldViolation(path, f"{paths[known]} says already what the output must be"))
+            return
+        members[known], paths[known] = value, path
+        if isinstance(value, str) and name in JSON_STRUCTURES:
+            try:
+                members[known] = json.loads(value) if len(value) <= MAX_JSON_CHARACTERS else None
+            except (ValueError, RecursionError):
+                members[known] = None
+            if members[known] is None:
+                bad.append(FieldViolation(path, f"not JSON of at most {MAX_JSON_CHARACTERS} characters"))
+                return
+    try:
+        form = structure_of(Fields(members))
+    except ParameterError as error:
+        for violation in error.violations:
+            member, dot, inner = violation.field.partition(".")
+            bad.append(FieldViolation(f"{paths[member]}{dot}{inner}", violation.description))
+    except ValueError:
+        bad.append(FieldViolation(next(iter(paths.values())), "has halves of characters"))
+    else:
+        if form is not None:
+            request.structured_output.CopyFrom(form.wanted)
+
+
 def _set(
     request: inference_pb2.GenerateRequest, options: dict[str, Any], name: str, path: str, value: object, bad: Bad
 ) -> None:
     """Sets a field of the request to a parameter's value, or an option of what is none of it."""
     if name not in PARAMETERS:
-        bad.append(FieldViolation(path, f"unknown; known: {', '.join(PARAMETERS)}"))
+        bad.append(FieldViolation(path, f"unknown; known: {', '.join((*PARAMETERS, *STRUCTURES))}"))
         return
     of, attribute, convert = PARAMETERS[name]
     try:

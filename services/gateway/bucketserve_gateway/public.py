@@ -64,6 +64,7 @@ def grpc_server(
         generate,
         parts.catalog,
         admission,
+        identify=keys.identify,
         max_prompt_bytes=settings.max_prompt_bytes,
         max_streams=settings.max_infer_streams,
         is_serving=lambda: server.is_serving,
@@ -77,6 +78,7 @@ def grpc_server(
         parts.catalog,
         admission,
         parts.requests,
+        identify=keys.identify,
         is_serving=lambda: server.is_serving,
         on_refused=lambda error: telemetry.refused("", "", error),
     )

@@ -12,7 +12,7 @@ import hashlib
 import io
 import time
 import zipfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from bucketserve import __version__
 from bucketserve.core.errors import (
     BucketServeError,
     FieldViolation,
+    ForbiddenError,
     InvalidRequestError,
     NotFoundError,
     UnknownModelError,
@@ -31,6 +32,7 @@ from bucketserve.facades import vllm_pb2, vllm_pb2_grpc
 from bucketserve.rpc.convert import finish_reason_from_pb
 from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway.admission import Admission
+from bucketserve_gateway.auth import Identity
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
 from bucketserve_gateway.requests import OpenRequests
 from bucketserve_gateway.servicer import Generate, text_metadata
@@ -148,21 +150,26 @@ class VllmEngineServicer(vllm_pb2_grpc.VllmEngineServicer):
         admission: Admission,
         requests: OpenRequests,
         *,
+        identify: Callable[[Mapping[str, str]], Identity],
         is_serving: Callable[[], bool],
         on_refused: Callable[[BucketServeError], None],
     ) -> None:
-        """Takes what serves the requests, and the table of those that are open; reports what never gets there."""
+        """Takes what serves the requests, the table of those that are open, and who calls, by a call's metadata.
+
+        Reports what never gets there.
+        """
         self._generate = generate
         self._catalog = catalog
         self._admission = admission
         self._requests = requests
+        self._identify = identify
         self._is_serving = is_serving
         self._on_refused = on_refused
         self._started_s = time.monotonic()
         self._runs: dict[tuple[str, str], set[_Run]] = {}
         """By connection and request id; there may be several of a name."""
-        self._archive = b""
-        """Of the tokenizer, once somebody has asked for it."""
+        self._archives: dict[str, bytes] = {}
+        """Of the tokenizers of models, once somebody has asked for them."""
         self._archiving = asyncio.Lock()
 
     async def Generate(
@@ -171,7 +178,7 @@ class VllmEngineServicer(vllm_pb2_grpc.VllmEngineServicer):
         """Chunks if asked for, then complete: with all tokens if there were no chunks."""
         is_streamed = request.stream
         try:
-            asked = request_of(request, self._model().card)
+            asked = request_of(request, self._model(context).card)
         except BucketServeError as error:
             self._on_refused(error)
             raise
@@ -217,7 +224,7 @@ class VllmEngineServicer(vllm_pb2_grpc.VllmEngineServicer):
         self, request: vllm_pb2.GetModelInfoRequest, context: Context
     ) -> vllm_pb2.GetModelInfoResponse:
         """The model; no path of a tokenizer: GetTokenizer has what is there."""
-        card = self._model().card
+        card = self._model(context).card
         return vllm_pb2.GetModelInfoResponse(
             model_path=card.name,
             is_generation=True,
@@ -256,31 +263,35 @@ class VllmEngineServicer(vllm_pb2_grpc.VllmEngineServicer):
         self, request: vllm_pb2.GetTokenizerRequest, context: Context
     ) -> AsyncIterator[vllm_pb2.GetTokenizerChunk]:
         """The archive, which is made when it is first wanted and the same at every gateway."""
-        model = self._model()
+        model = self._model(context)
         if model.directory is None:
             raise NotFoundError("tokenizer", model.card.name)
         async with self._archiving:
-            if not self._archive:
-                self._archive = await asyncio.to_thread(_archive_of, model.directory)
-        archive = self._archive
+            if model.card.name not in self._archives:
+                self._archives[model.card.name] = await asyncio.to_thread(_archive_of, model.directory)
+        archive = self._archives[model.card.name]
         for start in range(0, len(archive), PIECE_BYTES):
             piece = vllm_pb2.GetTokenizerChunk(data=archive[start : start + PIECE_BYTES])
             if start + PIECE_BYTES >= len(archive):
                 piece.sha256 = hashlib.sha256(archive).hexdigest()
             yield piece
 
-    def _model(self) -> ServedModel:
-        """Returns the only model.
+    def _model(self, context: Context) -> ServedModel:
+        """Returns the only model that the caller's key is for.
 
         Raises:
+            ForbiddenError: there is none.
             UnknownModelError: there are several.
         """
-        models = self._catalog.models()
+        identity = self._identify(text_metadata(context))
+        models = [model for model in self._catalog.models() if identity.may_use(model.card.name)]
+        if not models:
+            raise ForbiddenError("this key is for no model here")
         if len(models) != 1:
             names = [model.card.name for model in models]
             message = (
                 "requests of vllm.grpc.engine.VllmEngine name no model, so they need a gateway that serves exactly "
-                f"one; this one serves {', '.join(names)}"
+                f"one, or a key that is for one; here there are {', '.join(names)}"
             )
             raise UnknownModelError("", names, message)
         return models[0]

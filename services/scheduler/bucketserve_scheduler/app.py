@@ -110,6 +110,7 @@ async def serve(
                 log_level=telemetry.log_level,
                 log_format=telemetry.log_format,
                 certificate_ends_unix_s=ours.tls.ends_unix_s if ours.tls else None,
+                metrics_context=ours.tls.metrics_context() if ours.tls else None,
             )
         )
         server = RpcServer(

@@ -52,6 +52,7 @@ async def serve(settings: WorkerSettings, ours: Deployment, telemetry: Telemetry
         log_level=telemetry.log_level,
         log_format=telemetry.log_format,
         certificate_ends_unix_s=ours.tls.ends_unix_s if ours.tls else None,
+        metrics_context=ours.tls.metrics_context() if ours.tls else None,
     ) as outlets:
         log = outlets.log
         observer = WorkerTelemetry(log, outlets.metrics, outlets.tracing, worker_id, settings.model_name)

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
 KEY = os.environ.get("API_KEY", "-")
 PROMPT = "Tell me of the king"
@@ -58,6 +58,40 @@ class LangChain:
                 self.completion.invoke(PROMPT),
                 "".join([piece async for piece in self.completion.astream(PROMPT)]),
             ],
+        }
+
+    async def structures(self) -> object:
+        """What its users ask for by a model of pydantic's: an answer, and the call of a tool."""
+        from pydantic import BaseModel, ConfigDict, Field
+
+        class Person(BaseModel):
+            """A person."""
+
+            # The demo model would go on with properties of its own.
+            model_config = ConfigDict(extra="forbid")
+            name: str = Field(description="what they are called", max_length=12)
+            kind: Literal["king", "prophet"]
+            age: int | None = Field(ge=0, le=999)
+
+        chat = self.make(max_tokens=300)
+        found = {}
+        for method in ("json_schema", "function_calling"):
+            for strict in (None, True):
+                asked = chat.with_structured_output(Person, method=method, strict=strict, include_raw=True)
+                answer = await asked.ainvoke(PROMPT)
+                found[f"{method}, {strict}"] = {
+                    "parsed": answer["parsed"] and answer["parsed"].model_dump(),
+                    "error": answer["parsing_error"] and str(answer["parsing_error"]),
+                    "kind": type(answer["parsed"]).__name__,
+                }
+        bound = chat.bind_tools([Person], tool_choice="required")
+        called = await bound.ainvoke(PROMPT)
+        pieces = [piece async for piece in bound.astream(PROMPT)]
+        return {
+            "structured": found,
+            "called": [[call["name"], call["args"]] for call in called.tool_calls],
+            "streamed": [[call["name"], call["args"]] for call in sum_of(pieces).tool_calls],
+            "reason": called.response_metadata["finish_reason"],
         }
 
     async def one(
@@ -116,6 +150,35 @@ class LiteLLM:
             ],
         }
 
+    async def structures(self) -> object:
+        """The same by what OpenAI's library makes of a model of pydantic's."""
+        from pydantic import BaseModel, ConfigDict, Field
+
+        class Person(BaseModel):
+            """A person."""
+
+            # The demo model would go on with properties of its own.
+            model_config = ConfigDict(extra="forbid")
+            name: str = Field(description="what they are called", max_length=12)
+            kind: Literal["king", "prophet"]
+            age: int | None = Field(ge=0, le=999)
+
+        same = {"max_tokens": 300}
+        answer = await self.chat(self.litellm.acompletion, response_format=Person, **same)
+        parsed = Person.model_validate_json(answer.choices[0].message.content)
+        function = {"name": "Person", "description": "A person.", "parameters": Person.model_json_schema()}
+        tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+        called = (await self.chat(self.litellm.acompletion, **tools, **same)).choices[0]
+        pieces = [piece async for piece in await self.chat(self.litellm.acompletion, stream=True, **tools, **same)]
+        streamed = self.litellm.stream_chunk_builder(pieces).choices[0]
+        calls, later = ([call.function for call in each.message.tool_calls] for each in (called, streamed))
+        return {
+            "structured": {"response_format": {"parsed": parsed.model_dump(), "kind": "Person", "error": None}},
+            "called": [[call.name, json.loads(call.arguments)] for call in calls],
+            "streamed": [[call.name, json.loads(call.arguments)] for call in later],
+            "reason": called.finish_reason,
+        }
+
     async def one(self, *, retries: int = 0, **more: Any) -> Any:
         answer = await self.chat(self.litellm.acompletion, max_retries=retries, **more)
         return answer.usage.completion_tokens
@@ -157,7 +220,7 @@ async def errors(library: LangChain | LiteLLM) -> object:
         "unknown model": await failure(
             library.one(model="openai/nobody" if isinstance(library, LiteLLM) else "nobody")
         ),
-        "unknown parameter": await failure(library.one(logit_bias={"5": 1})),
+        "unknown parameter": await failure(library.one(extra_body={"unheard_of": 1})),
         "too late": await failure(library.one(max_tokens=LONG, timeout=1.0)),
     }
 
@@ -166,6 +229,7 @@ async def main(library: str, url: str, what: str) -> None:
     client = {"langchain": LangChain, "litellm": LiteLLM}[library](url)
     do: dict[str, Callable[[], Awaitable[object]]] = {
         "texts": client.texts,
+        "structures": client.structures,
         "leave": client.leave,
         "overload": lambda: overload(client),
         "errors": lambda: errors(client),

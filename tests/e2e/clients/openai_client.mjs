@@ -67,7 +67,7 @@ const DO = {
 
   async errors(client) {
     const bad = {
-      "unknown parameter": { logit_bias: { 5: 1 } },
+      "unknown parameter": { unheard_of: 1 },
       "unknown model": { model: "nobody" },
       "wrong type": { max_tokens: "many" },
       "no messages": { messages: [] },

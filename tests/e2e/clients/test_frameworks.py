@@ -52,6 +52,19 @@ async def test_text_is_that_of_our_client(library: str, stack: LocalStack) -> No
     assert (found["tokens"], found["reason"]) == ([20, 20], "length")
 
 
+@pytest.mark.stack(engine="transformers")
+async def test_structures_and_tools_are_what_was_asked_for(library: str, stack: LocalStack) -> None:
+    found = await use(library, stack, "structures")
+    people = [each["parsed"] for each in found["structured"].values()]
+    assert {each["kind"] for each in found["structured"].values()} == {"Person"}, found
+    assert [each["error"] for each in found["structured"].values()] == [None] * len(people)
+    assert [name for name, _ in found["called"]] == ["Person"] and found["reason"] == "tool_calls"
+    assert found["streamed"] == found["called"]
+    for person in [*people, found["called"][0][1]]:
+        assert person.keys() == {"name", "kind", "age"} and person["kind"] in ("king", "prophet")
+        assert len(person["name"]) <= 12 and (person["age"] is None or 0 <= person["age"] <= 999)
+
+
 @pytest.mark.stack(environ=SLOW)
 async def test_a_stream_that_is_left_leaves_nothing(library: str, stack: LocalStack) -> None:
     await use(library, stack, "leave")
@@ -65,7 +78,7 @@ async def test_errors_are_the_librarys_own(library: str, stack: LocalStack) -> N
     assert {what: kind for what, kind in ERRORS[library].items() if kind not in found[what]["kinds"]} == {}
     assert "exceed the context of 2048" in found["too many tokens"]["message"]
     assert "unknown model 'nobody'" in found["unknown model"]["message"]
-    assert "logit_bias" in found["unknown parameter"]["message"]
+    assert "unheard_of" in found["unknown parameter"]["message"]
     await eventually(lambda: nothing_runs(stack), 10)
 
 

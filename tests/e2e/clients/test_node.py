@@ -140,7 +140,7 @@ async def test_errors_reach_openais_library_as_its_own(stack: LocalStack) -> Non
     assert found.pop("unknown model")["kind"] == "NotFoundError"
     assert {(each["kind"], each["status"]) for each in found.values()} == {("BadRequestError", 400)}
     assert {name: each["param"] for name, each in found.items()} == {
-        "unknown parameter": "logit_bias", "wrong type": "max_tokens", "no messages": "messages",
+        "unknown parameter": "unheard_of", "wrong type": "max_tokens", "no messages": "messages",
         "too hot": "temperature",
     }  # fmt: skip
 

@@ -138,8 +138,9 @@ def catalog(name: str = "demo", context_tokens: int = 100) -> ModelCatalog:
 class Caller:
     """What a handler sees of a call."""
 
-    def __init__(self, peer: str = "ipv4:127.0.0.1:1", remaining_s: float | None = None) -> None:
+    def __init__(self, peer: str = "ipv4:127.0.0.1:1", remaining_s: float | None = None, key: str = "") -> None:
         self._peer = peer
+        self._key = key
         self._remaining_s = remaining_s
 
     def peer(self) -> str:
@@ -149,7 +150,7 @@ class Caller:
         return self._remaining_s
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("traceparent", "00-1"),)
+        return (("traceparent", "00-1"), *((("authorization", f"Bearer {self._key}"),) if self._key else ()))
 
 
 class Generation:

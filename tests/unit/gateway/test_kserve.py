@@ -11,6 +11,7 @@ import pytest
 from bucketserve.core.errors import EngineError, InvalidRequestError, OverloadedError, UnknownModelError
 from bucketserve.facades import kserve_pb2
 from bucketserve_gateway import kserve as module
+from bucketserve_gateway.auth import Keys
 from bucketserve_gateway.kserve import KserveServicer
 from tests.unit.gateway.builders import Caller, Generation, an_admission, catalog
 from tests.unit.gateway.test_kserve_tensors import a_request, truth
@@ -50,6 +51,7 @@ class Site:
             self.generate,
             catalog(),
             self.admission,
+            identify=Keys("").identify,
             max_prompt_bytes=1000,
             max_streams=max_streams,
             is_serving=lambda: self.is_serving,

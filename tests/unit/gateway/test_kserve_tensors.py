@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -191,6 +192,73 @@ def test_biases_are_a_setting() -> None:
     assert dict(asked.request.sampling.logit_bias) == {5: -100, 7: 0.5}
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "wanted"),
+    [
+        ("guided_json", SCHEMA, "json_schema", SCHEMA),
+        ("guided_regex", "[0-9]{2}", "regex", "[0-9]{2}"),
+        ("guided_grammar", 'start: "a"', "grammar", 'start: "a"'),
+        ("guided_choice", ["yes", "no"], "choices", ["yes", "no"]),
+        ("guided_decoding", {"choice": ["yes", "no"]}, "choices", ["yes", "no"]),
+        ("guided_decoding", {"json": SCHEMA}, "json_schema", SCHEMA),
+        ("structured_outputs", {"regex": "a"}, "regex", "a"),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}, "json_schema",
+         SCHEMA),
+        ("response_format", {"type": "json_object"}, "json_schema", {"type": "object"}),
+    ],
+)  # fmt: skip
+def test_what_the_output_must_be_is_a_setting_or_a_parameter(name: str, value: object, kind: str, wanted: Any) -> None:
+    as_text = value if isinstance(value, str) else json.dumps(value)
+    for request in (
+        a_request(settings({name: value})),
+        a_request(settings({name: as_text})),
+        a_request(parameters={name: as_text}),
+    ):
+        found = inference_of(request).request.structured_output
+        assert found.WhichOneof("constraint") == kind
+        said = list(found.choices.texts) if kind == "choices" else getattr(found, kind)
+        assert (json.loads(said) if kind == "json_schema" else said) == wanted
+
+
+def test_no_structure_leaves_the_output_free() -> None:
+    for value in ({"response_format": {"type": "text"}}, {"guided_json": None}):
+        assert not inference_of(a_request(settings(value))).request.HasField("structured_output")
+
+
+@pytest.mark.parametrize(
+    ("request_", "fields"),
+    [
+        (a_request(parameters={"guided_choice": "yes"}), {"parameters.guided_choice"}),
+        (a_request(parameters={"guided_choice": "[1]"}), {"parameters.guided_choice"}),
+        (a_request(parameters={"guided_choice": "[" * 70_000}), {"parameters.guided_choice"}),
+        (a_request(parameters={"guided_choice": "[" * 60_000}), {"parameters.guided_choice"}),
+        (a_request(parameters={"guided_json": 5}), {"parameters.guided_json"}),
+        (a_request(parameters={"guided_regex": True}), {"parameters.guided_regex"}),
+        (a_request(parameters={"response_format": "null"}), {"parameters.response_format"}),
+        (a_request(parameters={"response_format": "5"}), {"parameters.response_format"}),
+        (a_request(settings({"response_format": {"type": "xml"}})), {"sampling_parameters.response_format.type"}),
+        (a_request(settings({"guided_decoding": {}})), {"sampling_parameters.guided_decoding"}),
+        (
+            a_request(settings({"guided_decoding": {"backend": "x", "regex": "a"}})),
+            {"sampling_parameters.guided_decoding.backend"},
+        ),
+        (a_request(settings({"guided_regex": "\ud800"})), {"sampling_parameters.guided_regex"}),
+        (a_request(settings({"guided_json": {"a": "\ud800"}})), {"sampling_parameters.guided_json"}),
+        (a_request(settings({"guided_choice": ["a"] * 5000})), {"sampling_parameters.guided_choice"}),
+        (a_request(settings({"guided_regex": "a"}), parameters={"guided_choice": "[]"}), {"parameters.guided_choice"}),
+        (
+            a_request(settings({"guided_decoding": {"regex": "a"}, "structured_outputs": {"regex": "b"}})),
+            {"sampling_parameters.guided_decoding"},
+        ),
+    ],
+)  # fmt: skip
+def test_structures_that_are_none_are_refused_by_name(request_: kserve_pb2.ModelInferRequest, fields: set[str]) -> None:
+    assert violations(request_) == fields
+
+
 @pytest.mark.parametrize(
     ("name", "value", "part", "field", "wanted"),
     [
@@ -284,7 +352,12 @@ JSON = st.recursive(
 
 @given(
     st.dictionaries(
-        st.sampled_from(["max_tokens", "temperature", "top_k", "seed", "stop", "stop_token_ids", "ignore_eos", "x"]),
+        st.sampled_from(
+            [
+                *("max_tokens", "temperature", "top_k", "seed", "stop", "stop_token_ids", "ignore_eos", "x"),
+                *kserve_tensors.STRUCTURES,
+            ]
+        ),
         JSON,
         max_size=4,
     )
@@ -293,6 +366,7 @@ def test_whatever_the_settings_are_they_are_taken_or_refused(found: dict[str, ob
     try:
         asked = inference_of(a_request(settings(found)))
     except InvalidRequestError as error:
-        assert {violation.field for violation in error.violations} <= {f"sampling_parameters.{name}" for name in found}
+        fields = {".".join(violation.field.split(".")[:2]) for violation in error.violations}
+        assert fields <= {f"sampling_parameters.{name}" for name in found}
     else:
         assert asked.request.IsInitialized() and "x" not in found

@@ -15,9 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from bucketserve.core.errors import InvalidRequestError, NotFoundError, OverloadedError, UnknownModelError
+from bucketserve.core.errors import (
+    ForbiddenError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    UnauthenticatedError,
+    UnknownModelError,
+)
 from bucketserve.facades import vllm_pb2
 from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway.auth import Keys
+from bucketserve_gateway.keys import hash_of, new_key
 from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.requests import OpenRequests
 from bucketserve_gateway.validation import validate
@@ -144,7 +153,7 @@ def test_what_is_left_out_is_the_engines_default() -> None:
 class Site:
     """A servicer, and what it works with."""
 
-    def __init__(self, models: ModelCatalog | None = None, **limits: int) -> None:
+    def __init__(self, models: ModelCatalog | None = None, keys: Keys | None = None, **limits: int) -> None:
         self.generate = Generation()
         self.admission = an_admission(**limits)
         self.requests = OpenRequests()
@@ -154,6 +163,7 @@ class Site:
             models or catalog(),
             self.admission,
             self.requests,
+            identify=(keys or Keys("")).identify,
             is_serving=lambda: True,
             on_refused=self.refused.append,
         )
@@ -266,11 +276,53 @@ async def test_a_gateway_with_several_models_says_why_it_can_not() -> None:
     served = catalog().get("demo")
     models = {name: replace(served, card=replace(served.card, name=name)) for name in ("one", "two")}
     site = Site(ModelCatalog(models))
-    with pytest.raises(UnknownModelError, match="exactly one; this one serves one, two"):
+    with pytest.raises(UnknownModelError, match="a key that is for one; here there are one, two"):
         await _rest(site.run("x"))
     assert len(site.refused) == 1
     with pytest.raises(UnknownModelError):
         await site.servicer.GetModelInfo(vllm_pb2.GetModelInfoRequest(), Caller())
+
+
+async def test_a_key_sees_the_models_that_it_is_for(tmp_path: Path) -> None:
+    served = catalog().get("demo")
+    models = {
+        name: replace(served, card=replace(served.card, name=name), directory=tmp_path / name)
+        for name in ("one", "two", "three")
+    }
+    for name in models:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(name)
+    keys = {name: new_key() for name in ("one", "two", "both", "none")}
+    of = {"both": ["one", "three"], "none": ["other"]}
+    (tmp_path / "keys.toml").write_text(
+        "".join(
+            f'[[keys]]\nname = "{name}"\nsha256 = "{hash_of(key)}"\ntenant = "a"\nmodels = {of.get(name, [name])}\n'
+            for name, key in keys.items()
+        )
+    )
+    site = Site(ModelCatalog(models), Keys(str(tmp_path / "keys.toml")))
+    for name in ("one", "two", "one"):
+        caller = Caller(key=keys[name])
+        assert (await site.servicer.GetModelInfo(vllm_pb2.GetModelInfoRequest(), caller)).served_model_name == name
+        pieces = [each.data async for each in site.servicer.GetTokenizer(vllm_pb2.GetTokenizerRequest(), caller)]
+        with zipfile.ZipFile(io.BytesIO(b"".join(pieces))) as archive:
+            assert archive.read("tokenizer.json").decode() == name
+    site.generate.may_end.set()
+    assert await _rest(site.servicer.Generate(a_request(), Caller(key=keys["two"])))
+    assert [request.model for request in site.generate.started] == ["two"]
+    for name, error, words in (
+        ("both", UnknownModelError, "here there are one, three$"),
+        ("none", ForbiddenError, "this key is for no model here"),
+        ("", UnauthenticatedError, "a key is needed"),
+    ):
+        caller = Caller(key=keys.get(name, ""))
+        with pytest.raises(error, match=words):
+            await site.servicer.GetModelInfo(vllm_pb2.GetModelInfoRequest(), caller)
+        with pytest.raises(error):
+            await _rest(site.servicer.Generate(a_request(), caller))
+        with pytest.raises(error):
+            _ = [each async for each in site.servicer.GetTokenizer(vllm_pb2.GetTokenizerRequest(), caller)]
+    assert len(site.generate.started) == 1
 
 
 async def test_what_is_said_of_model_server_and_load() -> None:

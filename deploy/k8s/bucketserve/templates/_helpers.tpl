@@ -74,7 +74,8 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
   "BUCKETSERVE_TLS_CERT_FILE" "/etc/bucketserve/tls/tls.crt"
   "BUCKETSERVE_TLS_KEY_FILE" "/etc/bucketserve/tls/tls.key"
   "BUCKETSERVE_TLS_PEER_NAME" .peerName) }}
-{{- else if .clientCaSecret }}{{ fail "tls.clientCaSecret needs tls.existingSecret" }}
+{{- with .metrics }}{{ $_ := set $all "BUCKETSERVE_TLS_METRICS" . }}{{ end }}
+{{- else if or .clientCaSecret .metrics }}{{ fail "tls.clientCaSecret and tls.metrics need tls.existingSecret" }}
 {{- end }}
 {{- if and .clientCaSecret (eq $.component "gateway") }}
 {{- $_ := set $all "BUCKETSERVE_TLS_CLIENT_CA_FILE" "/etc/bucketserve/client-ca/ca.crt" }}

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from bucketserve.engine.grammars import WHITESPACE
+from bucketserve.engine.schemas import prepared
 from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway.conversation import MAX_TOOLS, TOOL_NAME
 from bucketserve_gateway.openai.errors import ParameterError
@@ -116,7 +117,7 @@ def _calls(tools: list[inference_pb2.Tool]) -> common_pb2.StructuredOutput:
     for i, tool in enumerate(tools):
         # What a schema says of its own compilation does not count.
         options = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
-        schema = {"type": "object", **orjson.loads(tool.parameters or "{}"), **options}
+        schema = {"type": "object", **orjson.loads(prepared(tool.parameters or "{}")), **options}
         beginning = json.dumps(f'{{"name":"{tool.name}","arguments":')
         lines += [f'call_{i}: {beginning} arguments_{i} "}}"', f"arguments_{i}: %json {_json(schema, 'tools')}"]
     return common_pb2.StructuredOutput(grammar="\n".join(lines))

@@ -1,0 +1,282 @@
+"""Schemas as clients' libraries write them: each has outputs, which are valid, or is refused by keyword and place."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import ipaddress
+import json
+import random
+import uuid
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jsonschema
+import pytest
+from openai.lib._pydantic import to_strict_json_schema
+from pydantic import AnyUrl, BaseModel, Field, SecretStr, TypeAdapter
+
+from bucketserve.engine.grammars import GrammarError
+from bucketserve.engine.schemas import prepared
+from bucketserve.ports import StructuredOutput
+from tests.unit.engine.test_grammars import GRAMMAR, GRAMMARS, STOP, TOKENIZER, fits, schema
+
+MAX_TOKENS = 400
+CLOSING = {TOKENIZER.token_to_id(text) for text in '"}],:'}
+
+
+class Color(enum.Enum):
+    RED = "red"
+    BLUE = "dark blue (+1)"
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"] = "cat"
+    lives: int = Field(ge=1, le=9)
+
+
+class Dog(BaseModel):
+    kind: Literal["dog", "wolf"] = "dog"
+    name: str | None = None
+
+
+class Node(BaseModel):
+    """Refers to itself."""
+
+    value: int
+    children: list[Node] = Field(default=[], max_length=2)
+
+
+class Order(BaseModel):
+    """What is usual in one."""
+
+    number: int = Field(gt=0, description="of the order")
+    color: Color
+    pet: Annotated[Cat | Dog, Field(discriminator="kind")]
+    other: Cat | Dog | None = None
+    tags: dict[str, int] = {}
+    due: datetime.date | None
+    sizes: tuple[int, float]
+    level: Level = Level.LOW
+
+
+TYPES: dict[str, Any] = {
+    "order": Order,
+    "discriminated": Annotated[Cat | Dog, Field(discriminator="kind")],
+    "union": Cat | Dog,
+    "optional": int | None,
+    "primitives": int | float | str | bool,
+    "enum": Color,
+    "integers' enum": Level,
+    "literal": Literal[1, "a", None, True],
+    "dict": dict[str, int],
+    "dict by enum": dict[Color, int],
+    "dict by literal": dict[Literal["a", 'b"'], Cat],
+    "dict by pattern": dict[Annotated[str, Field(pattern="^[a-z]{1,3}$")], int],
+    "recursive": Node,
+    "list of unions": list[int | str],
+    "bounded list": Annotated[list[int], Field(min_length=1, max_length=3)],
+    "tuple": tuple[int, str],
+    "tuple of any length": tuple[bool, ...],
+    "date": datetime.date,
+    "datetime": datetime.datetime,
+    "time": datetime.time,
+    "duration": datetime.timedelta,
+    "uuid": uuid.UUID,
+    "decimal": decimal.Decimal,
+    "float": Annotated[float, Field(gt=0, lt=1)],
+    "multiple": Annotated[int, Field(multiple_of=5)],
+    "text": Annotated[str, Field(pattern="^[a-z]+$", min_length=2, max_length=5)],
+    "bytes": bytes,
+    "path": Path,
+    "secret": SecretStr,
+    "url": AnyUrl,
+    "ipv4": ipaddress.IPv4Address,
+    "ipv6": ipaddress.IPv6Address,
+    "none": None,
+}
+DRAFT_7, DRAFT_2020 = "http://json-schema.org/draft-07/schema#", "https://json-schema.org/draft/2020-12/schema"
+SAFE = 2**53 - 1
+
+
+def closed(**properties: object) -> dict[str, Any]:
+    return {
+        "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False,
+    }  # fmt: skip
+
+
+# What zod-to-json-schema (draft 7) and zod 4's own toJSONSchema (2020-12) write.
+ZOD: dict[str, dict[str, Any]] = {
+    "object": {"$schema": DRAFT_7, **closed(a={"type": "string"}, b={"type": ["string", "null"]})},
+    "optional": {"$schema": DRAFT_7, **closed(a={"type": "number"}), "required": []},
+    "record": {"type": "object", "additionalProperties": {"type": "number"}},
+    "record, zod 4": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "null"}},
+    "record by enum": {
+        "type": "object",
+        "propertyNames": {"type": "string", "enum": ["x", "y"]},
+        "additionalProperties": {"type": "boolean"},
+    },
+    "record by pattern": {
+        "type": "object",
+        "propertyNames": {"type": "string", "pattern": "^[a-z]{1,3}$"},
+        "additionalProperties": {"type": "boolean"},
+    },
+    "tuple": {
+        "$schema": DRAFT_7,
+        "type": "array",
+        "minItems": 2,
+        "maxItems": 2,
+        "items": [{"type": "string"}, {"type": "boolean"}],
+    },
+    "tuple, zod 4": {"$schema": DRAFT_2020, "type": "array", "prefixItems": [{"type": "string"}], "items": False},
+    "discriminated": {"anyOf": [closed(k={"type": "string", "const": each}) for each in "ab"]},
+    "discriminated, zod 4": {"oneOf": [closed(k={"type": "string", "const": each}) for each in "ab"]},
+    "literals": {"type": ["string", "number"], "enum": ["a", 1]},
+    "integer": {"$schema": DRAFT_2020, **closed(a={"type": "integer", "minimum": -SAFE, "maximum": SAFE})},
+    "positive": {"type": "integer", "exclusiveMinimum": 0},
+    "email": {"type": "string", "format": "email"},
+    "date": {"type": "string", "format": "date-time"},
+    "uuid": {"type": "string", "format": "uuid", "pattern": "^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f-]{17}$"},
+    "any": closed(a={}),
+    "default": closed(a={"default": "x", "type": "string", "description": "y"}),
+    "recursive": {
+        "$ref": "#/definitions/n",
+        "$schema": DRAFT_7,
+        "definitions": {"n": {**closed(next={"anyOf": [{"$ref": "#/definitions/n"}, {"type": "null"}]})}},
+    },
+    "recursive, zod 4": closed(next={"anyOf": [{"$ref": "#"}, {"type": "null"}]}),
+    "intersection": {"allOf": [{**closed(a={"type": "null"}), "additionalProperties": True}, {"required": ["b"]}]},
+}
+SCHEMAS: dict[str, Any] = {
+    **{f"pydantic: {name}": TypeAdapter(kind).json_schema() for name, kind in TYPES.items()},
+    **{f"OpenAI's parse: {kind.__name__}": to_strict_json_schema(kind) for kind in (Cat, Dog, Node)},
+    **{f"zod: {name}": value for name, value in ZOD.items()},
+    "OpenAPI: discriminated": {
+        "oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}],
+        "discriminator": {"propertyName": "kind", "mapping": {"cat": "#/$defs/Cat"}},
+        "$defs": {each.__name__: each.model_json_schema() for each in (Cat, Dog)},
+    },
+}
+
+
+def written(wanted: StructuredOutput, seed: int) -> str | None:
+    """An output by a model that knows nothing but likes to end; None if it is too long."""
+    draw, tokens = random.Random(seed), list[int]()
+    matcher = GRAMMARS.matcher(wanted, ())
+    while len(tokens) < MAX_TOKENS:
+        mask = matcher.mask([STOP])
+        allowed = [i for i in range(8 * len(mask)) if mask[i >> 3] & 1 << (i & 7)]
+        if not allowed or STOP in allowed:
+            return str(TOKENIZER.decode(tokens, skip_special_tokens=False))
+        closing = [token for token in allowed if token in CLOSING]
+        tokens.append(draw.choice(closing if closing and draw.random() < 0.7 else allowed))
+        matcher.take(tokens[-1])
+    return None
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_what_libraries_write_has_outputs_which_are_valid(name: str) -> None:
+    wanted = schema(SCHEMAS[name])
+    GRAMMARS.check(wanted)
+    texts = [text for seed in range(6) if (text := written(wanted, seed)) is not None]
+    assert texts
+    kind = TypeAdapter(TYPES[name.partition(": ")[2]]) if name.startswith("pydantic") else None
+    for text in texts:
+        jsonschema.validate(json.loads(text), SCHEMAS[name])
+        if kind is not None and name.partition(": ")[2] in ("order", "discriminated", "recursive", "dict by enum"):
+            kind.validate_json(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("pydantic: discriminated", ['{"kind":"wolf"}', '{"kind":"cat","lives":9}'], ["{}", '{"lives":9}']),
+        ("pydantic: dict by enum", ["{}", '{"dark blue (+1)":1,"red":2}'], ['{"blue":1}', '{"red":"x"}']),
+        ("pydantic: dict by literal", ['{"b\\"":{"lives":1}}'], ['{"b":{"lives":1}}', '{"a":1}']),
+        ("zod: record by pattern", ['{"abc":true}'], ['{"abcd":true}', '{"A":true}', '{"a":1}']),
+        ("zod: record, zod 4", ['{"whatever":null}'], ['{"a":1}']),
+    ],
+)
+def test_other_words_mean_the_same(name: str, good: list[str], bad: list[str]) -> None:
+    assert all(fits(schema(SCHEMAS[name]), text) for text in good)
+    assert not any(fits(schema(SCHEMAS[name]), text) for text in bad)
+
+
+INNER = {"type": "array", "items": {"type": "integer"}}
+REFUSED: dict[str, tuple[Any, str]] = {
+    "set": (TypeAdapter(dict[str, set[int]]).json_schema(), "uniqueItems at #/additionalProperties"),
+    "in a definition": (closed(a={"$ref": "#/$defs/x"}) | {"$defs": {"x": {"not": {}}}}, "not at #/$defs/x"),
+    "never": (closed(a={"not": {}}), "not at #/properties/a "),
+    "if": ({"anyOf": [{"type": "null"}, {"if": {}, "then": {"type": "string"}}]}, "if at #/anyOf/1 "),
+    "dependent": (closed(a={"dependentRequired": {"a": ["b"]}}), "dependentRequired at #/properties/a "),
+    "contains": ({"type": "array", "contains": {"type": "null"}}, "contains at # "),
+    "strict intersection": ({"allOf": [{"type": "object"}], "unevaluatedProperties": False}, "unevaluatedProperties"),
+    "names": ({"type": "object", "propertyNames": {"minLength": 2}}, "propertyNames at # "),
+    "names beside properties": ({**closed(a={}), "propertyNames": {"pattern": "a"}}, "propertyNames at # "),
+    "overlap": (closed(a=closed(b={"oneOf": [{"type": "integer"}, {"type": "number"}]})),
+                "oneOf at #/properties/a/properties/b "),
+    "inner overlap": (
+        {"oneOf": [closed(k={"const": 1}, v={"oneOf": [{"type": "number"}, {"type": "integer"}]}), {"type": "null"}]},
+        "oneOf at #/oneOf/0/properties/v ",
+    ),
+    "format": (TypeAdapter(list[ipaddress.IPv4Network]).json_schema(), "format ipv4network at #/items "),
+    "look-ahead of zod 4's email": (
+        closed(a={"type": "string", "format": "email", "pattern": r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)@[a-z]+$"}),
+        "pattern at #/properties/a is not supported: look-around",
+    ),
+    "name to be escaped": (closed(**{"a/b~\n\x00": {"not": {}}}), "not at #/properties/a~1b~0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_named_with_its_place(name: str) -> None:
+    value, words = REFUSED[name]
+    with pytest.raises(GrammarError) as caught:
+        GRAMMARS.check(schema(value))
+    assert str(caught.value).startswith(words), caught.value
+    assert len(str(caught.value)) <= 200 and str(caught.value).isprintable()
+
+
+def test_a_schema_in_a_grammar_is_named_as_well() -> None:
+    text = f'start: "a" a | b\na: %json {json.dumps(INNER)}\nb: %json {json.dumps({**INNER, "uniqueItems": True})}'
+    with pytest.raises(GrammarError, match=r"^uniqueItems at # is not supported$"):
+        GRAMMARS.check(StructuredOutput(GRAMMAR, text))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"discriminator": {"propertyName": 5}, "oneOf": 5},
+        {"discriminator": [], "oneOf": [], "required": "x"},
+        {"propertyNames": {"enum": [1]}},
+        {"propertyNames": {"enum": "abc"}},
+        {"propertyNames": {"$ref": "#/$defs/x"}, "$defs": []},
+        {"propertyNames": {"$ref": "#/$defs/x"}, "$defs": {"x": {"$ref": "#/$defs/x"}}},
+        {"properties": [], "patternProperties": 5, "allOf": {}, "items": 3, "format": ["x"], "pattern": 5},
+        {"format": {"a": 1}},
+        [[]],
+        None,
+    ],
+    ids=str,
+)
+def test_nonsense_stays_what_it_is(value: object) -> None:
+    assert prepared(json.dumps(value)) == json.dumps(value)
+    with pytest.raises(GrammarError):
+        GRAMMARS.check(schema(value))
+
+
+def test_names_of_properties_may_be_nothing_at_all() -> None:
+    assert fits(schema({"type": "object", "propertyNames": {"enum": []}}), "{}")
+    assert not fits(schema({"type": "object", "propertyNames": {"enum": []}}), '{"":1}')
+    many = {"type": "object", "propertyNames": {"enum": [f"n{i}" for i in range(300)]}}
+    inner: object = {"type": "null"}
+    for _ in range(5):
+        inner = {**many, "additionalProperties": inner}
+    # Not 300 times for each level.
+    assert len(prepared(json.dumps(inner))) < 3 * len(json.dumps(inner))
