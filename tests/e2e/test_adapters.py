@@ -231,3 +231,25 @@ async def test_adapters_are_known_through_a_change_of_schedulers(new_stack: NewS
         if number < 10:
             assert "demo:one" in await names(stack)
     assert await asyncio.gather(*running) == [expected(adapter, [number, *PROMPT], 300) for number in range(4)]
+
+
+async def test_jobs_wait_for_an_adapter_of_which_no_worker_is_here(new_stack: NewStack, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "there" / "one", MODEL, 1)
+    stack = new_stack(worker_environ=here(tmp_path / "there")[:1], environ=SLOW)
+    await listed(stack, "one")
+    async with JobClient(stack.gateway_address) as jobs:
+        row = {"model": "demo:one", "token_ids": PROMPT, "max_tokens": 200, "ignore_eos": True}
+        job = await jobs.submit([request_from_json({**row, "custom_id": str(number)}) for number in range(8)])
+    for name in ("gateway", "worker-0"):
+        stack.services[name].signal(signal.SIGTERM)
+        stack.services[name].wait(30)
+    stack.restart("gateway")
+    await eventually(lambda: stack.is_serving("gateway"))
+    await listed(stack)
+    # Its runner has looked for work by then.
+    await asyncio.sleep(1.0)
+    stack.restart("worker-0")
+    async with JobClient(stack.gateway_address) as jobs:
+        results = [result async for result in jobs.results(job.job_id, follow=True)]
+    assert [result.error_reason for result in results] == [""] * 8
+    assert [list(result.token_ids) for result in results] == [expected(adapter, PROMPT, 200)] * 8

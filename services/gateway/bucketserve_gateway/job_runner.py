@@ -19,6 +19,7 @@ from bucketserve.core.errors import (
     NotFoundError,
     OverloadedError,
     UnavailableError,
+    UnknownModelError,
 )
 from bucketserve.store.job_room import JobRoom
 from bucketserve.store.jobs import JobInfo, JobStore
@@ -215,6 +216,10 @@ class JobRunner:
                     await asyncio.sleep(max(error.retry_delay_s, LOOK_S))
                     continue
                 result = work.failed(job, index, item, error)
+            except UnknownModelError:
+                # It was known when the job came: its adapter's worker is away, or this gateway knows of none yet.
+                await asyncio.sleep(LOOK_S)
+                continue
             except BucketServeError as error:
                 result = work.failed(job, index, item, error)
             except Exception as error:

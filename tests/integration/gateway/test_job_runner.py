@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 
 import pytest
 
-from bucketserve.core.errors import BucketServeError
+from bucketserve.core.errors import BucketServeError, UnknownModelError
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.jobs import JobInfo, JobStore
 from bucketserve.store.redis import connect
@@ -121,6 +121,16 @@ async def test_a_request_that_fails_as_nobody_foresaw_has_a_result_and_is_not_ru
     assert "business" not in found[1].error_message
     assert [type(error) for error in heard.errors] == [ValueError]
     assert heard.stored == [True] * 3
+
+
+async def test_a_model_that_is_unknown_for_a_while_is_waited_for(store: JobStore) -> None:
+    model, heard = Model(), Heard()
+    model.failures["b"] = [UnknownModelError("demo:one", ["demo"])] * 2
+    await submit(store, ["a", "b"])
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+        found = await results(store, 2)
+    assert [(result.text, result.error_reason) for result in found] == [("a", ""), ("b", "")]
+    assert model.failures["b"] == []
 
 
 async def test_what_nobody_foresaw_in_the_store_does_not_end_the_runner(store: JobStore) -> None:
