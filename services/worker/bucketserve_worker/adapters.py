@@ -127,8 +127,16 @@ def _stamps(directory: Path) -> dict[str, Stamp]:
     Raises:
         OSError: it can't be read.
     """
-    paths = sorted(path for path in directory.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
+    paths = sorted(path for path in directory.iterdir() if NAME.fullmatch(path.name) and _may_be_one(path))
     return {path.name: tuple(_stamp(path / name) for name in FILES) for path in paths}
+
+
+def _may_be_one(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        # Whatever it is, the others go on; what is wrong with it is said when it is to be loaded.
+        return True
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

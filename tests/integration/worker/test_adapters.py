@@ -150,6 +150,13 @@ async def test_one_adapter_under_two_names_is_one(watched: Watched) -> None:
     assert watched.unloaded == []
 
 
+async def test_what_can_not_be_looked_at_harms_nothing_else(watched: Watched) -> None:
+    (watched.directory / "bad").symlink_to("x" * 300)
+    one = watched.write("one", 1)
+    assert await watched.look(3) == {"one": one}
+    assert [name for name, _ in watched.refused] == ["bad"]
+
+
 async def test_a_directory_that_can_not_be_read_for_a_while_changes_nothing(watched: Watched) -> None:
     one = watched.write("one", 1)
     await watched.adapters.look()
