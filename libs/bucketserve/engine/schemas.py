@@ -118,7 +118,8 @@ def _expression(found: list[tuple[str, Schema]], words: str) -> str:
         named = schema.get("patternProperties")
         patterns = [("patternProperties", each) for each in named] if isinstance(named, dict) else []
         for key, pattern in [("pattern", schema.get("pattern")), *patterns]:
-            if isinstance(pattern, str) and " ".join(pattern.split())[:SHOWN_CHARACTERS] in words:
+            shown = " ".join(pattern.split())[:SHOWN_CHARACTERS] if isinstance(pattern, str) else ""
+            if shown and shown in words:
                 return f"{key} at {pointer} is not supported: {words.rpartition('error: ')[2]}"
     return ""
 
@@ -176,7 +177,9 @@ def _free(schema: Schema) -> bool:
 
 
 def _referred(root: Any, reference: str) -> Any:
-    """Returns the definition that a reference names; None if it is none."""
+    """Returns the definition that a reference names; None if it is none, or its name is written in escapes."""
+    if any(mark in reference.rpartition("/")[2] for mark in "~%"):
+        return None
     for name in ("$defs", "definitions"):
         found = root.get(name) if isinstance(root, dict) else None
         if isinstance(found, dict) and reference.startswith(f"#/{name}/"):

@@ -230,6 +230,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
         closed(a={"type": "string", "format": "email", "pattern": r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)@[a-z]+$"}),
         "pattern at #/properties/a is not supported: look-around",
     ),
+    "an expression beside an empty one": (
+        closed(a={"type": "string", "pattern": ""}, b={"type": "string", "pattern": "(?=x)y"}),
+        "pattern at #/properties/b is not supported: look-around",
+    ),
+    "names by an escaped reference": (
+        {"type": "object", "propertyNames": {"$ref": "#/$defs/a~1b"}, "$defs": {"a~1b": {}, "a/b": {"const": "x"}}},
+        "propertyNames at # ",
+    ),
     "name to be escaped": (closed(**{"a/b~\n\x00": {"not": {}}}), "not at #/properties/a~1b~0"),
 }  # fmt: skip
 
