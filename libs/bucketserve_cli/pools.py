@@ -43,7 +43,7 @@ def parse_pool(text: str) -> Pool:
     if bad := [name for name, value in settings.items() if not isinstance(value, str)]:
         raise InputError(f"--pool {text!r}: the value of {bad[0]!r} must be a text")
     number = settings.pop("workers", "1").strip()
-    if not (number.isascii() and number.isdecimal() and 1 <= int(number[:9]) <= MAX_WORKERS):
+    if not (number.isascii() and number.isdecimal() and len(number) < 10 and 1 <= int(number) <= MAX_WORKERS):
         raise InputError(f"--pool {text!r}: workers is a number from 1 to {MAX_WORKERS}")
     if own := sorted(PER_PROCESS & settings.keys()):
         raise InputError(f"--pool {text!r}: {own[0]} is for a single process, and can't be for a pool")

@@ -48,6 +48,7 @@ def test_a_pool_is_a_number_of_workers_and_their_settings(text: str, number: int
         ("workers=-1", "workers is a number"),
         ("workers=٣", "workers is a number"),
         ("workers=" + "9" * 5000, "workers is a number"),
+        ("workers=0000000019999", "workers is a number"),
         ("modell=/m", "modell: no such setting .*; model may be meant"),
         ("role=chef", r"\[worker\] role: Input should be 'both', 'prefill' or 'decode'"),
         ("engine=magic,dtype=int3", r"(?s)\[worker\] engine: .*\[worker\] dtype: "),
