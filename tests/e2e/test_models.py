@@ -138,8 +138,10 @@ async def test_an_alias_is_its_model_in_the_other_protocols(two: LocalStack) -> 
             done = await client.completions.create(model=name, prompt=PROMPT, max_tokens=4, temperature=0)
             same = await client.completions.create(model=its, prompt=PROMPT, max_tokens=4, temperature=0)
             assert (done.model, done.choices[0].text) == (its, same.choices[0].text)
+        before = metric(two, "gateway", "bucketserve_gateway_requests_total", outcome="unknown_model")
         with pytest.raises(openai.NotFoundError, match="unknown model 'fast'; served: demo, toy"):
             await client.completions.create(model="fast", prompt=PROMPT)
+        assert metric(two, "gateway", "bucketserve_gateway_requests_total", outcome="unknown_model") == before + 1
         lines = jsonl(text_line("a", model="swift", temperature=0), text_line("b", model=TOY, temperature=0))
         batch = await ended(client, (await start(client, lines, TEXT)).id)
         assert (batch.status, batch.request_counts and batch.request_counts.completed) == ("completed", 2)

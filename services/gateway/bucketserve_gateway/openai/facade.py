@@ -14,12 +14,18 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
-from bucketserve.core.errors import BucketServeError, FieldViolation, InvalidRequestError, OverloadedError
+from bucketserve.core.errors import (
+    BucketServeError,
+    FieldViolation,
+    InvalidRequestError,
+    OverloadedError,
+    UnknownModelError,
+)
 from bucketserve.v1 import inference_pb2, job_pb2
 from bucketserve_gateway.admission import Admission
 from bucketserve_gateway.auth import Identity, Keys
 from bucketserve_gateway.keys import MAX_TENANT_CHARACTERS
-from bucketserve_gateway.models import ModelCard, ModelCatalog
+from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
 from bucketserve_gateway.openai.answers import Answer, Choice
 from bucketserve_gateway.openai.batches import BATCHES, Batches
 from bucketserve_gateway.openai.bodies import object_of
@@ -190,6 +196,18 @@ class OpenAIFacade:
             # The connection stays for what still comes: closed now, the client might never see why.
             raise HttpError(408, str(error), error.reason.lower()) from None
 
+    def _known(self, name: str) -> ServedModel:
+        """Returns the model that a name stands for.
+
+        Raises:
+            UnknownModelError: there is none; it is counted.
+        """
+        try:
+            return self._catalog.get(name)
+        except UnknownModelError as error:
+            self._telemetry.refused("", "", error)
+            raise
+
     async def _run(self, exchange: Exchange, wanted: Wanted, caller: Caller, identity: Identity) -> None:
         """Runs all choices at once, and answers."""
         async with contextlib.AsyncExitStack() as end:
@@ -199,7 +217,7 @@ class OpenAIFacade:
                 run = cast(Events, self._generate(request, caller.metadata, None))
                 runs.append(await end.enter_async_context(contextlib.aclosing(run)))
             # An adapter may be gone by the time of the answer.
-            model = self._catalog.get(wanted.prompts[0].model)
+            model = self._known(wanted.prompts[0].model)
             started = await _all(_started(run) for run in runs)
             answer = Answer(wanted, model, started)
             if not wanted.is_stream:
