@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -124,10 +124,16 @@ async def _measure(options: BenchOptions, progress_console: Console) -> tuple[Be
         options.address, tls=options.connection.tls, api_key=options.connection.api_key
     ) as client:
         models = await client.list_models()
-        meant = [model for model in models if options.model in ("", model.name, *model.aliases)]
+        # Who names none means the only model, and none of its adapters.
+        meant = [
+            model
+            for model in models
+            if (options.model in (model.name, *model.aliases) if options.model else not model.parent)
+        ]
         if len(meant) != 1:
             raise UnknownModelError(options.model, [model.name for model in models])
         (model,) = meant
+        options = replace(options, model=model.name)
         plan = _plan(options, model.context_tokens, model.vocab_size)
         with Progress(
             TextColumn("{task.description}"),

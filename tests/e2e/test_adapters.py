@@ -26,6 +26,7 @@ from tests.adapters import write_adapter
 from tests.e2e.conftest import DEMO_MODEL, NewStack
 from tests.e2e.observe import events, eventually, leader, metric
 from tests.e2e.openai_client import sdk
+from tests.e2e.test_cli import bucketserve
 
 pytestmark = pytest.mark.e2e
 
@@ -117,6 +118,8 @@ async def test_every_front_takes_the_name_and_requests_go_where_the_adapter_is(
         job = await jobs.submit([request_from_json(row) for row in rows])
         results = [result async for result in jobs.results(job.job_id, follow=True)]
     assert {result.request_id: list(result.token_ids) for result in results} == wanted
+    # Who names no model means the only one, whatever adapters it has.
+    await asyncio.to_thread(bucketserve, "bench", "--number", "2", "--address", stack.gateway_address)
     # Nothing was sent to a worker that has not its adapter, to be sent back.
     assert metric(stack, "gateway", "bucketserve_gateway_resumptions_total") == 0
 
