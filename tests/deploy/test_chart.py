@@ -530,3 +530,19 @@ def test_papers_and_keys_are_secrets_by_reference_which_those_who_need_them_moun
     assert "tls" not in str(workloads("defaults"))
     with pytest.raises(HelmError, match=r"tls\.clientCaSecret and tls\.metrics need"):
         Chart.load(CHART).render({"tls": {"clientCaSecret": "x"}}, name="rel")
+
+
+def test_prometheus_is_told_how_metrics_are_served() -> None:
+    def endpoint(tls: dict[str, str]) -> dict[str, Any]:
+        files = Chart.load(CHART).render({"tls": tls, "serviceMonitor": {"enabled": True}}, name="rel")
+        (text,) = [text for path, text in files.items() if path.endswith("/servicemonitor.yaml")]
+        (found,) = yaml.safe_load(text)["spec"]["endpoints"]
+        return found
+
+    plain = {"port": "metrics", "interval": "15s"}
+    assert endpoint({}) == endpoint({"existingSecret": "papers"}) == plain
+    ca, cert, key = ({"name": "papers", "key": name} for name in ("ca.crt", "tls.crt", "tls.key"))
+    tls = {"serverName": "bucketserve", "ca": {"secret": ca}}
+    assert endpoint({"existingSecret": "papers", "metrics": "tls"}) == {**plain, "scheme": "https", "tlsConfig": tls}
+    mutual = endpoint({"existingSecret": "papers", "metrics": "mutual"})
+    assert mutual["tlsConfig"] == {**tls, "cert": {"secret": cert}, "keySecret": key}
