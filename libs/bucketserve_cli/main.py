@@ -189,10 +189,12 @@ def up(
             for name, meant in stack.aliases.items():
                 console.print(f"       alias  {name}: {meant}", highlight=False, markup=False)
             if stack.http_address:
-                console.print(f"       OpenAI API http://{stack.http_address}/v1", highlight=False)
+                scheme = "https" if stack.deployment.tls else "http"
+                console.print(f"       OpenAI API {scheme}://{stack.http_address}/v1", highlight=False)
             console.print(f"       scheduler {stack.scheduler_address}")
+            scheme = "https" if stack.settings.value("tls", "metrics") else "http"
             for name, address in stack.metrics_addresses.items():
-                console.print(f"       {name} metrics http://{address}/metrics", highlight=False)
+                console.print(f"       {name} metrics {scheme}://{address}/metrics", highlight=False)
             console.print(
                 f"try    bucketserve generate --address {stack.gateway_address} "
                 + (f"--model {escape(stack.spec.model_name)} " if len(stack.models) > 1 else "")

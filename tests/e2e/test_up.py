@@ -18,6 +18,7 @@ import pytest
 
 from bucketserve.client import BucketServeClient, Chunk, Finished
 from bucketserve.store.embedded import free_port
+from tests.certificates import Authority
 
 pytestmark = pytest.mark.e2e
 
@@ -312,3 +313,10 @@ def test_wrong_settings_are_said_before_anything_starts(launch, environ: dict[st
     assert said in up.said()
     assert "hunter2" not in up.said()
     assert not up.services.exists()
+
+
+def test_addresses_are_told_as_they_are_reached(launch, tmp_path: Path) -> None:
+    papers = Authority(tmp_path / "ours").issue("service").environ()
+    up = ready(launch(**papers, BUCKETSERVE_TLS_METRICS="tls"))
+    assert "OpenAI API https://" in up.said()
+    assert "gateway metrics https://" in up.said()
