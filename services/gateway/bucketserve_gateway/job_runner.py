@@ -18,6 +18,7 @@ from bucketserve.core.errors import (
     BucketServeError,
     NotFoundError,
     OverloadedError,
+    QuotaExceededError,
     UnavailableError,
     UnknownModelError,
 )
@@ -118,6 +119,8 @@ class JobRunner:
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._running: dict[tuple[str, int], tuple[str, int]] = {}
         """Tenant and bytes of each request in _tasks."""
+        self._waiting: set[tuple[str, int]] = set()
+        """Those of _tasks that could not be served for a reason of their own, and are to be tried again."""
 
     async def run(self) -> None:
         """Looks for work, for ever; on cancellation gives back what has not finished."""
@@ -147,11 +150,17 @@ class JobRunner:
                 await self._end(job)
             except SealedError as error:
                 self._sealed(error)
-        while jobs and (free := self._settings.job_concurrency - len(self._tasks)) > 0:
+        while jobs and len(self._tasks) - len(self._waiting) < self._settings.job_concurrency:
             of_tenant = Counter(tenant for tenant, _ in self._running.values())
             of_job = Counter(job_id for job_id, _ in self._running)
             # The oldest of equals, since that is how they come.
             job = min(jobs, key=lambda job: (of_tenant[job.tenant], of_job[job.job_id]))
+            # A job whose model has no worker may have all places for itself, and takes none from other jobs.
+            waiting = sum(job_id != job.job_id for job_id, _ in self._waiting)
+            free = self._settings.job_concurrency - len(self._tasks) + waiting
+            if free <= 0:
+                jobs.remove(job)
+                continue
             # Some places are kept for jobs that have none.
             most = min(free - max(self._settings.job_concurrency // 8, 1), -(-free // len(jobs)))
             if not of_job[job.job_id]:
@@ -213,12 +222,13 @@ class JobRunner:
                 result, is_error = await work.run(job, index, item), False
             except (OverloadedError, UnavailableError) as error:
                 if error.reason not in FOREVER:
-                    await asyncio.sleep(max(error.retry_delay_s, LOOK_S))
+                    is_its_own = isinstance(error, UnavailableError | QuotaExceededError)
+                    await self._pause((job.job_id, index), max(error.retry_delay_s, LOOK_S), is_its_own=is_its_own)
                     continue
                 result = work.failed(job, index, item, error)
             except UnknownModelError:
                 # It was known when the job came: its adapter's worker is away, or this gateway knows of none yet.
-                await asyncio.sleep(LOOK_S)
+                await self._pause((job.job_id, index), LOOK_S, is_its_own=True)
                 continue
             except BucketServeError as error:
                 result = work.failed(job, index, item, error)
@@ -228,6 +238,15 @@ class JobRunner:
                 result = work.failed(job, index, item, BucketServeError("internal error"))
             break
         await self._finish(job, index, result, is_error=is_error)
+
+    async def _pause(self, key: tuple[str, int], delay_s: float, *, is_its_own: bool) -> None:
+        """Waits before a request is tried again; is_its_own: others may be served meanwhile."""
+        if is_its_own:
+            self._waiting.add(key)
+        try:
+            await asyncio.sleep(delay_s)
+        finally:
+            self._waiting.discard(key)
 
     async def _give_up_item(self, job: JobInfo, index: int, item: bytes) -> None:
         """Stores that a request ends the gateways that run it."""

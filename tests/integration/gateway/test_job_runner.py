@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 
 import pytest
 
-from bucketserve.core.errors import BucketServeError, UnknownModelError
+from bucketserve.core.errors import BucketServeError, QuotaExceededError, UnavailableError, UnknownModelError
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.store.jobs import JobInfo, JobStore
 from bucketserve.store.redis import connect
@@ -218,6 +219,30 @@ async def test_a_cancelled_job_stops_its_requests(store: JobStore) -> None:
         await store.cancel("j")
         await eventually(lambda: model.num_open == 0, 5)
     assert await store.results("j", [0, 1]) == [None, None]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnavailableError("no worker serves it", reason="NO_WORKER", retry_delay_s=0.1),
+        QuotaExceededError("t", "requests a minute", retry_delay_s=0.1),
+        UnknownModelError("demo:one", ["demo"]),
+    ],
+    ids=lambda error: error.reason,
+)
+async def test_a_job_that_can_not_be_served_takes_no_place_from_another(
+    store: JobStore, error: BucketServeError
+) -> None:
+    model, heard = Model(), Heard()
+    model.failures["gone"] = [error] * 10_000
+    runner = JobRunner(store, model.generate, "g", SETTINGS, heard)
+    await submit(store, ["gone"] * 20)
+    async with running(runner):
+        await eventually(lambda: Counter(job for job, _ in runner._tasks) == {"j": 7})
+        model.may_answer.clear()
+        await submit(store, [f"p{i}" for i in range(20)], job_id="other")
+        # Each has all places but the one that is kept.
+        await eventually(lambda: Counter(job for job, _ in runner._tasks) == {"j": 7, "other": 7})
 
 
 async def test_a_small_job_does_not_wait_for_a_large_one(store: JobStore) -> None:
