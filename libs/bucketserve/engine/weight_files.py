@@ -137,7 +137,8 @@ def _tensors(header: Mapping[str, Any], start: int) -> list[StoredTensor]:
             continue
         entry = header[name]
         first, end = entry["data_offsets"]
-        if not 0 <= first <= end:
+        # JSON has numbers like 4.0, which are no places in a file.
+        if not (isinstance(first, int) and isinstance(end, int) and 0 <= first <= end):
             raise ValueError(name)
         tensors.append(StoredTensor(name, str(entry["dtype"]), tuple(entry["shape"]), start + first, end - first))
     return tensors

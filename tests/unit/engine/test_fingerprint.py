@@ -184,11 +184,12 @@ def test_an_adapter_is_what_is_in_its_files(tmp_path: Path) -> None:
         (weights(TENSORS)[:-1], LORA, "truncated"),
         (b"", LORA, "empty"),
         (b"x" * 100, LORA, "no safetensors file"),
+        (weights({"a": 40}).replace(b"[0, 40]", b"[0,4.0]"), LORA, "no safetensors file"),
         (weights(TENSORS), {"peft_type": "IA3"}, "only LORA is served"),
         (weights(TENSORS), {}, "only LORA is served"),
         (weights(TENSORS), [], "must hold a JSON object"),
     ],
-    ids=["cut", "empty", "junk", "other kind", "no kind", "a list"],
+    ids=["cut", "empty", "junk", "places that are none", "other kind", "no kind", "a list"],
 )
 def test_what_is_no_adapter_is_told(tmp_path: Path, content: bytes, config: object, said: str) -> None:
     with pytest.raises(ModelLoadError, match=said):
