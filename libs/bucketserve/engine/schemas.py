@@ -45,6 +45,8 @@ def place_of(text: str, words: str, has_overlap: Callable[[str], bool]) -> str:
     except (ValueError, RecursionError):
         return ""
     found = list(subschemas(root))
+    if not found:
+        return ""
     unknown = re.search(r"Unimplemented keys: \[([^\]]*)", words)
     for key in re.findall(r'"([^"]+)"', unknown[1]) if unknown else ():
         for pointer, schema in found:

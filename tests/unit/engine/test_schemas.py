@@ -257,6 +257,12 @@ def test_a_schema_in_a_grammar_is_named_as_well() -> None:
         GRAMMARS.check(StructuredOutput(GRAMMAR, text))
 
 
+@pytest.mark.parametrize("value", ["5", "null", "true", '"x"', "[1]"])
+def test_what_is_no_schema_in_a_grammar_is_refused_whatever_stands_beside_it(value: str) -> None:
+    with pytest.raises(GrammarError):
+        GRAMMARS.check(StructuredOutput(GRAMMAR, f"start: %json {value} oneOf"))
+
+
 @pytest.mark.parametrize(
     "value",
     [
