@@ -103,7 +103,7 @@ def named_texts(value: Any) -> Any:
 def _json_object(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_distinct)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not a JSON object: {error}") from error
 
 

@@ -40,6 +40,7 @@ def test_a_pool_is_a_number_of_workers_and_their_settings(text: str, number: int
         ("=x", "write name=value"),
         ("model=/a,model=/b", "'model' is named twice"),
         ("{", "not a JSON object"),
+        ('{"a":' * 10_000, "not a JSON object"),
         ('{"workers": 2}', "the value of 'workers' must be a text"),
         ('{"model": null}', "write name=value, not 'model'"),
         ('{"model": ["/m"]}', "the value of 'model' must be a text"),
