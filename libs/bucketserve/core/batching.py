@@ -116,6 +116,7 @@ class BatchFormer:
             due_s = first.arrival_s + self._settings.batch_patience_s if first.is_resumed else key[0]
             # What is behind it in the lane could go before it for ever, each time that one of them fits.
             is_overdue = lane is Lane.DEFERRED and due_s + self._settings.batch_patience_s <= now_s
+            may_save = lane is Lane.DEFERRED and is_its_turn and due_s <= now_s
             placed = self._placed(lane, bucket, first, candidates, now_s)
             if placed is None:
                 continue
@@ -125,7 +126,7 @@ class BatchFormer:
                     return None
                 if lane is Lane.IN_TIME:
                     self._reclaim(first, now_s)
-                if lane is Lane.DEFERRED and is_its_turn and due_s <= now_s:
+                if may_save:
                     self._save_for(first, candidates)
                 if is_overdue and self._is_served(first):
                     return None
@@ -137,6 +138,9 @@ class BatchFormer:
             if not (self._may_share(first, worker, now_s) if has_place else self._would_be_late(first, now_s)):
                 if self._settings.queue_order is QueueOrder.FCFS:
                     return None
+                if may_save and has_place:
+                    # Or others would join each step that is too short for it.
+                    self._save(worker)
                 continue
             cut, limited_by = self._cut(lane, bucket, first, worker, now_s)
             if is_late:
@@ -218,9 +222,13 @@ class BatchFormer:
         if self._saved is not None or any(worker.kv_tokens(request) <= worker.room for worker in able):
             # It waits for a place, and that comes without saving.
             return
-        self._saved = max(able, key=lambda worker: (worker.free_tokens(), worker.worker_id), default=None)
-        if self._saved is not None:
-            self._saved.is_saved = True
+        worker = max(able, key=lambda worker: (worker.free_tokens(), worker.worker_id), default=None)
+        if worker is not None:
+            self._save(worker)
+
+    def _save(self, worker: WorkerState) -> None:
+        if self._saved is None:
+            self._saved, worker.is_saved = worker, True
 
     def _may_share(self, request: Request, worker: WorkerState, now_s: float) -> bool:
         """Whether what a worker has still to compute, less than a step, meets its targets if a request joins it."""

@@ -50,7 +50,7 @@ class EagerForward:
 
     def __init__(self, model: Any, memory: KvMemory, calls: Mapping[int, AttentionCall], planner: Planner) -> None:
         """Takes a model whose attention is bucketserve.engine.attention, and what its layers ask of it."""
-        self._model = model
+        self.model = model
         self._memory = memory
         self._calls = calls
         self._planner = planner
@@ -60,7 +60,7 @@ class EagerForward:
         """See Forward."""
         plan = self._planner(self._memory, self._calls, tokens.segments, tokens.table)
         with running_step(plan):
-            output = self._model(
+            output = self.model(
                 input_ids=torch.tensor([tokens.ids], device=self._device),
                 position_ids=torch.tensor([tokens.positions], device=self._device),
                 use_cache=False,

@@ -24,7 +24,7 @@ DEMO = "models/demo/model"
 
 
 def count(under_test: PackedEngine, kind: type) -> int:
-    return sum(isinstance(module, kind) for module in under_test.model.modules())
+    return sum(isinstance(module, kind) for module in under_test.forward.model.modules())
 
 
 FUSED = {

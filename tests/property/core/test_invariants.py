@@ -422,6 +422,9 @@ def test_in_a_lane_nothing_that_arrives_after_a_request_s_key_goes_before_it(
 # A worker stayed saved for one behind it, which was not to go before it: nothing went at all.
 @example(1, 1516, [(300, 1), (87, 89), (299, 1)], 1, False)
 @example(1, 1450, [(300, 1), (87, 88), (292, 8)], 1, False)
+# Small ones joined each step that was too short for the large one.
+@example(1, 838, [(31, 80)], 1, False)
+@example(2, 838, [(31, 80)], 2, False)
 @example(1, 1522, [(116, 101), (307, 117), (262, 6), (285, 124), (359, 196), (282, 38)], 5, False)
 @settings(max_examples=60)
 def test_a_deferred_request_gets_its_turn_in_a_flood_of_urgent_ones(

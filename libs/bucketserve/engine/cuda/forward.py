@@ -25,7 +25,7 @@ from bucketserve.engine.self_check import tolerance
 __all__ = ["CudaForward"]
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Sequences of a graph."""
+"""Sequences of a graph; steps of more run without."""
 ALIGNED = 16
 """Numbers: parts of a step begin at multiples of them, since Triton compiles anew for another alignment."""
 TRIAL_TOKENS = 3
@@ -78,8 +78,7 @@ class CudaForward:
         self._logits = torch.empty(0)
         self._most_prompt = min(max_step_tokens, context_tokens)
         with torch.inference_mode():
-            sizes = [size for size in SIZES if size < max_sequences] + [max_sequences]
-            self._prepare(sizes, compiled, on_progress)
+            self._prepare(sorted({min(size, max_sequences) for size in SIZES}), compiled, on_progress)
         # From here on nobody waits for a compiler: a step for which nothing is compiled runs as the model is.
         torch.compiler.set_stance("eager_on_recompile")
 
