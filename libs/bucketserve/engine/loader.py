@@ -178,7 +178,16 @@ def build_engine(
         raise ModelLoadError(f"{settings.model!r} ({type(model).__name__}) can't be served: {error}") from error
     layouts = [calls[layer].layout for layer in sorted(calls)]
     weights_bytes = placed_bytes + sum(p.numel() * p.element_size() for p in model.parameters())
-    warm_up = partial(_warm_up, model, calls, layouts, dtype=dtype, device=device, planner=planner)
+    warm_up = partial(
+        _warm_up,
+        model,
+        calls,
+        layouts,
+        dtype=dtype,
+        device=device,
+        planner=planner,
+        max_sequences=settings.max_sequences,
+    )
     max_step_tokens, activation = settings.max_step_tokens or STEP_TOKENS, 0
     if device.type == "cpu" and not settings.max_step_tokens:
         max_step_tokens, activation = _cpu_step(warm_up, context)
@@ -347,6 +356,7 @@ def _warm_up(
     dtype: torch.dtype,
     device: torch.device,
     planner: Planner,
+    max_sequences: int,
 ) -> int:
     """Runs the largest step once; returns the activation bytes that it took per token."""
     memory = KvMemory(layouts, num_tokens, dtype, device)
@@ -357,8 +367,8 @@ def _warm_up(
     positions = torch.arange(num_tokens, device=device)
     plan = planner(memory, calls, [Segment(0, num_tokens, 0, num_tokens)], memory.backwards())
     before = _peak_bytes(device, reset=True)
-    # On CUDA nobody else has what is left: the tokens of many sequences are chosen at once.
-    rows = min(num_tokens, MAX_SEQUENCES) if device.type == "cuda" else 1
+    # On CUDA all but some of what is left becomes KV, and the tokens of many sequences are chosen at once.
+    rows = min(num_tokens, max_sequences) if device.type == "cuda" else 1
     with running_step(plan):
         output = model(input_ids=ids, position_ids=positions[None], use_cache=False, logits_to_keep=rows)
     sample(output.logits[0].float(), [SampleRow(Sampling(temperature=1.0), 0, ())] * rows)

@@ -64,7 +64,7 @@ class AdapterDirectory:
 
     async def run(self) -> None:
         """Keeps to the directory, for ever."""
-        while self._directory is not None:
+        while True:
             await asyncio.sleep(LOOK_S)
             await self.look(is_first=False)
 
@@ -112,7 +112,7 @@ class AdapterDirectory:
                     problem = "it changed while it was loaded"
         except ModelLoadError as error:
             problem = str(error)
-        except (OSError, ValueError, RecursionError) as error:
+        except Exception as error:  # whatever is in its files, the others are served
             problem = first_line(error)
         if problem:
             self._telemetry.adapter_refused(name, problem)

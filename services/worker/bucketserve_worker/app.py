@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TypeVar
 
 from bucketserve.addresses import Address
@@ -89,11 +89,13 @@ async def serve(settings: WorkerSettings, ours: Deployment, telemetry: Telemetry
                 kv_total_tokens=started.headroom.kv_total_tokens,
             )
             try:
-                await _while_healthy(stop.wait(), engine, link, settings.hang_s)
+                await _while_healthy(stop.wait(), engine, (link, watcher), settings.hang_s)
                 health.cancel()
                 await server.set_serving(False)
                 worker.link.drain()
-                is_drained = await _while_healthy(worker.drained(settings.drain_s), engine, link, settings.hang_s)
+                is_drained = await _while_healthy(
+                    worker.drained(settings.drain_s), engine, (link, watcher), settings.hang_s
+                )
                 log.info("worker.drained", is_complete=is_drained, num_left=len(worker.running))
             except BaseException as error:
                 worker.engine_failed(error)
@@ -118,23 +120,24 @@ async def _show_health(server: RpcServer, worker: Worker) -> None:
 
 
 async def _while_healthy(
-    work: Coroutine[object, object, T], engine: EngineThread, link: asyncio.Task[None], hang_s: float
+    work: Coroutine[object, object, T], engine: EngineThread, beside: Sequence[asyncio.Task[None]], hang_s: float
 ) -> T:
-    """Returns what `work` returns.
+    """Returns what `work` returns, unless a task beside it, which is to run for ever, fails before.
 
     Raises:
         EngineError: the engine ended before, or hangs.
     """
     task = asyncio.ensure_future(work)
     try:
-        watched: set[asyncio.Future[object]] = {task, engine.ended, link}  # type: ignore[arg-type]
+        watched: set[asyncio.Future[object]] = {task, engine.ended, *beside}  # type: ignore[arg-type]
         while not (await asyncio.wait(watched, timeout=HANG_CHECK_S, return_when=asyncio.FIRST_COMPLETED))[0]:
             if took_s := engine.hangs_for_s(hang_s):
                 raise EngineError(f"the engine has not completed a step for {took_s:.0f} s")
         if task.done():
             return task.result()
-        if link.done():
-            link.result()
+        for other in beside:
+            if other.done():
+                other.result()
         try:
             engine.ended.result()
         except Exception as error:

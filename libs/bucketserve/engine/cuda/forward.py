@@ -147,7 +147,7 @@ class CudaForward:
         decodes = {size: self._decodes(size) for size in sizes}
         # The prompt first, each time: decodes look back at its KV.
         steps = [self._prompt(), *decodes.values()]
-        wanted = [self._run(*self._load(step)).float() for step in steps]
+        wanted = [self._run(*self._load(step)).float().cpu() for step in steps]
         if not layers:
             return
         torch.compiler.set_stance("default")
@@ -161,7 +161,7 @@ class CudaForward:
             for layer in layers:
                 layer._compiled_call_impl = None
         on_progress(f"capturing steps of up to {sizes[-1]} sequences")
-        self._logits = torch.empty_like(wanted[-1])
+        self._logits = torch.empty_like(wanted[-1], device=self._device)
         pool = torch.cuda.graph_pool_handle()
         graphs: dict[int, torch.cuda.CUDAGraph] = {}
         try:
@@ -183,7 +183,7 @@ class CudaForward:
         return graph
 
     def _compare(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
-        difference = float((found.float() - wanted).norm() / wanted.norm())
+        difference = float((found.float().cpu() - wanted).norm() / wanted.norm())
         if not difference <= tolerance(self._memory.keys[0].dtype, len(self._calls)):
             raise EngineError(f"its results differ from the model's by {difference:.1%}")
 
