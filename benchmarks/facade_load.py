@@ -99,6 +99,8 @@ class KServe:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._call = kserve_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer()
         self._answers: dict[str, asyncio.Queue[kserve_pb2.ModelStreamInferResponse]] = {}
+        # grpc.aio takes one write at a time, and ends the call over a second one.
+        self._writing = asyncio.Lock()
         self._reading = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
@@ -120,7 +122,8 @@ class KServe:
         asked.parameters["ignore_eos"].bool_param = True
         answers = self._answers[label] = asyncio.Queue()
         start_s, first_s, is_last = time.perf_counter(), 0.0, False
-        await self._call.write(asked)
+        async with self._writing:
+            await self._call.write(asked)
         while not is_last:
             answer = await answers.get()
             if answer.error_message:
