@@ -225,7 +225,7 @@ class World:
             for other, state in known
             if state is not None and other.fingerprint == worker.fingerprint and not other.is_draining
         }
-        if WorkerRole.BOTH in staying or staying >= {worker.role, *(HALVES if worker.role is WorkerRole.BOTH else ())}:
+        if WorkerRole.BOTH in staying or staying >= (set(HALVES) if worker.role is WorkerRole.BOTH else {worker.role}):
             return
         assert not [life for life in self.core._lives if life.request.fingerprint == worker.fingerprint]
         for other, state in known:
