@@ -219,7 +219,7 @@ class BatchFormer:
         Each time anew, until it has room: since it takes nothing it only becomes roomier, and stays the one.
         """
         able = [worker for worker in candidates if _could_take(worker, request)]
-        if self._saved is not None or any(worker.kv_tokens(request) <= worker.room for worker in able):
+        if any(worker.kv_tokens(request) <= worker.room for worker in able):
             # It waits for a place, and that comes without saving.
             return
         worker = max(able, key=lambda worker: (worker.free_tokens(), worker.worker_id), default=None)

@@ -31,6 +31,7 @@ __all__ = [
     "Step",
     "StepPlan",
     "current_step",
+    "layer_of",
     "packed_attention",
     "running_step",
 ]
@@ -152,9 +153,7 @@ class StepPlan:
         asked: Mapping[str, Any],
     ) -> torch.Tensor:
         """See Step."""
-        if mask is not None:
-            raise EngineError("its layers make a mask of their own")
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        layer = layer_of(module, mask)
         call, sinks = self.calls[layer], asked.get("s_aux")
         self.memory.write(layer, self.slots, key[0], value[0])
         keys, values = self.memory.keys[layer], self.memory.values[layer]
@@ -198,6 +197,17 @@ class StepPlan:
         heads, _, dim = arena.shape
         pages = arena.view(heads, -1, PAGE_TOKENS * dim).index_select(1, self.pages[first : last + 1])
         return pages.view(heads, -1, dim)[:, low : low + number]
+
+
+def layer_of(module: torch.nn.Module, mask: torch.Tensor | None) -> int:
+    """Returns the number of the layer that attends.
+
+    Raises:
+        EngineError: it brings a mask.
+    """
+    if mask is not None:
+        raise EngineError("its layers make a mask of their own")
+    return int(module.layer_idx)  # type: ignore[arg-type]
 
 
 def _within_chunks(segment: Segment, chunk: int) -> Sequence[Segment]:

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from bucketserve.engine.attention import AttentionCall, Planner, Segment, running_step
+from bucketserve.engine.attention import AttentionCall, Planner, Segment, Step, running_step
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory
 
-__all__ = ["EagerForward", "Forward", "PackedTokens"]
+__all__ = ["EagerForward", "Forward", "PackedTokens", "run_model"]
 
 
 @dataclass(slots=True)
@@ -59,12 +59,25 @@ class EagerForward:
     def __call__(self, tokens: PackedTokens) -> torch.Tensor | None:
         """See Forward."""
         plan = self._planner(self._memory, self._calls, tokens.segments, tokens.table)
-        with running_step(plan):
-            output = self.model(
-                input_ids=torch.tensor([tokens.ids], device=self._device),
-                position_ids=torch.tensor([tokens.positions], device=self._device),
-                use_cache=False,
-                # Logits cost hidden x vocabulary per position: only where a token is chosen. At least one is asked for.
-                logits_to_keep=torch.tensor(tokens.last or [0], device=self._device),
-            )
-        return output.logits[0].float() if tokens.last else None
+        # At least one row is asked for.
+        inputs = (tokens.ids, tokens.positions, tokens.last or [0])
+        logits = run_model(self.model, plan, *(torch.tensor(each, device=self._device) for each in inputs))
+        return logits.float() if tokens.last else None
+
+
+def run_model(
+    model: Any, plan: Step, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | int
+) -> torch.Tensor:
+    """Returns logits [rows, vocabulary]: they cost hidden x vocabulary each, so only those that are wanted.
+
+    Args:
+        model: whose attention is bucketserve.engine.attention.
+        plan: what serves it.
+        ids: [tokens].
+        positions: [tokens] in their sequences.
+        rows: the tokens whose logits are wanted, or how many of the last ones.
+    """
+    with running_step(plan):
+        output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
+    logits: torch.Tensor = output.logits[0]
+    return logits

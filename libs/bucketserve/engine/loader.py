@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS
-from bucketserve.engine.attention import AttentionCall, Planner, Segment, StepPlan, running_step
+from bucketserve.engine.attention import AttentionCall, Planner, Segment, StepPlan
 from bucketserve.engine.device_memory import CPU_KV_MOST_BYTES, CPU_KV_SHARE, device_memory, seldom
 from bucketserve.engine.fingerprint import model_fingerprint, tokenizer_fingerprint
-from bucketserve.engine.forward import EagerForward, Forward
+from bucketserve.engine.forward import EagerForward, Forward, run_model
 from bucketserve.engine.grammars import GrammarError, GrammarTokenizer
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory, bytes_per_token, num_pages
 from bucketserve.engine.linear import place_linears
@@ -70,8 +70,7 @@ class LoadSettings:
     """none, or int8: weights of linear layers rounded to 8 bits (CPU)."""
     prefix_cache: bool = True
     kernels: str = "auto"
-    """auto; torch: nothing but torch's own operations; or, on CPU, an instruction set, which must be there
-    (native.library)."""
+    """auto; torch: nothing but torch's own operations; or, on CPU, an instruction set, which must be there."""
     compile: bool = True
     """On CUDA: layers are compiled and decode steps captured as graphs, which takes up to a minute."""
 
@@ -172,7 +171,8 @@ def build_engine(
         elif settings.quantization != "none":
             raise ModelLoadError(f"quantization {settings.quantization} is for CPU workers; set quantization to none")
         on_progress("comparing packed steps with the model by itself")
-        planner = _planner(device, kernels, settings, on_progress)
+        is_by_triton = _is_by_triton(device, settings, on_progress)
+        planner = _planner(kernels, is_by_triton=is_by_triton)
         self_check.compare(planner, is_int8=settings.quantization == "int8")
     except ModelLoadError as error:
         raise ModelLoadError(f"{settings.model!r} ({type(model).__name__}) can't be served: {error}") from error
@@ -200,7 +200,17 @@ def build_engine(
     on_progress(f"taking {tokens * per_token / 2**20:,.0f} MiB for KV of {tokens:,} tokens")
     memory = KvMemory(layouts, tokens, dtype, device)
     return PackedEngine(
-        _forward(model, memory, probed, planner, settings, max_step_tokens, context, on_progress),
+        _forward(
+            model,
+            memory,
+            probed,
+            planner,
+            settings,
+            max_step_tokens,
+            context,
+            on_progress,
+            is_by_triton=is_by_triton,
+        ),
         memory,
         EngineInfo(
             name=ENGINE,
@@ -223,19 +233,26 @@ def build_engine(
     )
 
 
-def _planner(
-    device: torch.device, kernels: Kernels | None, settings: LoadSettings, on_progress: Callable[[str], None]
-) -> Planner:
+def _is_by_triton(device: torch.device, settings: LoadSettings, on_progress: Callable[[str], None]) -> bool:
+    """Whether steps are computed by engine.cuda."""
     if device.type == "cpu" or settings.kernels == "torch":
-        return partial(StepPlan, kernels=kernels)
+        return False
     try:
         # Only here: Triton comes with torch's builds for CUDA alone, and wants a C compiler.
-        from bucketserve.engine.cuda.plan import plan_step, try_kernels
+        from bucketserve.engine.cuda.plan import try_kernels
 
         try_kernels(device)
     except Exception as error:  # of Triton, or of the compiler
         on_progress(f"serving without Triton's kernels, sequence by sequence: {type(error).__name__}: {error}")
-        return partial(StepPlan, kernels=None)
+        return False
+    return True
+
+
+def _planner(kernels: Kernels | None, *, is_by_triton: bool) -> Planner:
+    if not is_by_triton:
+        return partial(StepPlan, kernels=kernels)
+    from bucketserve.engine.cuda.plan import plan_step
+
     return plan_step
 
 
@@ -248,8 +265,10 @@ def _forward(
     max_step_tokens: int,
     context: int,
     on_progress: Callable[[str], None],
+    *,
+    is_by_triton: bool,
 ) -> Forward:
-    if isinstance(planner, partial):
+    if not is_by_triton:
         return EagerForward(model, memory, probed.calls, planner)
     from bucketserve.engine.cuda.forward import CudaForward
 
@@ -363,15 +382,14 @@ def _warm_up(
     for arena in (*memory.keys, *memory.values):
         # Its pages are there now, so that they don't count as activations.
         arena.zero_()
-    ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
+    ids = torch.zeros(num_tokens, dtype=torch.long, device=device)
     positions = torch.arange(num_tokens, device=device)
     plan = planner(memory, calls, [Segment(0, num_tokens, 0, num_tokens)], memory.backwards())
     before = _peak_bytes(device, reset=True)
     # On CUDA all but some of what is left becomes KV, and the tokens of many sequences are chosen at once.
     rows = min(num_tokens, max_sequences) if device.type == "cuda" else 1
-    with running_step(plan):
-        output = model(input_ids=ids, position_ids=positions[None], use_cache=False, logits_to_keep=rows)
-    sample(output.logits[0].float(), [SampleRow(Sampling(temperature=1.0), 0, ())] * rows)
+    logits = run_model(model, plan, ids, positions, rows)
+    sample(logits.float(), [SampleRow(Sampling(temperature=1.0), 0, ())] * rows)
     return max(_peak_bytes(device) - before, 0) // num_tokens
 
 

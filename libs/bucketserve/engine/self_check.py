@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from bucketserve.core.errors import EngineError, ModelLoadError
-from bucketserve.engine.attention import Planner, Segment, running_step
+from bucketserve.engine.attention import Planner, Segment
+from bucketserve.engine.forward import run_model
 from bucketserve.engine.kv_memory import KvMemory
 from bucketserve.engine.probe import Probed, as_attention, decoder_layers, refusing_what_fails
 
@@ -129,7 +130,7 @@ class SelfCheck:
             use_cache=False,
             logits_to_keep=min(NUM_SINGLE + 1, length),
         )
-        return _kept(output, min(NUM_SINGLE + 1, length))
+        return _kept(output.logits[0], min(NUM_SINGLE + 1, length))
 
     def _run_together(self, step: Sequence[_Piece], memory: KvMemory, planner: Planner) -> torch.Tensor:
         """Returns the logits after each piece's last token."""
@@ -146,14 +147,9 @@ class SelfCheck:
             ids.append(self._ids[piece.sequence][piece.start : piece.end])
             positions.append(here + self._offsets[piece.sequence])
             last.append(first - 1)
-        with running_step(planner(memory, self._calls, segments, memory.backwards())):
-            output = self._model(
-                input_ids=torch.cat(ids)[None],
-                position_ids=torch.cat(positions)[None],
-                use_cache=False,
-                logits_to_keep=torch.tensor(last, device=device),
-            )
-        return _kept(output, len(step))
+        plan = planner(memory, self._calls, segments, memory.backwards())
+        rows = torch.tensor(last, device=device)
+        return _kept(run_model(self._model, plan, torch.cat(ids), torch.cat(positions), rows), len(step))
 
     @contextmanager
     def _watched(self, hook: Hook) -> Iterator[None]:
@@ -178,11 +174,10 @@ def tolerance(dtype: torch.dtype, num_layers: int = 1) -> float:
     return float(TOLERANCE.get(dtype, HALF_TOLERANCE) * num_layers**0.5)
 
 
-def _kept(output: Any, number: int) -> torch.Tensor:
-    logits: torch.Tensor = output.logits[0].float()
+def _kept(logits: torch.Tensor, number: int) -> torch.Tensor:
     if logits.shape[0] != number:
         raise EngineError("its forward does not heed logits_to_keep, which packed steps need")
-    return logits
+    return logits.float()
 
 
 def _before(record: _Record, hook: Hook) -> Callable[..., Any]:

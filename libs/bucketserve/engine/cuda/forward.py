@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AttentionInterface
 
 from bucketserve.core.errors import EngineError
-from bucketserve.engine.attention import NAME, AttentionCall, packed_attention, running_step
+from bucketserve.engine.attention import NAME, AttentionCall, packed_attention
 from bucketserve.engine.cuda.plan import TILE, DevicePlan, places, tile_tokens
-from bucketserve.engine.forward import PackedTokens
+from bucketserve.engine.forward import PackedTokens, run_model
 from bucketserve.engine.kv_memory import KvMemory, num_pages
 from bucketserve.engine.self_check import tolerance
 
@@ -99,43 +99,45 @@ class CudaForward:
     def _load(self, tokens: PackedTokens, size: int = 0) -> tuple[DevicePlan, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Copies a step to the device, filled up to `size` single tokens; returns plan, ids, positions, wanted rows."""
         at = places(tokens.segments, tokens.table, self._tile_tokens)
-        parts: list[Array] = [np.array(tokens.ids), np.array(tokens.positions), at.slots, np.array(tokens.last or [0])]
-        parts += [at.single_tiles.ravel(), at.prompt_tiles.ravel()]
-        more = max(size - len(tokens.ids), 0)
-        if more:
-            fill = (0, 0, -1, 0, *[0] * 2)
-            widths = (more, more, more, more, more * TILE, 0)
-            parts = [
-                np.pad(part, (0, width), constant_values=value)
-                for part, width, value in zip(parts, widths, fill, strict=True)
-            ]
-        ids, positions, slots, last, single, prompts, table = self._copy([*parts, at.table])
+        single, prompts = at.single_tiles.ravel(), at.prompt_tiles.ravel()
+        number = max(len(tokens.ids), size)
+        ids, positions, slots, last, single_tiles, prompt_tiles, table = self._copy(
+            (tokens.ids, number, 0),
+            (tokens.positions, number, 0),
+            (at.slots, number, -1),
+            (tokens.last or [0], size or max(len(tokens.last), 1), 0),
+            (single, size * TILE or len(single), 0),
+            (prompts, len(prompts), 0),
+            (at.table, len(at.table), 0),
+        )
         plan = DevicePlan(
-            self._memory, self._calls, slots, single.view(-1, TILE), prompts.view(-1, TILE), self._tile_tokens, table
+            self._memory,
+            self._calls,
+            slots,
+            single_tiles.view(-1, TILE),
+            prompt_tiles.view(-1, TILE),
+            self._tile_tokens,
+            table,
         )
         return plan, ids, positions, last
 
-    def _copy(self, parts: Sequence[Array]) -> Iterator[torch.Tensor]:
-        """Yields the parts on the device, where parts of these lengths are each time."""
+    def _copy(self, *parts: tuple[Sequence[int] | Array, int, int]) -> Iterator[torch.Tensor]:
+        """Yields parts, filled up to a length with a number, on the device: those of the same lengths in one place."""
         # What is still being copied must stay as it is.
         self._copied.synchronize()
-        here, ends, end = self._here.numpy(), [], 0
-        for part in parts:
-            begin, end = end, end + len(part)
-            here[begin:end] = part
-            ends.append((begin, end))
-            end = -(-end // ALIGNED) * ALIGNED
-        self._there[: ends[-1][1]].copy_(self._here[: ends[-1][1]], non_blocking=True)
+        here, slices, end = self._here.numpy(), [], 0
+        for values, length, fill in parts:
+            here[end : end + len(values)] = values
+            here[end + len(values) : end + length] = fill
+            slices.append(slice(end, end + length))
+            end = -(-(end + length) // ALIGNED) * ALIGNED
+        end = slices[-1].stop
+        self._there[:end].copy_(self._here[:end], non_blocking=True)
         self._copied.record()
-        return (self._there[begin:end] for begin, end in ends)
+        return (self._there[place] for place in slices)
 
     def _run(self, plan: DevicePlan, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        with running_step(plan):
-            output = self._model(
-                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=last
-            )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        return run_model(self._model, plan, ids, positions, last)
 
     # --- preparing ----------------------------------------------------------------------------------------------
 

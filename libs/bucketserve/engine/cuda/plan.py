@@ -11,8 +11,7 @@ import numpy as np
 import torch
 import triton
 
-from bucketserve.core.errors import EngineError
-from bucketserve.engine.attention import AttentionCall, Segment
+from bucketserve.engine.attention import AttentionCall, Segment, layer_of
 from bucketserve.engine.cuda import kernels
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory
 
@@ -94,9 +93,7 @@ class DevicePlan:
         asked: Mapping[str, Any],
     ) -> torch.Tensor:
         """See attention.Step."""
-        if mask is not None:
-            raise EngineError("its layers make a mask of their own")
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        layer = layer_of(module, mask)
         self._store(layer, key[0], value[0])
         # Tokens that a graph has room for and a step has not get zeros.
         output = query.new_zeros(query.shape[2], query.shape[1], value.shape[3])
