@@ -55,7 +55,7 @@ class Admit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatch:
-    """Notes that waiting tickets are at a worker; those that are not waiting any more stay as they are."""
+    """Notes that waiting tickets are at a worker; those that do not wait, or are gone, stay as they are."""
 
     worker_id: WorkerId
     batch_id: BatchId

@@ -95,16 +95,18 @@ class MemoryStore:
         state = self._state
         match write:
             case Admit():
-                if write.request_id not in state.places:
+                if write.request_id not in state.places or write.request_id not in state.tickets:
+                    state.places.pop(write.request_id, None)
                     state.tickets[write.request_id] = write.ticket
                     state.waiting[write.request_id] = write.prefill_tokens
                 return [write.request_id]
             case Dispatch():
                 place = (write.worker_id, write.batch_id)
-                for request_id in write.request_ids:
+                there = [request_id for request_id in write.request_ids if request_id in state.tickets]
+                for request_id in there:
                     if state.waiting.pop(request_id, None) is not None:
                         state.places[request_id] = place
-                return [request_id for request_id in write.request_ids if state.places.get(request_id) == place]
+                return [request_id for request_id in there if state.places.get(request_id) == place]
             case Place():
                 if write.request_id not in state.tickets:
                     return []

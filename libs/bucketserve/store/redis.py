@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Sequence, Set
 from importlib import resources
 from typing import Any, TypeVar, cast
 
@@ -175,7 +175,7 @@ class RedisStore:
             case Dispatch():
                 return (
                     "dispatch",
-                    [keys.epoch, keys.waiting, keys.place],
+                    [keys.epoch, keys.ticket, keys.waiting, keys.place],
                     [write.worker_id, write.batch_id, *write.request_ids],
                 )
             case Place():
@@ -209,11 +209,23 @@ class RedisStore:
                 worker_id=WorkerId(worker_id.decode()) if worker_id else None,
                 batch_id=BatchId(batch_id.decode()) if batch_id else None,
             )
+        await self._forget_orphans(leadership, places.keys(), tickets.keys())
         return StoreSnapshot(
             edges=_split(edges),
             outputs={name.decode(): _split(counts) for name, counts in outputs.items()},
             tickets=tuple(ticket for _, ticket in sorted(tickets.items())),
         )
+
+    async def _forget_orphans(self, leadership: Leadership, places: Set[bytes], tickets: Set[bytes]) -> None:
+        """Removes what is left of tickets that are gone, evicted: nobody else ever would."""
+        orphans = set(places - tickets)
+        # Each ticket waits or is at a worker; only where the numbers tell otherwise is the queue read as well.
+        if await self._client.zcard(self._keys.waiting) + len(places) != len(tickets):
+            waiting = {key async for key, _ in self._client.zscan_iter(self._keys.waiting, count=SCAN_COUNT)}
+            orphans |= waiting - tickets
+        ids = [RequestId(key.decode()) for key in sorted(orphans)]
+        for first in range(0, len(ids), SCAN_COUNT):
+            await self._apply(leadership, [Remove(request_ids=tuple(ids[first : first + SCAN_COUNT]))])
 
 
 def _effect(write: Write, reply: Any) -> frozenset[RequestId]:

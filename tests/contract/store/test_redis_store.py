@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 
 from bucketserve.core.errors import SettingsError, StaleEpochError, UnavailableError
 from bucketserve.ports import SetOutputs
 from bucketserve.store.embedded import EmbeddedServer
+from bucketserve.store.keys import Keys
 from bucketserve.store.redis import RedisStore, connect, guard
 from tests.contract.store.test_queue_store import admit, dispatch, held, led, remove
 
 pytestmark = pytest.mark.redis
+QUEUE = ("ticket", "waiting", "place")
 
 
 async def test_all_keys_of_a_model_share_a_cluster_slot(valkey: EmbeddedServer) -> None:
@@ -138,6 +141,43 @@ async def test_a_server_that_may_evict_is_a_risk(valkey: EmbeddedServer) -> None
         assert "allkeys-lru" in await store.risk()
     finally:
         await client.config_set("maxmemory-policy", "noeviction")
+    await client.aclose()
+
+
+QUEUE = ("ticket", "waiting", "place")
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["same leader", "next leader"])
+@pytest.mark.parametrize(
+    "names", [names for n in (1, 2, 3) for names in itertools.combinations(QUEUE, n)], ids="+".join
+)
+async def test_what_was_evicted_is_stored_and_dispatched_again_and_nothing_stays(
+    valkey: EmbeddedServer, names: tuple[str, ...], is_replaced: bool
+) -> None:
+    model = f"evicted-{'-'.join(names)}-{is_replaced}"
+    client, keys = connect(valkey.url), Keys("default", model)
+    store = RedisStore(client, model)
+    lead = await led(store)
+    await store.apply(lead, [admit("waits"), admit("runs"), dispatch("runs", batch="b1")])
+    await client.delete(*(getattr(keys, name) for name in names))
+    open_ones = {"waits"}
+    if is_replaced:
+        await store.resign(lead)
+        lead = await led(store, "next")
+        known = await held(store, lead)
+        if "ticket" in names:
+            assert not await client.exists(*(getattr(keys, name) for name in QUEUE))
+        # A gateway says both again: what the store doesn't know to be at a worker waits anew.
+        open_ones = {name for name in ("waits", "runs") if known.get(name, (b"", None))[1] is None}
+        await store.apply(lead, [admit(name) for name in sorted(open_ones)])
+    for name in sorted(open_ones):
+        first = await store.apply(lead, [dispatch(name, batch="b2")])
+        # The loop's answer to what the store did not have.
+        again = await store.apply(lead, [admit(name), dispatch(name, batch="b3")])
+        assert first == [{name}] or again[1] == {name}, names
+        assert not (first == [{name}] and again[1] == {name}), "in two batches"
+    await store.apply(lead, [remove("waits", "runs")])
+    assert not await client.exists(*(getattr(keys, name) for name in QUEUE))
     await client.aclose()
 
 
