@@ -1,7 +1,9 @@
-"""Writes the reference model of the engine benchmarks: a Llama of 110 million random weights, with the demo tokenizer.
+"""Writes a reference model of the engine benchmarks, random weights with the demo tokenizer.
 
-Speed doesn't depend on what the weights say. Hidden 768, 12 layers, 12 heads, 4 KV heads, intermediate 3,072,
-vocabulary 4,096, context 2,048.
+llama: 110 million weights; hidden 768, 12 layers, 12 heads, 4 KV heads, intermediate 3,072, vocabulary 4,096.
+gemma: 268 million, as Gemma 3 270M, 168 million of them in an embedding that is the head as well; hidden 640,
+18 layers, 4 heads of 256, 1 KV head, intermediate 2,048, vocabulary 262,144, windows of 512 in five layers of six.
+Context 2,048. Speed doesn't depend on what the weights say.
 """
 
 from __future__ import annotations
@@ -10,17 +12,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    config = LlamaConfig(
+TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+MODELS = {
+    "llama": LlamaConfig(
         hidden_size=768,
         num_hidden_layers=12,
         num_attention_heads=12,
@@ -29,11 +28,30 @@ def main() -> None:
         vocab_size=4096,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+        **TOKENS,
+    ),
+    "gemma": Gemma3TextConfig(
+        hidden_size=640,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        intermediate_size=2048,
+        vocab_size=262_144,
+        max_position_embeddings=2048,
+        sliding_window=512,
+        **TOKENS,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kind", choices=MODELS, default="llama")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[arguments.kind]).to(torch.bfloat16)
     model.save_pretrained(arguments.folder)
     AutoTokenizer.from_pretrained(ROOT / "models" / "demo" / "model").save_pretrained(arguments.folder)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters in {arguments.folder}")

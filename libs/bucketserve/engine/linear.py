@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
-from bucketserve.engine.native.products import Products
+from bucketserve.engine.native.products import Lookup, Product, Products
 
-__all__ = ["PlacedLinear", "place_linears", "shared_weights"]
+__all__ = ["PlacedEmbedding", "PlacedLinear", "place_linears"]
+
+TRIED_ROWS = 64
+"""Of an embedding that shares its weights, compared with the lookup that takes its place."""
 
 
 class PlacedLinear(nn.Module):
     """Computes what its nn.Linear computed. `weight` is a stand-in that knows shape and type only."""
 
-    def __init__(self, linear: nn.Linear, products: Products) -> None:
-        """Takes over the layer's weights; those of `linear` may be freed."""
+    def __init__(self, linear: nn.Linear, product: Product) -> None:
+        """Takes the product with the layer's weights; those of `linear` may be freed."""
         super().__init__()
-        weight = linear.weight.detach()
-        self._product = products.linear([weight], linear.bias)
-        self.num_bytes = self._product.num_bytes
-        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        self._product = product
+        self.num_bytes = product.num_bytes
+        self.weight = torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device="meta")
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns hidden [..., in_features] times the weights, [..., out_features]."""
@@ -28,26 +32,74 @@ class PlacedLinear(nn.Module):
         return self._product.write(rows, out).view(*hidden.shape[:-1], -1)
 
 
+class PlacedEmbedding(nn.Module):
+    """Looks up what its nn.Embedding looked up, in weights that it shares with the head."""
+
+    def __init__(self, embedding: nn.Embedding, lookup: Lookup) -> None:
+        """Takes the lookup, and the factor by which some models multiply."""
+        super().__init__()
+        self._lookup = lookup
+        scale = getattr(embedding, "embed_scale", None)
+        self._scale = None if scale is None else torch.as_tensor(scale).to(embedding.weight.dtype)
+        self.weight = torch.empty(embedding.weight.shape, dtype=embedding.weight.dtype, device="meta")
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the rows of ids [...], [..., width]."""
+        rows = self._lookup(ids.flatten()).view(*ids.shape, -1)
+        return rows if self._scale is None else rows * self._scale
+
+
 @torch.inference_mode()
 def place_linears(model: nn.Module, products: Products) -> list[PlacedLinear]:
     """Replaces every nn.Linear of a CPU model in place; returns the new ones.
 
-    Layers whose weights are shared with others, such as a tied LM head, stay as they are: there would be two copies.
+    A head that shares its weights with the embedding is replaced together with it, or stays as it is where there would
+    be two copies of the same numbers. So does whatever shares weights in another way.
     """
-    shared = shared_weights(model)
+    shared = _shared_weights(model)
     placed = []
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and id(child.weight) not in shared:
-                placed.append(PlacedLinear(child, products))
-                setattr(parent, name, placed[-1])
-    return placed
+    for parent, name, child in list(_children(model)):
+        if type(child) is nn.Linear and id(child.weight) not in shared:
+            placed.append(PlacedLinear(child, products.linear([child.weight], child.bias)))
+            setattr(parent, name, placed[-1])
+    return placed + [head for users in shared.values() for head in _place_tied(users, products)]
 
 
-def shared_weights(model: nn.Module) -> set[int]:
-    """Returns id() of each parameter that several modules use."""
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    return {key for key, number in uses.items() if number > 1}
+def _place_tied(users: list[tuple[nn.Module, str, nn.Module]], products: Products) -> list[PlacedLinear]:
+    """Replaces a head and an embedding, if that is what shares the weights; returns the new head."""
+    linears = [user for user in users if type(user[2]) is nn.Linear and user[2].bias is None]
+    embeddings = [user for user in users if isinstance(user[2], nn.Embedding)]
+    if (len(users), len(linears), len(embeddings)) != (2, 1, 1):
+        return []
+    (parent, name, linear), (embedding_parent, embedding_name, embedding) = linears[0], embeddings[0]
+    assert isinstance(linear, nn.Linear)
+    assert isinstance(embedding, nn.Embedding)
+    tied = products.tied(linear.weight)
+    if tied is None:
+        return []
+    product, lookup = tied
+    if lookup is not None:
+        looked_up = PlacedEmbedding(embedding, lookup)
+        ids = torch.linspace(0, embedding.num_embeddings - 1, TRIED_ROWS).long()[None]
+        if not torch.equal(looked_up(ids), embedding(ids)):
+            return []
+        setattr(embedding_parent, embedding_name, looked_up)
+    head = PlacedLinear(linear, product)
+    setattr(parent, name, head)
+    return [head]
+
+
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yields each module with its parent and what it is called there."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            yield parent, name, child
+
+
+def _shared_weights(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, nn.Module]]]:
+    """Returns who uses each parameter that several modules use, by id() of it."""
+    uses: dict[int, list[tuple[nn.Module, str, nn.Module]]] = {}
+    for user in _children(model):
+        for parameter in user[2].parameters(recurse=False):
+            uses.setdefault(id(parameter), []).append(user)
+    return {key: users for key, users in uses.items() if len(users) > 1}

@@ -49,7 +49,7 @@ class WorkerSettings(Section):
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: weights of linear layers rounded to 8 bits, on CPU; faster, at a small loss"
     )
-    kernels: Literal["auto", "avx512", "avx2", "baseline", "torch"] = Field(
+    kernels: Literal["auto", "avx512bf16", "avx512vnni", "avx512", "avx2", "baseline", "torch"] = Field(
         "auto",
         description="CPU kernels: auto, the best that this processor has and that are ready or can be compiled; an "
         "instruction set, which must be there; torch, torch's operations only, on CUDA too",

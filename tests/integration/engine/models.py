@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -51,7 +52,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama-32": LlamaConfig(**COMMON, head_dim=32),
     "llama-20": LlamaConfig(**COMMON, head_dim=20),
     "qwen2": Qwen2Config(**COMMON),
+    "qwen2-tied": Qwen2Config(**COMMON, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**COMMON, head_dim=16),
+    "phi3": Phi3Config(**COMMON),
     "gpt2": GPT2Config(
         vocab_size=VOCAB,
         n_positions=CONTEXT,

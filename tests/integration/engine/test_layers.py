@@ -11,13 +11,16 @@ from transformers import AutoModelForCausalLM
 from benchmarks.perplexity import HELD_OUT, perplexity
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.engine.attention import NAME
+from bucketserve.engine.linear import PlacedEmbedding, place_linears
 from bucketserve.engine.loader import LoadSettings, build_engine, load_engine
 from bucketserve.engine.native import library
+from bucketserve.engine.native.kernels import load_kernels
 from bucketserve.engine.native.layers import FusedLayer
+from bucketserve.engine.native.products import KernelProducts
 from bucketserve.engine.packed import PackedEngine
-from tests.integration.engine.models import CONFIGS, engine
+from tests.integration.engine.models import CONFIGS, VOCAB, engine, reference
 from tests.integration.engine.test_equality import drain, prompt, spec
-from tests.kernel_paths import PATHS
+from tests.kernel_paths import INSTRUCTION_SETS, PATHS
 
 pytestmark = pytest.mark.engine
 DEMO = "models/demo/model"
@@ -34,15 +37,17 @@ FUSED = {
     "llama-32": 3,
     "qwen2": 3,
     "qwen3": 3,
+    "qwen2-tied": 3,
+    "phi3": 3,
     "gpt2": 0,
-    "gemma2": 0,
-    "gemma3": 0,
+    "gemma2": 3,
+    "gemma3": 3,
 }
 
 
 @pytest.mark.parametrize("kernels", PATHS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_layers_of_the_llama_kind_are_fused_and_others_are_not(name: str, kernels: str) -> None:
+def test_layers_of_norms_attention_and_a_gated_mlp_are_fused_and_others_are_not(name: str, kernels: str) -> None:
     assert count(engine(name, kernels=kernels), FusedLayer) == (FUSED[name] if kernels != "torch" else 0)
 
 
@@ -60,7 +65,6 @@ def test_a_layer_that_computes_otherwise_is_left_as_it_is() -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
     model.load_state_dict(plain.state_dict())
     under_test = build_engine(model.float().eval(), LoadSettings(model="gelu", kv_budget_tokens=1000))
-    # It has all the parts of the kind, and only the comparison can tell.
     assert count(under_test, FusedLayer) == 0
     outputs: dict[str, list[int]] = {}
     under_test.add([spec("r", prompt(50), 12)])
@@ -83,9 +87,30 @@ def test_8_bit_weights_take_a_quarter_of_the_memory() -> None:
         settings = LoadSettings(model=DEMO, dtype="float32", kv_budget_tokens=100, **more)
         return load_engine(settings).headroom().weights_bytes
 
-    # The embedding, and with it the tied LM head, stay as they are.
+    # The embedding is not rounded, and the head, which shares its numbers, has them once more in 8 bits.
     embedding = 4096 * 256 * 4
-    assert (weights(quantization="int8") - embedding) / (weights() - embedding) == pytest.approx(0.25, abs=0.02)
+    assert (weights(quantization="int8") - embedding) / weights() == pytest.approx(0.25, abs=0.02)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# Gemma multiplies what it looks up.
+@pytest.mark.parametrize("name", ["gemma3", "qwen2-tied"])
+def test_a_head_that_shares_the_embedding_s_weights_is_placed(
+    name: str, dtype: torch.dtype, is_int8: bool, kernels: str
+) -> None:
+    original = copy.deepcopy(reference(name)).to(dtype)
+    model = copy.deepcopy(original)
+    placed = place_linears(model, KernelProducts(load_kernels(kernels), is_int8=is_int8))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head in placed
+    assert isinstance(embedding, PlacedEmbedding) != is_int8
+    ids, rows = torch.arange(VOCAB)[None], torch.randn(5, 64).to(dtype)
+    assert torch.equal(embedding(ids), original.get_input_embeddings()(ids))
+    wanted = original.get_output_embeddings()(rows)
+    assert (head(rows) - wanted).norm() / wanted.norm() < (0.02 if is_int8 or dtype is torch.bfloat16 else 1e-5)
 
 
 def test_a_model_in_bfloat16_runs_end_to_end() -> None:

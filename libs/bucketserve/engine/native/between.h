@@ -15,8 +15,11 @@ inline float inverse_rms(const T* x, long size, float eps) {
     return 1.0f / std::sqrt(sum(squares) / float(size) + eps);
 }
 template <class T>
-inline void scale_by(T* out, const T* x, const float* weight, float factor, long size) {
-    for (long i = 0; i < size; i += VL) store(out + i, load(x + i) * factor * load(weight + i));
+inline void scale_by(T* out, const T* x, const float* weight, float factor, long size, bool is_added = false) {
+    for (long i = 0; i < size; i += VL) {
+        vf value = load(x + i) * factor * load(weight + i);
+        store(out + i, is_added ? load(out + i) + value : value);
+    }
 }
 
 struct Rotation {

@@ -19,7 +19,7 @@ import torch
 from bucketserve.core.errors import EngineError
 from bucketserve.engine.native.instruction_sets import InstructionSet
 
-__all__ = ["KernelBuildError", "compile_library", "find_compiler", "library_name"]
+__all__ = ["CompilerTooOldError", "KernelBuildError", "compile_library", "find_compiler", "library_name"]
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wno-psabi")
@@ -30,6 +30,10 @@ TIMEOUT_S = 300.0
 
 class KernelBuildError(EngineError):
     """The kernels can't be compiled or loaded here; says why, in one line."""
+
+
+class CompilerTooOldError(KernelBuildError):
+    """The compiler does not know some of the instructions; it may know those of a lesser set."""
 
 
 def library_name(instruction_set: InstructionSet) -> str:
@@ -60,12 +64,12 @@ def compile_library(compiler: list[str], instruction_set: InstructionSet, scratc
     """Returns a shared library, made in the folder `scratch` by the command `compiler`.
 
     Raises:
+        CompilerTooOldError: it does not know an option of the instruction set.
         KernelBuildError: the compiler failed, hangs or was killed.
         OSError: the folder can't be used.
     """
-    options = [f"-m{feature}" for feature in instruction_set.features]
     unlinked, output = scratch / "kernels.o", scratch / "kernels.so"
-    _run([*compiler, *FLAGS, *options, "-c", str(SOURCE), "-o", str(unlinked)], scratch)
+    _run([*compiler, *FLAGS, *instruction_set.options, "-c", str(SOURCE), "-o", str(unlinked)], scratch)
     _run([*compiler, "-shared", str(unlinked), _openmp(), "-o", str(output)], scratch)
     try:
         return output.read_bytes()
@@ -115,5 +119,8 @@ def _run(command: list[str], scratch: Path) -> None:
     if process.returncode < 0:
         raise KernelBuildError(f"{command[0]} was killed by signal {-process.returncode}")
     if process.returncode:
+        unknown = [option for option in command if option.startswith("-m") and f"'{option}'" in said]
+        if unknown:
+            raise CompilerTooOldError(f"{command[0]} does not know {unknown[0]}")
         lines = said.strip().splitlines() or [f"exit status {process.returncode}"]
         raise KernelBuildError(f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[-1])}")

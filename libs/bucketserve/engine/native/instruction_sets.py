@@ -19,16 +19,24 @@ class InstructionSet:
 
     name: str
     features: tuple[str, ...]
-    """Names that the kernel's /proc/cpuinfo and the compiler's -m options share."""
+    """As the kernel's /proc/cpuinfo names them."""
 
+    @property
+    def options(self) -> list[str]:
+        """The compiler's, which name them without underscores."""
+        return [f"-m{feature.replace('_', '')}" for feature in self.features]
+
+
+_AVX2 = ("avx2", "fma", "f16c", "bmi2")
+_AVX512 = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", *_AVX2)
 
 ALL = {
     one.name: one
     for one in (
-        InstructionSet(
-            "avx512", ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "f16c", "bmi2")
-        ),
-        InstructionSet("avx2", ("avx2", "fma", "f16c", "bmi2")),
+        InstructionSet("avx512bf16", ("avx512_bf16", "avx512_vnni", *_AVX512)),
+        InstructionSet("avx512vnni", ("avx512_vnni", *_AVX512)),
+        InstructionSet("avx512", _AVX512),
+        InstructionSet("avx2", _AVX2),
         InstructionSet("baseline", ()),
     )
 }

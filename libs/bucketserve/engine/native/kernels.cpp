@@ -13,26 +13,14 @@ extern "C" {
 
 int bs_panel_columns() { return NR; }
 int bs_vector_floats() { return VL; }
+// Numbers of a column that lie side by side in packed weights of 4, 2 or 1 bytes: 2 where they are multiplied in pairs.
+int bs_run(int bytes) { return bytes == 1 || (bytes == 2 && IN_PAIRS<bf16>) ? 2 : 1; }
 
 // weight [rows, depth] of 4, 2 or 1 bytes into panels of NR rows, `panel_step` panels apart.
 void bs_pack(const void* weight, long rows, long depth, void* packed, long panel_step, int bytes) {
-    if (bytes == 4) {
-        pack(static_cast<const float*>(weight), rows, depth, static_cast<float*>(packed), panel_step);
-    } else if (bytes == 2) {
-        pack(static_cast<const bf16*>(weight), rows, depth, static_cast<bf16*>(packed), panel_step);
-    } else {
-        long panels = (rows + NR - 1) / NR, pairs = (depth + 1) / 2;
-        const int8_t* from = static_cast<const int8_t*>(weight);
-#pragma omp parallel for schedule(static)
-        for (long panel = 0; panel < panels; ++panel) {
-            int8_t* to = static_cast<int8_t*>(packed) + panel * panel_step * pairs * 2 * NR;
-            for (long k = 0; k < 2 * pairs; ++k)
-                for (int i = 0; i < NR; ++i) {
-                    long row = panel * NR + i;
-                    to[(k / 2 * NR + i) * 2 + k % 2] = row < rows && k < depth ? from[row * depth + k] : 0;
-                }
-        }
-    }
+    if (bytes == 4) pack_as<float>(weight, rows, depth, packed, panel_step);
+    if (bytes == 2) pack_as<bf16>(weight, rows, depth, packed, panel_step);
+    if (bytes == 1) pack_as<int8_t>(weight, rows, depth, packed, panel_step);
 }
 
 // is_half: x and out are bf16. weight_bytes: 4, 2 or 1.
@@ -69,31 +57,31 @@ void bs_rotate_and_store(const Rotation* at, int is_half, int is_kv_half, int th
     }
 }
 
-// out [rows, size] = x / rms(x) x weight
-void bs_rms_norm(const void* x, const float* weight, float eps, void* out, long rows, long size, int is_half, int threads) {
+// out [rows, size] = x / rms(x) x weight, or is_added: that added to what is in out
+void bs_rms_norm(const void* x, const float* weight, float eps, void* out, long rows, long size, int is_added, int is_half, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long row = 0; row < rows; ++row) {
         if (is_half) {
             const bf16* from = static_cast<const bf16*>(x) + row * size;
-            scale_by(static_cast<bf16*>(out) + row * size, from, weight, inverse_rms(from, size, eps), size);
+            scale_by(static_cast<bf16*>(out) + row * size, from, weight, inverse_rms(from, size, eps), size, is_added);
         } else {
             const float* from = static_cast<const float*>(x) + row * size;
-            scale_by(static_cast<float*>(out) + row * size, from, weight, inverse_rms(from, size, eps), size);
+            scale_by(static_cast<float*>(out) + row * size, from, weight, inverse_rms(from, size, eps), size, is_added);
         }
     }
 }
 
-// out [rows, size] = silu(both[:, :size]) x both[:, size:]
-void bs_silu_mul(const void* both, void* out, long rows, long size, int is_half, int threads) {
+// out [rows, size] = activation(both[:, :size]) x both[:, size:], of the epilogue
+void bs_gate(const void* both, void* out, long rows, long size, int epilogue, int is_half, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long row = 0; row < rows; ++row) {
         for (long i = 0; i < size; i += VL) {
             if (is_half) {
                 const bf16* gate = static_cast<const bf16*>(both) + row * 2 * size + i;
-                store(static_cast<bf16*>(out) + row * size + i, silu(load(gate)) * load(gate + size));
+                store(static_cast<bf16*>(out) + row * size + i, activate(epilogue, load(gate)) * load(gate + size));
             } else {
                 const float* gate = static_cast<const float*>(both) + row * 2 * size + i;
-                store(static_cast<float*>(out) + row * size + i, silu(load(gate)) * load(gate + size));
+                store(static_cast<float*>(out) + row * size + i, activate(epilogue, load(gate)) * load(gate + size));
             }
         }
     }

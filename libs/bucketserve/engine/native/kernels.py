@@ -25,6 +25,8 @@ class Epilogue(IntEnum):
     """Added to what is in the output."""
     SILU_MUL = 2
     """silu(gate) x up, of weights packed as a pair."""
+    GELU_MUL = 3
+    """The same with gelu, approximated by tanh."""
 
 
 class _Product(ctypes.Structure):
@@ -96,11 +98,20 @@ class PackedWeights:
     scales: torch.Tensor | None
     """Of 8-bit weights: one a column, in the order of the panels."""
     bias: torch.Tensor | None
+    panel_columns: int
+    run: int
+    """Numbers of a column that lie side by side: 2 where they are multiplied in pairs."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes that a product reads."""
         return self.data.numel() * self.data.element_size()
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns rows of the weights, [n, depth], for ids [n]; not of 8-bit weights or a pair."""
+        wide = self.panel_columns
+        panels = self.data.view(-(-self.columns // wide), -1, wide, self.run)
+        return panels[ids // wide, :, ids % wide].flatten(1)[:, : self.depth]
 
 
 class Kernels:
@@ -114,6 +125,8 @@ class Kernels:
         self._library = library
         self.panel_columns: int = library.bs_panel_columns()
         self.vector: int = library.bs_vector_floats()
+        self.rounds_rows: bool = library.bs_run(_HALF.itemsize) > 1
+        """Whether rows are rounded to bfloat16 when they are multiplied with weights in bfloat16."""
 
     def suits_heads(self, head_dim: int, dtype: torch.dtype) -> bool:
         """Whether attention can work on heads of that size and type."""
@@ -127,7 +140,7 @@ class Kernels:
         Args:
             weights: parts to stand side by side; of a pair: gate and up.
             bias: [columns] or None; a pair has none.
-            is_pair: for Epilogue.SILU_MUL.
+            is_pair: for Epilogue.SILU_MUL and GELU_MUL.
             is_int8: round to 8 bits, with one scale per column: max |w| / 127.
         """
         depth, wide = weights[0].shape[1], self.panel_columns
@@ -135,8 +148,8 @@ class Kernels:
         columns = joined[0].shape[0]
         panels, step = -(-columns // wide), len(joined)
         dtype = torch.int8 if is_int8 else joined[0].dtype
-        # 8-bit weights are packed in pairs along the depth.
-        panel = wide * (depth + (depth % 2 if is_int8 else 0))
+        run: int = self._library.bs_run(dtype.itemsize)
+        panel = wide * -(-depth // run) * run
         data = torch.empty(panels * step * panel, dtype=dtype)
         scales = torch.zeros(panels, step, wide) if is_int8 else None
         for part, weight in enumerate(joined):
@@ -160,7 +173,7 @@ class Kernels:
         if bias is not None:
             padded_bias = torch.zeros(panels * wide)
             padded_bias[:columns] = bias.detach()
-        return PackedWeights(data, columns, depth, scales, padded_bias)
+        return PackedWeights(data, columns, depth, scales, padded_bias, wide, run)
 
     def product(self, x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, epilogue: Epilogue) -> None:
         """Computes out [rows, columns] from x [rows, depth] and weights, see Epilogue."""
@@ -279,8 +292,13 @@ class Kernels:
             ctypes.byref(call), qkv.dtype is _HALF, keys.dtype is _HALF, torch.get_num_threads()
         )
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-        """Computes out = x / rms(x) x weight, rows [rows, size], all contiguous; weight in float32."""
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, *, is_added: bool = False
+    ) -> None:
+        """Computes out = x / rms(x) x weight, rows [rows, size], all contiguous; weight in float32.
+
+        With is_added it is added to what is in `out`.
+        """
         self._library.bs_rms_norm(
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_void_p(weight.data_ptr()),
@@ -288,17 +306,19 @@ class Kernels:
             ctypes.c_void_p(out.data_ptr()),
             ctypes.c_long(x.shape[0]),
             ctypes.c_long(x.shape[1]),
+            is_added,
             x.dtype is _HALF,
             torch.get_num_threads(),
         )
 
-    def silu_mul(self, both: torch.Tensor, out: torch.Tensor) -> None:
-        """Computes out [rows, size] = silu(both[:, :size]) x both[:, size:], contiguous."""
-        self._library.bs_silu_mul(
+    def gate(self, both: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> None:
+        """Computes out [rows, size] = activation(both[:, :size]) x both[:, size:], contiguous."""
+        self._library.bs_gate(
             ctypes.c_void_p(both.data_ptr()),
             ctypes.c_void_p(out.data_ptr()),
             ctypes.c_long(out.shape[0]),
             ctypes.c_long(out.shape[1]),
+            epilogue,
             both.dtype is _HALF,
             torch.get_num_threads(),
         )

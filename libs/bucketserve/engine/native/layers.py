@@ -1,12 +1,14 @@
-"""Decoder layers of the Llama kind in a handful of kernel calls: Llama, Mistral, Qwen 2 and 3, and what is built alike.
+"""Decoder layers in a handful of kernel calls: norms, attention and a gated MLP, added to the residual stream.
 
-transformers stays the definition of the model. A layer is taken over only if it has the parts of this kind, and only
-after it has been seen to compute the same as transformers' own on the same input; any other stays as it is.
+Llama, Mistral, Qwen 2 and 3, Phi 3, Gemma 2 and 3, and what is built alike: what a norm multiplies by and which
+activation an MLP has is found by asking them, not by their class. transformers stays the definition of the model: a
+layer is taken over only after it has been seen to compute the same as transformers' own on the same input.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +19,23 @@ from torch import nn
 from bucketserve.core.errors import EngineError
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, current_step, running_step
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory
-from bucketserve.engine.native.kernels import Kernels
-from bucketserve.engine.native.products import Products, TorchProducts
+from bucketserve.engine.native.kernels import Epilogue, Kernels
+from bucketserve.engine.native.products import ACTIVATIONS, Product, Products, TorchProducts
 
 __all__ = ["FusedLayer", "fuse_layers"]
 
-LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+NORMS: Mapping[frozenset[str], tuple[str, str | None, str, str | None]] = {
+    frozenset({"input_layernorm", "post_attention_layernorm"}): (
+        "input_layernorm", None, "post_attention_layernorm", None,
+    ),
+    frozenset(
+        {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
+    ): (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    ),
+}  # fmt: skip
+"""A layer's norms by what they are called: before and after attention, before and after the MLP."""
 HEAD_NORMS = {"q_norm", "k_norm"}
-MLP_PARTS = {"gate_proj", "up_proj", "down_proj"}
 
 TRIAL = (33, 15)
 """Tokens of the two sequences of the step by which a layer is compared with its original.
@@ -53,19 +63,95 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class _Norm:
+    """x / rms(x) x weight."""
+
     weight: torch.Tensor
     eps: float
 
     @staticmethod
     def of(module: nn.Module) -> _Norm:
-        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-        if not isinstance(weight, torch.Tensor) or eps is None:
+        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
             raise _DifferentError
-        return _Norm(weight.detach().float().contiguous(), float(eps))
+        # Some multiply by the weight, some by one more than it: what ones become tells.
+        ones = torch.ones(1, weight.shape[0])
+        return _Norm((module(ones)[0].float() * math.sqrt(1 + eps)).contiguous(), eps)
 
 
 class _DifferentError(Exception):
     """The layer is not of this kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a layer is made of, by what each part is for."""
+
+    norms: tuple[_Norm, _Norm | None, _Norm, _Norm | None]
+    head_norms: tuple[torch.Tensor, torch.Tensor, float] | None
+    qkv: list[nn.Linear]
+    out: nn.Linear
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: nn.Linear
+    epilogue: Epilogue
+
+    @staticmethod
+    def of(layer: nn.Module, call: AttentionCall, kernels: Kernels) -> _Parts:
+        """Raises _DifferentError: it has other parts, or sizes that the kernels can't work with."""
+        parts = _children(layer)
+        attention, mlp = _children(parts.pop("self_attn")), _children(parts.pop("mlp"))
+        names = NORMS.get(frozenset(parts))
+        if names is None:
+            raise _DifferentError
+        norms = [None if name is None else _Norm.of(parts[name]) for name in names]
+        qkv = [attention.pop("qkv_proj")] if "qkv_proj" in attention else _pop(attention, "q_proj", "k_proj", "v_proj")
+        (out,) = _pop(attention, "o_proj")
+        joined = [mlp.pop("gate_up_proj")] if "gate_up_proj" in mlp else _pop(mlp, "gate_proj", "up_proj")
+        (down,) = _pop(mlp, "down_proj")
+        activations = list(mlp.values())
+        dim = call.layout.head_dim
+        is_alike = (
+            all(type(linear) is nn.Linear for linear in (*qkv, out, *joined, down))
+            and set(attention) in (set(), HEAD_NORMS)
+            and len(activations) == 1
+            and all(linear.bias is None for linear in joined)
+            and len({linear.bias is None for linear in qkv}) == 1
+            and joined[0].in_features % kernels.vector == 0
+            and kernels.suits_heads(dim, out.weight.dtype)
+            and dim == call.layout.value_dim
+        )
+        if not is_alike:
+            raise _DifferentError
+        head_norms = None
+        if attention:
+            q_norm, k_norm = _Norm.of(attention["q_norm"]), _Norm.of(attention["k_norm"])
+            if {q_norm.weight.numel(), k_norm.weight.numel()} != {dim}:
+                raise _DifferentError
+            head_norms = (q_norm.weight, k_norm.weight, q_norm.eps)
+        gate, up = joined[0].weight.chunk(2) if len(joined) == 1 else (linear.weight for linear in joined)
+        return _Parts(
+            tuple(norms), head_norms, qkv, out, gate, up, down, _epilogue(activations[0])  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def _children(module: nn.Module) -> dict[str, Any]:
+    """Returns what computes something when the model is served."""
+    return {name: child for name, child in module.named_children() if not isinstance(child, nn.Dropout | nn.Identity)}
+
+
+def _pop(parts: dict[str, Any], *names: str) -> list[Any]:
+    if not parts.keys() >= set(names):
+        raise _DifferentError
+    return [parts.pop(name) for name in names]
+
+
+def _epilogue(activation: nn.Module) -> Epilogue:
+    """Returns the one that computes the same."""
+    x = torch.linspace(-8.0, 8.0, 257)
+    for epilogue, known in ACTIVATIONS.items():
+        if torch.allclose(activation(x), known(x), rtol=1e-6, atol=1e-6):
+            return epilogue
+    raise _DifferentError
 
 
 class FusedLayer(nn.Module):
@@ -80,50 +166,23 @@ class FusedLayer(nn.Module):
             _DifferentError: the layer has other parts.
         """
         super().__init__()
-        parts = dict(layer.named_children())
-        attention, mlp = dict(parts["self_attn"].named_children()), dict(parts["mlp"].named_children())
-        self._check(attention, mlp, call, kernels)
+        parts = _Parts.of(layer, call, kernels)
         self._call, self._kernels, self._workspace = call, kernels, workspace
-        self._layer_idx = int(parts["self_attn"].layer_idx)  # type: ignore[arg-type]
-        self._input_norm = _Norm.of(parts["input_layernorm"])
-        self._post_norm = _Norm.of(parts["post_attention_layernorm"])
-        self._head_norms = None
-        if set(attention) >= HEAD_NORMS:
-            q_norm, k_norm = _Norm.of(attention["q_norm"]), _Norm.of(attention["k_norm"])
-            self._head_norms = (q_norm.weight, k_norm.weight, q_norm.eps)
-        qkv: list[Any] = [attention[name] for name in ("q_proj", "k_proj", "v_proj")]
-        biases = [linear.bias for linear in qkv]
-        self._heads = qkv[0].out_features // call.layout.head_dim
+        self._layer_idx = int(layer.self_attn.layer_idx)  # type: ignore[union-attr, arg-type]
+        self._before_attention, self._after_attention, self._before_mlp, self._after_mlp = parts.norms
+        self._head_norms = parts.head_norms
+        biases: list[torch.Tensor] = [linear.bias for linear in parts.qkv]
+        self._heads = parts.out.in_features // call.layout.head_dim
         self._qkv = products.linear(
-            [linear.weight for linear in qkv], torch.cat(biases) if biases[0] is not None else None
+            [linear.weight for linear in parts.qkv], torch.cat(biases) if biases[0] is not None else None
         )
-        out, down, gate, up = attention["o_proj"], mlp["down_proj"], mlp["gate_proj"], mlp["up_proj"]
-        self._out = products.linear([out.weight], out.bias)  # type: ignore[list-item, arg-type]
-        self._gated = products.gated(gate.weight, up.weight)  # type: ignore[arg-type]
-        self._down = products.linear([down.weight], down.bias)  # type: ignore[list-item, arg-type]
+        self._out = products.linear([parts.out.weight], parts.out.bias)
+        self._gated = products.gated(parts.gate, parts.up, parts.epilogue)
+        self._down = products.linear([parts.down.weight], parts.down.bias)
         self.num_bytes = sum(p.num_bytes for p in (self._qkv, self._out, self._gated, self._down))
-        self.activations: torch.dtype = out.weight.dtype  # type: ignore[assignment]
+        self.activations: torch.dtype = parts.out.weight.dtype
         self.returns: torch.dtype = self.activations
         """Number types inside and of what it returns: the model's, unless all layers are fused."""
-
-    @staticmethod
-    def _check(
-        attention: Mapping[str, nn.Module], mlp: Mapping[str, nn.Module], call: AttentionCall, kernels: Kernels
-    ) -> None:
-        projections = [attention.get(name) for name in ATTENTION_PARTS] + [mlp.get(name) for name in MLP_PARTS]
-        is_alike = (
-            all(type(projection) is nn.Linear for projection in projections)
-            and set(attention) - ATTENTION_PARTS in (set(), HEAD_NORMS)
-            and set(mlp) - MLP_PARTS <= {"act_fn"}
-            and mlp["gate_proj"].bias is None
-            and mlp["up_proj"].bias is None
-            and len({attention[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
-            and mlp["gate_proj"].in_features % kernels.vector == 0
-            and kernels.suits_heads(call.layout.head_dim, attention["o_proj"].weight.dtype)
-            and call.layout.head_dim == call.layout.value_dim
-        )
-        if not is_alike:
-            raise _DifferentError
 
     def forward(
         self,
@@ -143,7 +202,7 @@ class FusedLayer(nn.Module):
         normed = take("normed", rows, hidden, x.dtype)
         cos, sin = (part[0].to(x.dtype) for part in position_embeddings)
 
-        kernels.rms_norm(x, self._input_norm.weight, self._input_norm.eps, normed)
+        kernels.rms_norm(x, self._before_attention.weight, self._before_attention.eps, normed)
         qkv = self._qkv.write(normed, take("qkv", rows, self._qkv.columns, x.dtype))
         kernels.rotate_and_store(qkv, self._heads, cos, sin, self._head_norms, keys, values, plan.slots)
         dim = self._call.layout.head_dim
@@ -160,10 +219,19 @@ class FusedLayer(nn.Module):
             window=self._call.window,
             softcap=self._call.softcap,
         )
-        x = self._out.add(attended, x)
-        kernels.rms_norm(x, self._post_norm.weight, self._post_norm.eps, normed)
-        x = self._down.add(self._gated.write(normed, take("gated", rows, self._gated.columns, x.dtype)), x)
+        x = self._add(self._out, attended, self._after_attention, x)
+        kernels.rms_norm(x, self._before_mlp.weight, self._before_mlp.eps, normed)
+        gated = self._gated.write(normed, take("gated", rows, self._gated.columns, x.dtype))
+        x = self._add(self._down, gated, self._after_mlp, x)
         return x[None].to(self.returns)
+
+    def _add(self, product: Product, rows: torch.Tensor, norm: _Norm | None, x: torch.Tensor) -> torch.Tensor:
+        """Returns x with the product of rows added, after its norm if it has one."""
+        if norm is None:
+            return product.add(rows, x)
+        part = product.write(rows, self._workspace.take("part", x.shape[0], x.shape[1], x.dtype))
+        self._kernels.rms_norm(part, norm.weight, norm.eps, x, is_added=True)
+        return x
 
 
 @torch.inference_mode()
@@ -188,7 +256,7 @@ def fuse_layers(
         for parent in model.modules()
         if isinstance(parent, nn.ModuleList)
         for name, child in parent.named_children()
-        if {part for part, _ in child.named_children()} == LAYER_PARTS
+        if {part for part, _ in child.named_children()} >= {"self_attn", "mlp"}
     ]
     if not candidates:
         return []
@@ -254,9 +322,12 @@ class _Trial:
         """Returns the norm of the difference, relative to what the original adds to its input.
 
         Raises:
-            _DifferentError: the layer has other parts.
+            _DifferentError: the layer has other parts, or turns queries and keys otherwise.
         """
         before, options = self._seen.pop(id(layer))
+        turned = options.get("position_embeddings")
+        if not isinstance(turned, tuple) or any(part.shape[-1] != call.layout.head_dim for part in turned):
+            raise _DifferentError  # by something else, or a part of each head
         exact = layer if next(layer.parameters()).dtype is torch.float32 else copy.deepcopy(layer).float()
         taken = FusedLayer(exact, call, self._kernels, TorchProducts(self._kernels), Workspace())
         with running_step(self._plan):

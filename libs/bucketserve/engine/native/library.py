@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bucketserve.engine.native import compiler
-from bucketserve.engine.native.compiler import KernelBuildError, library_name
+from bucketserve.engine.native.compiler import CompilerTooOldError, KernelBuildError, library_name
 from bucketserve.engine.native.instruction_sets import ALL, InstructionSet, supported
 
 __all__ = ["build_into", "load_library"]
@@ -37,8 +37,8 @@ def load_library(name: str = "auto", on_progress: Progress = lambda text: None) 
     """Returns the kernels, compiled if they are not there yet (about ten seconds).
 
     Args:
-        name: an instruction set; auto is the best that this processor has, or, where that can be neither found nor
-            compiled, the best that is found.
+        name: an instruction set; auto is the best that this processor has and the compiler knows, or, where that can be
+            neither found nor compiled, the best that is found.
         on_progress: told, in one line each, that it compiles, and what it had to do without and why.
 
     Raises:
@@ -48,9 +48,13 @@ def load_library(name: str = "auto", on_progress: Progress = lambda text: None) 
         raise KernelBuildError(f"this processor has no {name}, only {', '.join(supported())}")
     wanted = [ALL[one] for one in (supported() if name == "auto" else (name,))]
     causes: list[str] = []
-    library = _find(wanted[0], causes) or _build(wanted[0], causes, on_progress)
-    for lesser in wanted[1:]:
-        library = library or _find(lesser, causes)
+    library, may_compile = None, True
+    for one in wanted:
+        if library is None:
+            library = _find(one, causes)
+        if library is None and may_compile:
+            # A compiler that is only too old is asked for a lesser set; any other failure would come again.
+            library, may_compile = _build(one, causes, on_progress)
     if library is None:
         raise KernelBuildError("; ".join(causes) or "no folder to keep them in; set BUCKETSERVE_CACHE")
     if causes:
@@ -89,14 +93,19 @@ def _find(instruction_set: InstructionSet, causes: list[str]) -> ctypes.CDLL | N
     return None
 
 
-def _build(instruction_set: InstructionSet, causes: list[str], on_progress: Progress) -> ctypes.CDLL | None:
-    """Compiles once, keeps the library in the first folder that can hold and run it, and returns it loaded."""
+def _build(
+    instruction_set: InstructionSet, causes: list[str], on_progress: Progress
+) -> tuple[ctypes.CDLL | None, bool]:
+    """Compiles once, keeps the library in the first folder that can hold and run it, and returns it loaded.
+
+    Without one: whether a lesser instruction set may be compiled all the same.
+    """
     compiled = b""
     try:
         command = compiler.find_compiler()
     except KernelBuildError as error:
         causes.append(str(error))
-        return None
+        return None, False
     for folder in _folders():
         path = folder / library_name(instruction_set)
         try:
@@ -105,7 +114,7 @@ def _build(instruction_set: InstructionSet, causes: list[str], on_progress: Prog
                 # Workers that start together compile once: somebody else may have done it by now.
                 if path.is_file():
                     with contextlib.suppress(OSError, KernelBuildError):
-                        return _open(path)
+                        return _open(path), False
                 if is_locked:
                     _clear(folder)
                 with _scratch(folder) as scratch:
@@ -113,14 +122,17 @@ def _build(instruction_set: InstructionSet, causes: list[str], on_progress: Prog
                         on_progress(f"compiling CPU kernels for {instruction_set.name}, once for this machine")
                         compiled = compiler.compile_library(command, instruction_set, scratch)
                     _store(path, compiled, scratch)
-                return _open(path)
+                return _open(path), False
+        except CompilerTooOldError as error:
+            causes.append(str(error))
+            return None, True
         except OSError as error:
             causes.append(f"{folder}: {_reason(error)}")
         except KernelBuildError as error:
             causes.append(str(error))
             if not compiled:
                 break
-    return None
+    return None, False
 
 
 def _folders() -> Iterator[Path]:

@@ -5,8 +5,10 @@
 
 namespace {
 
-// SILU_MUL: panels come in pairs, gate and up, and a pair makes the columns of one.
-enum Epilogue { WRITE = 0, ADD = 1, SILU_MUL = 2 };
+// SILU_MUL, GELU_MUL: panels come in pairs, gate and up, and a pair makes the columns of one.
+enum Epilogue { WRITE = 0, ADD = 1, SILU_MUL = 2, GELU_MUL = 3 };
+
+inline vf activate(int epilogue, vf gate) { return epilogue == GELU_MUL ? gelu(gate) : silu(gate); }
 
 struct Product {
     const void* x;  // [rows, depth] of T, row stride ldx
@@ -23,9 +25,32 @@ struct Product {
 constexpr long BLOCK_BYTES = 256 * 1024;  // of rows of the left side, in L2
 constexpr long SLICE = 1024;  // of depth: a slice of a panel stays in L2, and in L1 as far as it goes
 
+template <int R, class A, class B>
+inline void add_tile(const A* a, long lda, const B* b, long ldb, long depth, bool is_first, float* sums) {
+    vf acc[R][2];
+    for (int r = 0; r < R; ++r) {
+        acc[r][0] = is_first ? vf{} : load(sums + r * NR);
+        acc[r][1] = is_first ? vf{} : load(sums + r * NR + VL);
+    }
+    tile<R>(a, lda, b, ldb, depth, acc);
+    for (int r = 0; r < R; ++r) {
+        store(sums + r * NR, acc[r][0]);
+        store(sums + r * NR + VL, acc[r][1]);
+    }
+}
+
+// Adds a slice of a panel, `depth` rows of B `ldb` apart, to the sums of all rows.
+template <class A, class B>
+inline void add_slice(const A* a, long lda, const B* b, long ldb, long depth, long rows, bool is_first, float* sums) {
+    for (long r = 0; r < rows; r += MR)
+        for_rows<MR>(rows - r, [&](auto number) {
+            add_tile<number>(a + r * lda, lda, b, ldb, depth, is_first, sums + r * NR);
+        });
+}
+
 // A block of rows as the tiles want it, and the sums of one panel for all of its rows, [rows][NR] floats.
 template <class T, class W>
-struct Block {  // float and bf16 weights
+struct Block {  // weights multiplied as floats
     const float* a;
     long lda;
 
@@ -44,26 +69,6 @@ struct Block {  // float and bf16 weights
         for (; i + VL <= number; i += VL) store(to + i, load(from + i));
         for (; i < number; ++i) to[i] = get(from + i);
     }
-    template <int R, class B>
-    static void add(const float* a, long lda, const B* b, long depth, bool is_first, float* sums) {
-        vf acc[R][2];
-        for (int r = 0; r < R; ++r) {
-            acc[r][0] = is_first ? vf{} : load(sums + r * NR);
-            acc[r][1] = is_first ? vf{} : load(sums + r * NR + VL);
-        }
-        tile<R>(a, lda, b, NR, depth, acc);
-        for (int r = 0; r < R; ++r) {
-            store(sums + r * NR, acc[r][0]);
-            store(sums + r * NR + VL, acc[r][1]);
-        }
-    }
-    template <class B>
-    void add_slice(const B* b, long k, long depth, long rows, float* sums) const {
-        for (long r = 0; r < rows; r += MR)
-            for_rows<MR>(rows - r, [&](auto number) {
-                add<number>(a + r * lda + k, lda, b, depth, k == 0, sums + r * NR);
-            });
-    }
     void sum_panel(const Product& p, long panel, long rows, float* sums) const {
         const W* b = static_cast<const W*>(p.packed) + panel * p.depth * NR;
         for (long k = 0; k < p.depth; k += SLICE) {
@@ -72,13 +77,38 @@ struct Block {  // float and bf16 weights
                 // Widened once for all rows.
                 float* wide = reinterpret_cast<float*>(scratch<2>(SLICE * NR * 4));
                 for (long i = 0; i < depth * NR; i += VL) store(wide + i, load(b + k * NR + i));
-                add_slice(wide, k, depth, rows, sums);
+                add_slice(a + k, lda, wide, NR, depth, rows, k == 0, sums);
             } else {
-                add_slice(b + k * NR, k, depth, rows, sums);
+                add_slice(a + k, lda, b + k * NR, NR, depth, rows, k == 0, sums);
             }
         }
     }
 };
+#if defined(__AVX512BF16__)
+template <class T>
+struct Block<T, bf16> {  // rows become bf16 as well, the sums are floats
+    const int32_t* a;
+    long pairs;
+
+    void prepare(const Product& p, long first, long rows) {
+        pairs = (p.depth + 1) / 2;
+        bf16* to = reinterpret_cast<bf16*>(scratch<0>(rows * pairs * 4));
+        a = reinterpret_cast<const int32_t*>(to);
+        for (long r = 0; r < rows; ++r, to += 2 * pairs) {
+            const T* x = static_cast<const T*>(p.x) + (first + r) * p.ldx;
+            long k = 0;
+            for (; k + VL <= p.depth; k += VL) store(to + k, load(x + k));
+            for (; k < p.depth; ++k) put(to + k, get(x + k));
+            if (p.depth % 2) put(to + p.depth, 0.0f);
+        }
+    }
+    void sum_panel(const Product& p, long panel, long rows, float* sums) const {
+        const bf16* b = static_cast<const bf16*>(p.packed) + panel * pairs * 2 * NR;
+        for (long k = 0; k < pairs; k += SLICE)
+            add_slice(a + k, pairs, b + k * 2 * NR, 2 * NR, std::min(SLICE, pairs - k), rows, k == 0, sums);
+    }
+};
+#endif
 template <class T>
 struct Block<T, int8_t> {
     const int32_t* a;
@@ -140,14 +170,14 @@ struct Block<T, int8_t> {
 // Writes one panel's columns, or of a pair of panels the product silu(gate) x up.
 template <class T>
 void finish(const Product& p, long first, long rows, long panel, const float* sums, const float* gate) {
-    bool is_pair = p.epilogue == SILU_MUL;
+    bool is_pair = p.epilogue >= SILU_MUL;
     long column = (is_pair ? panel / 2 : panel) * NR;
     int width = int(std::min<long>(NR, p.columns - column));
     for (long r = 0; r < rows; ++r, sums += NR, gate += NR) {
         T* out = static_cast<T*>(p.out) + (first + r) * p.ldo + column;
         vf values[2] = {load(sums), load(sums + VL)};
         for (int half = 0; half < 2; ++half) {
-            if (is_pair) values[half] *= silu(load(gate + half * VL));
+            if (is_pair) values[half] *= activate(p.epilogue, load(gate + half * VL));
             if (p.bias) values[half] += load(p.bias + panel * NR + half * VL);
         }
         if (width == NR) {
@@ -166,10 +196,10 @@ void finish(const Product& p, long first, long rows, long panel, const float* su
 
 template <class T, class W>
 void product(const Product& p, int threads) {
-    long step = p.epilogue == SILU_MUL ? 2 : 1;
+    long step = p.epilogue >= SILU_MUL ? 2 : 1;
     long panels = (p.columns + NR - 1) / NR * step;
     // A block of rows stays in L2 while the panels go by.
-    long row_bytes = p.depth * (sizeof(W) == 1 ? 2 : 4);
+    long row_bytes = p.depth * (IN_PAIRS<W> ? 2 : 4);
     long block_rows = std::max<long>(2 * MR, std::min<long>(96, BLOCK_BYTES / row_bytes) / MR * MR);
     // Even blocks: a last one of few rows would have the weights read for little.
     long blocks = (p.rows + block_rows - 1) / block_rows;
@@ -207,6 +237,31 @@ void pack(const T* weight, long rows, long depth, T* packed, long panel_step) {
                 long row = panel * NR + i;
                 to[k * NR + i] = row < rows ? weight[row * depth + k] : T{};
             }
+    }
+}
+
+// The same in pairs of rows of B: [panels][depth / 2][NR][2].
+template <class T>
+void pack_pairs(const T* weight, long rows, long depth, T* packed, long panel_step) {
+    long panels = (rows + NR - 1) / NR, pairs = (depth + 1) / 2;
+#pragma omp parallel for schedule(static)
+    for (long panel = 0; panel < panels; ++panel) {
+        T* to = packed + panel * panel_step * pairs * 2 * NR;
+        for (long k = 0; k < 2 * pairs; ++k)
+            for (int i = 0; i < NR; ++i) {
+                long row = panel * NR + i;
+                to[(k / 2 * NR + i) * 2 + k % 2] = row < rows && k < depth ? weight[row * depth + k] : T{};
+            }
+    }
+}
+
+template <class T>
+void pack_as(const void* weight, long rows, long depth, void* packed, long panel_step) {
+    const T* from = static_cast<const T*>(weight);
+    if constexpr (IN_PAIRS<T>) {
+        pack_pairs(from, rows, depth, static_cast<T*>(packed), panel_step);
+    } else {
+        pack(from, rows, depth, static_cast<T*>(packed), panel_step);
     }
 }
 

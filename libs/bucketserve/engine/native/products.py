@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from bucketserve.engine.native.kernels import Epilogue, Kernels, PackedWeights
 
 __all__ = [
+    "ACTIVATIONS",
     "GatedProduct",
     "KernelProducts",
     "OneDnnProducts",
@@ -21,12 +23,21 @@ __all__ = [
     "choose_products",
 ]
 
-TRIAL_ROWS = 256
-TRIALS = 4
+TRIAL_ROWS = {256: 1, 8: 8}
+"""Rows of a product and how often it counts: a step of prompts, and eight of decoding."""
+TRIALS = 6
+TRIAL_COLUMNS = 8_192
+"""Most of a trial: a head may have many more, each of which costs the same."""
+
+ACTIVATIONS: Mapping[Epilogue, Callable[[torch.Tensor], torch.Tensor]] = {
+    Epilogue.SILU_MUL: F.silu,
+    Epilogue.GELU_MUL: partial(F.gelu, approximate="tanh"),
+}
+"""Of gated products."""
 
 
 class GatedProduct(Protocol):
-    """Weights of gate and up, ready: silu(gate x) times (up x). x is [rows, depth], contiguous."""
+    """Weights of gate and up, ready: activation(gate x) times (up x). x is [rows, depth], contiguous."""
 
     columns: int
     num_bytes: int
@@ -48,6 +59,10 @@ class Product(Protocol):
         """Returns the same added to `onto`, which may be overwritten."""
 
 
+Lookup = Callable[[torch.Tensor], torch.Tensor]
+"""Returns rows [n, depth] of weights [columns, depth], for ids [n]."""
+
+
 class Products(Protocol):
     """Makes products of weights."""
 
@@ -55,11 +70,17 @@ class Products(Protocol):
     wants_float32: bool
     """Whether activations in float32 cost it nothing, whatever the weights are."""
 
+    def tied(self, weight: torch.Tensor) -> tuple[Product, Lookup | None] | None:
+        """Returns the product of a head that shares its weights with an embedding, and what looks rows up in it.
+
+        No lookup: the embedding keeps its weights. None: both stay as they are.
+        """
+
     def linear(self, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Product:
         """Returns one product for weights [columns, depth] given in parts, one under the other."""
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> GatedProduct:
-        """Returns one for weights [columns, depth] each."""
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, epilogue: Epilogue) -> GatedProduct:
+        """Returns one for weights [columns, depth] each; the epilogue is the one with the activation."""
 
 
 class KernelProducts:
@@ -77,10 +98,16 @@ class KernelProducts:
         """See Products."""
         return _KernelProduct(self._kernels, self._kernels.pack(weights, bias, is_int8=self._is_int8), Epilogue.WRITE)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> GatedProduct:
+    def tied(self, weight: torch.Tensor) -> tuple[Product, Lookup | None] | None:
+        """See Products."""
+        packed = self._kernels.pack([weight], is_int8=self._is_int8)
+        # What is looked up is not rounded.
+        return _KernelProduct(self._kernels, packed, Epilogue.WRITE), None if self._is_int8 else packed.rows
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, epilogue: Epilogue) -> GatedProduct:
         """See Products."""
         packed = self._kernels.pack([gate, up], is_pair=True, is_int8=self._is_int8)
-        return _KernelProduct(self._kernels, packed, Epilogue.SILU_MUL)
+        return _KernelProduct(self._kernels, packed, epilogue)
 
 
 class _KernelProduct:
@@ -99,7 +126,7 @@ class _KernelProduct:
 
 
 class OneDnnProducts:
-    """By oneDNN, whose bfloat16 uses instructions (AMX, AVX512_BF16) that our kernels do not."""
+    """By oneDNN, whose bfloat16 uses AMX, which our kernels do not."""
 
     name = "oneDNN"
     wants_float32 = False
@@ -118,9 +145,13 @@ class OneDnnProducts:
         """See Products."""
         return _OneDnnProduct(torch.cat([weight.detach() for weight in weights]), bias)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> GatedProduct:
+    def tied(self, weight: torch.Tensor) -> tuple[Product, Lookup | None] | None:
         """See Products."""
-        return _Gated(self.linear([gate, up], None), self._kernels)
+        return None
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, epilogue: Epilogue) -> GatedProduct:
+        """See Products."""
+        return _Gated(self.linear([gate, up], None), self._kernels, epilogue)
 
 
 class _OneDnnProduct:
@@ -154,9 +185,13 @@ class TorchProducts:
         """See Products."""
         return _TorchProduct(torch.cat([weight.detach() for weight in weights]), bias)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> GatedProduct:
+    def tied(self, weight: torch.Tensor) -> tuple[Product, Lookup | None] | None:
         """See Products."""
-        return _Gated(self.linear([gate, up], None), self._kernels)
+        return None
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, epilogue: Epilogue) -> GatedProduct:
+        """See Products."""
+        return _Gated(self.linear([gate, up], None), self._kernels, epilogue)
 
 
 class _TorchProduct:
@@ -176,10 +211,10 @@ class _TorchProduct:
 
 
 class _Gated:
-    """silu(gate) x up after a product that gives both."""
+    """activation(gate) x up after a product that gives both."""
 
-    def __init__(self, both: Product, kernels: Kernels | None) -> None:
-        self._both, self._kernels = both, kernels
+    def __init__(self, both: Product, kernels: Kernels | None, epilogue: Epilogue) -> None:
+        self._both, self._kernels, self._epilogue = both, kernels, epilogue
         self.columns = both.columns // 2
         self.num_bytes = both.num_bytes
 
@@ -187,15 +222,15 @@ class _Gated:
         both = self._both.write(x, torch.empty(x.shape[0], 2 * self.columns, dtype=x.dtype))
         if self._kernels is None or self.columns % self._kernels.vector:
             gate, up = both.chunk(2, dim=1)
-            return F.silu(gate) * up
-        self._kernels.silu_mul(both, out)
+            return ACTIVATIONS[self._epilogue](gate) * up
+        self._kernels.gate(both, out, self._epilogue)
         return out
 
 
 def choose_products(kernels: Kernels | None, dtype: torch.dtype, columns: int, depth: int) -> Products | None:
     """Returns who multiplies weights [columns, depth] fastest on this machine; None to leave the model as it is.
 
-    Takes a fraction of a second: some products with 256 rows by each.
+    Takes a fraction of a second: some products by each, with rows as prompts and as decoding have them.
     """
     candidates: list[Products] = []
     if OneDnnProducts.suits(dtype):
@@ -206,12 +241,15 @@ def choose_products(kernels: Kernels | None, dtype: torch.dtype, columns: int, d
             candidates.append(TorchProducts(kernels))
     if len(candidates) < 2:
         return candidates[0] if candidates else None
-    x, weight = torch.randn(TRIAL_ROWS, depth, dtype=dtype), torch.randn(columns, depth, dtype=dtype)
-    out = torch.empty(TRIAL_ROWS, columns, dtype=dtype)
+    columns = min(columns, TRIAL_COLUMNS)
+    weight = torch.randn(columns, depth, dtype=dtype)
     trials = [candidate.linear([weight], None) for candidate in candidates]
-    times = [[_seconds(product, x, out) for product in trials] for _ in range(TRIALS)]
-    best = [min(row[i] for row in times) for i in range(len(trials))]
-    return candidates[best.index(min(best))]
+    costs = [0.0] * len(trials)
+    for rows, times in TRIAL_ROWS.items():
+        x, out = torch.randn(rows, depth, dtype=dtype), torch.empty(rows, columns, dtype=dtype)
+        seconds = [[_seconds(product, x, out) for product in trials] for _ in range(TRIALS)]
+        costs = [cost + times * min(one) for cost, one in zip(costs, zip(*seconds, strict=True), strict=True)]
+    return candidates[costs.index(min(costs))]
 
 
 def _seconds(product: Product, x: torch.Tensor, out: torch.Tensor) -> float:

@@ -35,6 +35,13 @@ struct bf16 {
     uint16_t bits;
 };
 
+// Whether weights of type W are multiplied in pairs along the depth.
+#if defined(__AVX512BF16__)
+template <class W> constexpr bool IN_PAIRS = sizeof(W) <= 2;
+#else
+template <class W> constexpr bool IN_PAIRS = sizeof(W) == 1;
+#endif
+
 inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
 inline void store(float* p, vf value) { *reinterpret_cast<vf_unaligned*>(p) = value; }
 inline vf load(const bf16* p) {
@@ -89,6 +96,11 @@ inline vf exponential(vf x) {
     return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + exponent);
 }
 inline vf silu(vf x) { return x / (1.0f + exponential(x < -88.0f ? vf{} + 88.0f : -x)); }
+// The approximation by tanh, written with (1 + tanh(u)) / 2 = 1 / (1 + e^-2u).
+inline vf gelu(vf x) {
+    vf u = -1.5957691216057308f * (x + 0.044715f * x * x * x);
+    return x / (1.0f + exponential(u > 88.0f ? vf{} + 88.0f : u));
+}
 inline vf tanh_(vf x) {
     vf e = exponential(x > 40.0f ? vf{} + 80.0f : 2.0f * x);
     return (e - 1.0f) / (e + 1.0f);
@@ -139,11 +151,40 @@ inline void tile_onto(const float* a, long lda, const W* b, long ldb, long depth
         for (int c = 0; c < C; ++c) store(out + r * ldo + c * VL, acc[r][c]);
 }
 
-// 8-bit weights: pairs of rows of B lie side by side, [depth / 2][NR][2]; A holds pairs of 16-bit integers.
+// Weights that are multiplied in pairs along the depth: pairs of rows of B lie side by side, [depth / 2][NR][2], and A
+// holds pairs of 16 bits.
+
+#if defined(__AVX512BF16__)
+// Numbers too small for a normal float count as zero.
+template <int R>
+inline void tile(const int32_t* a, long lda, const bf16* b, long ldb, long pairs, vf (&acc)[R][2]) {
+    for (long k = 0; k < pairs; ++k, b += ldb) {
+        __m512bh b0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
+        __m512bh b1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + 2 * VL));
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            __m512bh value = reinterpret_cast<__m512bh>(_mm512_set1_epi32(a[r * lda + k]));
+            acc[r][0] = _mm512_dpbf16_ps(acc[r][0], b0, value);
+            acc[r][1] = _mm512_dpbf16_ps(acc[r][1], b1, value);
+        }
+    }
+}
+#endif
+
+// 8-bit weights and 16-bit integers.
 template <int R>
 inline void tile(const int32_t* a, long lda, const int8_t* b, long pairs, vi (&acc)[R][2]) {
     for (long k = 0; k < pairs; ++k, b += 2 * NR) {
-#if defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
+        __m512i b0 = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+        __m512i b1 = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 2 * VL)));
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            __m512i value = _mm512_set1_epi32(a[r * lda + k]);
+            acc[r][0] = reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(acc[r][0]), b0, value));
+            acc[r][1] = reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(acc[r][1]), b1, value));
+        }
+#elif defined(__AVX512BW__)
         __m512i b0 = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
         __m512i b1 = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 2 * VL)));
 #pragma GCC unroll 16

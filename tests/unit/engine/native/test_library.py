@@ -95,6 +95,18 @@ def test_compiled_once_and_found_again_without_a_compiler(place: Place) -> None:
     assert sorted(path.name for path in place.named.iterdir()) == [library_name(BEST), "lock"]
 
 
+@pytest.mark.parametrize("said", ["error: unrecognized command-line option", "error: unknown argument:"])
+def test_a_compiler_that_does_not_know_the_best_instructions_compiles_for_others(place: Place, said: str) -> None:
+    place.monkeypatch.setattr(library, "supported", lambda: ("avx512bf16", "avx512vnni", "baseline"))
+    place.compiler(
+        f"""case "$*" in *-mavx512vnni*) echo "c++: {said} '-mavx512vnni'" >&2; exit 1;; esac
+        cp {place.prebuilt} "$out\""""
+    )
+    assert place.load() == place.named
+    assert (place.named / library_name(ALL["baseline"])).exists()
+    assert sum("does not know -mavx512vnni" in line for line in place.told) == 1
+
+
 @pytest.mark.parametrize(
     "damage",
     [
