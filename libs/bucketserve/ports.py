@@ -391,7 +391,11 @@ class Engine(Protocol):
         """
 
     def unload_adapter(self, fingerprint: str) -> bool:
-        """Forgets an adapter, unless a sequence here uses it; returns whether it is gone."""
+        """Forgets an adapter, unless a sequence here uses it; returns whether it is gone.
+
+        Raises:
+            EngineError: it can't be forgotten now, and is here still; says why.
+        """
 
     def step(self) -> StepOutput:
         """Runs one forward pass over what is queued and running; returns at once, empty, if there is nothing."""
