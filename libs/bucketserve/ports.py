@@ -316,8 +316,6 @@ class EngineInfo:
     dtype: str
     context_tokens: int
     kv_bytes_per_token: int
-    pays_padding: bool
-    """Whether it computes padding tokens (padded batches) or none (packed batches)."""
     kv_layout: str
     """Number type and shape of the KV of a token; engines whose layouts agree may exchange KV. Empty: it hands none
     over and takes none, and refuses sequences with hands_over set."""
