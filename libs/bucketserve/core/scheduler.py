@@ -93,18 +93,14 @@ class SchedulerCore:
         running: Mapping[Request, WorkerId],
         edges: Sequence[int],
         outputs: Mapping[str, Sequence[int]],
-        was_led: bool = False,
     ) -> None:
-        """Takes over what a store holds: what waits is parked until its gateway says it again (RequestResumed).
-
-        was_led: another scheduler led before, from which workers and gateways come.
-        """
+        """Takes over what a store holds: what waits is parked until its gateway says it again (RequestResumed)."""
         for request in parked:
             self._lives.park(request)
         for request, worker_id in running.items():
             self._lives.place(self._lives.park(request), worker_id, 0)
         self._fleet.outputs.restore(outputs)
-        if was_led:
+        if edges or outputs:
             self._leaving.take_over()
             self._patience.take_over()
         if edges:

@@ -406,13 +406,7 @@ class SchedulingLoop:
                 await asyncio.sleep(STORE_RETRY_S)
         now_s = self._deps.clock()
         parked, running = self._tickets.restore(snapshot, now_s)
-        self.core.restore(
-            parked=parked,
-            running=running,
-            edges=snapshot.edges,
-            outputs=snapshot.outputs,
-            was_led=leadership.epoch > 1,
-        )
+        self.core.restore(parked=parked, running=running, edges=snapshot.edges, outputs=snapshot.outputs)
         lost_s = now_s + self._deps.settings.worker_lease_s
         self._expected.update((id_, lost_s) for id_ in set(running.values()) if id_ not in self.workers)
 

@@ -64,10 +64,11 @@ class GatewayPeers:
     """Of those that have open runs and are not connected."""
     _ended: dict[str, _End] = field(default_factory=dict)
     """By run id, for REMEMBER_S; oldest first."""
-    _adapters: scheduler_pb2.ServedAdapters = field(default_factory=scheduler_pb2.ServedAdapters)
+    adapters: scheduler_pb2.ServedAdapters = field(default_factory=scheduler_pb2.ServedAdapters)
+    """What connected gateways were told last."""
 
     def connect(self, peer: GatewayPeer) -> None:
-        """Registers a stream and tells it which adapters there are; an older one of the same process is closed.
+        """Registers a stream; an older one of the same process is closed.
 
         Raises:
             PeerRefusedError: another process is connected under the same id.
@@ -78,7 +79,6 @@ class GatewayPeers:
             older.outbox.close()
         self._connected[peer.gateway_id] = peer
         self._absent_since.pop(peer.gateway_id, None)
-        peer.outbox.send(scheduler_pb2.SubmitResponse(adapters=self._adapters))
 
     def disconnect(self, peer: GatewayPeer, now_s: float) -> None:
         """Forgets a stream, unless a newer one took its place; the gateway's lease starts to run."""
@@ -151,8 +151,8 @@ class GatewayPeers:
     def tell_adapters(self, adapters: Iterable[scheduler_pb2.ServedAdapter]) -> None:
         """Tells every gateway which adapters there are, if that has changed."""
         served = scheduler_pb2.ServedAdapters(adapters=adapters)
-        if served != self._adapters:
-            self._adapters = served
+        if served != self.adapters:
+            self.adapters = served
             for peer in self._connected.values():
                 peer.outbox.send(scheduler_pb2.SubmitResponse(adapters=served))
 

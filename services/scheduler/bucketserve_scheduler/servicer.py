@@ -81,6 +81,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         )
         try:
             yield scheduler_pb2.SubmitResponse(hello=self._hello())
+            yield scheduler_pb2.SubmitResponse(adapters=self._gateways.adapters)
             async for message in peer.outbox.messages():
                 yield message
         finally:

@@ -93,7 +93,7 @@ class World:
 
     def begin(self, parked: tuple, running: dict, edges: tuple[int, ...]) -> None:
         self.core = SchedulerCore(self.settings, self.context_tokens)
-        self.core.restore(parked=parked, running=running, edges=edges, outputs=self.outputs, was_led=True)
+        self.core.restore(parked=parked, running=running, edges=edges, outputs=self.outputs)
         self.dispatched: Counter[RequestId] = Counter()
         self.logs.append(((self.context_tokens, parked, running, edges, dict(self.outputs)), []))
 
@@ -487,6 +487,6 @@ class World:
         """The same events at the same times bring the same decisions."""
         for (context_tokens, parked, running, edges, outputs), steps in self.logs:
             core = SchedulerCore(self.settings, context_tokens)
-            core.restore(parked=parked, running=running, edges=edges, outputs=outputs, was_led=True)
+            core.restore(parked=parked, running=running, edges=edges, outputs=outputs)
             for now_s, events, decision in steps:
                 assert core.step(events, now_s) == decision

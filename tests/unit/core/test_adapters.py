@@ -82,7 +82,7 @@ def test_after_a_takeover_what_nobody_may_serve_waits_for_workers_that_are_still
     able = replace(with_adapters("able", "X"), tokenizer=wants.get("tokenizer", "T1"), has_grammars=True)
     for has_come, latest_s in ((True, 29.0), (False, 31.0)):
         under_test = core()
-        under_test.restore(parked=[], running={}, edges=(), outputs={}, was_led=True)
+        under_test.restore(parked=[], running={}, edges=(4097,), outputs={})
         assert not refusals(under_test.step([plain, *submitted("a", **wants)], 0.0))
         # Others are served meanwhile, and what is still to come has its own time.
         assert batches(under_test.step(submitted("b", tokenizer="T1"), 9.0))[0].request_ids == ("b",)

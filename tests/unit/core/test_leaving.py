@@ -256,7 +256,7 @@ def test_a_worker_that_comes_back_with_output_is_not_released_for_that() -> None
 def test_a_new_leader_gives_gateways_time_to_say_what_the_one_before_lost_last() -> None:
     for led, others in ((True, False), (False, False), (True, True)):
         under_test = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
-        under_test.restore(parked=[], running={}, edges=(), outputs={}, was_led=led)
+        under_test.restore(parked=[], running={}, edges=(4097,) if led else (), outputs={})
         fleet = [of("p", PREFILL), of("d", DECODE), *([of("p2", PREFILL)] if others else [])]
         decision = under_test.step([*fleet, *draining("p")], 5.0)
         assert bool(released(decision)) is (others or not led)
