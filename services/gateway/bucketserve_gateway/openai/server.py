@@ -200,7 +200,8 @@ class _Connection(HttpToolsProtocol):
         """Cuts the connection, unless its client takes what was sent."""
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(_Gathering(transport, self.loop))
+        gathering: Any = _Gathering(transport, self.loop)
+        super().connection_made(gathering)
         if len(self.connections) > self._max_connections:
             transport.abort()
             return
