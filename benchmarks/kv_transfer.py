@@ -80,7 +80,6 @@ async def serve(num_bytes: int) -> None:
         dtype="",
         context_tokens=1,
         kv_bytes_per_token=1,
-        pays_padding=False,
         kv_layout="L",
     )
     servicer = WorkerServicer(worker, Deployment(), model="", info=info)  # type: ignore[arg-type]

@@ -1,11 +1,12 @@
-"""Writes docs/metrics.md from the catalogue in telemetry/names.py; --check fails if it is not current."""
+"""Writes docs/metrics.md from the catalogues of bucketserve.telemetry; --check fails if it is not current."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from bucketserve.telemetry.names import ATTRIBUTES, METRICS, SPANS, Service
+from bucketserve.telemetry.names import METRICS, Service
+from bucketserve.telemetry.spans import ATTRIBUTES, SPANS
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 
@@ -14,7 +15,7 @@ def document() -> str:
     lines = [
         "# Metrics and traces",
         "",
-        "Made from `bucketserve.telemetry.names` by `scripts/metrics_doc.py`; `make docs` writes it again.",
+        "Made from `bucketserve.telemetry` by `scripts/metrics_doc.py`; `make docs` writes it again.",
         "",
         "Each service answers Prometheus at `/metrics` on its `metrics_listen` address. No label carries an id.",
         "Beside what follows all of them export `process_*` (CPU seconds, resident memory, open files) and",

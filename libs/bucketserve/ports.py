@@ -316,8 +316,6 @@ class EngineInfo:
     dtype: str
     context_tokens: int
     kv_bytes_per_token: int
-    pays_padding: bool
-    """Whether it computes padding tokens (padded batches) or none (packed batches)."""
     kv_layout: str
     """Number type and shape of the KV of a token; engines whose layouts agree may exchange KV. Empty: it hands none
     over and takes none, and refuses sequences with hands_over set."""
@@ -391,7 +389,11 @@ class Engine(Protocol):
         """
 
     def unload_adapter(self, fingerprint: str) -> bool:
-        """Forgets an adapter, unless a sequence here uses it; returns whether it is gone."""
+        """Forgets an adapter, unless a sequence here uses it; returns whether it is gone.
+
+        Raises:
+            EngineError: it can't be forgotten now, and is here still; says why.
+        """
 
     def step(self) -> StepOutput:
         """Runs one forward pass over what is queued and running; returns at once, empty, if there is nothing."""

@@ -109,15 +109,19 @@ def test_the_image_is_built_or_the_build_fails() -> None:
     assert not any(word in stage for stage in shipped for word in ("wheels", "g++", "pip"))
 
 
-def test_a_second_model_is_served_beside_the_first() -> None:
-    files = ("docker-compose.yml", "docker-compose.models.yml")
-    refused = config(*files)
-    assert refused.returncode != 0 and "name the folder of a model" in refused.stderr
-    done = config(*files, BUCKETSERVE_SECOND="/some/model")
+def with_overlay(file: str, wants: str, **environ: str) -> dict:
+    """The services with another file over docker-compose.yml, which is refused without the variable that it wants."""
+    refused = config("docker-compose.yml", file)
+    assert refused.returncode != 0 and wants in refused.stderr
+    done = config("docker-compose.yml", file, **environ)
     assert done.returncode == 0, done.stderr
-    plain, found = json.loads(config(files[0]).stdout)["services"], json.loads(done.stdout)["services"]
-    assert found.keys() - plain.keys() == {"worker-second"}
-    assert {name for name in plain if plain[name] != found[name]} == {"gateway"}
+    return json.loads(done.stdout)["services"]
+
+
+def test_a_second_model_is_served_beside_the_first(services: dict) -> None:
+    found = with_overlay("docker-compose.models.yml", "name the folder of a model", BUCKETSERVE_SECOND="/some/model")
+    assert found.keys() - services.keys() == {"worker-second"}
+    assert {name for name in services if services[name] != found[name]} == {"gateway"}
     environ = found["gateway"]["environment"]
     gateway = load_settings({"gateway": GatewaySettings}, environ=environ).sections["gateway"]
     ModelNames(gateway.models, gateway.aliases)
@@ -135,18 +139,13 @@ def test_a_second_model_is_served_beside_the_first() -> None:
         assert (mount["source"], mount["target"], mount["read_only"]) == ("/some/model", "/models/second", True)
 
 
-def test_locked_all_of_ours_have_papers_and_the_gateway_keys() -> None:
-    files = ("docker-compose.yml", "docker-compose.tls.yml")
-    refused = config(*files)
-    assert refused.returncode != 0 and "name a folder with ca.pem" in refused.stderr
-    done = config(*files, BUCKETSERVE_SECRETS="/some/where")
-    assert done.returncode == 0, done.stderr
-    plain = json.loads(config(files[0]).stdout)["services"]
-    for name, service in json.loads(done.stdout)["services"].items():
+def test_locked_all_of_ours_have_papers_and_the_gateway_keys(services: dict) -> None:
+    found = with_overlay("docker-compose.tls.yml", "name a folder with ca.pem", BUCKETSERVE_SECRETS="/some/where")
+    for name, service in found.items():
         if name in ("redis", "jaeger"):
-            assert service == plain[name]
+            assert service == services[name]
             continue
-        assert service["environment"].items() > plain[name]["environment"].items()
+        assert service["environment"].items() > services[name]["environment"].items()
         tls = load_settings({"tls": TlsSettings}, environ=service["environment"]).sections["tls"]
         assert (tls.ca_file, tls.peer_name) == ("/run/bucketserve/ca.pem", "bucketserve")
         (mount,) = service["volumes"]

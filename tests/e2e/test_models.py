@@ -31,7 +31,7 @@ from tests.e2e.openai_client import TEXT, sdk, url
 
 pytestmark = pytest.mark.e2e
 
-KEYS = {"all": new_key(), "toy": new_key(), "swift": new_key()}
+KEYS = {"all": new_key(), "toy": new_key(), "swift": new_key(), "ghost": new_key()}
 DEMO, TOY = "demo", "toy"
 ALIASES = {"swift": TOY, "org/toy:latest": TOY, "scripture": DEMO}
 PROMPT = "And the king said"
@@ -43,6 +43,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     """The demo model, computed, and beside it one of the fake engine at two workers."""
     folder = tmp_path_factory.mktemp("two")
     of_models = {"all": "", "toy": 'models = ["toy"]\n', "swift": 'models = ["swift"]\n'}
+    of_models["ghost"] = 'models = ["toy", "ghost", "toy:*"]\n'
     tables = [
         f'[[keys]]\nname = "{name}"\nsha256 = "{hash_of(key)}"\ntenant = "{name}"\n{of_models[name]}'
         for name, key in KEYS.items()
@@ -184,6 +185,48 @@ async def test_a_key_for_a_model_is_for_all_its_names_and_no_other_model(two: Lo
         assert [(len(result.token_ids), result.error_reason) for result in results] == [(2, "")]
         with pytest.raises(ForbiddenError):
             await jobs.submit([request_from_json({"token_ids": [5], "model": "scripture"})])
+
+
+async def test_an_error_names_no_model_that_the_key_is_not_for(two: LocalStack) -> None:
+    said: list[str] = []
+    line = request_from_json({"token_ids": [5], "model": "ghost"})
+    async with client_of(two, "ghost") as client, JobClient(two.gateway_address, api_key=KEYS["ghost"]) as jobs:
+        for name in ("ghost", "toy:ghost"):
+            for call in (answer(client, name, token_ids=[5]), client.tokenize(PROMPT, model=name), jobs.submit([line])):
+                with pytest.raises(UnknownModelError) as unknown:
+                    await call
+                said.append(str(unknown.value))
+    async with sdk(two, key=KEYS["ghost"]) as other:
+        for call in (
+            other.completions.create(model="ghost", prompt=PROMPT),
+            other.chat.completions.create(model="toy:ghost", messages=[{"role": "user", "content": "a"}], stream=True),
+            other.models.retrieve("ghost"),
+        ):
+            with pytest.raises(openai.NotFoundError) as missing:
+                await call
+            said.append(missing.value.message)
+        batch = await ended(other, (await start(other, jsonl(text_line("a", model="ghost")), TEXT)).id)
+        assert batch.errors and batch.errors.data
+        said.append(str(batch.errors.data[0].message))
+    metadata = [("authorization", f"Bearer {KEYS['ghost']}")]
+    async with grpc.aio.insecure_channel(two.gateway_address) as channel:
+        triton = kserve_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = kserve_pb2.ModelInferRequest(model_name="ghost")
+        request.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a")
+        for call in (
+            triton.ModelInfer(request, metadata=metadata),
+            triton.ModelMetadata(kserve_pb2.ModelMetadataRequest(name="ghost"), metadata=metadata),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await call
+            said.append(str(failed.value.details()))
+        said += [answer.error_message async for answer in triton.ModelStreamInfer(iter([request]), metadata=metadata)]
+        engine = vllm_pb2_grpc.VllmEngineStub(channel)
+        info = await engine.GetModelInfo(vllm_pb2.GetModelInfoRequest(), metadata=metadata)
+        assert info.served_model_name == TOY
+    assert len(said) == 13
+    for text in said:
+        assert text.endswith("served: toy, org/toy:latest, swift"), text
 
 
 async def test_a_pool_goes_and_comes_while_the_other_serves(two: LocalStack, truth: list[int]) -> None:

@@ -17,14 +17,16 @@ import jsonschema
 import openai
 import pytest
 from pydantic import BaseModel, Field, create_model
+from tokenizers import Tokenizer
 
 from bucketserve.client import BucketServeClient, Chunk, Finished
 from bucketserve.core.errors import InvalidRequestError
-from bucketserve.facades import vllm_pb2, vllm_pb2_grpc
+from bucketserve.facades import kserve_pb2, kserve_pb2_grpc, vllm_pb2, vllm_pb2_grpc
 from bucketserve.job_client import JobClient, request_from_json
 from bucketserve.v1 import common_pb2
 from bucketserve_cli.stack import LocalStack
 from tests.cli import run_command
+from tests.e2e.conftest import DEMO_MODEL
 from tests.e2e.observe import events, eventually, metric
 from tests.e2e.test_kserve import seen as triton
 
@@ -365,3 +367,35 @@ async def test_hostile_schemas_end_or_are_refused_and_harm_nobody(stack: LocalSt
         assert (text, end.reason) == ("well", common_pb2.FINISH_REASON_STOP)
     for service in ("gateway", "worker-0"):
         assert not events(stack, service, "rpc.failed")
+
+
+@pytest.mark.stack(**MODEL)
+async def test_any_object_is_the_same_in_pieces_and_by_each_protocol(stack: LocalStack) -> None:
+    """json_object, which is LangChain's json_mode."""
+    tokenizer, ends = Tokenizer.from_file(f"{DEMO_MODEL}/tokenizer.json"), list[str]()
+    form: Any = {"type": "json_object"}
+    # Else the demo model would go on and on.
+    biases = {str(tokenizer.token_to_id(token)): 8 for token in '"}'}
+    async with sdk(stack) as client, grpc.aio.insecure_channel(stack.gateway_address) as channel:
+        triton, engine = kserve_pb2_grpc.GRPCInferenceServiceStub(channel), vllm_pb2_grpc.VllmEngineStub(channel)
+        for seed in range(3):
+            same: dict[str, Any] = {"max_tokens": 150, "temperature": 1.5, "seed": seed, "logit_bias": biases}
+            asked = {"model": "demo", "prompt": "Tell me", "extra_body": {"response_format": form}, **same}
+            whole = (await client.completions.create(**asked)).choices[0]
+            pieces = [chunk.choices[0] async for chunk in await client.completions.create(stream=True, **asked)]
+            request = kserve_pb2.ModelInferRequest(model_name="demo")
+            for name, value in (("text_input", "Tell me"), ("sampling_parameters", json.dumps(same))):
+                tensor = request.inputs.add(name=name, datatype="BYTES", shape=[1])
+                tensor.contents.bytes_contents.append(value.encode())
+            request.parameters["response_format"].string_param = json.dumps(form)
+            (text, *_) = (await triton.ModelInfer(request)).outputs
+            same["logit_bias"] = {int(token_id): bias for token_id, bias in biases.items()}
+            params = vllm_pb2.SamplingParams(json_object=True, **same)
+            answers = engine.Generate(vllm_pb2.GenerateRequest(text="Tell me", sampling_params=params))
+            ids = [token_id async for answer in answers for token_id in answer.complete.output_ids]
+            found = {whole.text, "".join(piece.text for piece in pieces), text.contents.bytes_contents[0].decode()}
+            assert found == {tokenizer.decode(ids)}
+            ends.append(str(whole.finish_reason))
+            assert pieces[-1].finish_reason == whole.finish_reason
+            assert isinstance(json.loads(whole.text), dict) if ends[-1] == "stop" else whole.text[0] == "{"
+    assert "stop" in ends

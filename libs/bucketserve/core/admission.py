@@ -38,9 +38,12 @@ class Admission:
         self._batch_requests = 0
         self._batch_tokens = 0
 
-    def refusal(self, request: Request, now_s: float) -> tuple[RefuseReason, float] | None:
-        """Returns why a request is refused and after how many seconds to try again; None if it is let in."""
-        reason = self._reason(request, now_s)
+    def refusal(self, request: Request, now_s: float, *, may_wait: bool) -> tuple[RefuseReason, float] | None:
+        """Returns why a request is refused and after how many seconds to try again; None if it is let in.
+
+        may_wait: one that no worker here may serve is let in all the same.
+        """
+        reason = self._reason(request, now_s, may_wait)
         return None if reason is None else (reason, self._retry_after_s(request, reason, now_s))
 
     def entered(self, request: Request) -> None:
@@ -59,14 +62,16 @@ class Admission:
         """Returns when to come back if it is not known what for to wait."""
         return min(max(self.drain.seconds_for(self._lanes.num_tokens), MIN_RETRY_S), MAX_RETRY_S)
 
-    def _reason(self, request: Request, now_s: float) -> RefuseReason | None:
+    def _reason(self, request: Request, now_s: float, may_wait: bool) -> RefuseReason | None:
         settings, tokens = self._settings, request.prefill_tokens
-        if not self._fleet.serves(request):
+        is_served = self._fleet.serves(request)
+        if not is_served and not may_wait:
             if not self._fleet.serves(replace(request, needs_grammar=False, adapter="")):
                 return RefuseReason.OTHER_TOKENIZER
             has_adapter = self._fleet.serves(replace(request, needs_grammar=False))
             return RefuseReason.NO_GRAMMARS if has_adapter else RefuseReason.NO_ADAPTER
-        if request.reserved_tokens > self._lanes.context_tokens or not self._fleet.could_hold(request):
+        can_be_held = not is_served or self._fleet.could_hold(request)
+        if request.reserved_tokens > self._lanes.context_tokens or not can_be_held:
             return RefuseReason.TOO_LARGE
         if len(self._lanes) >= settings.max_queued_requests:
             return RefuseReason.QUEUE_REQUESTS

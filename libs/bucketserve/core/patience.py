@@ -7,6 +7,7 @@ wait as ever until there has been none for as long; from then on there is no mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from bucketserve.core.due import DueTimes
@@ -44,10 +45,22 @@ class Patience:
         """When each is given up, if it is stuck until then without a break."""
         self._held_since: dict[RequestId, float] = {}
         """Since when KV is held of which a worker has said so in this step."""
+        self._took_over, self._since_s = False, -math.inf
+        """Whether another led before, until the first step; and when that was."""
         self._alone_since_s: float | None = None
         """Since when nobody computes prompts; None: somebody does, or nobody has looked yet."""
         self._num_counted = 0
         """Changes of the fleet after which orphans were looked at."""
+
+    def take_over(self) -> None:
+        """Another led before: its workers are on their way here."""
+        self._took_over = True
+
+    def is_incomplete(self, now_s: float) -> bool:
+        """Whether workers of the leader before may still be missing; to be asked in each step."""
+        if self._took_over:
+            self._took_over, self._since_s = False, now_s
+        return now_s - self._since_s < REJOIN_S
 
     def is_alone(self, now_s: float) -> bool:
         """Whether nobody has computed prompts for PATIENCE_S, nor in this step; to be asked in each step."""

@@ -55,15 +55,12 @@ from bucketserve.core.queue import Queue
 from bucketserve.core.roles import RoleBalancer
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.tenants import TenantBook
-from bucketserve.core.types import FinishReason, Request, RequestId, RunningRequest, WorkerId
+from bucketserve.core.types import NO_WORKER_RETRY_S, FinishReason, Request, RequestId, RunningRequest, WorkerId
 from bucketserve.core.views import CoreView, view
 from bucketserve.core.waste import WasteBook
 from bucketserve.core.workers import WorkerState
 
 __all__ = ["SchedulerCore"]
-
-RETURN_S = 5.0
-"""After which who was refused for want of any worker may look again."""
 
 
 class SchedulerCore:
@@ -105,6 +102,7 @@ class SchedulerCore:
         self._fleet.outputs.restore(outputs)
         if edges or outputs:
             self._leaving.take_over()
+            self._patience.take_over()
         if edges:
             self._extend(edges[-1] - 1)
             self._edges.restore(edges, self._lanes)
@@ -121,6 +119,7 @@ class SchedulerCore:
             now_s: never less than in the step before.
         """
         self._commands, self._drops = [], []
+        self._patience.is_incomplete(now_s)
         self._patience.is_alone(now_s)
         faults = [fault for event in events if (fault := self._try(event, now_s))]
         for life in self._patience.late(now_s):
@@ -203,9 +202,9 @@ class SchedulerCore:
         if self._lives.get(request.request_id) is not None:
             return
         request = self._affinity.expected(request)
-        refusal = self._admission.refusal(request, now_s)
+        refusal = self._admission.refusal(request, now_s, may_wait=self._patience.is_incomplete(now_s))
         if refusal is None and self._patience.is_alone(now_s):
-            refusal = RefuseReason.NO_WORKER, RETURN_S
+            refusal = RefuseReason.NO_WORKER, NO_WORKER_RETRY_S
         if refusal:
             self._commands.append(RefuseRequest(request.request_id, *refusal))
             return

@@ -12,6 +12,7 @@ from typing import NewType
 
 __all__ = [
     "MAX_PREEMPTIONS",
+    "NO_WORKER_RETRY_S",
     "Batch",
     "BatchId",
     "Bucket",
@@ -34,6 +35,8 @@ The next attempt has another name, so that nothing that arrives late can touch w
 """
 MAX_PREEMPTIONS = 2
 """Of a request, over all its attempts."""
+NO_WORKER_RETRY_S = 5.0
+"""After which a client may come again who was refused for want of any worker, or has waited in vain for one."""
 WorkerId = NewType("WorkerId", str)
 BatchId = NewType("BatchId", str)
 

@@ -122,7 +122,6 @@ class FakeEngine:
             dtype="none",
             context_tokens=self.settings.context_tokens,
             kv_bytes_per_token=KV_BYTES,
-            pays_padding=False,
             kv_layout="fake",
             fingerprint=settings_fingerprint({"engine": "fake", "vocab_size": self.settings.vocab_size}),
             max_adapters=self.settings.max_adapters,

@@ -218,7 +218,6 @@ def build_engine(
             dtype=_name_of(dtype),
             context_tokens=context,
             kv_bytes_per_token=per_token,
-            pays_padding=False,
             kv_layout=memory.layout,
             fingerprint=fingerprint,
             tokenizer=tokenizer,

@@ -244,9 +244,12 @@ class VllmEngine:
         """See ports.Engine."""
         if any(s.spec.adapter == fingerprint for s in (*self._waiting.values(), *self._begun.values())):
             return False
-        request = self._adapters.pop(fingerprint, None)
-        if request is not None:
-            self._vllm.remove_lora(request.lora_int_id)
+        if request := self._adapters.get(fingerprint):
+            try:
+                self._vllm.remove_lora(request.lora_int_id)
+            except Exception as error:  # whatever vLLM comes upon: it is not computing
+                raise EngineError(f"vLLM can't unload it: {first_line(error)}") from error
+            del self._adapters[fingerprint]
         return True
 
     def has_work(self) -> bool:

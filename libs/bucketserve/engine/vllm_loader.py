@@ -295,7 +295,6 @@ def _around(engine: Any, settings: VllmSettings, directory: Path) -> VllmEngine:
         dtype=dtype,
         context_tokens=int(model.max_model_len),
         kv_bytes_per_token=_bytes_per_token(engine.engine_core.engine_core.scheduler.kv_cache_config),
-        pays_padding=False,
         kv_layout="",
         fingerprint=model_fingerprint(
             directory, engine=" ".join([ENGINE, VLLM_VERSION, *numeric]), dtype=dtype, quantization="none"

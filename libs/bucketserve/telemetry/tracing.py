@@ -27,7 +27,7 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from bucketserve.telemetry.names import SPANS
+from bucketserve.telemetry.spans import SPANS
 
 __all__ = ["Tracing"]
 

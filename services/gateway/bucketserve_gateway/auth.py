@@ -21,7 +21,7 @@ from bucketserve.v1 import inference_pb2, job_pb2
 from bucketserve_gateway.adapters import split_adapter
 from bucketserve_gateway.admission import HEALTH
 from bucketserve_gateway.keys import EVERYBODY, Grant, Limits, Scope, hash_of, read_keys_file
-from bucketserve_gateway.names import ModelNames
+from bucketserve_gateway.names import ModelNames, may_hear
 
 if TYPE_CHECKING:
     from bucketserve_gateway.tokens import Tokens
@@ -272,6 +272,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             return await continuation(handler_call_details)
         metadata = handler_call_details.invocation_metadata or ()
         identity = self._keys.identify({key: value for key, value in metadata if isinstance(value, str)})
+        may_hear.set(identity.may_use)
         handler = await continuation(handler_call_details)
         if handler is None:
             return None

@@ -156,12 +156,14 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         # It runs in what others leave: refused for a target of its own it would be tried again for ever.
         request.ClearField("slo")
         try:
-            validate(request, self._catalog, max_prompt_bytes=self._settings.max_prompt_bytes)
+            valid = validate(request, self._catalog, max_prompt_bytes=self._settings.max_prompt_bytes)
         except InvalidRequestError as error:
             where = f"items[{index}]"
             raise InvalidRequestError(
                 [FieldViolation(f"{where}.{v.field}", v.description) for v in error.violations]
             ) from None
+        # The model that its sender's key is for: by the time it runs an alias may mean another one.
+        request.model = valid.model.card.name
         if not request.sampling.HasField("seed"):
             # Fixed here, so that a request that is started again elsewhere draws the same.
             request.sampling.seed = index + 1

@@ -5,14 +5,17 @@ The only place that knows; from here on everybody speaks of a model by its own n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 
 from bucketserve.core.errors import SettingsError, UnknownModelError
 from bucketserve_gateway.adapters import split_adapter
 
-__all__ = ["ModelNames"]
+__all__ = ["ModelNames", "may_hear"]
 
 MAX_NAME_CHARACTERS = 128
+may_hear: ContextVar[Callable[[str], bool]] = ContextVar("may_hear", default=lambda name: True)
+"""Whether the caller of the call in hand may learn that a model has that name; set where he is identified."""
 
 
 class ModelNames:
@@ -63,7 +66,7 @@ class ModelNames:
         return tuple(alias for alias, its in self._model_of.items() if its == model)
 
     def unknown(self, name: str, adapters: Sequence[str] = ()) -> UnknownModelError:
-        """Returns the error that a name stands for no model; says which do, with these adapters."""
-        served = [*self._models, *adapters, *self._model_of]
+        """Returns the error that a name stands for no model; says which do, with these adapters, that he may use."""
+        served = [known for known in (*self._models, *adapters, *self._model_of) if may_hear.get()(known)]
         message = "" if name else f"name a model: several are served here: {', '.join(served)}"
         return UnknownModelError(name, served, message)

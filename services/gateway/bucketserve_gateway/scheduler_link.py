@@ -17,6 +17,7 @@ from bucketserve.core.errors import (
     OverloadedError,
     UnavailableError,
 )
+from bucketserve.core.types import NO_WORKER_RETRY_S
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.leader import LeaderSearch
 from bucketserve.rpc.listening import hang_up, messages_while_alive
@@ -34,8 +35,6 @@ SPREAD_S = 4.0
 """Many that became silent together are submitted again over so long, and so from then on: prompts are large."""
 FEW = 100
 """So many at once are no burden."""
-RETURN_S = 5.0
-"""After which a client may come again whose request has waited in vain for any worker."""
 FULL_S = 1.0
 """One that was admitted is submitted again so long after a full store did not take its next attempt."""
 
@@ -193,7 +192,7 @@ def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
             message = "no worker is left that could go on: none has its weights, tokenizer, adapter or grammars"
             opened.fail(UnavailableError(message, reason="NO_LIKE_WORKER"))
         case scheduler_pb2.DROP_REASON_NO_WORKER:
-            opened.fail(_no_worker(opened.model, RETURN_S))
+            opened.fail(_no_worker(opened.model, NO_WORKER_RETRY_S))
         case scheduler_pb2.DROP_REASON_INTERNAL:
             opened.fail(EngineError("the scheduler failed on the request"))
         case _:

@@ -17,7 +17,7 @@ from bucketserve.rpc.server import RpcServer
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
-from bucketserve_scheduler.adapters import new_core, stores
+from bucketserve_scheduler.factories import new_core, stores
 from bucketserve_scheduler.loop import LoopDeps, SchedulingLoop
 from bucketserve_scheduler.peers import GatewayPeers
 from bucketserve_scheduler.seat import SEAT, Seat
@@ -169,11 +169,12 @@ async def serve(
             try:
                 await server.start()
                 health = tasks.create_task(_show_health(server, seat), name="health")
+                adapters = tasks.create_task(servicer.tell_adapters(), name="adapters")
                 checks = tasks.create_task(_check_store(store, deps.telemetry), name="store-check")
                 outlets.log.info("scheduler.ready", listen=settings.listen, policy=settings.policy)
                 await stop.wait()
-                health.cancel()
-                checks.cancel()
+                for task in (health, adapters, checks):
+                    task.cancel()
                 await server.set_serving(False)
                 await loops.leave()
                 gateways.part_with_all()

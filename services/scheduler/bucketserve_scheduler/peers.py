@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from bucketserve.core.errors import PeerRefusedError
@@ -63,6 +64,8 @@ class GatewayPeers:
     """Of those that have open runs and are not connected."""
     _ended: dict[str, _End] = field(default_factory=dict)
     """By run id, for REMEMBER_S; oldest first."""
+    adapters: scheduler_pb2.ServedAdapters = field(default_factory=scheduler_pb2.ServedAdapters)
+    """What connected gateways were told last."""
 
     def connect(self, peer: GatewayPeer) -> None:
         """Registers a stream; an older one of the same process is closed.
@@ -144,6 +147,14 @@ class GatewayPeers:
                 break
             del self._ended[oldest]
         self._ended[dropped.run_id] = _End(now_s, gateway_id, dropped)
+
+    def tell_adapters(self, adapters: Iterable[scheduler_pb2.ServedAdapter]) -> None:
+        """Tells every gateway which adapters there are, if that has changed."""
+        served = scheduler_pb2.ServedAdapters(adapters=adapters)
+        if served != self.adapters:
+            self.adapters = served
+            for peer in self._connected.values():
+                peer.outbox.send(scheduler_pb2.SubmitResponse(adapters=served))
 
     def part_with_all(self) -> None:
         """Ends every gateway's stream once it has been told everything."""

@@ -79,14 +79,13 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         beat = asyncio.create_task(
             _beat(peer.outbox, lambda: scheduler_pb2.SubmitResponse(heartbeat=self._heartbeat()))
         )
-        teller = asyncio.create_task(self._tell_adapters(peer.outbox))
         try:
             yield scheduler_pb2.SubmitResponse(hello=self._hello())
+            yield scheduler_pb2.SubmitResponse(adapters=self._gateways.adapters)
             async for message in peer.outbox.messages():
                 yield message
         finally:
             beat.cancel()
-            teller.cancel()
             self._gateways.disconnect(peer, self._clock())
             await end_task(reader, grpc.RpcError)
 
@@ -127,6 +126,20 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         return scheduler_pb2.GetStatusResponse(
             scheduler=self._hello(), models=[self._model_status(loop) for loop in self._loops()]
         )
+
+    async def tell_adapters(self) -> None:
+        """Tells gateways which adapters there are, for ever."""
+        while True:
+            self._gateways.tell_adapters(
+                [
+                    scheduler_pb2.ServedAdapter(model=loop.model, adapter=adapter)
+                    for loop in self._loops()
+                    for peer in loop.workers.values()
+                    if not peer.is_draining
+                    for adapter in peer.hello.adapters.adapters
+                ]
+            )
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def _read_gateway(self, requests: SubmitRequests, peer: GatewayPeer) -> None:
         try:
@@ -175,26 +188,6 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
 
     def _hello(self) -> scheduler_pb2.SchedulerHello:
         return scheduler_pb2.SchedulerHello(scheduler_id=self._scheduler_id, epoch=self._epoch())
-
-    async def _tell_adapters(self, outbox: Outbox[scheduler_pb2.SubmitResponse]) -> None:
-        """Says which adapters there are, at once and when that has changed, until the stream ends."""
-        told: scheduler_pb2.ServedAdapters | None = None
-        while not outbox.is_closed:
-            if (served := self._served_adapters()) != told:
-                outbox.send(scheduler_pb2.SubmitResponse(adapters=served))
-                told = served
-            await asyncio.sleep(HEARTBEAT_S)
-
-    def _served_adapters(self) -> scheduler_pb2.ServedAdapters:
-        return scheduler_pb2.ServedAdapters(
-            adapters=[
-                scheduler_pb2.ServedAdapter(model=loop.model, adapter=adapter)
-                for loop in self._loops()
-                for peer in loop.workers.values()
-                if not peer.is_draining
-                for adapter in peer.hello.adapters.adapters
-            ]
-        )
 
     def _model_status(self, loop: SchedulingLoop) -> scheduler_pb2.ModelStatus:
         now_s = self._clock()

@@ -24,7 +24,8 @@ class SchedulerSettings(Section):
     redis_url: Annotated[str, AfterValidator(check_store_url)] = Field(
         "redis://127.0.0.1:6379/0",
         repr=False,
-        description="Redis or Valkey, or sentinel://host:port,host:port/service; memory:// keeps state in memory only",
+        description="Redis or Valkey, or sentinel://host:port,host:port/service (rediss://, sentinels://: by TLS); "
+        "memory:// keeps state in memory only",
     )
     scheduler_id: str = Field("", description="unique per process; default: host name and process id")
     policy: Literal["adaptive", "paper"] = Field("adaptive", description="adaptive, or Algorithm 1 of the paper")

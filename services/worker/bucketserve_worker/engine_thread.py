@@ -203,7 +203,7 @@ class EngineThread:
         return await self._ask(_Load(adapter, done), done)
 
     async def unload_adapter(self, fingerprint: str) -> bool:
-        """Returns whether an adapter is gone: one that a sequence uses stays.
+        """Returns whether an adapter is gone: one that a sequence uses stays, and one that the engine can't unload now.
 
         Raises:
             EngineError: the engine has ended.
@@ -333,7 +333,7 @@ class EngineThread:
                 case _Load(adapter=adapter, done=done):
                     self._tell(done, _load(engine, adapter))
                 case _Unload(fingerprint=fingerprint, done=done):
-                    self._tell(done, engine.unload_adapter(fingerprint))
+                    self._tell(done, _unload(engine, fingerprint))
         for request_id in (*obeyed.cancelled, *obeyed.preempted):
             self._hands_over.pop(request_id, None)
         return obeyed
@@ -398,6 +398,15 @@ def _load(engine: Engine, adapter: Adapter) -> str:
     except EngineError as error:
         return str(error)
     return ""
+
+
+def _unload(engine: Engine, fingerprint: str) -> bool:
+    """Returns whether an adapter is gone."""
+    try:
+        return engine.unload_adapter(fingerprint)
+    except EngineError:
+        # It is here still, and is tried again as one that is used.
+        return False
 
 
 def _add(engine: Engine, add: _Add) -> list[SequenceFailure]:

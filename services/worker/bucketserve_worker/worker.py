@@ -286,7 +286,6 @@ class Worker:
             role=role_to_pb(self.role),
             address=self._settings.address or self._settings.listen,
             engine=self._info.name,
-            pays_padding=self._info.pays_padding,
             context_tokens=self._info.context_tokens,
             report=report,
             running=[self._running_run(key, running) for key, running in self.running],

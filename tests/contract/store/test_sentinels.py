@@ -33,6 +33,21 @@ def running(folder: Path, settings: str, *arguments: str) -> Iterator[None]:
         process.wait(5)
 
 
+@contextlib.contextmanager
+def watched(
+    folder: Path, bind: str, *, of_master: str = "", of_sentinel: str = "", master_at: str = "127.0.0.1"
+) -> Iterator[tuple[int, int]]:
+    """A server and a Sentinel that calls it main, with further settings of each; yields their ports."""
+    master, sentinel = free_port(), free_port()
+    common = f'dir "{folder}"\nbind {bind}\n'
+    monitor = f"sentinel monitor main {master_at} {master} 1\n"
+    with (
+        running(folder, f"{common}port {master}\nsave ''\n{of_master}"),
+        running(folder, f"{common}port {sentinel}\n{monitor}{of_sentinel}", "--sentinel"),
+    ):
+        yield master, sentinel
+
+
 async def answers(url: str) -> bool:
     client = connect(url)
     try:
@@ -44,17 +59,8 @@ async def answers(url: str) -> bool:
 
 
 async def test_sentinels_and_servers_have_passwords_of_their_own(tmp_path: Path) -> None:
-    master, sentinel = free_port(), free_port()
-    common = f'dir "{tmp_path}"\nbind 127.0.0.1 ::1\n'
-    with (
-        running(tmp_path, f"{common}port {master}\nrequirepass one\nsave ''\n"),
-        running(
-            tmp_path,
-            f"{common}port {sentinel}\nrequirepass t&w@o\nsentinel monitor main 127.0.0.1 {master} 1\n"
-            "sentinel auth-pass main one\n",
-            "--sentinel",
-        ),
-    ):
+    settings = {"of_master": "requirepass one\n", "of_sentinel": "requirepass t&w@o\nsentinel auth-pass main one\n"}
+    with watched(tmp_path, "127.0.0.1 ::1", **settings) as (master, sentinel):
         url = f"sentinel://:one@[::1]:{sentinel}/main?sentinel_password=t%26w%40o"
         end_s = time.monotonic() + 20
         while not await answers(url):
@@ -94,19 +100,10 @@ async def test_sentinels_and_servers_are_spoken_to_by_tls(tmp_path: Path) -> Non
     ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
     papers, stranger = ours.issue("redis", "127.0.0.2", "localhost"), theirs.issue("rogue")
     elsewhere = ours.issue("elsewhere", "192.0.2.1")
-    master, sentinel = free_port(), free_port()
-    common = f'dir "{tmp_path}"\nbind 127.0.0.1\n'
     # The embedded server speaks no TLS: its Sentinel does not reach the master where clients do, and has to take it for
     # alive all the same.
-    with (
-        running(tmp_path, f"dir \"{tmp_path}\"\nbind 127.0.0.1\nport {master}\nsave ''\n"),
-        running(
-            tmp_path,
-            f"{common}port {sentinel}\nsentinel monitor main 127.0.0.2 {master} 1\n"
-            "sentinel down-after-milliseconds main 3600000\n",
-            "--sentinel",
-        ),
-    ):
+    settings = {"of_sentinel": "sentinel down-after-milliseconds main 3600000\n", "master_at": "127.0.0.2"}
+    with watched(tmp_path, "127.0.0.1", **settings) as (master, sentinel):
         async with behind_tls(papers, master, master), behind_tls(papers, sentinel, sentinel):
             at = f"sentinels://127.0.0.2:{sentinel}/main"
             mine = f"ssl_certfile={papers.cert}&ssl_keyfile={papers.key}"

@@ -13,11 +13,23 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
 KEY = os.environ.get("API_KEY", "-")
 PROMPT = "Tell me of the king"
 CHAT: list[Any] = [{"role": "user", "content": PROMPT}]
 TOKENS, LONG = 20, 1500
 IGNORE_EOS = {"ignore_eos": True}
+
+
+class Person(BaseModel):
+    """A person."""
+
+    # The demo model would go on with properties of its own.
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(description="what they are called", max_length=12)
+    kind: Literal["king", "prophet"]
+    age: int | None = Field(ge=0, le=999)
 
 
 class LangChain:
@@ -62,17 +74,6 @@ class LangChain:
 
     async def structures(self) -> object:
         """What its users ask for by a model of pydantic's: an answer, and the call of a tool."""
-        from pydantic import BaseModel, ConfigDict, Field
-
-        class Person(BaseModel):
-            """A person."""
-
-            # The demo model would go on with properties of its own.
-            model_config = ConfigDict(extra="forbid")
-            name: str = Field(description="what they are called", max_length=12)
-            kind: Literal["king", "prophet"]
-            age: int | None = Field(ge=0, le=999)
-
         chat = self.make(max_tokens=300)
         found = {}
         for method in ("json_schema", "function_calling"):
@@ -152,17 +153,6 @@ class LiteLLM:
 
     async def structures(self) -> object:
         """The same by what OpenAI's library makes of a model of pydantic's."""
-        from pydantic import BaseModel, ConfigDict, Field
-
-        class Person(BaseModel):
-            """A person."""
-
-            # The demo model would go on with properties of its own.
-            model_config = ConfigDict(extra="forbid")
-            name: str = Field(description="what they are called", max_length=12)
-            kind: Literal["king", "prophet"]
-            age: int | None = Field(ge=0, le=999)
-
         same = {"max_tokens": 300}
         answer = await self.chat(self.litellm.acompletion, response_format=Person, **same)
         parsed = Person.model_validate_json(answer.choices[0].message.content)

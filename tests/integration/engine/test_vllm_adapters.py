@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +128,23 @@ def test_no_kv_is_shared_between_adapters(engine: Engine, adapters: dict[str, Ad
         history = run(engine, of(name, kind, token_ids=prompt, prefix_salt=b"t"))
         reused[name] = max(token.cached_prompt_tokens for output in history for token in output.tokens)
     assert reused == {"a": 0, "b": 0, "plain": 0, "a again": 3 * BLOCK}
+
+
+def test_what_vllm_can_not_unload_now_is_here_still(
+    engine: Any, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(number: int) -> bool:
+        raise RuntimeError(f"not {number}")
+
+    engine.load_adapter(adapters["c"])
+    wanted = tokens(run(engine, of("before", adapters["c"])), "before")
+    with monkeypatch.context() as broken:
+        broken.setattr(engine._vllm, "remove_lora", fail)
+        with pytest.raises(EngineError, match="vLLM can't unload it"):
+            engine.unload_adapter(adapters["c"].fingerprint)
+    same = replace(of("after", adapters["c"]), token_ids=of("before", None).token_ids)
+    assert tokens(run(engine, same), "after") == wanted
+    assert engine.unload_adapter(adapters["c"].fingerprint)
 
 
 def test_adapters_are_loaded_and_unloaded(engine: Engine, adapters: dict[str, Adapter], tmp_path: Path) -> None:

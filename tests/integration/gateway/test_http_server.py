@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
+from types import SimpleNamespace
 
 import pytest
 
@@ -341,3 +342,23 @@ async def test_what_runs_when_it_ends_is_cut_and_leaves_nothing() -> None:
         await reader.readline()
         await served.http.stop(0.1)
         assert served.is_quiet()
+
+
+async def test_what_is_written_in_a_turn_of_the_loop_is_sent_together() -> None:
+    sent: list[list[bytes]] = []
+    there = SimpleNamespace(is_closing=lambda: is_gone, writelines=sent.append, close=lambda: sent.append([]))
+    is_gone = False
+    transport = server._Gathering(there, asyncio.get_running_loop())
+    transport.write(b"a")
+    transport.write(b"b")
+    assert sent == []
+    await asyncio.sleep(0)
+    assert sent == [[b"a", b"b"]]
+    # What was written before it is closed is sent, and nothing when the connection is gone.
+    transport.write(b"c")
+    transport.close()
+    assert sent[1:] == [[b"c"], []]
+    transport.write(b"d")
+    is_gone = True
+    await asyncio.sleep(0)
+    assert len(sent) == 3

@@ -12,7 +12,7 @@ from bucketserve.rpc.outbox import Outbox
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import scheduler_pb2
-from bucketserve_scheduler.adapters import new_core
+from bucketserve_scheduler.factories import new_core
 from bucketserve_scheduler.loop import LoopDeps, SchedulingLoop
 from bucketserve_scheduler.peers import GatewayPeer, GatewayPeers
 from bucketserve_scheduler.settings import SchedulerSettings

@@ -8,7 +8,7 @@ import contextlib
 from bucketserve.core.prefixes import BLOCK_TOKENS
 from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.v1 import common_pb2, scheduler_pb2
-from bucketserve_scheduler.adapters import stores
+from bucketserve_scheduler.factories import stores
 from bucketserve_scheduler.loop import SchedulingLoop
 from bucketserve_scheduler.peers import WorkerPeer
 from tests.integration.scheduler.builders import CONTEXT, a_loop, report, running

@@ -18,7 +18,7 @@ from bucketserve.store.embedded import EmbeddedServer
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import common_pb2, scheduler_pb2
-from bucketserve_scheduler.adapters import core_settings, stores
+from bucketserve_scheduler.factories import core_settings, stores
 from bucketserve_scheduler.loop import LoopDeps, SchedulingLoop
 from bucketserve_scheduler.peers import GatewayPeer, GatewayPeers
 from bucketserve_scheduler.settings import SchedulerSettings

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from bucketserve.core.errors import EngineError
 from bucketserve.core.types import RequestId
 from bucketserve.engine.fake import FakeEngine, FakeSettings
 from bucketserve.engine.fingerprint import adapter_fingerprint
@@ -129,6 +130,24 @@ async def test_one_that_is_used_is_unloaded_after_its_use(watched: Watched) -> N
     await eventually(lambda: any(turn.output.failures for turn in watched.turns))
     (failure,) = [failure for turn in watched.turns for failure in turn.output.failures]
     assert failure.is_retryable
+
+
+async def test_one_that_can_not_be_unloaded_now_is_unloaded_later_and_ends_nothing(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = watched.write("one", 1), watched.write("two", 2)
+    await watched.adapters.look()
+    with monkeypatch.context() as broken:
+
+        def unload(engine: FakeEngine, fingerprint: str) -> bool:
+            raise EngineError("not now")
+
+        broken.setattr(FakeEngine, "unload_adapter", unload)
+        shutil.rmtree(watched.directory / "one")
+        assert await watched.look(3) == {"two": two}
+        assert watched.unloaded == []
+    await watched.look()
+    assert watched.unloaded == [one]
 
 
 async def test_what_is_too_many_is_told_and_served_when_there_is_room(watched: Watched) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from bucketserve.core.messages import (
     AdaptersChanged,
     BatchPrefilled,
+    Drop,
+    DropReason,
     PullKv,
     RefuseReason,
     WorkerJoined,
@@ -71,3 +74,23 @@ def test_what_one_prefills_another_decodes_only_with_the_adapter() -> None:
     done = BatchPrefilled(worker_id=WorkerId("p"), assignment=batch.assignment, request_ids=held, held=held)
     pulls = [command for command in under_test.step([done], 0.3).commands if isinstance(command, PullKv)]
     assert {(pull.request_id, pull.target_id) for pull in pulls} == {("b", "d"), ("c", "d")}
+
+
+@pytest.mark.parametrize("wants", [{"adapter": "X"}, {"needs_grammar": True}, {"tokenizer": "T2"}])
+def test_after_a_takeover_what_nobody_may_serve_waits_for_workers_that_are_still_missing(wants: dict[str, Any]) -> None:
+    plain = of_kind("plain", "A", tokenizer="T1", free=4000)
+    able = replace(with_adapters("able", "X"), tokenizer=wants.get("tokenizer", "T1"), has_grammars=True)
+    for has_come, latest_s in ((True, 29.0), (False, 31.0)):
+        under_test = core()
+        under_test.restore(parked=[], running={}, edges=(4097,), outputs={})
+        assert not refusals(under_test.step([plain, *submitted("a", **wants)], 0.0))
+        # Others are served meanwhile, and what is still to come has its own time.
+        assert batches(under_test.step(submitted("b", tokenizer="T1"), 9.0))[0].request_ids == ("b",)
+        assert not refusals(under_test.step(submitted("c", **wants), 9.9))
+        decision = under_test.step([able] if has_come else [], latest_s)
+        assert {request_id for batch in batches(decision) for request_id in batch.request_ids} == (
+            {"a", "c"} if has_come else set()
+        )
+        assert decision.drops == (() if has_come else (Drop(RequestId("a"), DropReason.NO_LIKE_WORKER),))
+    # By now it is known that there is none.
+    assert len(refusals(under_test.step(submitted("d", **wants), 32.0))) == 1

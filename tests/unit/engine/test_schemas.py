@@ -153,10 +153,57 @@ ZOD: dict[str, dict[str, Any]] = {
     "recursive, zod 4": closed(next={"anyOf": [{"$ref": "#"}, {"type": "null"}]}),
     "intersection": {"allOf": [{**closed(a={"type": "null"}), "additionalProperties": True}, {"required": ["b"]}]},
 }
+PAYMENT = {
+    "type": "object", "additionalProperties": False,
+    "properties": {"by": {"enum": ["card", "cash"]}, "number": {"type": "integer"}},
+}  # fmt: skip
 SCHEMAS: dict[str, Any] = {
     **{f"pydantic: {name}": TypeAdapter(kind).json_schema() for name, kind in TYPES.items()},
     **{f"OpenAI's parse: {kind.__name__}": to_strict_json_schema(kind) for kind in (Cat, Dog, Node)},
     **{f"zod: {name}": value for name, value in ZOD.items()},
+    "set of an enum": {
+        "type": "array",
+        "items": {"$ref": "#/$defs/Color"},
+        "minItems": 1,
+        "uniqueItems": True,
+        "$defs": {"Color": {"enum": ["r", "g", 1, True]}},
+    },
+    "set of an enum, draft 7": {
+        "$schema": DRAFT_7,
+        "type": "array",
+        "items": {"enum": ["r", "g"]},
+        "uniqueItems": True,
+    },
+    "bag": {"type": "array", "items": {"type": "null"}, "uniqueItems": False},
+    "at most one": {"type": "array", "items": {"type": "integer"}, "maxItems": 1, "uniqueItems": True},
+    "never there": {"type": "object", "properties": {"a": {"not": {}}, "b": {"type": "null"}}, "required": ["b"]},
+    "not null": {"type": ["null", "integer", "boolean"], "not": {"type": "null"}},
+    "not these": {"enum": ["a", "b", True, 1], "not": {"enum": ["a", 1]}},
+    "not both": {"type": "object", "properties": {n: {"type": "null"} for n in "ab"}, "not": {"required": ["a", "b"]}},
+    "if": {
+        **PAYMENT,
+        "if": {"properties": {"by": {"const": "card"}}},
+        "then": {"required": ["number"]},
+        "else": {"properties": {"number": False}},
+    },
+    "if it is there": {
+        **PAYMENT,
+        "if": {"properties": {"by": {"const": "card"}}, "required": ["by"]},
+        "then": {"required": ["number"]},
+    },
+    "one of many": {
+        "type": "object",
+        "properties": {"k": {"enum": [f"k{i}" for i in range(9)]}, "v": {}},
+        "required": ["k", "v"],
+        "allOf": [
+            {"if": {"properties": {"k": {"const": f"k{i}"}}}, "then": {"properties": {"v": {"const": i}}}}
+            for i in range(8)
+        ],
+    },
+    "OpenAPI: told apart by properties": {
+        "oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}, {"const": "none"}],
+        "$defs": {"A": closed(a={"type": "integer"}), "B": closed(b={"type": "integer"})},
+    },
     "OpenAPI: discriminated": {
         "oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}],
         "discriminator": {"propertyName": "kind", "mapping": {"cat": "#/$defs/Cat"}},
@@ -201,6 +248,22 @@ def test_what_libraries_write_has_outputs_which_are_valid(name: str) -> None:
         ("pydantic: dict by literal", ['{"b\\"":{"lives":1}}'], ['{"b":{"lives":1}}', '{"a":1}']),
         ("zod: record by pattern", ['{"abc":true}'], ['{"abcd":true}', '{"A":true}', '{"a":1}']),
         ("zod: record, zod 4", ['{"whatever":null}'], ['{"a":1}']),
+        ("set of an enum", ['["r"]', '["g",true,1,"r"]'], ["[]", '["r","r"]', "[1,true,1]"]),
+        ("set of an enum, draft 7", ["[]", '["g","r"]'], ['["r","r"]', '["b"]']),
+        ("bag", ["[null,null]"], ["[1]"]),
+        ("at most one", ["[]", "[12]"], ["[1,2]"]),
+        ("never there", ['{"b":null}', '{"b":null,"c":1}'], ['{"a":1,"b":null}']),
+        ("not null", ["1", "true"], ["null", '"a"']),
+        ("not these", ['"b"', "true"], ['"a"', "1"]),
+        ("not both", ["{}", '{"a":null}', '{"b":null}'], ['{"a":null,"b":null}']),
+        (
+            "if",
+            ['{"by":"card","number":1}', '{"number":1}', '{"by":"cash"}'],
+            ["{}", '{"by":"card"}', '{"by":"cash","number":1}'],
+        ),
+        ("if it is there", ["{}", '{"by":"cash"}', '{"by":"cash","number":1}', '{"number":1}'], ['{"by":"card"}']),
+        ("one of many", ['{"k":"k3","v":3}', '{"k":"k8","v":"x"}'], ['{"k":"k3","v":4}', '{"k":"k3"}']),
+        ("OpenAPI: told apart by properties", ['{"a":1}', '{"b":1}', '"none"'], ["{}", '{"a":1,"b":1}']),
     ],
 )
 def test_other_words_mean_the_same(name: str, good: list[str], bad: list[str]) -> None:
@@ -211,9 +274,19 @@ def test_other_words_mean_the_same(name: str, good: list[str], bad: list[str]) -
 INNER = {"type": "array", "items": {"type": "integer"}}
 REFUSED: dict[str, tuple[Any, str]] = {
     "set": (TypeAdapter(dict[str, set[int]]).json_schema(), "uniqueItems at #/additionalProperties"),
-    "in a definition": (closed(a={"$ref": "#/$defs/x"}) | {"$defs": {"x": {"not": {}}}}, "not at #/$defs/x"),
-    "never": (closed(a={"not": {}}), "not at #/properties/a "),
+    "in a definition": (
+        closed(a={"$ref": "#/$defs/x"}) | {"$defs": {"x": {"not": {"minLength": 1}}}}, "not at #/$defs/x",
+    ),
+    "not": (closed(a={"not": {"type": "integer"}}), "not at #/properties/a "),
     "if": ({"anyOf": [{"type": "null"}, {"if": {}, "then": {"type": "string"}}]}, "if at #/anyOf/1 "),
+    "two of many": (
+        {"type": "object", "properties": {name: {"type": "boolean"} for name in "ab"}, "required": ["a", "b"],
+         "allOf": [{"if": {"properties": {name: {"const": True}}}, "then": {"minProperties": 3}} for name in "ab"]},
+        "if at #/allOf/0 ",
+    ),
+    "inside of what is said otherwise": (
+        {"oneOf": [{"type": "null"}, closed(a={"not": {"pattern": "a"}})]}, "not at #/oneOf/1/properties/a ",
+    ),
     "dependent": (closed(a={"dependentRequired": {"a": ["b"]}}), "dependentRequired at #/properties/a "),
     "contains": ({"type": "array", "contains": {"type": "null"}}, "contains at # "),
     "strict intersection": ({"allOf": [{"type": "object"}], "unevaluatedProperties": False}, "unevaluatedProperties"),
@@ -238,7 +311,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"type": "object", "propertyNames": {"$ref": "#/$defs/a~1b"}, "$defs": {"a~1b": {}, "a/b": {"const": "x"}}},
         "propertyNames at # ",
     ),
-    "name to be escaped": (closed(**{"a/b~\n\x00": {"not": {}}}), "not at #/properties/a~1b~0"),
+    "name to be escaped": (closed(**{"a/b~\n\x00": {"not": {"minimum": 1}}}), "not at #/properties/a~1b~0"),
 }  # fmt: skip
 
 
@@ -294,3 +367,56 @@ def test_names_of_properties_may_be_nothing_at_all() -> None:
         inner = {**many, "additionalProperties": inner}
     # Not 300 times for each level.
     assert len(prepared(json.dumps(inner))) < 3 * len(json.dumps(inner))
+
+
+def drawn(draw: random.Random, depth: int) -> dict[str, Any]:
+    """A schema of keywords that are said otherwise, where that is possible and where it is not."""
+    few = ["a", "b", 1, True, None]
+    plain: list[dict[str, Any]] = [
+        {"const": draw.choice(few)},
+        {"enum": draw.sample(few, 3)},
+        {"type": draw.choice(["string", "integer", "number", "boolean", "null"])},
+        {"type": draw.sample(["string", "integer", "number", "null"], 2)},
+        {"$ref": "#/$defs/d"},
+        {},
+    ]
+    if depth == 0 or draw.random() < 0.2:
+        return draw.choice(plain)
+    kind = draw.randrange(4)
+    if kind == 0:
+        return {"oneOf": [drawn(draw, depth - 1) for _ in range(draw.randint(1, 3))]}
+    if kind == 1:
+        return {**draw.choice(plain), "not": draw.choice([*plain, {"required": ["a"]}, True, False])}
+    if kind == 2:
+        return {"items": draw.choice(plain), "uniqueItems": True, "maxItems": draw.randint(0, 3)}
+    names = draw.sample("abc", 2)
+    found = {"type": "object", "properties": {n: drawn(draw, depth - 1) for n in names}, "required": names[:1]}
+    also: list[dict[str, Any]] = [{} for _ in range(draw.randint(0, 2))]
+    for holder in draw.choice([[found], also, [found, *also]]):
+        wanted: dict[str, Any] = {"properties": {draw.choice(names): draw.choice(plain)}}
+        holder["if"] = wanted | draw.choice([{}, {"required": [*wanted["properties"]]}])
+        holder.update({key: drawn(draw, depth - 1) for key in draw.sample(["then", "else"], draw.randint(0, 2))})
+    return {**found, "allOf": also, **draw.choice([{}, {"additionalProperties": False}, {"not": {"required": names}}])}
+
+
+def value(draw: random.Random, depth: int) -> object:
+    if depth and draw.random() < 0.5:
+        return {name: value(draw, depth - 1) for name in draw.sample("abc", draw.randint(0, 3))}
+    if depth and draw.random() < 0.3:
+        return draw.choices(["a", "b", 1, True, None], k=draw.randint(0, 3))
+    return draw.choice(["a", "b", "c", 1, 2, True, False, None, 1.5])
+
+
+def test_what_is_said_otherwise_means_the_same_for_any_schema_and_value() -> None:
+    draw, num_changed = random.Random(1), 0
+    for _ in range(1500):
+        definition = draw.choice([{"enum": ["a", "b"]}, {"type": "boolean"}, closed(a={"const": "a"})])
+        written = {**drawn(draw, 3), "$defs": {"d": definition}}
+        said = json.loads(prepared(json.dumps(written)))
+        if said == written:
+            continue
+        num_changed += 1
+        mine, its = (jsonschema.Draft202012Validator(each) for each in (written, said))
+        for each in (value(draw, 2) for _ in range(15)):
+            assert mine.is_valid(each) == its.is_valid(each), (written, said, each)
+    assert num_changed > 300

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from bucketserve.core.errors import UnavailableError
 from bucketserve.store.jobs import JobInfo
 from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway.auth import Identity, Keys
+from bucketserve_gateway.models import ModelCatalog
+from bucketserve_gateway.names import ModelNames
 from bucketserve_gateway.openai.lines import DONE, FAILED, BatchLines, LineError, Note
 from tests.unit.gateway.builders import catalog
 
@@ -95,7 +98,7 @@ async def test_room_is_taken_for_what_an_answer_may_have() -> None:
     lines = BatchLines(Model().generate, catalog())
 
     async def most(**body: Any) -> int:
-        return (await lines.check(line(**body), TEXT, anybody()))[1]
+        return (await lines.check(line(**body), TEXT, anybody()))[1].most_output_bytes
 
     small = await most()
     assert await most(max_tokens=50) > small
@@ -105,6 +108,28 @@ async def test_room_is_taken_for_what_an_answer_may_have() -> None:
     assert await most(echo=True, prompt="x" * 500, n=3) > await most(prompt="x" * 500, n=3) + 1500
     # What can't run takes the room of an error.
     assert await most(suffix="x") < small
+
+
+async def test_a_line_runs_on_the_model_that_its_name_meant_when_it_was_sent() -> None:
+    models = {"demo": catalog().get("demo"), "other": catalog("other").get("other")}
+    model, (before, after) = Model(), (ModelCatalog(models, ModelNames(models, {"latest": name})) for name in models)
+    lines = BatchLines(model.generate, before)
+    _, item = await lines.check(line(model="latest", user="größe"), TEXT, anybody())
+    await BatchLines(model.generate, after).run(JOB, 0, item.data)
+    assert [request.model for request in model.asked] == ["demo"]
+    for name in models:
+        # What has the model's own name stays as it was sent.
+        assert (await lines.check(line(model=name), TEXT, anybody()))[1].data == line(model=name)
+
+
+async def test_a_line_that_can_be_read_and_not_written_is_none() -> None:
+    models = {"demo": catalog().get("demo")}
+    lines = BatchLines(Model().generate, ModelCatalog(models, ModelNames(models, {"latest": "demo"})))
+    schema = json.loads('{"items":' * 251 + "{}" + "}" * 251)
+    form = {"type": "json_schema", "json_schema": {"name": "deep", "schema": schema}}
+    for name, is_line in (("demo", True), ("latest", False)):
+        with contextlib.nullcontext() if is_line else pytest.raises(LineError, match="nested too deeply"):
+            await lines.check(line(model=name, response_format=form), TEXT, anybody())
 
 
 @pytest.mark.parametrize("body", [[], None, "x", 5])

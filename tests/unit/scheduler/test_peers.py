@@ -76,3 +76,21 @@ async def test_a_run_that_was_served_but_never_arrived_is_tried_again() -> None:
     peers.served("gateway", RUN)
     assert peers.tell_end(RUN)
     assert [message.dropped.reason for message in await _waiting(peer)] == [scheduler_pb2.DROP_REASON_WORKER_FAILED]
+
+
+async def test_gateways_are_told_which_adapters_there_are_when_that_has_changed() -> None:
+    def adapter(name: str) -> scheduler_pb2.ServedAdapter:
+        return scheduler_pb2.ServedAdapter(model="m", adapter=scheduler_pb2.Adapter(name=name, fingerprint=name))
+
+    peers, early, late = GatewayPeers(), _peer(), GatewayPeer("late", Outbox(10), "another process")
+    peers.connect(early)
+    for names in ("", "a", "a", "ab"):
+        peers.tell_adapters(adapter(name) for name in names)
+    peers.connect(late)
+    assert [at.adapter.name for at in peers.adapters.adapters] == ["a", "b"]
+    peers.tell_adapters([])
+    told = {
+        peer.gateway_id: [[at.adapter.name for at in message.adapters.adapters] for message in await _waiting(peer)]
+        for peer in (early, late)
+    }
+    assert told == {"gateway": [["a"], ["a", "b"], []], "late": [[]]}

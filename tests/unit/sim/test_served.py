@@ -18,7 +18,7 @@ from bucketserve.sim.latency import CostMode, load_device
 from bucketserve.sim.policies import POLICIES, TABLE_SETTINGS, as_in_the_table
 from bucketserve.sim.sequence import TABLE_MODE, SimSequence, WorkerMode, WorkerSpec
 from bucketserve.sim.worker import SimWorker
-from bucketserve_scheduler.adapters import core_settings
+from bucketserve_scheduler.factories import core_settings
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_worker.settings import WorkerSettings
 

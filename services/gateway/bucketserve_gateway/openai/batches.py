@@ -162,7 +162,7 @@ class Batches:
                     await asyncio.sleep(0)
                     continue
                 try:
-                    custom_id, most_output_bytes = await self._lines.check(data, endpoint, identity)
+                    custom_id, item = await self._lines.check(data, endpoint, identity)
                     digest = hashlib.blake2b(custom_id.encode(), digest_size=16).digest()
                     if digest in seen:
                         raise LineError("duplicate_custom_id", "a line before this one has it", "custom_id")
@@ -173,7 +173,7 @@ class Batches:
                         break
                     continue
                 if not errors:
-                    yield Item(data, most_output_bytes)
+                    yield item
         except ValueError:
             text = f"a line has at most {self._max_line_bytes:,} bytes"
             errors.append(_error("line_too_long", text, number + 1))

@@ -26,6 +26,7 @@ from bucketserve_gateway.admission import Admission
 from bucketserve_gateway.auth import Identity, Keys
 from bucketserve_gateway.keys import MAX_TENANT_CHARACTERS
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
+from bucketserve_gateway.names import may_hear
 from bucketserve_gateway.openai.answers import Answer, Choice
 from bucketserve_gateway.openai.batches import BATCHES, Batches
 from bucketserve_gateway.openai.bodies import object_of
@@ -143,7 +144,9 @@ class OpenAIFacade:
 
     def _identify(self, exchange: Exchange) -> Identity:
         """Returns who asks, before anything of a body is read."""
-        return self._keys.identify(metadata_of(exchange.headers))
+        identity = self._keys.identify(metadata_of(exchange.headers))
+        may_hear.set(identity.may_use)
+        return identity
 
     async def _complete(
         self, exchange: Exchange, read: Callable[[dict[str, Any], Caller], Wanted], identity: Identity

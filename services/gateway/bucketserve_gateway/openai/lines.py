@@ -1,7 +1,7 @@
 """Lines of batches: what each of them asks for, and the line that it is answered with.
 
-A batch is a job (bucketserve.store.jobs) whose note is a Note, whose requests are lines as they were sent, and whose
-results are lines of its output file, or, where they are errors, of its error file.
+A batch is a job (bucketserve.store.jobs) whose note is a Note, whose requests are lines as they were sent, but for an
+alias, and whose results are lines of its output file, or, where they are errors, of its error file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bucketserve_gateway.openai.errors import HttpError, ParameterError, body_of
 from bucketserve_gateway.openai.fields import Fields
 from bucketserve_gateway.openai.translation import Wanted, chat_completion, completion
 from bucketserve_gateway.servicer import Generate
-from bucketserve_gateway.submissions import OUTPUT_TOKEN_BYTES, most_tokens
+from bucketserve_gateway.submissions import OUTPUT_TOKEN_BYTES, Item, most_tokens
 
 __all__ = ["BATCH_PREFIX", "DONE", "FAILED", "READERS", "BatchLines", "LineError", "Note"]
 
@@ -88,8 +88,8 @@ class BatchLines:
         self._turn = asyncio.Lock()
         """To read a line, of which there is one at a time."""
 
-    async def check(self, data: bytes, endpoint: str, identity: Identity) -> tuple[str, int]:
-        """Returns a line's custom_id, and the most bytes that its answer may take.
+    async def check(self, data: bytes, endpoint: str, identity: Identity) -> tuple[str, Item]:
+        """Returns a line's custom_id, and the line as it will run: with the own name of the model that it is for now.
 
         A body that can't be served is no fault of the line: its answer will say so.
 
@@ -108,7 +108,7 @@ class BatchLines:
                 took_s = time.perf_counter() - start_s
                 await asyncio.sleep(took_s if took_s > LONG_READ_S else 0)
 
-    def _checked(self, data: bytes, endpoint: str, identity: Identity) -> tuple[str, int]:
+    def _checked(self, data: bytes, endpoint: str, identity: Identity) -> tuple[str, Item]:
         custom_id, body = _parts_of(data, endpoint)
         try:
             wanted = _wanted(body, endpoint)
@@ -116,17 +116,24 @@ class BatchLines:
             for request in wanted.prompts:
                 identity.permit(job_pb2.SubmitJobRequest(request=request))
                 num_tokens += most_tokens(request, self._catalog) * wanted.num_each
+            asked, own = wanted.prompts[0].model, self._catalog.get(wanted.prompts[0].model).card.name
+            if asked != own:
+                # By the time it runs the name may mean another model.
+                named = {"custom_id": custom_id, "method": "POST", "url": endpoint, "body": {**body, "model": own}}
+                data = orjson.dumps(named)
+        except orjson.JSONEncodeError:
+            raise LineError("invalid_json_line", "nested too deeply", "body") from None
         except UnknownModelError as error:
             raise LineError("model_not_found", str(error), "body.model") from None
         except ForbiddenError as error:
             raise LineError("forbidden", str(error), "body") from None
         except InvalidRequestError:
-            return custom_id, LINE_BYTES
+            return custom_id, Item(data, LINE_BYTES)
         response = wanted.prompts[0].response
         num_logprobs = 1 + response.num_logprobs if response.HasField("num_logprobs") else 0
         of_tokens = num_tokens * (OUTPUT_TOKEN_BYTES + num_logprobs * LOGPROB_BYTES)
         of_prompts = len(data) * wanted.num_each if wanted.is_echo else 0
-        return custom_id, LINE_BYTES + wanted.num_choices * CHOICE_BYTES + of_tokens + of_prompts
+        return custom_id, Item(data, LINE_BYTES + wanted.num_choices * CHOICE_BYTES + of_tokens + of_prompts)
 
     async def run(self, job: JobInfo, index: int, item: bytes) -> bytes:
         """Returns the line that answers one. Its choices run one after the other: other jobs have a turn as well."""

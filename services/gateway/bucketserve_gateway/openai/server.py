@@ -154,6 +154,34 @@ class _Part(Enum):
     BODY = auto()
 
 
+class _Gathering:
+    """A transport that sends together what is written in a turn of the event loop: the last events come at once."""
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._written: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        """Sends data in the next turn."""
+        if not self._written:
+            self._loop.call_soon(self._flush)
+        self._written.append(data)
+
+    def close(self) -> None:
+        """Closes when everything has been sent."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        written, self._written = self._written, []
+        if written and not self._transport.is_closing():
+            self._transport.writelines(written)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class _Connection(HttpToolsProtocol):
     """A client's connection."""
 
@@ -172,7 +200,8 @@ class _Connection(HttpToolsProtocol):
         """Cuts the connection, unless its client takes what was sent."""
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        gathering: Any = _Gathering(transport, self.loop)
+        super().connection_made(gathering)
         if len(self.connections) > self._max_connections:
             transport.abort()
             return

@@ -1,4 +1,4 @@
-"""The concrete core and stores that settings name: the one line to touch for a further one."""
+"""Makes the concrete core and stores that settings name: the one place to touch for a further one."""
 
 from __future__ import annotations
 
