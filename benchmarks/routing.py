@@ -1,6 +1,7 @@
 """Four workers behind the scheduler against the same four behind a load balancer: goodput at 95% within SLO, simulated.
 
-`round-robin` and `least-loaded` give each request to a worker when it arrives, and it waits in that worker's own queue
+`round-robin`, `least-loaded` (fewest open requests) and `least-prefill` (fewest prompt tokens to compute, which a load
+balancer does not know) give each request to a worker when it arrives, and it waits in that worker's own queue
 (core/routing.py). The workers are the same for all, with their prefix caches; `vLLM's` are workers with the loop of
 sim/baselines/chunked.py, at the best of the step sizes tried on the same requests. Capacities are the highest rates at
 which 95% of the requests are within their SLO, on a grid of 2%; limits as clients send them.
@@ -30,7 +31,7 @@ from bucketserve.sim.workload import BLOCK_TOKENS, Arrivals, Lengths, read_trace
 
 NUM_WORKERS, TARGET, BURSTINESS = 4, 0.95, 3.0
 NUM_REQUESTS, LEAST_SPAN_S = 1000, 120.0
-OURS, ROUTERS, STEP_SIZES = "adaptive", ("round-robin", "least-loaded"), (512, 1024, 2048)
+OURS, BALANCERS, INFORMED, STEP_SIZES = "adaptive", ("round-robin", "least-loaded"), "least-prefill", (512, 1024, 2048)
 TRACE = "mooncake_synthetic_prefix_hashes"
 START_RPS: Mapping[tuple[str, str], float] = {
     ("mixed", "a100-40gb-13b"): 2.0,
@@ -147,8 +148,8 @@ def jobs_of(seeds: Sequence[int], traces: Path | None) -> list[Job]:
         for arrivals in ("poisson", "gamma")
         if workload != TRACE or traces
     ]
-    policies = [(OURS, 0), *((router, 0) for router in ROUTERS)]
-    vllm = [(router, step) for router in ROUTERS for step in STEP_SIZES]
+    policies = [(OURS, 0), *((balancer, 0) for balancer in BALANCERS), (INFORMED, 0)]
+    vllm = [(balancer, step) for balancer in BALANCERS for step in STEP_SIZES]
     return [
         Job(*world, policy, step, seed)
         for seed in seeds
@@ -159,31 +160,38 @@ def jobs_of(seeds: Sequence[int], traces: Path | None) -> list[Job]:
 
 
 def table(found: Mapping[str, float], seeds: Sequence[int]) -> str:
-    """Returns the table, in Markdown; capacities of several seeds side by side, and the ratio to the better router."""
-    heads = ("workload, device", "arrivals", "ours", *ROUTERS, "ratio", *(f"{r}, vLLM's" for r in ROUTERS), "ratio")
+    """Returns the table, in Markdown; capacities of several seeds side by side, and ours over the better balancer's."""
+    heads = ["workload, device", "arrivals", "ours", *BALANCERS, "ours / better", INFORMED, "ours / it"]
+    heads += [*(f"{balancer}, vLLM's" for balancer in BALANCERS), "ours / better"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for workload, device in START_RPS:
         for arrivals in ("poisson", "gamma"):
+            world = (workload, arrivals, device)
 
-            def best(policy: str, seed: int, *steps: int, world: tuple = (workload, arrivals, device)) -> float | None:
-                rates = [found[key] for step in steps if (key := Job(*world, policy, step, seed).key) in found]
-                return max(rates, default=None)
+            def best(policy: str, steps: Sequence[int], world: tuple[str, str, str] = world) -> list[float]:
+                keys = [[Job(*world, policy, step, seed).key for step in steps] for seed in seeds]
+                return [max((found.get(key, 0.0) for key in of_seed), default=0.0) for of_seed in keys]
 
-            ours = [best(OURS, seed, 0) for seed in seeds]
-            if None in ours:
+            ours = best(OURS, (0,))
+            if not any(ours):
                 continue
             cells = [f"{workload}, {device}", "Poisson" if arrivals == "poisson" else f"gamma, cv {BURSTINESS:g}"]
-            cells.append(" ".join(f"{rate:.2f}" for rate in ours if rate))
-            for steps in ((0,), STEP_SIZES):
-                rivals = [[best(router, seed, *steps) for seed in seeds] for router in ROUTERS]
-                cells += [" ".join("" if rate is None else f"{rate:.2f}" for rate in rates) for rates in rivals]
+            cells.append(shown(ours))
+            for policies, steps in ((BALANCERS, (0,)), ((INFORMED,), (0,)), (BALANCERS, STEP_SIZES)):
+                rivals = [best(policy, steps) for policy in policies]
+                better = [max(rates) for rates in zip(*rivals, strict=True)]
                 ratios = [
-                    "" if None in pair or not max(pair) else f"{rate / max(pair):.2f}"
-                    for rate, pair in zip(ours, zip(*rivals, strict=True), strict=True)
+                    rate / other if other and all(rates) else 0.0
+                    for rate, other, rates in zip(ours, better, zip(*rivals, strict=True), strict=True)
                 ]
-                cells.append(" ".join(ratios))
+                cells += [*map(shown, rivals), shown(ratios)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def shown(values: Sequence[float]) -> str:
+    """Returns one value for each seed; nothing where there is none."""
+    return " ".join(f"{value:.2f}" for value in values if value)
 
 
 def read(path: Path) -> dict[str, float]:

@@ -25,7 +25,7 @@ class Router:
 
     def __init__(self, settings: CoreSettings, lanes: Lanes, fleet: Fleet, affinity: Affinity) -> None:
         """Reads what its owner changes between calls."""
-        self._is_by_turn = settings.placement is Placement.ROUND_ROBIN
+        self._placement = settings.placement
         self._lanes = lanes
         self._fleet = fleet
         self._affinity = affinity
@@ -53,6 +53,11 @@ class Router:
         able = [worker for worker in able if worker.suits(request)] or able
         newest = max((worker.generation for worker in able), default=0)
         able = [worker for worker in able if worker.generation == newest]
-        if self._is_by_turn:
-            return min(able, key=lambda worker: (worker.worker_id <= self._last, worker.worker_id), default=None)
-        return min(able, key=lambda w: (len(w.requests), -w.free_tokens(), w.worker_id), default=None)
+        return min(able, key=self._rank, default=None)
+
+    def _rank(self, worker: WorkerState) -> tuple[int, int, WorkerId]:
+        if self._placement is Placement.ROUND_ROBIN:
+            return worker.worker_id <= self._last, 0, worker.worker_id
+        if self._placement is Placement.LEAST_PREFILL:
+            return worker.backlog_tokens(), len(worker.requests), worker.worker_id
+        return len(worker.requests), -worker.free_tokens(), worker.worker_id

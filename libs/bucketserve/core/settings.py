@@ -48,6 +48,8 @@ class Placement(enum.Enum):
     """On arrival, to each in turn (core/routing.py)."""
     LEAST_LOADED = "least-loaded"
     """On arrival, to the one with the fewest open requests."""
+    LEAST_PREFILL = "least-prefill"
+    """On arrival, to the one with the fewest prompt tokens to compute: a router that knows more than connections."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

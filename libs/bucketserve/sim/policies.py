@@ -148,6 +148,7 @@ POLICIES: Mapping[str, PolicySpec] = {
         _algorithm_1(),
         _load_balancer(Placement.ROUND_ROBIN, "a load balancer: on arrival, to each worker in turn"),
         _load_balancer(Placement.LEAST_LOADED, "a load balancer: on arrival, to the worker with the fewest requests"),
+        _load_balancer(Placement.LEAST_PREFILL, "a router: on arrival, to the worker with the least to prefill"),
         *(rival() for rival in RIVALS),
     )
 }

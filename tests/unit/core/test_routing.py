@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from bucketserve.core.messages import RequestResumed, WorkerDraining, WorkerLost
+from bucketserve.core.messages import BatchPrefilled, RequestResumed, WorkerDraining, WorkerLost
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, Placement
 from bucketserve.core.types import FinishReason, RequestId, WorkerId
 from tests.builders import a_request, finished, joined
 from tests.unit.core.cores import batches, of_kind, submitted
 
-BY_TURN, BY_LOAD = Placement.ROUND_ROBIN, Placement.LEAST_LOADED
+BY_TURN, BY_LOAD, BY_PREFILL = Placement.ROUND_ROBIN, Placement.LEAST_LOADED, Placement.LEAST_PREFILL
+EVERY = [BY_TURN, BY_LOAD, BY_PREFILL]
 
 
 def core(placement: Placement) -> SchedulerCore:
@@ -24,7 +25,7 @@ def where(decision) -> list[tuple[str, str]]:
     return [(batch.request_ids[0], batch.worker_id) for batch in batches(decision)]
 
 
-@pytest.mark.parametrize("placement", [BY_TURN, BY_LOAD])
+@pytest.mark.parametrize("placement", EVERY)
 def test_a_request_goes_at_once_whatever_its_worker_has_to_do(placement: Placement) -> None:
     one = core(placement)
     # Each is a tenth of the memory, and nothing ends: all go, each by itself, in order of arrival.
@@ -68,7 +69,19 @@ def test_least_loaded_counts_open_requests() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("placement", [BY_TURN, BY_LOAD])
+def test_least_prefill_counts_prompt_tokens_until_they_are_computed() -> None:
+    one = core(BY_PREFILL)
+    one.step([joined("a"), joined("b")], 0.0)
+    decision = one.step(submitted("long", prompt_tokens=500), 1.0)
+    assert where(decision) == [("long", "a")]
+    assert where(one.step(submitted("r0", "r1", prompt_tokens=100), 2.0)) == [("r0", "b"), ("r1", "b")]
+    batch = batches(decision)[0]
+    computed = BatchPrefilled(worker_id=WorkerId("a"), assignment=batch.assignment, request_ids=batch.request_ids)
+    # Nothing is left to compute there, and its request decodes.
+    assert where(one.step([computed, *submitted("r2")], 3.0)) == [("r2", "a")]
+
+
+@pytest.mark.parametrize("placement", EVERY)
 def test_what_was_let_go_arrives_once_more_and_what_was_lost_goes_elsewhere(placement: Placement) -> None:
     one = core(placement)
     one.step([joined("a"), joined("b")], 0.0)
@@ -84,7 +97,7 @@ def test_what_was_let_go_arrives_once_more_and_what_was_lost_goes_elsewhere(plac
     assert where(one.step([RequestResumed(elsewhere)], 5.0)) == [("r.3", "b" if worker_id == "a" else "a")]
 
 
-@pytest.mark.parametrize("placement", [BY_TURN, BY_LOAD])
+@pytest.mark.parametrize("placement", EVERY)
 def test_only_those_that_may_serve_a_request_get_it_and_it_waits_for_them(placement: Placement) -> None:
     one = core(placement)
     one.step([of_kind("a", "A"), of_kind("b", "B")], 0.0)
