@@ -1,14 +1,14 @@
 """Attainment of the live stack beside what the simulator predicts: real services, fake engines with a GPU's clock.
 
 Four workers whose step takes 25 ms and 0.1 ms more per prompt token, with KV for 12,800 tokens: about LLaMA-2-13B on
-A100-40GB. The Mixed workload, Poisson arrivals, max_tokens the true output, since the fake engine ends no sooner. The
-rates are shares of the capacity of `adaptive` at 95% as simulated; both worlds get the same requests at the same times
-with the same targets, and count those that arrive in the same window.
+A100-40GB. The Mixed workload, Poisson arrivals or bursts, max_tokens the true output, since the fake engine ends no
+sooner. The rates are shares of the capacity of `adaptive` at 95% as simulated; both worlds get the same requests at
+the same times with the same targets, and count those that arrive in the same window.
 
     python benchmarks/live_attainment.py [--shares 0.5,0.8,1.0,1.1] [--policies adaptive,paper] [--span 45]
         [--jsonl FILE]
 
-What is in the file already, of the same policy, share, span and seed, is not run again.
+What is in the file already, with the same policy, share, span, burstiness and seed, is not run again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from bucketserve.sim.percentiles import Percentiles
 from bucketserve.sim.policies import find_policy
 from bucketserve.sim.slo import Slo
 from bucketserve.sim.window import Window
-from bucketserve.sim.workload import SimRequest, make_workload
+from bucketserve.sim.workload import Arrivals, SimRequest, make_workload
 from bucketserve.v1 import common_pb2
 from bucketserve_cli.stack import LocalStack, StackSpec
 
@@ -68,7 +68,7 @@ ENVIRON = {
 }
 
 
-def experiment(policy: str, span_s: float, seed: int) -> Experiment:
+def experiment(policy: str, options: argparse.Namespace) -> Experiment:
     """Returns the simulated world."""
     return Experiment(
         policy=find_policy(policy),
@@ -76,8 +76,10 @@ def experiment(policy: str, span_s: float, seed: int) -> Experiment:
         source_name="mixed",
         device=parse_device(CLOCK),
         num_requests=1,
-        min_span_s=span_s,
-        seed=seed,
+        min_span_s=options.span,
+        seed=options.seed,
+        arrivals=Arrivals.GAMMA,
+        burstiness_cv=options.burstiness,
         limits=OutputLimits.EXACT,
     )
 
@@ -126,7 +128,7 @@ async def serve(address: str, requests: list[SimRequest], device: DeviceModel, s
 
 async def measure(policy: str, share: float, rate_rps: float, model: str, options: argparse.Namespace) -> Row:
     """Returns one rate's attainment and TTFT in both worlds."""
-    world = experiment(policy, options.span, options.seed)
+    world = experiment(policy, options)
     predicted = run_experiment(world, LAYOUT, rate_rps)
     drawn = make_workload(
         "mixed",
@@ -134,6 +136,8 @@ async def measure(policy: str, share: float, rate_rps: float, model: str, option
         rate_rps=rate_rps,
         context_tokens=CONTEXT,
         seed=options.seed,
+        arrivals=world.arrivals,
+        burstiness_cv=world.burstiness_cv,
         limits=OutputLimits.EXACT,
     )
     environ = {**ENVIRON, "BUCKETSERVE_SCHEDULER_POLICY": policy}
@@ -158,12 +162,13 @@ async def measure(policy: str, share: float, rate_rps: float, model: str, option
 
 def named(policy: str, share: float, options: argparse.Namespace) -> Row:
     """Returns what tells a measurement from others."""
-    return {"policy": policy, "share": share, "span_s": options.span, "seed": options.seed}
+    cv = options.burstiness
+    return {"policy": policy, "share": share, "span_s": options.span, "burstiness_cv": cv, "seed": options.seed}
 
 
 async def run(options: argparse.Namespace, console: Console) -> None:
     """Measures what is not in the file yet and prints all of it."""
-    ours = experiment("adaptive", options.span, options.seed)
+    ours = experiment("adaptive", options)
     capacity_rps = find_capacity(ours, [LAYOUT], TARGET, start_rps=2.0).capacity_rps or 0.0
     is_begun = options.jsonl is not None and options.jsonl.is_file()
     first, known = read_records(options.jsonl) if is_begun else (conditions(), [])
@@ -205,6 +210,7 @@ def main() -> None:
     parser.add_argument("--shares", default="0.5,0.8,1.0,1.1")
     parser.add_argument("--policies", default="adaptive,paper", help="of scheduler.policy")
     parser.add_argument("--span", type=float, default=45.0, help="seconds of arrivals at each rate")
+    parser.add_argument("--burstiness", type=float, default=1.0, help="coefficient of variation of arrivals' gaps")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jsonl", type=Path, help="where the raw figures go, as they come")
     asyncio.run(run(parser.parse_args(), Console()))

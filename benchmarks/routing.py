@@ -34,7 +34,6 @@ NUM_REQUESTS, LEAST_SPAN_S = 1000, 120.0
 OURS, BALANCERS, INFORMED, STEP_SIZES = "adaptive", ("round-robin", "least-loaded"), "least-prefill", (512, 1024, 2048)
 TRACE = "mooncake_synthetic_prefix_hashes"
 START_RPS: Mapping[tuple[str, str], float] = {
-    ("mixed", "a100-40gb-13b"): 2.0,
     ("mixed", "a100-80gb-13b"): 6.0,
     ("mixed", "h100-80gb-8b"): 50.0,
     ("system-prompts", "a100-80gb-13b"): 6.0,
@@ -42,6 +41,7 @@ START_RPS: Mapping[tuple[str, str], float] = {
     ("conversations", "a100-80gb-13b"): 7.5,
     ("conversations", "h100-80gb-8b"): 13.0,
     (TRACE, "h100-80gb-8b"): 2.5,
+    ("mixed", "a100-40gb-13b"): 2.0,
 }
 """Where searches begin, of each world that is measured."""
 GROUPS, PREFIX_BLOCKS, QUESTION_TOKENS, OUTPUT_TOKENS = 64, 4, 128, 256
