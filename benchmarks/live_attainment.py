@@ -1,11 +1,14 @@
 """Attainment of the live stack beside what the simulator predicts: real services, fake engines with a GPU's clock.
 
 Four workers whose step takes 25 ms and 0.1 ms more per prompt token, with KV for 12,800 tokens: about LLaMA-2-13B on
-A100-40GB. The Mixed workload, Poisson arrivals, max_tokens the true output, since the fake engine ends no sooner. The
-rates are shares of the capacity of `adaptive` at 95% as simulated; both worlds get the same requests at the same times
-with the same targets, and count those that arrive in the same window.
+A100-40GB. The Mixed workload, Poisson arrivals or bursts, max_tokens the true output, since the fake engine ends no
+sooner. The rates are shares of the capacity of `adaptive` at 95% as simulated; both worlds get the same requests at
+the same times with the same targets, and count those that arrive in the same window.
 
-    python benchmarks/live_attainment.py [--shares 0.5,0.8,1.0,1.1] [--policies adaptive,paper] [--span 120]
+    python benchmarks/live_attainment.py [--shares 0.5,0.8,1.0,1.1] [--policies adaptive,paper] [--span 45]
+        [--jsonl FILE]
+
+What is in the file already, with the same policy, share, span, burstiness and seed, is not run again.
 """
 
 from __future__ import annotations
@@ -15,12 +18,11 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import grpc
-from conditions import conditions
+from conditions import Records, Row, conditions, read_records
 from queued_requests import long_model
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +30,7 @@ from rich.table import Table
 from bucketserve.client import BucketServeClient, Chunk
 from bucketserve.core.errors import BucketServeError
 from bucketserve.sim.capacity import find_capacity
-from bucketserve.sim.cluster import parse_cluster
+from bucketserve.sim.cluster import aggregated
 from bucketserve.sim.experiment import Experiment, run_experiment
 from bucketserve.sim.latency import DeviceModel, parse_device
 from bucketserve.sim.limits import OutputLimits
@@ -36,13 +38,15 @@ from bucketserve.sim.percentiles import Percentiles
 from bucketserve.sim.policies import find_policy
 from bucketserve.sim.slo import Slo
 from bucketserve.sim.window import Window
-from bucketserve.sim.workload import SimRequest, make_workload
+from bucketserve.sim.workload import Arrivals, SimRequest, make_workload
 from bucketserve.v1 import common_pb2
 from bucketserve_cli.stack import LocalStack, StackSpec
 
 CONTEXT, KV_TOKENS, NUM_WORKERS = 4_096, 12_800, 4
 STEP_MS, PREFILL_MS = 25.0, 0.1
+LAYOUT = aggregated(NUM_WORKERS)
 TARGET = 0.95
+WORLDS = ("simulated", "live")
 CLOCK: Mapping[str, object] = {
     "name": "fake",
     "source": "the fake engine's own clock",
@@ -64,7 +68,7 @@ ENVIRON = {
 }
 
 
-def experiment(policy: str, span_s: float, seed: int) -> Experiment:
+def experiment(policy: str, options: argparse.Namespace) -> Experiment:
     """Returns the simulated world."""
     return Experiment(
         policy=find_policy(policy),
@@ -72,8 +76,10 @@ def experiment(policy: str, span_s: float, seed: int) -> Experiment:
         source_name="mixed",
         device=parse_device(CLOCK),
         num_requests=1,
-        min_span_s=span_s,
-        seed=seed,
+        min_span_s=options.span,
+        seed=options.seed,
+        arrivals=Arrivals.GAMMA,
+        burstiness_cv=options.burstiness,
         limits=OutputLimits.EXACT,
     )
 
@@ -110,61 +116,103 @@ async def serve(address: str, requests: list[SimRequest], device: DeviceModel, s
 
     async with BucketServeClient(address) as client:
         start_s = time.perf_counter()
-        await asyncio.gather(*(one(client, number, start_s) for number in range(len(requests))))
-    num_counted = sum(request.arrival_s in window for request in requests)
-    return num_good / num_counted, Percentiles.of(list(ttft.values()))
+        tasks = [asyncio.create_task(one(client, number, start_s)) for number in range(len(requests))]
+        counted = [task for task, request in zip(tasks, requests, strict=True) if request.arrival_s in window]
+        await asyncio.gather(*counted)
+        # What arrived later was there to be in their way.
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return num_good / len(counted), Percentiles.of(list(ttft.values()))
+
+
+async def measure(policy: str, share: float, rate_rps: float, model: str, options: argparse.Namespace) -> Row:
+    """Returns one rate's attainment and TTFT in both worlds."""
+    world = experiment(policy, options)
+    predicted = run_experiment(world, LAYOUT, rate_rps)
+    drawn = make_workload(
+        "mixed",
+        num_requests=max(1, round(rate_rps * options.span)),
+        rate_rps=rate_rps,
+        context_tokens=CONTEXT,
+        seed=options.seed,
+        arrivals=world.arrivals,
+        burstiness_cv=world.burstiness_cv,
+        limits=OutputLimits.EXACT,
+    )
+    environ = {**ENVIRON, "BUCKETSERVE_SCHEDULER_POLICY": policy}
+    stack = LocalStack(StackSpec(model=model, engine="fake", num_workers=NUM_WORKERS, environ=environ))
+    loop, began_s = asyncio.get_running_loop(), time.perf_counter()
+    await loop.run_in_executor(None, stack.__enter__)
+    try:
+        live, ttft_s = await serve(stack.gateway_address, list(drawn.requests), world.device, world.slo)
+    finally:
+        await loop.run_in_executor(None, stack.__exit__, None, None, None)
+    return {
+        **named(policy, share, options),
+        "rate_rps": rate_rps,
+        "requests": len(drawn.requests),
+        "simulated": predicted.slo_attainment,
+        "live": live,
+        "ttft_p50_s": {"simulated": predicted.ttft_s.p50, "live": ttft_s.p50},
+        "ttft_p99_s": {"simulated": predicted.ttft_s.p99, "live": ttft_s.p99},
+        "took_s": time.perf_counter() - began_s,
+    }
+
+
+def named(policy: str, share: float, options: argparse.Namespace) -> Row:
+    """Returns what tells a measurement from others."""
+    cv = options.burstiness
+    return {"policy": policy, "share": share, "span_s": options.span, "burstiness_cv": cv, "seed": options.seed}
 
 
 async def run(options: argparse.Namespace, console: Console) -> None:
-    """Measures and prints."""
-    layout = parse_cluster(f"{NUM_WORKERS}xboth")
-    ours = experiment("adaptive", options.span, options.seed)
-    capacity_rps = find_capacity(ours, [layout], TARGET, start_rps=2.0).capacity_rps or 0.0
-    heads = ("policy", "share", "requests/s", "simulated", "live", "difference", "TTFT p50 / p99 simulated", "live")
-    table = Table(*heads, title=f"capacity of adaptive at {TARGET:.0%}, simulated: {capacity_rps:.2f} requests/s")
-    loop = asyncio.get_running_loop()
-    with tempfile.TemporaryDirectory() as folder:
+    """Measures what is not in the file yet and prints all of it."""
+    ours = experiment("adaptive", options)
+    capacity_rps = find_capacity(ours, [LAYOUT], TARGET, start_rps=2.0).capacity_rps or 0.0
+    is_begun = options.jsonl is not None and options.jsonl.is_file()
+    first, known = read_records(options.jsonl) if is_begun else (conditions(), [])
+    with tempfile.TemporaryDirectory() as folder, Records(options.jsonl, first) as records:
         model = long_model(Path(folder))
+        for row in known:
+            records.add(row)
         for policy in options.policies.split(","):
             for share in map(float, options.shares.split(",")):
-                rate_rps = share * capacity_rps
-                world = replace(ours, policy=find_policy(policy))
-                predicted = run_experiment(world, layout, rate_rps)
-                drawn = make_workload(
-                    "mixed",
-                    num_requests=max(1, round(rate_rps * options.span)),
-                    rate_rps=rate_rps,
-                    context_tokens=CONTEXT,
-                    seed=options.seed,
-                    limits=OutputLimits.EXACT,
-                )
-                environ = {**ENVIRON, "BUCKETSERVE_SCHEDULER_POLICY": policy}
-                stack = LocalStack(StackSpec(model=model, engine="fake", num_workers=NUM_WORKERS, environ=environ))
-                await loop.run_in_executor(None, stack.__enter__)
-                try:
-                    live, ttft_s = await serve(stack.gateway_address, list(drawn.requests), world.device, world.slo)
-                finally:
-                    await loop.run_in_executor(None, stack.__exit__, None, None, None)
-                table.add_row(
-                    policy,
-                    f"{share:g}",
-                    f"{rate_rps:.2f}",
-                    f"{predicted.slo_attainment:.1%}",
-                    f"{live:.1%}",
-                    f"{100 * (live - predicted.slo_attainment):+.1f}",
-                    f"{predicted.ttft_s.p50:.2f} / {predicted.ttft_s.p99:.1f} s",
-                    f"{ttft_s.p50:.2f} / {ttft_s.p99:.1f} s",
-                )
-    console.print(table)
-    console.print(conditions())
+                if not any(row.items() >= named(policy, share, options).items() for row in known):
+                    row = await measure(policy, share, share * capacity_rps, model, options)
+                    records.add(row)
+                    console.print(f"{policy} at {share:g}: {row['live']:.1%}, {row['took_s']:.0f} s")
+    console.print(
+        shown(records.rows, f"capacity of adaptive at {TARGET:.0%}, simulated: {capacity_rps:.2f} requests/s")
+    )
+    console.print(first)
+
+
+def shown(rows: Iterable[Row], title: str) -> Table:
+    """Returns the table."""
+    heads = ("policy", "share", "requests/s", "simulated", "live", "difference", "TTFT p50 / p99 simulated", "live")
+    table = Table(*heads, title=title)
+    for row in rows:
+        tails = ("{:.2f} / {:.1f} s".format(*(row[f"ttft_{p}_s"][world] for p in ("p50", "p99"))) for world in WORLDS)
+        table.add_row(
+            row["policy"],
+            f"{row['share']:g}",
+            f"{row['rate_rps']:.2f}",
+            *(f"{row[world]:.1%}" for world in WORLDS),
+            f"{100 * (row['live'] - row['simulated']):+.1f}",
+            *tails,
+        )
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", default="0.5,0.8,1.0,1.1")
-    parser.add_argument("--policies", default="adaptive,paper")
-    parser.add_argument("--span", type=float, default=120.0, help="seconds of arrivals at each rate")
+    parser.add_argument("--policies", default="adaptive,paper", help="of scheduler.policy")
+    parser.add_argument("--span", type=float, default=45.0, help="seconds of arrivals at each rate")
+    parser.add_argument("--burstiness", type=float, default=1.0, help="coefficient of variation of arrivals' gaps")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jsonl", type=Path, help="where the raw figures go, as they come")
     asyncio.run(run(parser.parse_args(), Console()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from bucketserve.core.affinity import MAX_LOOKED_AT, Affinity
 from bucketserve.core.edges import EdgeChooser
@@ -16,10 +17,10 @@ from bucketserve.core.order import latest_start_s
 from bucketserve.core.placement import place
 from bucketserve.core.reclaim import Reclaimer
 from bucketserve.core.settings import CoreSettings, QueueOrder
-from bucketserve.core.types import Batch, BatchId, Bucket, LimitedBy, Request, RequestClass, RequestId, WorkerRole
+from bucketserve.core.types import Bucket, LimitedBy, Request, RequestClass, RequestId, WorkerRole
 from bucketserve.core.workers import WorkerState
 
-__all__ = ["BatchFormer", "Formed"]
+__all__ = ["BatchFormer", "Formed", "Former"]
 
 INFINITY = float("inf")
 RECLAIM_S = 0.2
@@ -39,6 +40,19 @@ class Formed:
     lane: Lane
 
 
+class Former(Protocol):
+    """Forms one batch at a time out of the waiting requests; removes nothing itself."""
+
+    preemptions: list[PreemptAtWorker]
+    """Of this step."""
+    wake_s: float | None
+    """When to look again without an event."""
+
+    def form(self, now_s: float) -> Formed | None:
+        """Returns the next batch; None if nothing may go now."""
+        ...
+
+
 @dataclass(slots=True)
 class _Cut:
     """A batch in the making: what it holds and how much more it may."""
@@ -52,7 +66,7 @@ class _Cut:
 
 
 class BatchFormer:
-    """Forms one batch at a time out of the waiting requests; removes nothing itself."""
+    """Sends requests when a worker has room for them, several together (Placement.LATE)."""
 
     def __init__(
         self,
@@ -70,7 +84,6 @@ class BatchFormer:
         self._fleet = fleet
         self._edges = edges
         self._lives = lives
-        self._num_formed = 0
         self._saved: WorkerState | None = None
         """Takes nothing while this batch is formed (_save_for)."""
         self._reclaimer = Reclaimer(lives)
@@ -145,7 +158,7 @@ class BatchFormer:
             cut, limited_by = self._cut(lane, bucket, first, worker, now_s)
             if is_late:
                 worker.late.update((request.request_id, worker.kv_tokens(request)) for request in cut.chosen)
-            return Formed(self._dispatch(bucket, worker, cut, limited_by), cut.chosen, lane)
+            return Formed(self._fleet.give(worker, cut.chosen, bucket, limited_by), cut.chosen, lane)
         return None
 
     def _placed(
@@ -337,25 +350,6 @@ class BatchFormer:
         number = worker.num_sequences() + len(cut.chosen) + 1
         held = worker.context_tokens_held() + cut.kv_tokens + request.prompt_tokens
         return worker.times.decode_s(number, held) <= tpot_s
-
-    def _dispatch(self, bucket: Bucket, worker: WorkerState, cut: _Cut, limited_by: LimitedBy) -> DispatchBatch:
-        self._num_formed += 1
-        chosen = cut.chosen
-        batch = Batch(
-            batch_id=BatchId(f"{worker.worker_id}/{self._num_formed}"),
-            worker_id=worker.worker_id,
-            assignment=worker.next_assignment(),
-            bucket=bucket,
-            request_ids=tuple(request.request_id for request in chosen),
-            prefill_tokens=cut.prefill_tokens,
-            padded_tokens=max(request.prefill_tokens for request in chosen) * len(chosen),
-            reserved_kv_tokens=sum(request.reserved_tokens for request in chosen),
-            limited_by=limited_by,
-            max_chunk_tokens=self._settings.max_chunk_tokens,
-        )
-        worker.assign(batch, chosen)
-        self._fleet.changed(worker)
-        return DispatchBatch(batch)
 
 
 def _is_bound(request: Request, candidates: Sequence[WorkerState]) -> bool:

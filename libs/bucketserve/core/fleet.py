@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from bucketserve.core.messages import DispatchBatch
 from bucketserve.core.outputs import OutputBook
 from bucketserve.core.placement import load_score
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.step_times import StepTimes
-from bucketserve.core.types import Request, StepSample, WorkerId, WorkerRole
+from bucketserve.core.types import Batch, BatchId, Bucket, LimitedBy, Request, StepSample, WorkerId, WorkerRole
 from bucketserve.core.workers import WorkerState, serves
 
 __all__ = ["Fleet"]
@@ -66,6 +67,8 @@ class Fleet:
         """Starts empty."""
         self._settings = settings
         self._workers: dict[WorkerId, WorkerState] = {}
+        self._num_given = 0
+        """Batches."""
         self._num_changes = 0
         """Of all workers: no two states share a version, also if a worker leaves and comes again."""
         self._by_load = _Ranking(self._workers)
@@ -161,6 +164,27 @@ class Fleet:
                 self._by_memory.put(worker, worker.room)
             elif worker.has_place(self._settings, small=True):
                 self._for_small.put(worker, worker.load)
+
+    def give(
+        self, worker: WorkerState, requests: Sequence[Request], bucket: Bucket, limited_by: LimitedBy
+    ) -> DispatchBatch:
+        """Notes that a worker gets a batch of requests, as they are there; returns the order."""
+        self._num_given += 1
+        batch = Batch(
+            batch_id=BatchId(f"{worker.worker_id}/{self._num_given}"),
+            worker_id=worker.worker_id,
+            assignment=worker.next_assignment(),
+            bucket=bucket,
+            request_ids=tuple(request.request_id for request in requests),
+            prefill_tokens=sum(request.prefill_tokens for request in requests),
+            padded_tokens=max(request.prefill_tokens for request in requests) * len(requests),
+            reserved_kv_tokens=sum(request.reserved_tokens for request in requests),
+            limited_by=limited_by,
+            max_chunk_tokens=self._settings.max_chunk_tokens,
+        )
+        worker.assign(batch, requests)
+        self.changed(worker)
+        return DispatchBatch(batch)
 
     def drain(self, worker: WorkerState) -> None:
         """Notes that a worker wants to leave."""

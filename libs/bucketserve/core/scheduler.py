@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bucketserve.core.admission import Admission
 from bucketserve.core.affinity import Affinity
-from bucketserve.core.batching import BatchFormer
+from bucketserve.core.batching import BatchFormer, Former
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.handover import Handover
@@ -53,7 +53,8 @@ from bucketserve.core.messages import (
 from bucketserve.core.patience import Patience
 from bucketserve.core.queue import Queue
 from bucketserve.core.roles import RoleBalancer
-from bucketserve.core.settings import CoreSettings
+from bucketserve.core.routing import Router
+from bucketserve.core.settings import CoreSettings, Placement
 from bucketserve.core.tenants import TenantBook
 from bucketserve.core.types import NO_WORKER_RETRY_S, FinishReason, Request, RequestId, RunningRequest, WorkerId
 from bucketserve.core.views import CoreView, view
@@ -74,7 +75,11 @@ class SchedulerCore:
         self._fleet = Fleet(settings)
         self._lives = Lifecycle(self._fleet)
         self._affinity = Affinity(settings, self._fleet)
-        self._former = BatchFormer(settings, self._lanes, self._fleet, self._edges, self._lives, self._affinity)
+        self._former: Former = (
+            BatchFormer(settings, self._lanes, self._fleet, self._edges, self._lives, self._affinity)
+            if settings.placement is Placement.LATE
+            else Router(settings, self._lanes, self._fleet, self._affinity)
+        )
         self._handover = Handover(self._fleet)
         self._roles = RoleBalancer(settings, self._fleet, self._lanes, self._handover)
         self._tenants = TenantBook()

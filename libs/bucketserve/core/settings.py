@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from bucketserve.core.errors import SettingsError
 
-__all__ = ["BatchOrder", "CoreSettings", "EdgeRule", "QueueOrder"]
+__all__ = ["BatchOrder", "CoreSettings", "EdgeRule", "Placement", "QueueOrder"]
 
 
 class EdgeRule(enum.Enum):
@@ -39,6 +39,19 @@ class BatchOrder(enum.Enum):
     """Longest first: tokens per second."""
 
 
+class Placement(enum.Enum):
+    """When a request goes to a worker, and to which."""
+
+    LATE = "late"
+    """When a worker has room for it: to one with little to do, or that knows how it begins."""
+    ROUND_ROBIN = "round-robin"
+    """On arrival, to each in turn (core/routing.py)."""
+    LEAST_LOADED = "least-loaded"
+    """On arrival, to the one with the fewest open requests."""
+    LEAST_PREFILL = "least-prefill"
+    """On arrival, to the one with the fewest prompt tokens to compute: a router that knows more than connections."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreSettings:
     """What can be chosen. Times are seconds, lengths tokens.
@@ -48,6 +61,7 @@ class CoreSettings:
     """
 
     edges: EdgeRule = EdgeRule.ADAPTIVE
+    placement: Placement = Placement.LATE
 
     output_quantile: float = 0.6
     """Requests count with this quantile of what outputs like theirs were, where KV grows as it is used."""
@@ -98,6 +112,10 @@ class CoreSettings:
         return replace(
             self, edges=EdgeRule.PAPER, queue_order=QueueOrder.FCFS, is_time_aware=False, small_batch_tokens=0
         )
+
+    def as_a_load_balancer(self, placement: Placement) -> CoreSettings:
+        """Returns the same with a placement on arrival, in order of arrival."""
+        return replace(self, placement=placement, edges=EdgeRule.NONE, queue_order=QueueOrder.FCFS)
 
     def __post_init__(self) -> None:
         """Checks the ranges."""

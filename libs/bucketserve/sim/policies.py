@@ -8,11 +8,11 @@ from typing import Any
 
 from bucketserve.core.messages import Decision, Event, RequestSubmitted
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.settings import CoreSettings
+from bucketserve.core.settings import CoreSettings, Placement
 from bucketserve.sim.baselines import chunked, chunked_edf, distserve, fcfs_static, laps, lmetric, qoserve, uellm
 from bucketserve.sim.driver import Policy
 from bucketserve.sim.errors import SimulationError
-from bucketserve.sim.policy_spec import Layout, PolicySpec, either
+from bucketserve.sim.policy_spec import Layout, PolicySpec, either, together
 from bucketserve.sim.sequence import TABLE_MODE, WorkerMode
 
 __all__ = [
@@ -135,11 +135,20 @@ def _algorithm_1(chunk_tokens: int = _CORE.max_chunk_tokens) -> PolicySpec:
     return replace(spec, sized=_algorithm_1)
 
 
+def _load_balancer(placement: Placement, summary: str, mode: WorkerMode | None = None) -> PolicySpec:
+    """Routing on arrival to the workers that serve; with a step size, to workers whose loop is vLLM's."""
+    spec = core_policy(placement.value, summary, _CORE.as_a_load_balancer(placement), together, mode)
+    return replace(spec, sized=lambda tokens: _load_balancer(placement, summary, chunked.chunked_mode(tokens)))
+
+
 POLICIES: Mapping[str, PolicySpec] = {
     spec.name: spec
     for spec in (
         core_policy("adaptive", "what is served: exact edges, slack order, time-aware batches", _CORE, either),
         _algorithm_1(),
+        _load_balancer(Placement.ROUND_ROBIN, "a load balancer: on arrival, to each worker in turn"),
+        _load_balancer(Placement.LEAST_LOADED, "a load balancer: on arrival, to the worker with the fewest requests"),
+        _load_balancer(Placement.LEAST_PREFILL, "a router: on arrival, to the worker with the least to prefill"),
         *(rival() for rival in RIVALS),
     )
 }

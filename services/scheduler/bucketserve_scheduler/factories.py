@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from dataclasses import fields
 
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.settings import BatchOrder, CoreSettings
+from bucketserve.core.settings import BatchOrder, CoreSettings, Placement
 from bucketserve.ports import QueueStore
 from bucketserve.store.memory import MemoryStore
 from bucketserve.store.redis import RedisStore, connect
@@ -22,12 +22,18 @@ def new_core(settings: SchedulerSettings, context_tokens: int) -> SchedulerCore:
 
 
 def core_settings(settings: SchedulerSettings) -> CoreSettings:
-    """Returns the core's part of the settings. Policy `paper` is Algorithm 1 in order of arrival, for comparison."""
+    """Returns the core's part of the settings. All policies but `adaptive` are for comparison."""
     named = {
         field.name: getattr(settings, field.name) for field in fields(CoreSettings) if hasattr(settings, field.name)
     }
     chosen = CoreSettings(**{**named, "batch_order": BatchOrder(settings.batch_order)})
-    return chosen.as_in_the_paper() if settings.policy == "paper" else chosen
+    match settings.policy:
+        case "adaptive":
+            return chosen
+        case "paper":
+            return chosen.as_in_the_paper()
+        case placement:
+            return chosen.as_a_load_balancer(Placement(placement))
 
 
 async def stores(url: str, deployment: str, stack: AsyncExitStack) -> Callable[[str], QueueStore]:

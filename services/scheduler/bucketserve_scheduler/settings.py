@@ -28,7 +28,11 @@ class SchedulerSettings(Section):
         "memory:// keeps state in memory only",
     )
     scheduler_id: str = Field("", description="unique per process; default: host name and process id")
-    policy: Literal["adaptive", "paper"] = Field("adaptive", description="adaptive, or Algorithm 1 of the paper")
+    policy: Literal["adaptive", "paper", "round-robin", "least-loaded", "least-prefill"] = Field(
+        "adaptive",
+        description="adaptive; for comparison Algorithm 1 of the paper, or what a load balancer does: on arrival to "
+        "each worker in turn, to the one with the fewest requests, or with the fewest prompt tokens to compute",
+    )
     batch_order: Literal["sjf", "ljf"] = Field(
         CORE.batch_order.value, description="order of batch-class requests in a bucket"
     )

@@ -149,6 +149,8 @@ class Worker:
     blocks: set[int] = field(default_factory=set)
     """Whose KV it has computed."""
     adapters: frozenset[str] = frozenset()
+    is_queueing: bool = False
+    """Whether requests come on arrival: more than it has room for wait here."""
 
     # --- the stream ---------------------------------------------------------------------------------------------
 
@@ -222,7 +224,8 @@ class Worker:
         """Whether a prompt may begin."""
         is_empty = not any(self.has_begun(other) for other in self.runs.values())
         spare = 0 if is_empty else math.ceil(self.capacity * SPARE_SHARE)
-        return run.grown_tokens <= self.free() - self.growth() - spare
+        has_slot = sum(other.phase is Phase.DECODING for other in self.runs.values()) < MAX_SEQUENCES
+        return has_slot and run.grown_tokens <= self.free() - self.growth() - spare
 
     def report(self) -> None:
         steps = (StepSample(prefill_tokens=100, duration_s=0.01), StepSample(decode_sequences=2, duration_s=0.005))
@@ -251,7 +254,8 @@ class Worker:
                     self.cancel(RequestId(request_id))
             # Never more than it really has.
             assert self.used() <= self.capacity
-            assert sum(run.phase is not Phase.HELD for run in self.runs.values()) <= MAX_SEQUENCES
+            known = [run for run in self.runs.values() if self.has_begun(run) or not self.is_queueing]
+            assert sum(run.phase is not Phase.HELD for run in known) <= MAX_SEQUENCES
         if orders:
             self.report()
 

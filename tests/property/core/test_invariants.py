@@ -27,7 +27,7 @@ from bucketserve.core.messages import (
 )
 from bucketserve.core.order import order_key
 from bucketserve.core.prefixes import BLOCK_TOKENS
-from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule, QueueOrder
+from bucketserve.core.settings import BatchOrder, CoreSettings, EdgeRule, Placement, QueueOrder
 from bucketserve.core.types import FinishReason, Request, RequestClass, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request, headroom
 from tests.property.core.peers import Worker
@@ -271,6 +271,7 @@ core_settings = st.builds(
     edges=st.sampled_from(list(EdgeRule)),
     batch_order=st.sampled_from(list(BatchOrder)),
     queue_order=st.sampled_from([*QueueOrder, QueueOrder.SLACK]),
+    placement=st.sampled_from([*[Placement.LATE] * 4, *Placement]),
     fill_tokens=st.sampled_from([1, 64, 1024]),
     small_batch_tokens=st.sampled_from([0, 64, 256]),
     max_queued_requests=st.sampled_from([5, 1000, 1000]),

@@ -39,7 +39,7 @@ from bucketserve.core.messages import (
     WorkerLost,
 )
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.settings import CoreSettings
+from bucketserve.core.settings import CoreSettings, Placement
 from bucketserve.core.types import Batch, Request, RequestClass, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request
 from tests.property.core.books import check_agreement, check_empty
@@ -68,6 +68,7 @@ class World:
         for worker in workers:
             worker.clients = self.client_of
             worker.resumptions = self.resumptions
+            worker.is_queueing = core_settings.placement is not Placement.LATE
         self.ends: Counter[RequestId] = Counter()
         self.store: dict[RequestId, tuple[Request, WorkerId | None]] = {}
         self.edges: tuple[int, ...] = ()
@@ -314,7 +315,8 @@ class World:
     def check_workers(self) -> None:
         """What runs at a worker is known to be there, or is told to stop; who may not be let go has room there."""
         for worker in self.workers.values():
-            stays = [run.reserved_tokens for run in worker.runs.values() if not run.is_growing]
+            known = [run for run in worker.runs.values() if worker.has_begun(run) or not worker.is_queueing]
+            stays = [run.reserved_tokens for run in known if not run.is_growing]
             assert sum(stays) <= worker.capacity
             for request_id in worker.runs if worker.is_connected else ():
                 life = self.core._lives.get(request_id)

@@ -22,10 +22,11 @@ from bucketserve_scheduler.factories import core_settings
 from bucketserve_scheduler.settings import SchedulerSettings
 from bucketserve_worker.settings import WorkerSettings
 
+ROUTERS = ("round-robin", "least-loaded", "least-prefill")
 UNBOUNDED = {"max_queued_requests": 10_000_000, "max_queued_tokens": 10**12}
 
 
-@pytest.mark.parametrize("policy", ["adaptive", "paper"])
+@pytest.mark.parametrize("policy", ["adaptive", "paper", *ROUTERS])
 def test_the_core_that_is_simulated_is_the_one_that_is_served(policy: str) -> None:
     served, simulated = core_settings(SchedulerSettings(policy=policy)), POLICIES[policy].settings
     assert simulated == replace(served, **UNBOUNDED)
@@ -57,7 +58,7 @@ def test_an_engine_lets_a_short_prompt_share_the_step_of_a_long_one() -> None:
 
 
 def test_the_table_differs_where_it_says_so_and_nowhere_else() -> None:
-    for name in ("adaptive", "paper"):
+    for name in ("adaptive", "paper", *ROUTERS):
         served, shown = POLICIES[name], as_in_the_table(POLICIES[name])
         assert shown.settings is not None and served.settings is not None
         assert shown.mode == replace(TABLE_MODE, kv=served.mode.kv)
