@@ -38,7 +38,7 @@ ABLATIONS: Mapping[str, Mapping[str, str]] = {
     "nothing beside long prompts": {"small_batch_tokens": "0"},
     "KV by the median output": {"output_quantile": "0.5"},
     "KV by the 0.9 quantile": {"output_quantile": "0.9"},
-    "deferred share 2%": {"deferred_share": "0.02"},
+    "deferred share 10%": {"deferred_share": "0.1"},
     "deferred share 30%": {"deferred_share": "0.3"},
 }
 TARGETS = ("0.8", "0.95", "0.99")
