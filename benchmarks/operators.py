@@ -1,6 +1,7 @@
 """Writes the operators' table, docs/paper/operators.md: capacities with limits as clients send them, at 95 and 99%.
 
-Devices x arrivals x policies x seeds, recorded lengths (--traces), and the core with one thing changed. Every finished
+Devices x arrivals x policies x seeds, what else was aimed at (QUESTIONS in operators_jobs.py, which start from their
+capacities), recorded lengths (--traces), and the core with one thing changed. Every finished
 run is appended to operators.jsonl, so that a run that was stopped goes on where it was; --report-only writes the page.
 A rival has its best step size of a sweep with a seed of its own (sim/operators.py).
 """
@@ -15,22 +16,18 @@ import statistics
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+from operators_jobs import DEVICES, NUM_REQUESTS, OURS, QUESTIONS, RIVALS, WORLDS, Job, World
 from rich.console import Console
 from rich.progress import Progress
 
-from bucketserve.sim.operators import Case, best_step, measure
-from bucketserve.sim.workload import Arrivals
+from bucketserve.sim.operators import best_step, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "paper"
 KEPT = OUT / "operators.jsonl"
-DEVICES: Mapping[str, float] = {"a100-40gb-13b": 2.0, "a100-80gb-13b": 6.0, "h100-80gb-8b": 50.0}
-"""Where searches begin, requests/s."""
-RIVALS = ("chunked", "chunked-edf", "qoserve")
-OURS = "adaptive"
 ABLATIONS: Mapping[str, Mapping[str, str]] = {
     "one bucket": {"edges": "none"},
     "edges of Algorithm 1": {"edges": "paper"},
@@ -41,50 +38,17 @@ ABLATIONS: Mapping[str, Mapping[str, str]] = {
     "nothing beside long prompts": {"small_batch_tokens": "0"},
     "KV by the median output": {"output_quantile": "0.5"},
     "KV by the 0.9 quantile": {"output_quantile": "0.9"},
-    "deferred share 2%": {"deferred_share": "0.02"},
+    "deferred share 10%": {"deferred_share": "0.1"},
     "deferred share 30%": {"deferred_share": "0.3"},
 }
 TARGETS = ("0.8", "0.95", "0.99")
-NUM_REQUESTS = 600
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One line of a table for one seed; `what` is the policy, or what was changed of ours."""
-
-    group: str
-    device: str
-    workload: str
-    arrivals: str
-    what: str
-    seed: int
-    settings: tuple[tuple[str, str], ...] = ()
-    trace: str = ""
-
-    @property
-    def key(self) -> str:
-        """Names it in the file."""
-        return "/".join((self.group, self.device, self.workload, self.arrivals, self.what, str(self.seed)))
-
-    @property
-    def case(self) -> Case:
-        """What is simulated, without a rival's step size."""
-        return Case(
-            policy=self.what if self.group != "ablation" else OURS,
-            settings=self.settings,
-            device=self.device,
-            workload=self.trace or self.workload,
-            is_trace=bool(self.trace),
-            arrivals=Arrivals(self.arrivals),
-            num_requests=NUM_REQUESTS,
-            seed=self.seed,
-            start_rps=DEVICES[self.device],
-        )
-
-
-def run(job: Job, step_tokens: int) -> dict[str, object]:
+def run(job: Job, step_tokens: int, found: Mapping[str, dict]) -> dict[str, object]:
     """Returns the figures of a job."""
+    if job.group == "target":
+        return {"key": job.key, **QUESTIONS[job.what].answer(World(job, found))}
     measured = measure(replace(job.case, step_tokens=step_tokens))
     return {
         "key": job.key,
@@ -107,6 +71,7 @@ def jobs_of(seeds: Sequence[int], traces: Path | None) -> list[Job]:
     jobs = []
     for seed in seeds:
         jobs += [Job("mixed", d, "mixed", a, what, seed) for what in (OURS, *RIVALS) for d, a in worlds]
+        jobs += [Job("target", d, "mixed", a, name, seed) for name, asked in QUESTIONS.items() for d, a in asked.worlds]
         jobs += [
             Job("ablation", device, "mixed", arrivals, label, seed, tuple(settings.items()))
             for label, settings in ABLATIONS.items()
@@ -143,9 +108,12 @@ def simulate(jobs: Iterable[Job], processes: int, console: Console) -> None:
             keep({"key": f"step/{sweeps[done]}", "step_tokens": done.result()})
             progress.advance(bar)
         bar = progress.add_task("capacities", total=len(left))
-        for done in as_completed([pool.submit(run, job, steps.get(world(job), 0)) for job in left]):
-            keep(done.result())
-            progress.advance(bar)
+        # Questions start from the capacities.
+        for stage in ([j for j in left if j.group != "target"], [j for j in left if j.group == "target"]):
+            found = rows()
+            for done in as_completed([pool.submit(run, job, steps.get(world(job), 0), found) for job in stage]):
+                keep(done.result())
+                progress.advance(bar)
 
 
 def rows() -> dict[str, dict]:
@@ -216,6 +184,14 @@ def page(results: Results) -> str:
         ),
         "",
     ]
+    lines += capacities_table(results) + targets_table(results) + ablation_table(results) + traces_table(results)
+    lines += ["![capacities](operators.png)", ""]
+    return "\n".join(lines)
+
+
+def capacities_table(results: Results) -> list[str]:
+    """Capacities and tails of all policies."""
+    lines = []
     for device in DEVICES:
         lines += [
             f"## Mixed, {device}",
@@ -238,34 +214,77 @@ def page(results: Results) -> str:
                 evictions = statistics.fmean(row["evictions"]["0.95"] for row in found.values())
                 lines.append(f"| {what} | {arrivals} | {' | '.join([*cells, *over])} | {evictions:.0f} |")
         lines.append("")
-    lines += [
+    return lines
+
+
+def targets_table(results: Results) -> list[str]:
+    """Answers to the questions, of seed 1."""
+    if not results.workloads("target"):
+        return []
+    lines = [
+        "## What else was aimed at",
+        "",
+        paragraph("What each row means is said by its function in `benchmarks/operators_jobs.py`; of seed 1."),
+        "",
+        "| figure | world | ours | other | over it | wanted | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, question in QUESTIONS.items():
+        for device, arrivals in question.worlds:
+            if row := results.of("target", device, "mixed", arrivals, name).get("1"):
+                figures = f"{row['ours']:.4g} | {row['other']:.4g} {question.other} | {row['ours'] / row['other']:.2f}"
+                where = f"{device}, {arrivals}"
+                lines.append(f"| {question.says} | {where} | {figures} | {question.wanted} | {row.get('remark', '')} |")
+    return [*lines, ""]
+
+
+def ablation_table(results: Results) -> list[str]:
+    """What is kept of the capacity with one thing changed."""
+    if not results.workloads("ablation"):
+        return []
+    lines = [
         "## What earns what",
         "",
         "Capacity at 95 / 99% with one thing changed, over the core as it is served.",
         "",
+        *head_of("changed"),
     ]
-    heads = [f"{device} {arrivals}" for device in DEVICES for arrivals in ("poisson", "gamma")]
-    lines += [f"| changed | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for label in ABLATIONS:
-        cells = []
-        for device in DEVICES:
-            for arrivals in ("poisson", "gamma"):
-                names = ("ablation", device, "mixed", arrivals, label), ("mixed", device, "mixed", arrivals, OURS)
-                cells.append(" / ".join(shown(results.ratio(target, *names)) for target in TARGETS[1:]).strip(" /"))
-        if any(cells):
-            lines.append(f"| {label} | {' | '.join(cells)} |")
-    if workloads := results.workloads("trace"):
-        lines += ["", "## On recorded lengths", "", "Ours over `chunked`, capacity at 95 / 99%.", ""]
-        lines += [f"| trace | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-        for workload in workloads:
-            cells = []
-            for device in DEVICES:
-                for arrivals in ("poisson", "gamma"):
-                    names = [("trace", device, workload, arrivals, what) for what in (OURS, RIVALS[0])]
-                    cells.append(" / ".join(shown(results.ratio(target, *names)) for target in TARGETS[1:]).strip(" /"))
-            lines.append(f"| {workload} | {' | '.join(cells)} |")
-    lines += ["", "![capacities](operators.png)", ""]
-    return "\n".join(lines)
+        names = [
+            (("ablation", device, "mixed", arrivals, label), ("mixed", device, "mixed", arrivals, OURS))
+            for device, arrivals in WORLDS
+        ]
+        lines += row_of(results, label, names)
+    return [*lines, ""]
+
+
+def traces_table(results: Results) -> list[str]:
+    """Ours over chunked on recorded lengths."""
+    if not (workloads := results.workloads("trace")):
+        return []
+    lines = ["## On recorded lengths", "", "Ours over `chunked`, capacity at 95 / 99%.", "", *head_of("trace")]
+    for workload in workloads:
+        names = [
+            (("trace", device, workload, arrivals, OURS), ("trace", device, workload, arrivals, RIVALS[0]))
+            for device, arrivals in WORLDS
+        ]
+        lines += row_of(results, workload, names)
+    return [*lines, ""]
+
+
+def head_of(first: str) -> list[str]:
+    """The head of a table with a column for each world."""
+    names = [f"{device} {arrivals}" for device, arrivals in WORLDS]
+    return [f"| {first} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+
+
+def row_of(results: Results, label: str, names: Iterable[tuple[Sequence[str], Sequence[str]]]) -> list[str]:
+    """A line of ratios at 95 / 99%, a cell for each world; none if nothing was measured."""
+    cells = [
+        " / ".join(shown(results.ratio(target, top, bottom)) for target in TARGETS[1:]).strip(" /")
+        for top, bottom in names
+    ]
+    return [f"| {label} | {' | '.join(cells)} |"] if any(cells) else []
 
 
 def draw(results: Results) -> None:

@@ -86,8 +86,9 @@ class CoreSettings:
     queue_order: QueueOrder = QueueOrder.SLACK
     cost_weight: float = 2.0
     """How much later a request counts per second of delay that it means to all others that wait."""
-    deferred_share: float = 0.1
-    """Share of dispatched tokens owed to deferred requests while others wait as well."""
+    deferred_share: float = 0.02
+    """Share of dispatched tokens owed to deferred requests while others wait as well: enough that they go on, and no
+    more, since each of their steps makes others late."""
     late_kv_share: float = 1.0
     """Most of a worker's KV that late interactive requests may hold. Less means that more are in time under overload,
     and that the late ones wait for minutes."""

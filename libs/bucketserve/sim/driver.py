@@ -303,7 +303,8 @@ class Simulation:
     def _moved(self, move: _Move, events: list[Event]) -> None:
         command = move.command
         source, target = self.workers[command.source_id], self.workers[command.target_id]
-        source.release(command.request_id, move.source_kv_tokens)
+        if source is not target:
+            source.release(command.request_id, move.source_kv_tokens)
         move.sequence.assignment = command.assignment
         target.join(move.sequence)
         del self._moving[command.request_id]
@@ -377,8 +378,14 @@ class Simulation:
             raise SimulationError(f"{command.request_id} has no KV to pull from {command.source_id}")
         move = _Move(sequence, command, sequence.kv_tokens)
         self._moving[command.request_id] = move
-        target.expect(sequence)
         self._touched[command.target_id] = target
+        if source is target:
+            # Its role has changed, and it goes on with what it holds: nothing is there twice, and nothing moves.
+            source.release(command.request_id, move.source_kv_tokens)
+            target.expect(sequence)
+            self._push(self.now_s, move)
+            return
+        target.expect(sequence)
         # Transfers into one worker share its link, one after the other.
         start_s = max(self.now_s, self._link_free_s.get(command.target_id, 0.0))
         end_s = start_s + self._device.kv_transfer_s(sequence.prompt_tokens)

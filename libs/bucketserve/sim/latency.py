@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from bucketserve.sim.errors import SimulationError
 from bucketserve.sim.roofline import DERIVED
 
-__all__ = ["CostMode", "DeviceModel", "StepLatency", "load_device", "parse_device"]
+__all__ = ["CostMode", "DeviceModel", "StepLatency", "load_device", "parse_device", "prefill_cost"]
 
 
 class CostMode(enum.Enum):
@@ -31,6 +31,15 @@ class CostMode(enum.Enum):
     """Every prompt of a step is computed at the length of the longest. Decode attention is paged, as in vLLM."""
     PACKED = "packed"
     """Variable-length kernels: only real tokens cost."""
+
+
+def prefill_cost(spans: Sequence[tuple[int, int]], cost: CostMode) -> tuple[int, int]:
+    """Returns (tokens, sum of end^2 - start^2) that a step computes of prompts, each (start, number of tokens)."""
+    tokens = [number for _, number in spans]
+    squares = [number * (number + 2 * start) for start, number in spans]
+    if cost is CostMode.PADDED:
+        return max(tokens) * len(spans), max(squares) * len(spans)
+    return sum(tokens), sum(squares)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,18 @@ from bucketserve.sim.policy_spec import STEP_SIZES, Layout, PolicySpec
 from bucketserve.sim.report import Report
 from bucketserve.sim.workload import Arrivals, Lengths, read_trace
 
-__all__ = ["LIGHT_LOAD", "TARGETS", "AtTarget", "Case", "Measured", "best_step", "measure", "saturation"]
+__all__ = [
+    "LIGHT_LOAD",
+    "TARGETS",
+    "AtTarget",
+    "Case",
+    "Measured",
+    "best_step",
+    "experiment_of",
+    "layouts_of",
+    "measure",
+    "saturation",
+]
 
 TARGETS = (0.8, 0.95, 0.99)
 SWEEP_TARGET = 0.95
@@ -84,7 +95,7 @@ class Measured:
 
 def measure(case: Case) -> Measured:
     """Returns the capacities of a case with its step size."""
-    experiment, layouts = _experiment(case), _layouts(case)
+    experiment, layouts = experiment_of(case), layouts_of(case)
     found = find_capacities(experiment, layouts, TARGETS, start_rps=case.start_rps)
     typical = found[0.95]
     layout = next(layout for layout in layouts if _is(layout, typical))
@@ -105,7 +116,7 @@ def best_step(case: Case) -> int:
     capacities = {}
     for tokens in STEP_SIZES:
         tried = replace(case, step_tokens=tokens, seed=SWEEP_SEED)
-        found = find_capacity(_experiment(tried), _layouts(tried), SWEEP_TARGET, start_rps=case.start_rps)
+        found = find_capacity(experiment_of(tried), layouts_of(tried), SWEEP_TARGET, start_rps=case.start_rps)
         capacities[tokens] = found.capacity_rps or 0.0
     return max(capacities, key=lambda tokens: capacities[tokens])
 
@@ -115,12 +126,12 @@ def saturation(case: Case, capacity_rps: float) -> float:
 
     Poisson arrivals in every case, at twice the capacity at first, and twice as many until a share is left waiting.
     """
-    experiment = _experiment(replace(case, arrivals=Arrivals.POISSON))
+    experiment = experiment_of(replace(case, arrivals=Arrivals.POISSON))
     experiment = replace(experiment, min_span_s=LONG_SPAN * experiment.span_s())
     rate_rps = capacity_rps or case.start_rps
     while True:
         rate_rps *= 2
-        most_rps = max(run_experiment(experiment, layout, rate_rps).completed_rps for layout in _layouts(case))
+        most_rps = max(run_experiment(experiment, layout, rate_rps).completed_rps for layout in layouts_of(case))
         if most_rps < SERVED_SHARE * rate_rps:
             return most_rps
 
@@ -132,8 +143,8 @@ def _policy(case: Case) -> PolicySpec:
     return policy.sized(case.step_tokens) if policy.sized is not None and case.step_tokens else policy
 
 
-def _layouts(case: Case) -> Sequence[Layout]:
-    """All workers do both where a policy allows it: what is served by default."""
+def layouts_of(case: Case) -> Sequence[Layout]:
+    """Returns the layouts to choose from: all workers do both where the policy allows it, as is served by default."""
     layouts = list(_policy(case).layouts(case.num_workers, 1))
     together = [layout for layout in layouts if all(group.role is WorkerRole.BOTH for group in layout)]
     return together or layouts
@@ -157,7 +168,8 @@ def _rows(path: str) -> tuple[Lengths, ...]:
     return tuple(read_trace(Path(path)))
 
 
-def _experiment(case: Case) -> Experiment:
+def experiment_of(case: Case) -> Experiment:
+    """Returns what is run for a case."""
     return Experiment(
         policy=_policy(case),
         source=_rows(case.workload) if case.is_trace else case.workload,

@@ -123,7 +123,7 @@ def _parse(text: str, kind: type) -> object:
 
 _CORE = CoreSettings(max_queued_requests=10_000_000, max_queued_tokens=10**12)
 """As served, but queues without bounds: a refusal would spare a policy the requests that it can't serve."""
-TABLE_SETTINGS: Mapping[str, Any] = {"small_batch_tokens": 0, "late_kv_share": 0.1, "deferred_share": 0.02}
+TABLE_SETTINGS: Mapping[str, Any] = {"small_batch_tokens": 0, "late_kv_share": 0.1}
 """Of the core in docs/paper, whose workers do not share steps (TABLE_MODE), and which judges at 80% within SLO: those
 that are late are lost there."""
 

@@ -88,6 +88,8 @@ class SimSequence:
     batch_id: BatchId
     assignment: int
     """Of the order that brought it to its worker."""
+    hands_over: bool = False
+    """Whether its worker prefilled when it came: its KV waits there once its prompt is computed."""
     max_chunk_tokens: int = 0
     due_s: float = 0.0
     """When its first token is due; far away for batch class."""

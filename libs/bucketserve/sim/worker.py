@@ -18,7 +18,7 @@ from bucketserve.core.preemption import loss
 from bucketserve.core.stepping import PrefillPiece, plan_prefill
 from bucketserve.core.types import MAX_PREEMPTIONS, Headroom, RequestId, StepSample, WorkerRole
 from bucketserve.sim.errors import SimulationError
-from bucketserve.sim.latency import CostMode
+from bucketserve.sim.latency import CostMode, prefill_cost
 from bucketserve.sim.prefix_cache import PrefixCache
 from bucketserve.sim.sequence import Discipline, KvPolicy, SimSequence, StepOutcome, WorkerSpec
 
@@ -86,12 +86,14 @@ class SimWorker:
         batch = list(sequences)
         for sequence in batch:
             sequence.num_to_compute, sequence.num_computed = sequence.prompt_tokens, 0
+            # What was begun in a role ends in it, as at a real worker.
+            sequence.hands_over = self.role is WorkerRole.PREFILL
             if self._is_paged or self._is_static:
                 self._queue.append(sequence)
                 self._queue_tokens += sequence.prompt_tokens
             else:
                 # A prefill worker holds the prompt's KV only; its output grows elsewhere.
-                output = 0 if self.role is WorkerRole.PREFILL else sequence.max_new_tokens
+                output = 0 if sequence.hands_over else sequence.max_new_tokens
                 self._take_kv(sequence, sequence.prompt_tokens + output)
                 self._prefilling[sequence.request_id] = sequence
 
@@ -113,7 +115,7 @@ class SimWorker:
         return self._held.get(request_id)
 
     def release(self, request_id: RequestId, kv_tokens: int) -> None:
-        """Frees a held sequence's KV after it was pulled."""
+        """Frees a held sequence's KV after it was pulled, or before it is expected where it is held."""
         self._release_blocks(self._held.pop(request_id))
         self._kv_used -= kv_tokens
 
@@ -187,11 +189,13 @@ class SimWorker:
         elif self._is_paged:
             if not self._is_growing:
                 self._make_room_to_grow(now_s)
+            self._check_kv()
             self._admit_paged()
         latency = self.spec.latency
         pieces = self._plan_pieces(now_s)
         if pieces:
-            tokens, squares = self._prefill_cost(pieces)
+            spans = [(self._prefilling[piece.request_id].num_computed, piece.num_tokens) for piece in pieces]
+            tokens, squares = prefill_cost(spans, self.spec.cost)
             self.end_s = now_s + latency.step_s(tokens, squares, self._num_slots, self._context)
             self._pieces, self._num_planned = pieces, 1
         elif self._num_slots:
@@ -253,18 +257,6 @@ class SimWorker:
             self._prefixes.release(sequence.block_hashes)
             sequence.holds_blocks = False
 
-    def _prefill_cost(self, pieces: list[PrefillPiece]) -> tuple[int, int]:
-        """Returns (tokens, sum of end^2 - start^2) that the step computes."""
-        tokens = squares = longest = widest = 0
-        for piece in pieces:
-            start = self._prefilling[piece.request_id].num_computed
-            area = piece.num_tokens * (piece.num_tokens + 2 * start)
-            tokens, squares = tokens + piece.num_tokens, squares + area
-            longest, widest = max(longest, piece.num_tokens), max(widest, area)
-        if self.spec.cost is CostMode.PADDED:
-            return longest * len(pieces), widest * len(pieces)
-        return tokens, squares
-
     def _account(self, outcome: StepOutcome) -> None:
         """Books the time, and measures the step as a real worker does; of a leap, its first step."""
         assert self.end_s is not None  # only called while busy
@@ -320,7 +312,7 @@ class SimWorker:
             self._kv_used -= sequence.kv_tokens
             self._release_blocks(sequence)
             outcome.finished.append(sequence)
-        elif self.role is WorkerRole.PREFILL:
+        elif sequence.hands_over:
             self._held[piece.request_id] = sequence
         else:
             self._decode_from_here(sequence)
@@ -433,7 +425,11 @@ class SimWorker:
         self._kv_used += tokens
         self.max_kv_used = max(self.max_kv_used, self._kv_used)
         self._prefixes.shrink(self.spec.kv_total_tokens - self._kv_used)
-        if self._kv_used > self.spec.kv_total_tokens and not self._is_expecting:
+        if not self._is_expecting:
+            self._check_kv()
+
+    def _check_kv(self) -> None:
+        if self._kv_used > self.spec.kv_total_tokens:
             raise SimulationError(
                 f"{self.spec.worker_id}: {self._kv_used} KV tokens in a memory of {self.spec.kv_total_tokens}"
             )
@@ -452,7 +448,8 @@ class SimWorker:
         while self._queue and budget > 0 and not self._swapped:
             head = self._queue[0]
             is_empty = self._kv_used == 0
-            tokens = head.most_tokens if self._is_full(head) else head.remaining + 1
+            is_full = self._is_full(head) and not head.hands_over
+            tokens = head.most_tokens if is_full else head.remaining + 1
             needed = tokens + self._num_growing + (0 if is_empty else watermark)
             if self._kv_used + needed > total or self._num_slots + len(self._prefilling) >= mode.max_sequences:
                 break

@@ -15,7 +15,7 @@ from bucketserve.sim.driver import Simulation
 from bucketserve.sim.latency import CostMode, load_device
 from bucketserve.sim.ledger import Outcome
 from bucketserve.sim.limits import OutputLimits
-from bucketserve.sim.policies import POLICIES
+from bucketserve.sim.policies import POLICIES, with_settings
 from bucketserve.sim.policy_spec import PolicyContext, apart, either, together
 from bucketserve.sim.slo import Slo
 from bucketserve.sim.workload import BLOCK_TOKENS, Arrivals, Lengths, make_workload
@@ -26,6 +26,9 @@ LAYOUTS |= {name: ["1xprefill+1xdecode", "2xprefill+2xdecode"] for name, p in PO
 LAYOUTS |= {
     name: ["2xboth", "1xprefill+1xdecode", "1xprefill+2xdecode"] for name, p in POLICIES.items() if p.layouts is either
 }
+
+SWITCHING = "adaptive, roles switch"
+LAYOUTS[SWITCHING] = ["1xprefill+2xdecode", "3xprefill+1xdecode"]
 
 # Prompts share their first blocks: a chain is named by its root.
 chains = st.builds(
@@ -54,7 +57,7 @@ def test_every_request_ends_once_and_no_rule_is_broken(
     seed: int,
 ) -> None:
     name, layout = which
-    policy = POLICIES[name]
+    policy = with_settings(POLICIES["adaptive"], {"switch_roles": "true"}) if name == SWITCHING else POLICIES[name]
     workload = make_workload(
         rows,
         num_requests=len(rows),

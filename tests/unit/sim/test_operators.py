@@ -124,6 +124,13 @@ def test_scenarios_reproduce_what_was_complained_about() -> None:
     assert figures("outgrown-memory")["all"].num_evictions > 10
 
 
+def test_a_batch_job_uses_what_interactive_waves_leave_and_costs_them_little() -> None:
+    figures = run_scenario(SCENARIOS["waves-over-batch"], ["adaptive", "chunked-edf"])
+    found = {(row.policy, row.cohort): row for row in figures}
+    assert found["adaptive", "interactive"].slo_attainment >= 0.95
+    assert found["adaptive", "job"].tokens_per_s > 1.1 * found["chunked-edf", "job"].tokens_per_s
+
+
 def test_the_command_compares_policies(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     status, out, _ = run_command("sim", "--compare", "adaptive,chunked", *SHORT, "--seeds", "2", "--json", str(file))
