@@ -1,7 +1,7 @@
 """How fast KV moves between two worker processes, against the bare means: a gRPC stream, a memcpy.
 
-A child process holds the KV of one prompt behind the real WorkerService; this one fetches it with the real KvSources,
-by stream and by shared memory, length and checksum verified. Beside each, in turn (A B A B ...):
+A child process holds the KV of one prompt behind the real WorkerService; this one, which has none of it, fetches it
+with the real KvSources, by stream and by shared memory, lengths and checksums verified. Beside each, in turn (A B A B):
 
 - bare stream: the same bytes in the same pieces from a handler that does nothing else to a reader that drops them;
 - memcpy:      the same bytes copied within this process, both sides touched before.
@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from bucketserve.core.types import RequestId, WorkerRole
-from bucketserve.engine.kv_staging import KvStaging, checksum
-from bucketserve.ports import EngineInfo
+from bucketserve.core.types import RequestId
+from bucketserve.engine.kv_memory import PAGE_TOKENS
+from bucketserve.engine.kv_staging import KvStaging, checksum, page_checksums
 from bucketserve.rpc.channel import CHANNEL_OPTIONS, SERVER_OPTIONS
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.sim.percentiles import nearest_rank
-from bucketserve.v1 import common_pb2, scheduler_pb2, worker_pb2_grpc
+from bucketserve.v1 import common_pb2, scheduler_pb2, worker_pb2, worker_pb2_grpc
 from bucketserve_worker.engine_thread import HandedOver
 from bucketserve_worker.kv_holder import KvHolder
 from bucketserve_worker.kv_source import PIECE_BYTES, KvSources
@@ -44,60 +44,47 @@ ROOT = Path(__file__).resolve().parents[1]
 BARE = "/benchmark.Bare/Stream"
 
 
-class HoldingWorker:
-    """What WorkerServicer asks of a worker."""
-
-    worker_id = "source"
-    role = WorkerRole.PREFILL
-
-    def __init__(self, num_bytes: int) -> None:
-        """Holds random bytes of that length as the KV of request r."""
-        self.staging = KvStaging(2 * num_bytes)
-        self.holder = KvHolder(1e9, time.monotonic)
-        block = self.staging.take(num_bytes)
-        block.data[:] = bytes(torch.randint(0, 256, (num_bytes,), dtype=torch.uint8).numpy())
-        self.holder.hold(
-            Running("r.1", scheduler_pb2.RunSpec(), common_pb2.BatchInfo(), 0.0, 0.0),
-            HandedOver(RequestId("r.1#1"), 1, num_bytes, block, checksum(block.data)),
-        )
-        self.kv = next(iter(self.holder)).describe("L", self.staging.path)
+def holding(holder: KvHolder, num_bytes: int, page_bytes: int) -> scheduler_pb2.HeldKv:
+    """Holds random bytes of that length as the KV of request r."""
+    staging = KvStaging(2 * num_bytes)
+    kv = memoryview(bytes(torch.randint(0, 256, (num_bytes,), dtype=torch.uint8).numpy()))
+    trailer = worker_pb2.KvTrailer(page_checksums=page_checksums(kv, page_bytes)).SerializeToString()
+    block = staging.take(num_bytes + len(trailer))
+    block.data[:num_bytes], block.data[num_bytes:] = kv, trailer
+    holder.hold(
+        Running("r.1", scheduler_pb2.RunSpec(), common_pb2.BatchInfo(), 0, 0.0),
+        HandedOver(RequestId("r.1#1"), 1, num_bytes, block, checksum(block.data[num_bytes:])),
+    )
+    return next(iter(holder)).describe("L", staging.path)
 
 
-async def serve(num_bytes: int) -> None:
+async def serve(num_bytes: int, page_bytes: int) -> None:
     """The child: the holder, and the bare stream beside it."""
-    worker = HoldingWorker(num_bytes)
-    data = bytes(next(iter(worker.holder)).handed_over.block.data)
+    holder = KvHolder(1e9, time.monotonic)
+    kv = holding(holder, num_bytes, page_bytes)
+    data = bytes(next(iter(holder)).handed_over.block.data[:num_bytes])
 
     async def bare(request: bytes, context: object) -> AsyncIterator[bytes]:
         for begin in range(0, num_bytes, PIECE_BYTES):
             yield data[begin : begin + PIECE_BYTES]
 
     server = grpc.aio.server(options=list(SERVER_OPTIONS))
-    info = EngineInfo(
-        fingerprint="",
-        name="",
-        device="",
-        dtype="",
-        context_tokens=1,
-        kv_bytes_per_token=1,
-        kv_layout="L",
-    )
-    servicer = WorkerServicer(worker, Deployment(), model="", info=info)  # type: ignore[arg-type]
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(holder, Deployment()), server)
     handler = grpc.method_handlers_generic_handler(
         "benchmark.Bare", {"Stream": grpc.unary_stream_rpc_method_handler(bare)}
     )
     server.add_generic_rpc_handlers((handler,))
     port = server.add_insecure_port("127.0.0.1:0")
-    print(f"127.0.0.1:{port} {worker.kv.SerializeToString().hex()}", flush=True)
+    print(f"127.0.0.1:{port} {kv.SerializeToString().hex()}", flush=True)
     await server.start()
     await server.wait_for_termination()
 
 
-async def measure(address: str, kv: scheduler_pb2.HeldKv, rounds: int) -> dict[str, list[float]]:
+async def measure(address: str, kv: scheduler_pb2.HeldKv, page_bytes: int, rounds: int) -> dict[str, list[float]]:
     """Returns seconds for each way, in pairs."""
-    num_bytes = kv.num_bytes
-    sources = KvSources("reader", Deployment(), KvHolder(1e9, time.monotonic), KvStaging(4 * num_bytes), "L")
+    num_bytes = kv.kv_bytes
+    holder, staging = KvHolder(1e9, time.monotonic), KvStaging(4 * num_bytes)
+    sources = KvSources("reader", Deployment(), holder, staging, "L", page_bytes, lambda spec: 0)
     near = scheduler_pb2.PullKv(run_id="r.1", source_worker_id="source", source_address=address, kv=kv)
     # As a reader on another host sees it.
     far = scheduler_pb2.PullKv()
@@ -133,12 +120,12 @@ async def measure(address: str, kv: scheduler_pb2.HeldKv, rounds: int) -> dict[s
                 await way()
                 if number >= 3:
                     took[name].append(time.perf_counter() - start_s)
-        took["copy and checksum alone"] = []
+        took["copy and checksums alone"] = []
         for _ in range(rounds):
             start_s = time.perf_counter()
             target[:] = source
-            checksum(target)
-            took["copy and checksum alone"].append(time.perf_counter() - start_s)
+            page_checksums(target, page_bytes)
+            took["copy and checksums alone"].append(time.perf_counter() - start_s)
     await sources.close()
     return took
 
@@ -157,17 +144,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        asyncio.run(serve(options.serve))
+        asyncio.run(serve(*options.serve))
         return
-    num_bytes = options.tokens * kv_bytes(options.model)
-    child = subprocess.Popen([sys.executable, __file__, "--serve", str(num_bytes)], stdout=subprocess.PIPE, text=True)
+    num_bytes, page_bytes = (number * kv_bytes(options.model) for number in (options.tokens, PAGE_TOKENS))
+    child = subprocess.Popen(
+        [sys.executable, __file__, "--serve", str(num_bytes), str(page_bytes)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert child.stdout is not None
         address, kv = child.stdout.readline().split()
-        took = asyncio.run(measure(address, scheduler_pb2.HeldKv.FromString(bytes.fromhex(kv)), options.rounds))
+        held = scheduler_pb2.HeldKv.FromString(bytes.fromhex(kv))
+        took = asyncio.run(measure(address, held, page_bytes, options.rounds))
     finally:
         child.terminate()
         child.wait()
@@ -184,7 +174,7 @@ def report(took: dict[str, list[float]], num_bytes: int, tokens: int) -> None:
     against = {
         "FetchKv by stream": "bare gRPC stream",
         "FetchKv by shared memory": "memcpy",
-        "copy and checksum alone": "memcpy",
+        "copy and checksums alone": "memcpy",
     }
     for name, seconds in took.items():
         share = ""

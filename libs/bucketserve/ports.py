@@ -323,10 +323,17 @@ class EngineInfo:
     """Weights, configuration, number type and kind of engine: engines with the same one compute the same."""
     tokenizer: str = ""
     """Fingerprint of what its token ids mean; empty if it does not know."""
+    kv_page_tokens: int = 0
+    """Tokens of a page, in which KV is found again, handed over and checked; 0 for an engine that hands none over."""
     has_grammars: bool = False
     """Whether it takes sequences with a structured_output."""
     max_adapters: int = 0
     """How many adapters it can have at once; 0: it can have none."""
+
+    @property
+    def kv_page_bytes(self) -> int:
+        """Bytes of a whole page's KV, all layers."""
+        return self.kv_page_tokens * self.kv_bytes_per_token
 
 
 class Engine(Protocol):
@@ -360,10 +367,18 @@ class Engine(Protocol):
 
         Args:
             request_id: a sequence with hands_over set, named in `prefilled` by the last step and not finished by it.
-            into: num_prompt_tokens x kv_bytes_per_token bytes, in the engine's own order.
+            into: num_prompt_tokens x kv_bytes_per_token bytes, page after page, each in the engine's own order; the
+                last one may have fewer tokens.
 
         Raises:
             EngineError: there is no such sequence, or the length does not match.
+        """
+
+    def known_pages(self, token_ids: Sequence[int], salt: bytes) -> int:
+        """Returns of how many leading pages of a prompt of that salt the KV is here, so that it need not come.
+
+        Any thread may call it, beside a step as well: nothing is set aside, and what is here now may be given up before
+        import_kv, which will say so.
         """
 
     def import_kv(self, spec: SequenceSpec, generated: Sequence[int], kv: memoryview) -> None:
@@ -372,9 +387,10 @@ class Engine(Protocol):
         Args:
             spec: as it was given to the engine that prefilled it, with hands_over unset.
             generated: the tokens that engine generated; the last one has no KV yet.
-            kv: what export_kv wrote. It is copied.
+            kv: what export_kv wrote, or its end, if leading pages are here. It is copied.
 
         Raises:
+            KvGoneError: not all of those pages are here any more.
             EngineError: there is no room, the length does not match, or the id is here already.
         """
 

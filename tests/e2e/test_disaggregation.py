@@ -51,6 +51,25 @@ async def test_tokens_are_those_of_one_worker_that_does_both(new_stack: NewStack
     await eventually(lambda: is_clean(split))
 
 
+async def test_what_the_decode_side_has_of_a_tenant_s_prompt_does_not_move(new_stack: NewStack) -> None:
+    environ = {"BUCKETSERVE_WORKER_NUM_THREADS": "1"}
+    stack = new_stack(engine="transformers", roles=("prefill", "decode"), environ=environ)
+    async with BucketServeClient(stack.gateway_address) as client:
+        # Five pages and a bit.
+        first, _ = await run(client, 167, 9, tenant="alice")
+        whole = metric(stack, DECODE, "bucketserve_worker_kv_transfer_bytes_total")
+        more = await asyncio.gather(*(run(client, 167, 9, tenant="alice") for _ in range(6)))
+        await eventually(lambda: transfers(stack) == 7)
+        assert metric(stack, DECODE, "bucketserve_worker_kv_transfer_known_pages_total") == 6 * 5
+        assert metric(stack, DECODE, "bucketserve_worker_kv_transfer_bytes_total") == whole + 6 * whole * 7 / 167
+        other = await run(client, 167, 9, tenant="bob")
+        await eventually(lambda: transfers(stack) == 8)
+        assert metric(stack, DECODE, "bucketserve_worker_kv_transfer_known_pages_total") == 6 * 5
+    assert [tokens for tokens, _ in (*more, other)] == [first] * 7
+    assert {finished.attempts for _, finished in (*more, other)} == {1}
+    await eventually(lambda: is_clean(stack))
+
+
 @pytest.mark.stack(roles=("prefill", "decode"), environ=SLOW, worker_environ=SMALL_DECODE)
 async def test_a_full_decode_side_holds_the_prefill_side_back(stack: LocalStack) -> None:
     async with BucketServeClient(stack.gateway_address) as client:

@@ -189,6 +189,10 @@ class EngineError(BucketServeError):
     reason = "ENGINE_FAILED"
 
 
+class KvGoneError(EngineError):
+    """KV that was here when the rest of its sequence's was sent for has been given up since: all of it has to come."""
+
+
 class NoAdapterError(EngineError):
     """The adapter is not loaded here: another worker may have it."""
 

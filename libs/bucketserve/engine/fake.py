@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from bucketserve.core.errors import EngineError, NoAdapterError
+from bucketserve.core.errors import EngineError, KvGoneError, NoAdapterError
 from bucketserve.core.pace import StepPace
 from bucketserve.core.preemption import SPARE_SHARE, loss
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS, plan_prefill
 from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, Headroom, RequestId, StepSample
-from bucketserve.engine.fingerprint import settings_fingerprint
+from bucketserve.engine.fingerprint import HAND_OVER, settings_fingerprint
 from bucketserve.ports import (
     Adapter,
     EngineInfo,
@@ -36,6 +36,7 @@ MASK = (1 << 64) - 1
 NO_TOKEN = "the prompt has a token that is in no vocabulary"
 KV_BYTES = 8
 """A token's KV is the hash of all tokens up to the last one that has any."""
+PAGE_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +123,11 @@ class FakeEngine:
             dtype="none",
             context_tokens=self.settings.context_tokens,
             kv_bytes_per_token=KV_BYTES,
-            kv_layout="fake",
-            fingerprint=settings_fingerprint({"engine": "fake", "vocab_size": self.settings.vocab_size}),
+            kv_layout=f"fake by {PAGE_TOKENS}",
+            kv_page_tokens=PAGE_TOKENS,
+            fingerprint=settings_fingerprint(
+                {"engine": "fake", "vocab_size": self.settings.vocab_size, "hand_over": HAND_OVER}
+            ),
             max_adapters=self.settings.max_adapters,
         )
 
@@ -167,14 +171,23 @@ class FakeEngine:
         into[:] = _hash(sequence.spec).to_bytes(KV_BYTES, "big") * num_tokens
         del self._running[request_id]
 
+    def known_pages(self, token_ids: Sequence[int], salt: bytes) -> int:
+        """See ports.Engine: those of sequences that decode here. Memory is counted as if each had its own."""
+        # A copy, since another thread than the owner's may ask.
+        running = (s.spec for s in self._running.copy().values() if s.spec.prefix_salt == salt)
+        return max((_num_shared_pages(token_ids, spec.token_ids) for spec in running), default=0)
+
     def import_kv(self, spec: SequenceSpec, generated: Sequence[int], kv: memoryview) -> None:
         """See ports.Engine."""
         self._check_new([spec.request_id])
         self._check_adapter(spec)
         num_tokens = len(spec.token_ids) + len(generated) - 1
-        state = bytes(kv[:KV_BYTES])
-        if len(kv) != num_tokens * KV_BYTES or bytes(kv) != state * num_tokens:
+        num_left_out, rest = divmod(num_tokens - len(kv) // KV_BYTES, PAGE_TOKENS)
+        state = bytes(kv[:KV_BYTES]) or _hash(spec).to_bytes(KV_BYTES, "big")
+        if rest or num_left_out < 0 or bytes(kv) != state * (num_tokens - num_left_out * PAGE_TOKENS):
             raise EngineError(f"{len(kv)} bytes are not the KV of {num_tokens} tokens")
+        if num_left_out > (num_known := self.known_pages(spec.token_ids, spec.prefix_salt)):
+            raise KvGoneError(f"{num_left_out} pages of KV were here, now {num_known}")
         sequence = _Sequence(
             spec,
             int.from_bytes(state, "big"),
@@ -380,6 +393,14 @@ def _hash(spec: SequenceSpec) -> int:
     for token_id in (*spec.adapter.encode(), *spec.token_ids):
         state = _mix(state ^ token_id)
     return state
+
+
+def _num_shared_pages(one: Sequence[int], other: Sequence[int]) -> int:
+    """Returns how many whole pages two sequences begin with alike."""
+    number, end = 0, PAGE_TOKENS
+    while end <= min(len(one), len(other)) and tuple(one[end - PAGE_TOKENS : end]) == other[end - PAGE_TOKENS : end]:
+        number, end = number + 1, end + PAGE_TOKENS
+    return number
 
 
 def _logprobs(token_id: int, number: int | None, vocab_size: int) -> TokenLogprobs | None:

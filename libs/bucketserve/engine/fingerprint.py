@@ -15,8 +15,10 @@ from typing import BinaryIO
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.engine.weight_files import StoredTensor, WeightFile, read_json, weight_file, weight_files
 
-__all__ = ["adapter_fingerprint", "model_fingerprint", "settings_fingerprint", "tokenizer_fingerprint"]
+__all__ = ["HAND_OVER", "adapter_fingerprint", "model_fingerprint", "settings_fingerprint", "tokenizer_fingerprint"]
 
+HAND_OVER = "pages"
+"""How KV goes from worker to worker. A part of fingerprints, so that two who do it differently are never paired."""
 WHOLE_BYTES = 256 * 2**20
 """Weights up to this size are hashed byte by byte."""
 NUM_BLOCKS = 4
@@ -35,7 +37,7 @@ def model_fingerprint(directory: Path, *, engine: str, dtype: str, quantization:
 
     Args:
         directory: with config.json and weights.
-        engine: kind of engine; others round differently.
+        engine: kind of engine, and how it hands KV over, if it does; others round differently.
         dtype: number type that it computes in.
         quantization: how it rounds weights, or none.
 

@@ -67,7 +67,10 @@ class KvSpace:
         return len(self._kept)
 
     def find(self, tokens: Sequence[int], salt: bytes) -> list[int]:
-        """Returns the pages of the longest known beginning of a prompt of that salt; each token is looked at once."""
+        """Returns the pages of the longest known beginning of a prompt of that salt; each token is looked at once.
+
+        It only reads, and another thread than the owner's may ask: for it each page was known at some time.
+        """
         pages: list[int] = []
         last: _Block | bytes = salt
         while (block := self._blocks.get((last, _piece(tokens, len(pages))))) is not None:

@@ -17,7 +17,7 @@ import xxhash
 
 from bucketserve.engine.ranges import RangeAllocator
 
-__all__ = ["MEMFD_NAME", "KvStaging", "StagedKv", "checksum", "locality"]
+__all__ = ["MEMFD_NAME", "KvStaging", "StagedKv", "checksum", "locality", "page_checksums"]
 
 ALIGNMENT = 4096
 MEMFD_NAME = "bucketserve-kv"
@@ -44,7 +44,7 @@ class KvStaging:
 
     def __init__(self, num_bytes: int) -> None:
         """Takes address space for num_bytes, and memory only as it is used."""
-        size = max(-(-num_bytes // ALIGNMENT) * ALIGNMENT, ALIGNMENT)
+        size = _whole(num_bytes)
         self._lock = threading.Lock()
         self._ranges = RangeAllocator(size)
         self.num_bytes = size
@@ -70,7 +70,7 @@ class KvStaging:
 
     def take(self, num_bytes: int) -> StagedKv:
         """Returns a block of that many bytes; if the area has no room for it, in this process's own memory."""
-        length = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        length = _whole(num_bytes)
         with self._lock:
             self._num_blocks += 1
             start = self._ranges.allocate(length) if self._map is not None else None
@@ -85,7 +85,7 @@ class KvStaging:
             self._file = None
 
     def _free(self, block: StagedKv) -> None:
-        length = -(-len(block.data) // ALIGNMENT) * ALIGNMENT
+        length = _whole(len(block.data))
         with self._lock:
             self._num_blocks -= 1
             if block.shared_offset is not None:
@@ -93,6 +93,16 @@ class KvStaging:
         # A reader that was cancelled may not be done with its view yet; the view ends with it.
         with contextlib.suppress(BufferError):
             block.data.release()
+
+
+def _whole(num_bytes: int) -> int:
+    """Returns what a block of so many bytes takes; even an empty one takes something."""
+    return max(-(-num_bytes // ALIGNMENT), 1) * ALIGNMENT
+
+
+def page_checksums(kv: memoryview, page_bytes: int) -> list[int]:
+    """Returns the checksum of each page of KV, of which the last one may be shorter."""
+    return [checksum(kv[begin : begin + page_bytes]) for begin in range(0, len(kv), page_bytes)]
 
 
 def checksum(data: memoryview) -> int:

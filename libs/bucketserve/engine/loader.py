@@ -19,7 +19,7 @@ from bucketserve.core.errors import ModelLoadError
 from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS
 from bucketserve.engine.attention import AttentionCall, Planner, Segment, StepPlan
 from bucketserve.engine.device_memory import CPU_KV_MOST_BYTES, CPU_KV_SHARE, device_memory, seldom
-from bucketserve.engine.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bucketserve.engine.fingerprint import HAND_OVER, model_fingerprint, tokenizer_fingerprint
 from bucketserve.engine.forward import EagerForward, Forward, run_model
 from bucketserve.engine.grammars import GrammarError, GrammarTokenizer
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory, bytes_per_token, num_pages
@@ -91,7 +91,10 @@ def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lam
             _check_room(directory)
         model = load_model(directory, _dtype(settings.dtype, device), on_progress)
         fingerprint = model_fingerprint(
-            directory, engine=ENGINE, dtype=_name_of(next(model.parameters()).dtype), quantization=settings.quantization
+            directory,
+            engine=f"{ENGINE}, KV {HAND_OVER}",
+            dtype=_name_of(next(model.parameters()).dtype),
+            quantization=settings.quantization,
         )
         tokenizer = tokenizer_fingerprint(directory)
     except ModelLoadError as error:
@@ -219,6 +222,7 @@ def build_engine(
             context_tokens=context,
             kv_bytes_per_token=per_token,
             kv_layout=memory.layout,
+            kv_page_tokens=PAGE_TOKENS,
             fingerprint=fingerprint,
             tokenizer=tokenizer,
             has_grammars=grammar_tokenizer is not None,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bucketserve.core.errors import EngineError, NoAdapterError
+from bucketserve.core.errors import EngineError, KvGoneError, NoAdapterError
 from bucketserve.core.pace import StepPace
 from bucketserve.core.preemption import SPARE_SHARE
 from bucketserve.core.stepping import plan_prefill
@@ -150,12 +150,14 @@ class PackedEngine:
         self._space.memory.copy_out(sequence.kv.pages, sequence.num_cached, into)
         self.cancel([request_id])
 
+    def known_pages(self, token_ids: Sequence[int], salt: bytes) -> int:
+        """See ports.Engine."""
+        return len(self._space.find(token_ids, salt))
+
     def import_kv(self, spec: SequenceSpec, generated: Sequence[int], kv: memoryview) -> None:
         """See ports.Engine."""
         if spec.request_id in self._waiting or spec.request_id in self._running:
             raise EngineError(f"sequence {spec.request_id} is already here")
-        num_tokens = len(spec.token_ids) + len(generated) - 1
-        self._check_length(num_tokens, kv)
         sequence = EngineSequence(
             spec,
             0,
@@ -163,18 +165,32 @@ class PackedEngine:
             num_generated=len(generated),
             first_token_s=time.perf_counter(),
         )
-        free_at_most = self._space.memory.num_pages - self._num_pages_that_stay()
-        if spec.reserved_tokens > self._most_tokens or num_pages(sequence.first_tokens) > free_at_most:
+        with_kv, space, page_bytes = sequence.tokens[:-1], self._space, self._info.kv_page_bytes
+        known = space.find(with_kv, spec.prefix_salt)
+        # Pages that did not come, since they were here.
+        num_left_out = max(len(with_kv) * self._info.kv_bytes_per_token - len(kv), 0) // page_bytes
+        self._check_length(len(with_kv) - num_left_out * PAGE_TOKENS, kv)
+        if num_left_out > len(known):
+            raise KvGoneError(f"{num_left_out} pages of KV were here, now {len(known)}")
+        stay = self._pages_that_stay()
+        needed = num_pages(sequence.first_tokens) - len(stay.intersection(known))
+        if spec.reserved_tokens > self._most_tokens or needed > space.memory.num_pages - len(stay):
             raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
-        # Those that run may have grown since it was sent for.
-        self._make_room(lambda: self._space.free_after(sequence.first_tokens) >= 0)
-        sequence.kv = self._space.take(sequence.first_tokens, spec.prefix_salt)
+        # Those that run may have grown since it was sent for. What is known stays known: who goes leaves it behind.
+        self._make_room(lambda: space.free_after(sequence.first_tokens, known) >= 0)
+        sequence.kv = space.take(sequence.first_tokens, spec.prefix_salt, known)
+        num_known_tokens = len(known) * PAGE_TOKENS
         try:
-            self._space.memory.copy_in(sequence.kv.pages, num_tokens, kv)
+            space.memory.copy_in(
+                sequence.kv.pages[len(known) :],
+                len(with_kv) - num_known_tokens,
+                kv[(len(known) - num_left_out) * page_bytes :],
+            )
         except Exception as error:
             self._release(sequence)
-            raise EngineError(f"the KV of {num_tokens} tokens can't be copied: {error}") from error
-        sequence.num_cached = num_tokens
+            raise EngineError(f"the KV of {len(with_kv)} tokens can't be copied: {error}") from error
+        sequence.num_cached = len(with_kv)
+        space.publish(sequence.kv, with_kv)
         self._running[spec.request_id] = sequence
         self._compile(sequence)
 
@@ -329,9 +345,9 @@ class PackedEngine:
         running = self._running.values()
         return sum(self._space.missing(s.kv, s.num_cached + 1) for s in running if s.kv is not None)
 
-    def _num_pages_that_stay(self) -> int:
+    def _pages_that_stay(self) -> set[int]:
         """Returns the pages of those that may not be let go."""
-        return len({page for s in self._begun() if s.kv is not None and s.loss is None for page in s.kv.pages})
+        return {page for s in self._begun() if s.kv is not None and s.loss is None for page in s.kv.pages}
 
     def _make_room(self, has_room: Callable[[], bool]) -> None:
         """Lets sequences go until there is room; their names are in the next step's output."""

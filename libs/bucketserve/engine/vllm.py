@@ -208,6 +208,10 @@ class VllmEngine:
         """
         raise EngineError(NO_HANDOVER)
 
+    def known_pages(self, token_ids: Sequence[int], salt: bytes) -> int:
+        """See ports.Engine: none can be left out."""
+        return 0
+
     def import_kv(self, spec: SequenceSpec, generated: Sequence[int], kv: memoryview) -> None:
         """Always refused.
 

@@ -391,6 +391,14 @@ METRICS: dict[str, Metric] = {
             labels=("model",),
         ),
         Metric(
+            name="bucketserve_worker_kv_transfer_known_pages_total",
+            kind=Kind.COUNTER,
+            service=W,
+            unit="pages",
+            help="Pages of pulled prompts that did not have to come, since their KV was here.",
+            labels=("model",),
+        ),
+        Metric(
             name="bucketserve_worker_kv_transfer_seconds",
             kind=Kind.HISTOGRAM,
             service=W,

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from bucketserve.core.errors import EngineError, NoAdapterError
+from bucketserve.core.errors import EngineError, KvGoneError, NoAdapterError
 from bucketserve.core.types import Headroom, RequestId
-from bucketserve.engine.kv_staging import KvStaging, StagedKv, checksum
+from bucketserve.engine.kv_staging import KvStaging, StagedKv, checksum, page_checksums
 from bucketserve.ports import Adapter, Engine, EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenOutput
 from bucketserve.rpc.convert import logprobs_to_pb
-from bucketserve.v1 import worker_pb2
+from bucketserve.v1 import scheduler_pb2, worker_pb2
 
 __all__ = ["EngineStarted", "EngineThread", "EngineTurn", "HandedOver", "Resumed"]
 
@@ -46,9 +46,12 @@ class HandedOver:
     """Tokens whose KV is in the block."""
     kv_bytes: int
     block: StagedKv
-    """The KV, then a KvTrailer with the first token, which is in the turn's output as well."""
+    """The KV, then a KvTrailer with the first token, which is in the turn's output as well.
+
+    The trailer's checksums of the pages were taken before anybody else could touch them.
+    """
     checksum: int
-    """Of the block, taken before anybody else could touch it."""
+    """Of the trailer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,8 @@ class Resumed:
 
     key: RequestId
     error: str | None
+    lacks_pages: bool = False
+    """Pages that were here are not any more: with all of its KV it could be taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +162,8 @@ class EngineThread:
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self.staging: KvStaging
         """Where KV is between engines; there once the engine is."""
+        self._engine: Engine
+        """The thread's; others may ask it for known pages."""
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -192,6 +199,10 @@ class EngineThread:
         with self._wake:
             self._orders.append(_Import(spec, tuple(generated), block, kv_bytes))
             self._wake.notify()
+
+    def known_pages(self, spec: scheduler_pb2.RunSpec) -> int:
+        """Returns of how many leading pages of a prompt the engine has KV now; the thread is not waited for."""
+        return self._engine.known_pages(spec.token_ids, spec.prefix_salt)
 
     async def load_adapter(self, adapter: Adapter) -> str:
         """Loads an adapter between two steps; returns why it can't be served, or nothing.
@@ -259,7 +270,7 @@ class EngineThread:
     def _main(self) -> None:
         error: BaseException | None = None
         try:
-            engine = self._load()
+            engine = self._engine = self._load()
             self.staging = KvStaging(engine.headroom().kv_total_tokens * engine.info.kv_bytes_per_token)
             self._tell(self.started, EngineStarted(engine.info, engine.headroom()))
             try:
@@ -345,11 +356,16 @@ class EngineThread:
         for request_id in output.prefilled:
             num_tokens, spec = self._hands_over.pop(request_id, (0, b""))
             if num_tokens and first[request_id].finish_reason is None:
-                kv_bytes, trailer = num_tokens * engine.info.kv_bytes_per_token, _trailer(first[request_id], spec)
-                block = self.staging.take(kv_bytes + len(trailer))
-                engine.export_kv(request_id, block.data[:kv_bytes])
-                block.data[kv_bytes:] = trailer
-                handed_over.append(HandedOver(request_id, num_tokens, kv_bytes, block, checksum(block.data)))
+                kv_bytes, page_bytes = num_tokens * engine.info.kv_bytes_per_token, engine.info.kv_page_bytes
+                trailer = _trailer(first[request_id], spec)
+                # They take as much room whatever they are.
+                trailer.page_checksums.extend([0] * -(-kv_bytes // page_bytes))
+                block = self.staging.take(kv_bytes + trailer.ByteSize())
+                kv, rest = block.data[:kv_bytes], block.data[kv_bytes:]
+                engine.export_kv(request_id, kv)
+                trailer.page_checksums[:] = page_checksums(kv, page_bytes)
+                rest[:] = trailer.SerializeToString()
+                handed_over.append(HandedOver(request_id, num_tokens, kv_bytes, block, checksum(rest)))
         return tuple(handed_over)
 
     def _deliver(self, turn: EngineTurn) -> None:
@@ -370,25 +386,26 @@ class EngineThread:
                 self.ended.set_exception(error)
 
 
-def _trailer(first: TokenOutput, spec: bytes) -> bytes:
-    """Returns what goes along with the KV."""
+def _trailer(first: TokenOutput, spec: bytes) -> worker_pb2.KvTrailer:
+    """Returns what goes along with the KV, but for checksums."""
     trailer = worker_pb2.KvTrailer(cached_prompt_tokens=first.cached_prompt_tokens, spec=spec)
     if first.token_id is not None:
         trailer.token_ids.append(first.token_id)
     if first.logprobs is not None:
         trailer.logprobs.append(logprobs_to_pb(first.logprobs))
-    return trailer.SerializeToString()
+    return trailer
 
 
 def _import(engine: Engine, order: _Import) -> Resumed:
     """Copies a block into the engine and lets it go."""
-    error: str | None = None
+    error: EngineError | None = None
     try:
         engine.import_kv(order.spec, order.generated, order.block.data[: order.kv_bytes])
     except EngineError as caught:
-        error = str(caught)
+        error = caught
     order.block.release()
-    return Resumed(order.spec.request_id, error)
+    message = None if error is None else str(error)
+    return Resumed(order.spec.request_id, message, lacks_pages=isinstance(error, KvGoneError))
 
 
 def _load(engine: Engine, adapter: Adapter) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import grpc
 
@@ -18,6 +19,15 @@ from bucketserve_worker.running import Finished, RunningTable
 __all__ = ["KvPuller"]
 
 FETCH_TIMEOUT_S = 30.0
+
+
+@dataclass(slots=True)
+class _Given:
+    """A transfer whose KV the engine is about to take."""
+
+    pull: scheduler_pb2.PullKv
+    may_begin_anew: bool
+    """Whether all of it is pulled if pages are gone that it relied on: nobody has called it off."""
 
 
 class KvPuller:
@@ -52,22 +62,21 @@ class KvPuller:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._pulls: dict[str, scheduler_pb2.PullKv] = {}
         """What each task pulls."""
-        self._at_engine: dict[RequestId, scheduler_pb2.PullKv] = {}
-        """Transfers whose KV the engine is about to take."""
+        self._at_engine: dict[RequestId, _Given] = {}
 
     def __len__(self) -> int:
         """Number of transfers under way."""
         return len(self._tasks) + len(self._at_engine)
 
-    def pull(self, pull: scheduler_pb2.PullKv) -> None:
-        """Begins a transfer; an older one of the same run is called off."""
+    def pull(self, pull: scheduler_pb2.PullKv, *, is_whole: bool = False) -> None:
+        """Begins a transfer, of pages that are here too if is_whole; an older one of the same run is called off."""
         run_id = pull.run_id
         self.cancel([run_id])
-        task = asyncio.create_task(self._pull(pull), name=f"pull-{run_id}")
+        task = asyncio.create_task(self._pull(pull, is_whole=is_whole), name=f"pull-{run_id}")
         self._tasks[run_id], self._pulls[run_id] = task, pull
         task.add_done_callback(lambda done: self._forget(run_id, done))
 
-    def give_up(self, run_ids: Iterable[str]) -> None:
+    def give_up(self, run_ids: Collection[str]) -> None:
         """Calls transfers off and says so: the source may be away, and then nobody else would."""
         for run_id in run_ids:
             pull = self._pulls.get(run_id)
@@ -75,8 +84,10 @@ class KvPuller:
             if pull is not None:
                 self._tell(pull, is_ok=False)
 
-    def cancel(self, run_ids: Iterable[str]) -> None:
+    def cancel(self, run_ids: Collection[str]) -> None:
         """Calls transfers off; nobody is told."""
+        for given in self._at_engine.values():
+            given.may_begin_anew &= given.pull.run_id not in run_ids
         for run_id in run_ids:
             self._pulls.pop(run_id, None)
             if task := self._tasks.pop(run_id, None):
@@ -84,7 +95,7 @@ class KvPuller:
 
     def cancel_all(self) -> None:
         """Calls everything off: a scheduler that does not know of a transfer orders it again."""
-        self.cancel(list(self._tasks))
+        self.cancel([*self._tasks, *(given.pull.run_id for given in self._at_engine.values())])
 
     async def close(self) -> None:
         """Calls everything off and waits for it."""
@@ -93,12 +104,12 @@ class KvPuller:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._sources.close()
 
-    async def _pull(self, pull: scheduler_pb2.PullKv) -> None:
+    async def _pull(self, pull: scheduler_pb2.PullKv, *, is_whole: bool) -> None:
         start_s = time.monotonic()
         fetched = None
         try:
             async with asyncio.timeout(FETCH_TIMEOUT_S):
-                fetched = await self._sources.fetch(pull)
+                fetched = await self._sources.fetch(pull, is_whole=is_whole)
             self._on_transfer(pull, fetched, start_s, "")
             self._resume(pull, fetched)
         except (Exception, asyncio.CancelledError) as error:
@@ -120,8 +131,8 @@ class KvPuller:
         key, running = self._running.resume(pull, fetched.trailer)
         self._on_began(key, pull.epoch)
         sequence = sequence_from_spec(running.spec, key, pull.batch.batch_id)
-        self._at_engine[key] = pull
-        self._engine.resume(sequence, fetched.trailer.token_ids, fetched.block, pull.kv.kv_bytes)
+        self._at_engine[key] = _Given(pull, may_begin_anew=True)
+        self._engine.resume(sequence, fetched.trailer.token_ids, fetched.block, fetched.kv_bytes)
 
     def resumed(self, resumed: Resumed) -> list[Finished]:
         """Takes the engine's answer; returns what has ended by it.
@@ -129,9 +140,15 @@ class KvPuller:
         The scheduler hears of the transfer before it hears of the end, and is told of both: since the order was given
         the stream to it may have been opened anew, and then it knows the run as one that is here.
         """
-        pull = self._at_engine.pop(resumed.key)
+        given = self._at_engine.pop(resumed.key)
+        pull = given.pull
         # It may have been given up meanwhile, for want of its gateway.
         is_here = self._running.get(resumed.key) is not None
+        if resumed.lacks_pages and is_here and given.may_begin_anew:
+            # As if the engine had never been asked. The source holds it until the scheduler hears from us.
+            self._running.drop(resumed.key)
+            self.pull(pull, is_whole=True)
+            return []
         self._tell(pull, is_ok=resumed.error is None and is_here)
         if resumed.error is None:
             return []

@@ -1,6 +1,7 @@
 """Ways by which KV comes here: out of this process, out of shared memory, through a gRPC stream.
 
-Each yields a block of our own whose length and checksum are right, or raises. What comes is never used unverified.
+The trailer comes first: it says whose KV it is, and so which pages are here already and need not come. Each way yields
+a block of our own whose length and checksums are right, or raises. What comes is never used unverified.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ import contextlib
 import mmap
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
-import xxhash
 
 from bucketserve.addresses import AddressError
 from bucketserve.core.errors import BucketServeError
-from bucketserve.engine.kv_staging import MEMFD_NAME, KvStaging, StagedKv, checksum, locality
+from bucketserve.engine.kv_staging import MEMFD_NAME, KvStaging, StagedKv, checksum, locality, page_checksums
 from bucketserve.rpc.channel import open_channel
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.v1 import scheduler_pb2, worker_pb2, worker_pb2_grpc
 from bucketserve_worker.kv_holder import KvHolder
+
+T = TypeVar("T")
 
 __all__ = ["PIECE_BYTES", "Fetched", "KvSources", "KvTransferError"]
 
@@ -44,8 +48,12 @@ class Fetched:
     """KV that has come, and what came with it."""
 
     block: StagedKv
+    kv_bytes: int
+    """With which the block begins: the KV, from its first page that was not here."""
     trailer: worker_pb2.KvTrailer
     transport: str
+    num_known_pages: int = 0
+    """Leading pages that did not come, since they were here."""
 
 
 @dataclass(slots=True, eq=False)
@@ -61,67 +69,112 @@ class KvSources:
     """Fetches KV by the nearest way; keeps channels and mappings."""
 
     def __init__(
-        self, worker_id: str, deployment: Deployment, holder: KvHolder, staging: KvStaging, layout: str
+        self,
+        worker_id: str,
+        deployment: Deployment,
+        holder: KvHolder,
+        staging: KvStaging,
+        layout: str,
+        page_bytes: int,
+        known_pages: Callable[[scheduler_pb2.RunSpec], int],
     ) -> None:
-        """Holder is our own: a worker whose role was switched may go on with what it prefilled itself."""
+        """Takes what it needs to know of this worker.
+
+        Args:
+            worker_id: ours.
+            deployment: for channels to others.
+            holder: our own: a worker whose role was switched may go on with what it prefilled itself.
+            staging: where blocks come from.
+            layout: of our engine's KV.
+            page_bytes: of a whole page.
+            known_pages: returns how many leading pages of a prompt's KV need not come.
+        """
         self._worker_id = worker_id
         self._deployment = deployment
         self._holder = holder
         self._staging = staging
         self._layout = layout
+        self._page_bytes = page_bytes
+        self._known_pages = known_pages
         self._peers: dict[str, _Peer] = {}
         self._files = _SharedFiles()
 
-    async def fetch(self, pull: scheduler_pb2.PullKv) -> Fetched:
+    async def fetch(self, pull: scheduler_pb2.PullKv, *, is_whole: bool = False) -> Fetched:
         """Returns the KV of a run; it stays held at its source until the scheduler ends that.
+
+        Args:
+            pull: the order.
+            is_whole: whether pages that are here shall come as well.
 
         Raises:
             KvTransferError: it could not be had, or did not come as it was sent.
             grpc.aio.AioRpcError: the source does not hold it, or the connection broke.
         """
         if pull.kv.layout != self._layout:
-            raise KvTransferError(f"its layout is {pull.kv.layout!r}, ours {self._layout!r}: other model or dtype")
-        if pull.kv.kv_bytes > pull.kv.num_bytes or pull.kv.num_bytes > self._staging.num_bytes + MAX_TRAILER_BYTES:
+            raise KvTransferError(f"its layout is {pull.kv.layout!r}, ours {self._layout!r}: other weights or version")
+        kv_bytes, trailer_bytes = pull.kv.kv_bytes, pull.kv.num_bytes - pull.kv.kv_bytes
+        if kv_bytes > self._staging.num_bytes or not 0 <= trailer_bytes <= MAX_TRAILER_BYTES:
             raise KvTransferError(f"{pull.kv.num_bytes:,} bytes are more than this worker has for all its KV")
         if pull.source_worker_id == self._worker_id:
-            block, transport = self._from_own(pull), "in_process"
-        else:
-            source = self._files.view(pull.kv)
-            block, transport = self._staging.take(pull.kv.num_bytes), "grpc" if source is None else "shared_memory"
-            try:
-                found = await (self._by_stream(pull, block) if source is None else _copy(source, block))
-                if found != pull.kv.checksum:
-                    raise KvTransferError(f"checksum mismatch by {transport}: corrupt, or its source has let it go")
-            except BaseException:
-                block.release()
-                raise
+            return self._from_own(pull)
+        source = self._files.view(pull.kv)
+        transport = "grpc" if source is None else "shared_memory"
+        mismatch = KvTransferError(f"checksum mismatch by {transport}: corrupt, or its source has let it go")
+        said = memoryview(bytearray(trailer_bytes))
+        await self._read(pull, source, kv_bytes, said)
+        if checksum(said) != pull.kv.checksum:
+            raise mismatch
+        trailer = worker_pb2.KvTrailer.FromString(bytes(said))
+        spec = scheduler_pb2.RunSpec.FromString(trailer.spec)
+        num_known = 0 if is_whole else min(self._known_pages(spec), kv_bytes // self._page_bytes)
+        block = self._staging.take(kv_bytes - num_known * self._page_bytes)
         try:
-            trailer = worker_pb2.KvTrailer.FromString(bytes(block.data[pull.kv.kv_bytes :]))
+            await self._read(pull, source, num_known * self._page_bytes, block.data)
+            found = await _computed(lambda: page_checksums(block.data, self._page_bytes), len(block.data))
+            if found != trailer.page_checksums[num_known:]:
+                raise mismatch
         except BaseException:
             block.release()
             raise
-        return Fetched(block, trailer, transport)
+        return Fetched(block, len(block.data), trailer, transport, num_known)
 
     async def close(self) -> None:
         """Closes channels and mappings."""
         await asyncio.gather(*(peer.channel.close() for peer in self._peers.values()))
         self._files.close()
 
-    def _from_own(self, pull: scheduler_pb2.PullKv) -> StagedKv:
+    def _from_own(self, pull: scheduler_pb2.PullKv) -> Fetched:
+        """Returns a block of our own, which changes hands as it is."""
         held = self._holder.find(pull.run_id)
         if held is None or self._holder.take(held.key) is None:
             raise KvTransferError("it is not held here any more")
-        return held.handed_over.block
+        block, kv_bytes = held.handed_over.block, held.handed_over.kv_bytes
+        return Fetched(block, kv_bytes, worker_pb2.KvTrailer.FromString(bytes(block.data[kv_bytes:])), "in_process")
 
-    async def _by_stream(self, pull: scheduler_pb2.PullKv, block: StagedKv) -> int:
-        """Fills the block from its source; returns the checksum of what came.
+    async def _read(self, pull: scheduler_pb2.PullKv, source: memoryview | None, begin: int, into: memoryview) -> None:
+        """Fills `into` with what lies at its source from that byte on: in memory, or where it has to be asked for."""
+        if not into:
+            return
+        if source is None:
+            await self._by_stream(pull, begin, into)
+            return
+
+        def copy() -> None:
+            into[:] = source[begin : begin + len(into)]
+
+        await _computed(copy, len(into))
+
+    async def _by_stream(self, pull: scheduler_pb2.PullKv, begin: int, into: memoryview) -> None:
+        """Fills `into` from its source.
 
         A channel whose peer was away for a moment refuses calls until it has connected anew: this one waits for that,
         or each request that is to move in that time would lose an attempt.
         """
         peer = self._peer(pull.source_address)
-        request = worker_pb2.FetchKvRequest(run_id=pull.run_id, secret=pull.kv.secret)
-        digest, end = xxhash.xxh3_64(), 0
+        request = worker_pb2.FetchKvRequest(
+            run_id=pull.run_id, secret=pull.kv.secret, begin=begin, end=begin + len(into)
+        )
+        num_bytes = 0
         clock = asyncio.get_running_loop()
         stub = worker_pb2_grpc.WorkerServiceStub(peer.channel)
         peer.num_calls += 1
@@ -130,11 +183,10 @@ class KvSources:
             async with asyncio.timeout(SILENCE_S) as silence:
                 async for response in call:
                     silence.reschedule(clock.time() + SILENCE_S)
-                    begin, end = end, end + len(response.piece)
-                    if end > len(block.data):
+                    start, num_bytes = num_bytes, num_bytes + len(response.piece)
+                    if num_bytes > len(into):
                         break
-                    block.data[begin:end] = response.piece
-                    digest.update(response.piece)
+                    into[start:num_bytes] = response.piece
         except (TimeoutError, grpc.aio.AioRpcError) as error:
             is_away = isinstance(error, TimeoutError) or error.code() is grpc.StatusCode.UNAVAILABLE
             if is_away and self._peers.get(pull.source_address) is peer:
@@ -148,9 +200,8 @@ class KvSources:
             peer.num_calls -= 1
             if not peer.num_calls and self._peers.get(pull.source_address) is not peer:
                 await peer.channel.close()
-        if end != len(block.data):
-            raise KvTransferError(f"{end} bytes came, {len(block.data)} were announced")
-        return digest.intdigest()
+        if num_bytes != len(into):
+            raise KvTransferError(f"{num_bytes} bytes came, {len(into)} were asked for")
 
     def _peer(self, address: str) -> _Peer:
         if address not in self._peers:
@@ -161,14 +212,9 @@ class KvSources:
         return self._peers[address]
 
 
-async def _copy(source: memoryview, block: StagedKv) -> int:
-    """Fills the block from memory; returns the checksum of the copy, so that what changes meanwhile shows."""
-
-    def copy() -> int:
-        block.data[:] = source
-        return checksum(block.data)
-
-    return copy() if len(source) <= INLINE_BYTES else await asyncio.to_thread(copy)
+async def _computed(compute: Callable[[], T], num_bytes: int) -> T:
+    """Returns what `compute` returns, which passes over so many bytes."""
+    return compute() if num_bytes <= INLINE_BYTES else await asyncio.to_thread(compute)
 
 
 class _SharedFiles:

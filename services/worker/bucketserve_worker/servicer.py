@@ -29,14 +29,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def FetchKv(
         self, request: worker_pb2.FetchKvRequest, context: FetchContext
     ) -> AsyncIterator[worker_pb2.FetchKvResponse]:
-        """Held KV, as bytes."""
+        """Held KV and its trailer, or the part that was asked for, as bytes."""
         self._deployment.check(context.invocation_metadata())
         held = self._holder.find(request.run_id)
         if held is None or not secrets.compare_digest(held.secret, request.secret):
             # One answer for both: who only guesses learns nothing.
             raise NotFoundError("kv", request.run_id, "no KV is held for this run and secret")
-        block = held.handed_over.block
-        for begin in range(0, len(block.data), PIECE_BYTES):
-            yield worker_pb2.FetchKvResponse(piece=bytes(block.data[begin : begin + PIECE_BYTES]))
+        data = held.handed_over.block.data
+        end = min(request.end or len(data), len(data))
+        for begin in range(request.begin, end, PIECE_BYTES):
+            yield worker_pb2.FetchKvResponse(piece=bytes(data[begin : min(begin + PIECE_BYTES, end)]))
             if held.key not in self._holder:
                 raise NotFoundError("kv", request.run_id, "the KV was let go while it was read")

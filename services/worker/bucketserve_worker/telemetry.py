@@ -56,7 +56,10 @@ class WorkerTelemetry:
             return
         end_s = time.monotonic()
         self._metrics.count("bucketserve_worker_kv_transfers_total", model=self._model, transport=fetched.transport)
-        self._metrics.count("bucketserve_worker_kv_transfer_bytes_total", len(fetched.block.data), model=self._model)
+        self._metrics.count("bucketserve_worker_kv_transfer_bytes_total", fetched.kv_bytes, model=self._model)
+        self._metrics.count(
+            "bucketserve_worker_kv_transfer_known_pages_total", fetched.num_known_pages, model=self._model
+        )
         self._metrics.observe("bucketserve_worker_kv_transfer_seconds", end_s - start_s, model=self._model)
         if not self._tracing.is_enabled:
             return
@@ -71,7 +74,7 @@ class WorkerTelemetry:
                     "bucketserve.run_id": pull.run_id,
                     "bucketserve.worker_id": self._worker_id,
                     "bucketserve.kv.transport": fetched.transport,
-                    "bucketserve.kv.num_bytes": len(fetched.block.data),
+                    "bucketserve.kv.num_bytes": fetched.kv_bytes,
                 },
             )
 

@@ -92,7 +92,15 @@ class Worker:
         self._engine = engine
         self._info = started.info
         self._puller = KvPuller(
-            KvSources(self.worker_id, self._deployment, self.holder, engine.staging, started.info.kv_layout),
+            KvSources(
+                self.worker_id,
+                self._deployment,
+                self.holder,
+                engine.staging,
+                started.info.kv_layout,
+                started.info.kv_page_bytes,
+                engine.known_pages,
+            ),
             engine,
             self.running,
             on_pulled=self._on_pulled,

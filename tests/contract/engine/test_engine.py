@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bucketserve.core.errors import EngineError, NoAdapterError
+from bucketserve.core.errors import EngineError, KvGoneError, NoAdapterError
 from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, RequestId
 from bucketserve.ports import Adapter, Engine, Sampling, SequenceSpec, StepOutput
 from tests.contract.engine.conftest import CONTEXT, STEP_TOKENS
@@ -293,6 +293,72 @@ def test_a_sequence_goes_on_in_the_engine_that_takes_its_kv(handing_over: Build,
     done = tokens_of([*history, *drain(target)])
     assert {"handed": tokens + done["handed"], "other": done["other"]} == alone(handing_over, handed, other)
     assert books(target) == before[1]
+
+
+def handed_over(source: Engine, handed: SequenceSpec) -> tuple[list[int], memoryview]:
+    """Returns the first token of a sequence, and its KV, which has left its engine."""
+    tokens = prefilled(source, handed)
+    kv = memoryview(bytearray(len(handed.token_ids) * source.info.kv_bytes_per_token))
+    source.export_kv(handed.request_id, kv)
+    return tokens, kv
+
+
+def test_pages_that_are_here_need_not_come(handing_over: Build) -> None:
+    source, target = handing_over(), handing_over()
+    before = books(target)
+    page_tokens, page_bytes = target.info.kv_page_tokens, target.info.kv_page_bytes
+    system = spec("", 2 * page_tokens).token_ids
+    # Ends in a page, at its beginning, where pages end, and with nothing of its own.
+    tails = {"first": 20, "in": 7, "at": 1, "own": page_tokens, "none": 0}
+    specs = [spec(name, token_ids=(*system, *spec("", tail).token_ids)) for name, tail in tails.items()]
+    wanted = alone(handing_over, *specs)
+    outputs = {}
+    for number, one in enumerate(specs):
+        outputs[one.request_id], kv = handed_over(source, one)
+        assert target.known_pages(one.token_ids, b"") == (2 if number else 0)
+        assert target.known_pages(one.token_ids, b"another's") == 0
+        # Without its last token it may have a whole page less.
+        num_whole = min((len(one.token_ids) - 1) // page_tokens, 2)
+        assert target.known_pages(one.token_ids[:-1], b"") == (num_whole if number else 0)
+        target.import_kv(one, outputs[one.request_id], kv[2 * page_bytes if number else 0 :])
+    done = tokens_of(drain(target))
+    assert {name: [*outputs[name], *done[name]] for name in outputs} == wanted
+    assert books(target) == before
+
+
+def test_of_pages_that_are_here_no_more_the_kv_has_to_come_after_all(handing_over: Build) -> None:
+    source, target = handing_over(), handing_over()
+    before = books(target)
+    handed = spec("handed", 90)
+    tokens, kv = handed_over(source, handed)
+    with pytest.raises(KvGoneError):
+        target.import_kv(handed, tokens, kv[2 * target.info.kv_page_bytes :])
+    # Another tenant's does not count.
+    target.import_kv(replace(handed, request_id=RequestId("stranger"), prefix_salt=b"another's"), tokens, kv)
+    with pytest.raises(KvGoneError):
+        target.import_kv(handed, tokens, kv[target.info.kv_page_bytes :])
+    target.import_kv(handed, tokens, kv)
+    done = tokens_of(drain(target))
+    assert [*tokens, *done["handed"]] == [*tokens, *done["stranger"]] == alone(handing_over, handed)["handed"]
+    assert books(target) == before
+
+
+def test_room_is_made_for_kv_of_which_some_is_here(handing_over: Build) -> None:
+    source, target = handing_over(), handing_over(kv_tokens=192)
+    target.add([spec("goes", 70, 40, prefix_salt=b"another's")])
+    while not target.step().prefilled:
+        pass
+    outputs = {}
+    for number, name in enumerate(("one", "other")):
+        handed = spec(name, 90, 5)
+        outputs[name], kv = handed_over(source, handed)
+        assert target.known_pages(handed.token_ids, b"") == 2 * number
+        target.import_kv(handed, outputs[name], kv[2 * number * target.info.kv_page_bytes :])
+    history = drain(target)
+    assert [name for output in history for name in output.preempted] == ["goes"]
+    done = tokens_of(history)
+    wanted = alone(handing_over, spec("one", 90, 5))["one"]
+    assert [*outputs["one"], *done["one"]] == [*outputs["other"], *done["other"]] == wanted
 
 
 def test_only_what_is_to_be_handed_over_can_be(handing_over: Build) -> None:

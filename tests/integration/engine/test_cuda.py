@@ -93,13 +93,16 @@ def test_a_model_that_can_not_be_captured_is_served_without_graphs(config: type)
 @pytest.mark.gpu
 def test_handed_over_kv_is_the_same() -> None:
     first, second = engine("qwen3", device="cuda"), engine("qwen3", device="cuda")
-    given = spec("r", prompt(200), 12, hands_over=True)
-    first.add([given])
+    prompts = {"r": prompt(200), "again": [*prompt(200)[:192], *prompt(40)]}
     outputs: dict[str, list[int]] = {}
-    while not outputs:
-        drain(first, outputs, steps=1)
-    data = bytearray(200 * first.info.kv_bytes_per_token)
-    first.export_kv(RequestId("r"), memoryview(data))
-    second.import_kv(spec("r", prompt(200), 12), outputs["r"], memoryview(data))
+    for number, (name, token_ids) in enumerate(prompts.items()):
+        first.add([spec(name, token_ids, 12, hands_over=True)])
+        while name not in outputs:
+            drain(first, outputs, steps=1)
+        data = memoryview(bytearray(len(token_ids) * first.info.kv_bytes_per_token))
+        first.export_kv(RequestId(name), data)
+        assert second.known_pages(token_ids, b"") == 6 * number
+        missing = data[6 * number * second.info.kv_page_bytes :]
+        second.import_kv(spec(name, token_ids, 12), outputs[name], missing)
     drain(second, outputs)
-    assert outputs["r"] == generate("qwen3", prompt(200), 12)
+    assert outputs == {name: generate("qwen3", token_ids, 12) for name, token_ids in prompts.items()}

@@ -88,7 +88,9 @@ class Run:
                 moved = self.specs[request_id]
                 kv = memoryview(bytearray(len(moved.token_ids) * under_test.info.kv_bytes_per_token))
                 under_test.export_kv(request_id, kv)
-                self.decode.import_kv(moved, self.outputs[request_id][-1:], kv)
+                number = self.decode.known_pages(moved.token_ids, moved.prefix_salt)
+                missing = kv[number * under_test.info.kv_page_bytes :]
+                self.decode.import_kv(moved, self.outputs[request_id][-1:], missing)
 
     def drain(self, most: int = 10_000) -> None:
         for _ in range(most):

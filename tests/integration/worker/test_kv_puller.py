@@ -55,7 +55,15 @@ async def test_a_worker_that_changed_sides_goes_on_with_what_it_holds_itself() -
     started = await engine.started
     staging: KvStaging = engine.staging
     puller = KvPuller(
-        KvSources("w", Deployment(), holder, staging, started.info.kv_layout),
+        KvSources(
+            "w",
+            Deployment(),
+            holder,
+            staging,
+            started.info.kv_layout,
+            started.info.kv_page_bytes,
+            engine.known_pages,
+        ),
         engine,
         running,
         on_pulled=pulled.append,
