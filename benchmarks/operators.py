@@ -179,7 +179,7 @@ def page(results: Results) -> str:
             "workers, limits as clients send them, Poisson arrivals and bursts (gamma, cv 3), at least "
             f"{NUM_REQUESTS} requests and ten times the longest one's time (see [../simulator.md](../simulator.md)). "
             "Requests/s within SLO at 80, 95 and 99%; in brackets TTFT p99 of interactive requests, in seconds. A "
-            "rival has its best step size. "
+            "rival has its best step size. What was run with which version of the core is said there as well. "
             "Mean ± 95% confidence where there is more than one seed; ratios per seed."
         ),
         "",
