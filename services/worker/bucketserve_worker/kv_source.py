@@ -97,6 +97,9 @@ class KvSources:
                 raise
         try:
             trailer = worker_pb2.KvTrailer.FromString(bytes(block.data[pull.kv.kv_bytes :]))
+            # Workers of earlier versions, which have no handles, don't say.
+            if trailer.run_id not in ("", pull.run_id):
+                raise KvTransferError("what came is another run's")
         except BaseException:
             block.release()
             raise

@@ -239,3 +239,17 @@ def test_an_area_that_is_full_still_gives_blocks() -> None:
         block.release()
     assert staging.num_blocks == 0
     assert staging.take(8192).shared_offset == 0
+
+
+@pytest.mark.parametrize("run_id", ["r.2", "r.1#1", "r"])
+async def test_kv_of_another_run_is_refused(run_id: str) -> None:
+    theirs = KvStaging(2 * len(DATA))
+    data = DATA + worker_pb2.KvTrailer(run_id=run_id, handle=b"h").SerializeToString()
+    block = theirs.take(len(data))
+    block.data[:] = data
+    handed_over = HandedOver(KEY, 0, KV_BYTES, block, checksum(block.data))
+    held = Held(KEY, Running("r.1", SPEC, common_pb2.BatchInfo(), 1, 1.0, 1.5), handed_over)
+    async with fetching(Source(data)) as (sources, address, staging):
+        with pytest.raises(KvTransferError, match="another run's"):
+            await sources.fetch(pull(held.describe("L", None), address))
+        assert staging.num_blocks == 0
