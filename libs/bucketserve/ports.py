@@ -322,6 +322,8 @@ class EngineInfo:
     kv_layout: str
     """Number type and shape of the KV of a token; engines whose layouts agree may exchange KV. Empty: it hands none
     over and takes none, and refuses sequences with hands_over set."""
+    kv_kept_s: float = 0.0
+    """For how long what it hands over by a handle is sure to be there; 0: until it is fetched."""
     fingerprint: str
     """Weights, configuration, number type and kind of engine: engines with the same one compute the same."""
     tokenizer: str = ""

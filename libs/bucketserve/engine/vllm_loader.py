@@ -58,6 +58,8 @@ OURS = {
 }
 """Arguments of vLLM that are settings of every worker, with their names."""
 DEBUG_CONNECTOR = "ExampleConnector"
+LEASE, NIXL_LEASE_S, LEASE_MARGIN_S = "kv_lease_duration", 30, 5
+"""Of NIXL's, in kv_connector_extra_config: who has asked by then gets it renewed."""
 TAKEN = (
     "data_parallel_size",
     "default_mm_loras",
@@ -317,6 +319,7 @@ def _around(engine: Any, settings: VllmSettings, directory: Path) -> VllmEngine:
         kv_bytes_per_token=_bytes_per_token(engine.engine_core.engine_core.scheduler.kv_cache_config),
         pays_padding=False,
         kv_layout=_layout(config, dtype),
+        kv_kept_s=_kept_s(config.kv_transfer_config),
         fingerprint=model_fingerprint(
             directory, engine=" ".join([ENGINE, VLLM_VERSION, *numeric]), dtype=dtype, quantization="none"
         ),
@@ -338,6 +341,14 @@ def _layout(config: Any, dtype: str) -> str:
     if transfer is None:
         return ""
     return f"{ENGINE} {VLLM_VERSION} {transfer.kv_connector} {dtype}, blocks of {config.cache_config.block_size}"
+
+
+def _kept_s(transfer: Any) -> float:
+    """Returns for how long a connector is sure to keep what nobody has asked for yet; 0: for ever."""
+    if transfer is None:
+        return 0.0
+    lease_s = float(transfer.get_from_extra_config(LEASE, NIXL_LEASE_S if "Nixl" in transfer.kv_connector else 0))
+    return max(lease_s - LEASE_MARGIN_S, lease_s / 2)
 
 
 def _bytes_per_token(kv_cache_config: Any) -> int:

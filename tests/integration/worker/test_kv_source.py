@@ -253,3 +253,20 @@ async def test_kv_of_another_run_is_refused(run_id: str) -> None:
         with pytest.raises(KvTransferError, match="another run's"):
             await sources.fetch(pull(held.describe("L", None), address))
         assert staging.num_blocks == 0
+
+
+def test_kv_that_an_engine_keeps_for_a_time_is_given_up_before_it_is_gone() -> None:
+    now_s, staging = 0.0, KvStaging(1)
+    holder = KvHolder(30.0, lambda: now_s)
+    keys = [RequestId(f"r.{number}#1") for number in range(3)]
+    for key, num_tokens in zip(keys, (0, 7, 0), strict=True):
+        holder.hold(
+            Running(key, SPEC, common_pb2.BatchInfo(), 1, 1.0, 1.5),
+            HandedOver(key, num_tokens, 0, staging.take(1), 0),
+        )
+        now_s += 10.0
+    holder.heard()
+    # The second one is here, and waits for its scheduler alone.
+    assert (holder.expired(), holder.expired(25.0), holder.expired(5.0)) == ([], [keys[0]], [keys[0], keys[2]])
+    now_s = 61.0
+    assert holder.expired(25.0) == keys
