@@ -113,7 +113,7 @@ class VllmEngine:
         """Runs a request of each kind, so that no client's first one waits for what is compiled then."""
         for i, sampling in enumerate((Sampling(), Sampling(temperature=1.0, top_p=0.9))):
             name = RequestId(f"warm up {i}")
-            spec = SequenceSpec(request_id=name, token_ids=(0,), max_new_tokens=2, sampling=sampling, num_logprobs=1)
+            spec = SequenceSpec(request_id=name, token_ids=(0, 0), max_new_tokens=2, sampling=sampling, num_logprobs=1)
             self.add([spec])
         while self.has_work():
             self.step()
@@ -405,8 +405,10 @@ class VllmEngine:
             # It has been delivered: here it only shows whether the KV is the prompt's.
             first, sequence.expected = sequence.expected, None
             if tokens.pop(0) != first.token_id:
-                self._scheduler.forget(sequence.request.request_id)
+                # It may have NaNs, and they need not show in what it was used for.
+                blocks = self._scheduler.forget(sequence.request.request_id)
                 self.cancel([name])
+                self._vllm.collective_rpc(clear_blocks, args=(blocks,))
                 brought.fail(name, OTHER_KV, is_retryable=True)
                 return
             logprobs = logprobs[1:]

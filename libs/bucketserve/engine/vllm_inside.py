@@ -244,10 +244,12 @@ class _Composed:
         self._end_s = end_s
         return result
 
-    def forget(self, request_id: str) -> None:
-        """Sees to it that nobody finds a request's KV by its prompt."""
+    def forget(self, request_id: str) -> tuple[int, ...]:
+        """Sees to it that nobody finds a request's KV by its prompt; returns the blocks that only it has."""
+        blocks = self._blocks_of(frozenset({request_id}))
         manager = self.kv_cache_manager  # type: ignore[attr-defined]
-        manager.block_pool.evict_blocks(set(self._blocks_of(frozenset({request_id}))))
+        manager.block_pool.evict_blocks(set(blocks))
+        return blocks
 
     def _blocks_of(self, request_ids: frozenset[str]) -> tuple[int, ...]:
         """Returns the blocks that nobody but these requests has."""
