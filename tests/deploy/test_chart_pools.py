@@ -118,7 +118,10 @@ MODEL_A = {"model": {"name": "a", "source": "/models/a"}}
             "model a: prefill pools need a decode",
         ),
         ({"pools": {"x": {"role": "decode"}}}, "model demo: prefill pools need a decode pool"),
-        ({"pools": {"x": {"engine": "vllm", "role": "prefill"}, "y": {}}}, "pools.x: engine vllm hands no KV over"),
+        (
+            {"pools": {"x": {"engine": "vllm", "role": "prefill"}, "y": {}}},
+            "pools.x: engine vllm hands KV over by a connector only",
+        ),
         ({"pools": {"x": {"engineArgs": {"a": "b"}}}}, "pools.x.engineArgs are vLLM's"),
         ({"pools": {"x": {}}, "worker": {"disaggregated": {"enabled": True}}}, "beside pools: say the role of each"),
         ({"aliases": {"demo": "demo"}}, "aliases: demo is a model's own name"),
@@ -139,7 +142,7 @@ def settings_of(workload: dict[str, Any]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("worker", "said"),
     [
-        ({"engine": "vllm", "disaggregated": {"enabled": True}}, "hands no KV over"),
+        ({"engine": "vllm", "disaggregated": {"enabled": True}}, "set engineArgs.kv_transfer_config"),
         ({"engineArgs": {"block_size": "32"}}, "set worker.engine to vllm"),
     ],
 )

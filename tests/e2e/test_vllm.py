@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from tests.adapters import write_adapter
 from tests.e2e.conftest import DEMO_MODEL, NewStack
 from tests.e2e.observe import eventually, metric, status
 from tests.e2e.test_cancellation import nothing_runs
+from tests.e2e.test_disaggregation import is_clean, transfers
+from tests.integration.engine import connectors
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 
@@ -33,6 +36,7 @@ ENVIRON = {
 }
 SMALL = ENVIRON | {"BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": "512", "BUCKETSERVE_WORKER_CONTEXT_TOKENS": "448"}
 PROMPT, OUTPUT = 1500, 500
+ROOT = Path(__file__).resolve().parents[2]
 
 
 async def run(client: BucketServeClient, number: int, max_tokens: int, **more) -> tuple[list[int], Finished]:
@@ -155,7 +159,7 @@ async def test_log_probabilities_come_with_every_token(stack: LocalStack) -> Non
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
-        ({"BUCKETSERVE_WORKER_ROLE": "decode"}, "the vllm engine hands no KV over; set both"),
+        ({"BUCKETSERVE_WORKER_ROLE": "decode"}, "vLLM hands KV over by a connector only; set both, not decode"),
         ({"BUCKETSERVE_WORKER_ENGINE_ARGS": "no_such=1"}, "has no engine argument no_such"),
         ({"BUCKETSERVE_WORKER_ENGINE_ARGS": "max_num_seqs=1"}, "is the worker's setting max_sequences"),
         ({"BUCKETSERVE_WORKER_ENGINE_ARGS": "enable_lora=true"}, "is the worker's setting adapters_dir"),
@@ -206,3 +210,62 @@ async def test_streams_with_adapters_go_on_with_the_same_tokens_when_their_worke
     assert [tokens for tokens, _ in results] == wanted
     assert max(finished.attempts for _, finished in results) == 2
     assert len({tuple(tokens) for tokens in said}) == 3
+
+
+def apart(folder: Path, **extra: float) -> dict[str, str]:
+    """Settings of workers that fetch KV from each other through a folder."""
+    folder.mkdir()
+    transfer = json.dumps(connectors.folder(folder, **extra))
+    arguments = {"enforce_eager": "true", "block_size": "32", "kv_transfer_config": transfer}
+    return ENVIRON | {
+        "BUCKETSERVE_WORKER_ENGINE_ARGS": json.dumps(arguments),
+        # The connector is the tests' own.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+
+
+async def test_prefill_and_decode_apart_give_the_tokens_of_one_worker_that_does_both(
+    new_stack: NewStack, tmp_path: Path
+) -> None:
+    lengths = [1, 2, 12, 30, 40, 100]
+    both = new_stack(engine="vllm", environ=ENVIRON)
+    async with BucketServeClient(both.gateway_address) as client:
+        wanted = [(await run(client, length, 30))[0] for length in lengths]
+    split = new_stack(engine="vllm", roles=("prefill", "decode"), environ=apart(tmp_path / "kv"))
+    async with BucketServeClient(split.gateway_address) as client:
+        results = await asyncio.gather(*(run(client, length, 30) for length in lengths * 2))
+        assert (await run(client, 3, 1))[1].reason == common_pb2.FINISH_REASON_LENGTH
+    assert [tokens for tokens, _ in results] == wanted * 2
+    assert {finished.attempts for _, finished in results} == {1}
+    assert transfers(split) == 12
+    # Of each the last prompt token.
+    assert metric(split, "worker-1", "bucketserve_worker_prefill_tokens_total") == 12
+    await eventually(lambda: is_clean(split))
+    assert not list((tmp_path / "kv").iterdir())
+
+
+@pytest.mark.parametrize("victim", ["worker-0", "worker-1"])
+async def test_either_side_may_die_while_kv_goes_from_vllm_to_vllm(
+    new_stack: NewStack, tmp_path: Path, victim: str
+) -> None:
+    # A third one goes on, for vLLM takes longer to start than requests wait.
+    stack = new_stack(engine="vllm", roles=("prefill", "decode", "both"), environ=apart(tmp_path / "kv"))
+    async with BucketServeClient(stack.gateway_address) as client:
+        wanted = [(await run(client, number, 150))[0] for number in range(6)]
+        running = [asyncio.create_task(run(client, number, 150)) for number in range(6)]
+        await eventually(lambda: metric(stack, "worker-1", "vllm:num_requests_running") >= 1)
+        stack.services[victim].signal(signal.SIGKILL)
+        stack.services[victim].wait(5)
+        results = await asyncio.gather(*running)
+    assert [tokens for tokens, _ in results] == wanted
+
+
+async def test_kv_that_is_lost_on_its_way_is_computed_again(new_stack: NewStack, tmp_path: Path) -> None:
+    environ = apart(tmp_path / "kv", fails_every=3)
+    stack = new_stack(engine="vllm", roles=("prefill", "decode"), environ=environ)
+    async with BucketServeClient(stack.gateway_address) as client:
+        first = [await run(client, number, 40) for number in range(6)]
+        again = await asyncio.gather(*(run(client, number, 40) for number in range(6)))
+    assert [tokens for tokens, _ in first] == [tokens for tokens, _ in again]
+    assert max(finished.attempts for _, finished in first) == 2
+    assert metric(stack, "gateway", "bucketserve_gateway_resumptions_total") >= 4

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bucketserve.core.errors import EngineError, KvGoneError, NoAdapterError
@@ -49,6 +49,10 @@ class FakeSettings:
     max_step_tokens: int = STEP_TOKENS
     vocab_size: int = 256
     max_adapters: int = 0
+    has_handles: bool = False
+    """KV is handed over by handles, as engines do that fetch it from each other, not as bytes."""
+    tokens_per_step: int = 1
+    """How many tokens a step brings each sequence, as speculative decoding does."""
     step_s: float = 0.0
     prefill_s_per_token: float = 0.0
     decode_s_per_sequence: float = 0.0
@@ -123,7 +127,7 @@ class FakeEngine:
             dtype="none",
             context_tokens=self.settings.context_tokens,
             kv_bytes_per_token=KV_BYTES,
-            kv_layout=f"fake by {PAGE_TOKENS}",
+            kv_layout="fake by handle" if self.settings.has_handles else f"fake by {PAGE_TOKENS}",
             kv_page_tokens=PAGE_TOKENS,
             fingerprint=settings_fingerprint(
                 {"engine": "fake", "vocab_size": self.settings.vocab_size, "hand_over": HAND_OVER}
@@ -159,11 +163,25 @@ class FakeEngine:
             state = _hash(spec)
             self._waiting[spec.request_id] = _Sequence(spec, state, max_chunk_tokens=max_chunk_tokens)
 
+    def hand_over(self, request_id: RequestId) -> bytes | None:
+        """See ports.Engine. Its state is all that there is of it: nothing stays here."""
+        if not self.settings.has_handles:
+            return None
+        sequence = self._to_hand_over(request_id)
+        del self._running[request_id]
+        return _hash(sequence.spec).to_bytes(KV_BYTES, "big")
+
+    def take_over(self, spec: SequenceSpec, generated: Sequence[int], handle: bytes) -> None:
+        """See ports.Engine."""
+        if not self.settings.has_handles:
+            raise EngineError("this engine takes KV as bytes, not by a handle")
+        if handle != _hash(spec).to_bytes(KV_BYTES, "big"):
+            raise EngineError("the handle is not of this prompt's KV")
+        self._go_on(spec, generated, _hash(spec))
+
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:
         """See ports.Engine."""
-        sequence = self._running.get(request_id)
-        if sequence is None or not sequence.spec.hands_over:
-            raise EngineError(f"sequence {request_id} is not here to be handed over")
+        sequence = self._to_hand_over(request_id)
         num_tokens = len(sequence.spec.token_ids)
         if len(into) != num_tokens * KV_BYTES:
             raise EngineError(f"{len(into)} bytes are not the KV of {num_tokens} tokens")
@@ -179,8 +197,6 @@ class FakeEngine:
 
     def import_kv(self, spec: SequenceSpec, generated: Sequence[int], kv: memoryview) -> None:
         """See ports.Engine."""
-        self._check_new([spec.request_id])
-        self._check_adapter(spec)
         num_tokens = len(spec.token_ids) + len(generated) - 1
         num_left_out, rest = divmod(num_tokens - len(kv) // KV_BYTES, PAGE_TOKENS)
         state = bytes(kv[:KV_BYTES]) or _hash(spec).to_bytes(KV_BYTES, "big")
@@ -188,9 +204,21 @@ class FakeEngine:
             raise EngineError(f"{len(kv)} bytes are not the KV of {num_tokens} tokens")
         if num_left_out > (num_known := self.known_pages(spec.token_ids, spec.prefix_salt)):
             raise KvGoneError(f"{num_left_out} pages of KV were here, now {num_known}")
+        self._go_on(spec, generated, int.from_bytes(state, "big"))
+
+    def _to_hand_over(self, request_id: RequestId) -> _Sequence:
+        sequence = self._running.get(request_id)
+        if sequence is None or not sequence.spec.hands_over:
+            raise EngineError(f"sequence {request_id} is not here to be handed over")
+        return sequence
+
+    def _go_on(self, spec: SequenceSpec, generated: Sequence[int], state: int) -> None:
+        """Adds a sequence whose KV has come."""
+        self._check_new([spec.request_id])
+        self._check_adapter(spec)
         sequence = _Sequence(
             spec,
-            int.from_bytes(state, "big"),
+            state,
             num_prefilled=len(spec.token_ids),
             num_generated=len(generated),
             first_token_s=self.clock(),
@@ -234,7 +262,7 @@ class FakeEngine:
         )
         if busy_s > 0:
             self.sleep(busy_s)
-        tokens = [output for s in (*decoding, *prefilled) for output in [self._generate(s)]]
+        tokens = [output for s in (*decoding, *prefilled) for output in self._generate_some(s)]
         sample = StepSample(
             prefill_tokens=prefill_tokens,
             prefill_attention=attention,
@@ -295,8 +323,10 @@ class FakeEngine:
         return self.settings.kv_total_tokens - sum(s.kv_tokens for s in self._begun())
 
     def _growth(self) -> int:
-        """Returns the KV tokens that decodes take in the next step: one for each whose KV grows."""
-        return sum(not s.is_reserved for s in self._running.values())
+        """Returns the KV tokens that decodes take in the next step: one for each token of those whose KV grows."""
+        most = self.settings.tokens_per_step
+        growing = (s for s in self._running.values() if not s.is_reserved)
+        return sum(min(most, s.spec.max_new_tokens - s.num_generated) for s in growing)
 
     def _make_room(self, has_room: Callable[[], bool]) -> None:
         """Lets sequences go until there is room; their names are in the next step's output."""
@@ -360,6 +390,13 @@ class FakeEngine:
                 self._running[piece.request_id] = sequence
                 done.append(sequence)
         return sum(piece.num_tokens for piece in pieces), attention, done, failed
+
+    def _generate_some(self, sequence: _Sequence) -> Iterator[TokenOutput]:
+        for _ in range(1 if sequence.spec.hands_over else self.settings.tokens_per_step):
+            output = self._generate(sequence)
+            yield output
+            if output.finish_reason is not None:
+                return
 
     def _generate(self, sequence: _Sequence) -> TokenOutput:
         spec = sequence.spec

@@ -141,6 +141,18 @@ class PackedEngine:
         """See ports.Engine."""
         return True
 
+    def hand_over(self, request_id: RequestId) -> bytes | None:
+        """None: KV goes as bytes."""
+        return None
+
+    def take_over(self, spec: SequenceSpec, generated: Sequence[int], handle: bytes) -> None:
+        """Always refused.
+
+        Raises:
+            EngineError: this engine takes KV as bytes.
+        """
+        raise EngineError("this engine takes KV as bytes, not by a handle")
+
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:
         """See ports.Engine."""
         sequence = self._running.get(request_id)

@@ -9,13 +9,14 @@ and before each step those that grow are given room by letting others go, by the
 (core/preemption.py). So vLLM itself has no reason to preempt. Where blocks are not what its own estimate says (a hybrid
 model's), it may all the same: then the sequence pauses inside vLLM and is computed again there; nobody is told.
 
-KV is never handed over (EngineInfo.kv_layout is empty). An exception out of vLLM's step ends the worker: its memory and
-its device are in no known state.
+With a KV connector of vLLM's KV is handed over by handles (vllm_handover.py), without one never (EngineInfo.kv_layout
+is empty). An exception out of vLLM's step ends the worker: its memory and its device are in no known state.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,32 +24,38 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from bucketserve.core.errors import EngineError, NoAdapterError
 from bucketserve.core.pace import StepPace
-from bucketserve.core.preemption import SPARE_SHARE, loss
+from bucketserve.core.preemption import SPARE_SHARE
 from bucketserve.core.stepping import plan_prefill
-from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, Headroom, RequestId
+from bucketserve.core.types import FinishReason, Headroom, RequestId
 from bucketserve.engine.device_memory import DeviceMemory
 from bucketserve.engine.model_source import first_line
-from bucketserve.engine.vllm_inside import POSITION, SAMPLING, DoneStep, StepOrder, clear_blocks
+from bucketserve.engine.vllm_blocks import KvBlocks
+from bucketserve.engine.vllm_handover import TO_HAND_OVER, Handle
+from bucketserve.engine.vllm_inside import DoneStep, FirstToken, StepOrder, clear_blocks
+from bucketserve.engine.vllm_sequences import VllmSequence, token_logprobs, vllm_prompt, vllm_sampling
 from bucketserve.ports import (
     Adapter,
     EngineInfo,
-    Logprob,
     Sampling,
     SequenceFailure,
     SequenceSpec,
     StepOutput,
-    TokenLogprobs,
     TokenOutput,
 )
 
 __all__ = ["VllmEngine", "VllmLimits"]
 
-NO_HANDOVER = "the vllm engine hands no KV over and takes none: its workers have the role both"
+NO_HANDOVER = "vLLM was given no KV connector (kv_transfer_config): its workers have the role both"
+NO_BYTES = "vLLM hands KV over by a connector of its own, not as bytes"
+OTHER_KV = "the KV that came is not this prompt's: its first token has another probability by it"
+TOLERANCE, COARSE = {"float32": 0.01}, 0.5
+"""How far log-probabilities of a token may differ by KV that is the same, by number type; in others COARSE."""
 NO_TOKEN = "the prompt has a token that is not in the model's vocabulary"
+IDLE_S = 0.001
+"""Between two steps while vLLM only waits for KV to come or to be fetched, as its own loop does."""
 NOT_FINITE = "the model's output is not finite (NaN in its logits): no token can be chosen"
 
 
@@ -60,54 +67,6 @@ class VllmLimits:
     max_step_tokens: int
     vocab_size: int
     weights_bytes: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    spec: SequenceSpec
-    max_chunk_tokens: int
-    request: Any = None
-    """vLLM's, once it has begun."""
-    is_prefilled: bool = False
-    num_generated: int = 0
-    num_reused: int = 0
-    first_token_s: float = 0.0
-
-    @property
-    def num_computed(self) -> int:
-        """Tokens whose KV is in memory, or will be after the step that is under way."""
-        return self.request.num_computed_tokens if self.request is not None else 0
-
-    @property
-    def remaining(self) -> int:
-        """Tokens to compute before its next one."""
-        if self.request is None:
-            return len(self.spec.token_ids)
-        return max(int(self.request.num_tokens) - self.num_computed, 0)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether a step gives it one token; else it has prompt to compute, or its own output once more."""
-        return self.is_prefilled and self.remaining <= 1
-
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens for which it has KV, or is to have it by the next step."""
-        if self.spec.num_preemptions >= MAX_PREEMPTIONS:
-            return self.spec.reserved_tokens
-        return len(self.spec.token_ids) if self.request is None else max(self.request.num_tokens, self.num_computed + 1)
-
-    @property
-    def loss(self) -> tuple[bool, int, int] | None:
-        """What letting it go costs (core/preemption.py); None if it may not be let go."""
-        spec = self.spec
-        return loss(is_batch=spec.is_batch, num_preemptions=spec.num_preemptions, num_tokens=self.num_computed)
-
-    @property
-    def pace(self) -> tuple[float, float, int] | None:
-        """What StepPace has to know of it while it decodes; None if no TPOT was promised."""
-        tpot_s = self.spec.tpot_slo_s
-        return None if tpot_s is None else (tpot_s, self.first_token_s, self.num_generated)
 
 
 @dataclass(slots=True)
@@ -136,12 +95,15 @@ class VllmEngine:
         self._limits = limits
         self._device_memory = device_memory
         self._pace = StepPace()
-        self._waiting: dict[RequestId, _Sequence] = {}
-        self._begun: dict[RequestId, _Sequence] = {}
+        self._waiting: dict[RequestId, VllmSequence] = {}
+        self._begun: dict[RequestId, VllmSequence] = {}
         self._adapters: dict[str, LoRARequest] = {}
         """By fingerprint, by which vLLM calls them as well."""
         self._num_loaded = 0
         """Adapters so far: vLLM wants numbers for them."""
+        self._handles: dict[RequestId, bytes] = {}
+        """Of what is to be handed over; until then."""
+        self._source = secrets.token_hex(16)
         self._preempted: list[RequestId] = []
         """Let go since the last step."""
         self._num_decode_steps = 0
@@ -151,7 +113,7 @@ class VllmEngine:
         """Runs a request of each kind, so that no client's first one waits for what is compiled then."""
         for i, sampling in enumerate((Sampling(), Sampling(temperature=1.0, top_p=0.9))):
             name = RequestId(f"warm up {i}")
-            spec = SequenceSpec(request_id=name, token_ids=(0,), max_new_tokens=2, sampling=sampling, num_logprobs=1)
+            spec = SequenceSpec(request_id=name, token_ids=(0, 0), max_new_tokens=2, sampling=sampling, num_logprobs=1)
             self.add([spec])
         while self.has_work():
             self.step()
@@ -186,27 +148,54 @@ class VllmEngine:
 
     def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
         """See ports.Engine."""
-        seen, most = {*self._waiting, *self._begun}, min(self._info.context_tokens, self._kv.total_tokens)
+        seen, most = {*self._waiting, *self._begun, *self._handles}, self._most_tokens
         for spec in sequences:
-            if spec.hands_over:
+            if spec.hands_over and not self._info.kv_layout:
                 raise EngineError(NO_HANDOVER)
             if spec.reserved_tokens > most:
                 raise EngineError(f"{spec.reserved_tokens} tokens can never fit: the context is {most} tokens here")
             if spec.request_id in seen:
                 raise EngineError(f"sequence {spec.request_id} is already here")
-            if spec.adapter and spec.adapter not in self._adapters:
-                raise NoAdapterError("the adapter is not here any more")
+            self._check_adapter(spec)
             seen.add(spec.request_id)
         for spec in sequences:
-            self._waiting[spec.request_id] = _Sequence(spec, max_chunk_tokens)
+            self._waiting[spec.request_id] = VllmSequence(spec, max_chunk_tokens)
+
+    def hand_over(self, request_id: RequestId) -> bytes | None:
+        """See ports.Engine. Who fetches the KV ends it here, or else the connector's lease (NIXL's: 30 s)."""
+        try:
+            return self._handles.pop(request_id)
+        except KeyError:
+            raise EngineError(f"sequence {request_id} is not here to be handed over") from None
+
+    def take_over(self, spec: SequenceSpec, generated: Sequence[int], handle: bytes) -> None:
+        """See ports.Engine. KV that the connector does not find is computed here."""
+        if not self._info.kv_layout:
+            raise EngineError(NO_HANDOVER)
+        if spec.request_id in (*self._waiting, *self._begun, *self._handles):
+            raise EngineError(f"sequence {spec.request_id} is already here")
+        self._check_adapter(spec)
+        found = Handle.for_sequence(handle, spec)
+        if len(generated) != 1 or not self._are_tokens((*spec.token_ids, *generated)):
+            raise EngineError(NO_TOKEN if len(generated) == 1 else "KV comes with one token")
+        sequence = VllmSequence(spec, 0, is_prefilled=True, num_generated=1, first_token_s=time.perf_counter())
+        sequence.expected = FirstToken(generated[0], found.logprob, TOLERANCE.get(self._info.dtype, COARSE))
+        needed = self._kv.missing("", max(sequence.kv_tokens, len(spec.token_ids) + 1))
+        staying = sum(self._kv.missing("", s.kv_tokens) for s in self._begun.values() if s.loss is None)
+        if spec.reserved_tokens > self._most_tokens or needed + staying > self._kv.total:
+            raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
+        # Those that run may have grown since it was sent for.
+        self._make_room(needed)
+        # From itself vLLM fetches nothing: what it still has it finds by the prompt.
+        self._start(sequence, None if found.source == self._source else found.params)
 
     def export_kv(self, request_id: RequestId, into: memoryview) -> None:
         """Always refused.
 
         Raises:
-            EngineError: this engine hands no KV over.
+            EngineError: this engine hands over by handles.
         """
-        raise EngineError(NO_HANDOVER)
+        raise EngineError(NO_BYTES if self._info.kv_layout else NO_HANDOVER)
 
     def known_pages(self, token_ids: Sequence[int], salt: bytes) -> int:
         """See ports.Engine: none can be left out."""
@@ -216,9 +205,9 @@ class VllmEngine:
         """Always refused.
 
         Raises:
-            EngineError: this engine takes no KV.
+            EngineError: this engine takes handles.
         """
-        raise EngineError(NO_HANDOVER)
+        raise EngineError(NO_BYTES if self._info.kv_layout else NO_HANDOVER)
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
         """See ports.Engine."""
@@ -227,6 +216,7 @@ class VllmEngine:
             self._vllm.abort_request(begun)
         for name in request_ids:
             self._waiting.pop(name, None)
+            self._handles.pop(name, None)
 
     def load_adapter(self, adapter: Adapter) -> None:
         """See ports.Engine."""
@@ -258,7 +248,7 @@ class VllmEngine:
 
     def has_work(self) -> bool:
         """See ports.Engine."""
-        return bool(self._waiting or self._begun or self._preempted)
+        return bool(self._waiting or self._begun or self._preempted or self._transfers)
 
     def close(self) -> None:
         """See ports.Engine."""
@@ -272,11 +262,13 @@ class VllmEngine:
         self._make_room()
         preempted, self._preempted = tuple(self._preempted), []
         self._begin(brought)
-        if not self._begun:
+        if not self._begun and not self._transfers:
             return StepOutput(preempted=preempted, failures=tuple(brought.failures))
         self._scheduler.order = self._compose()
         outputs = self._vllm.step()
         done, self._scheduler.done = self._scheduler.done, []
+        if not done and not outputs and self._info.kv_layout:
+            time.sleep(IDLE_S)
         for step in done:
             self._fail_not_finite(step, brought)
         for output in outputs:
@@ -294,15 +286,33 @@ class VllmEngine:
             sample=sample,
         )
 
+    @property
+    def _most_tokens(self) -> int:
+        """Tokens that a sequence may have, generated ones included."""
+        return min(self._info.context_tokens, self._kv.total_tokens)
+
+    @property
+    def _transfers(self) -> bool:
+        """Whether vLLM has to step for the sake of KV alone: it is being fetched from here, or for what has gone."""
+        return bool(self._info.kv_layout) and bool(self._scheduler.has_finished_requests())
+
+    def _check_adapter(self, spec: SequenceSpec) -> None:
+        if spec.adapter and spec.adapter not in self._adapters:
+            raise NoAdapterError("the adapter is not here any more")
+
+    def _are_tokens(self, token_ids: Sequence[int]) -> bool:
+        """Whether the model has them: vLLM would look up a row that there is not, for all sequences of the step."""
+        return all(0 <= token_id < self._limits.vocab_size for token_id in token_ids)
+
     # --- KV memory ----------------------------------------------------------------------------------------------
 
     def _outstanding(self) -> int:
         """Returns the blocks that those which have begun are to have by the next step, and do not have yet."""
         return sum(self._kv.missing(s.request.request_id, s.kv_tokens, s.num_computed) for s in self._begun.values())
 
-    def _make_room(self) -> None:
-        """Lets sequences go until there is room for the others' next tokens."""
-        while self._outstanding() > self._kv.num_free:
+    def _make_room(self, num_blocks: int = 0) -> None:
+        """Lets sequences go until there is room for the others' next tokens, and for so many blocks more."""
+        while self._outstanding() + num_blocks > self._kv.num_free:
             # Of equals the last to begin goes.
             losses = {name: cost for name, s in reversed(self._begun.items()) if (cost := s.loss) is not None}
             if not losses:
@@ -324,23 +334,32 @@ class VllmEngine:
             if self._kv.tokens_of(free) < spare:
                 return
             del self._waiting[name]
-            tokens = sequence.spec.token_ids
-            # vLLM would look up a row that its embedding does not have, for all sequences of the step.
-            if not all(0 <= token_id < self._limits.vocab_size for token_id in tokens):
+            if not self._are_tokens(sequence.spec.token_ids):
                 brought.fail(name, NO_TOKEN)
                 continue
             try:
-                internal = self._vllm.add_request(
-                    name,
-                    _prompt(sequence.spec),
-                    _sampling(sequence.spec),
-                    lora_request=self._adapters.get(sequence.spec.adapter),
-                )
-            except (ValueError, TypeError, VLLMValidationError) as error:
-                brought.fail(name, f"vLLM refuses it: {error}")
-                continue
-            sequence.request = self._scheduler.requests[internal]
-            self._begun[name] = sequence
+                self._start(sequence, TO_HAND_OVER if sequence.hands_over else None)
+            except EngineError as error:
+                brought.fail(name, str(error))
+
+    def _start(self, sequence: VllmSequence, transfer: Mapping[str, Any] | None) -> None:
+        """Gives a sequence to vLLM.
+
+        Raises:
+            EngineError: vLLM refuses it.
+        """
+        spec = sequence.spec
+        try:
+            internal = self._vllm.add_request(
+                spec.request_id,
+                vllm_prompt(spec),
+                vllm_sampling(sequence, transfer),
+                lora_request=self._adapters.get(spec.adapter),
+            )
+        except (ValueError, TypeError, VLLMValidationError) as error:
+            raise EngineError(f"vLLM refuses it: {error}") from error
+        sequence.request = self._scheduler.requests[internal]
+        self._begun[spec.request_id] = sequence
 
     # --- a step -------------------------------------------------------------------------------------------------
 
@@ -361,7 +380,7 @@ class VllmEngine:
         pieces |= {self._begun[piece.request_id].request.request_id: piece.num_tokens for piece in planned}
         return StepOrder(len(decoding) + sum(pieces.values()), pieces)
 
-    def _paced_tokens(self, decoding: Sequence[_Sequence], ready: Sequence[_Sequence]) -> int:
+    def _paced_tokens(self, decoding: Sequence[VllmSequence], ready: Sequence[VllmSequence]) -> int:
         """Returns the most prompt tokens beside which those that decode keep their TPOT; 0 for no limit."""
         return self._pace.prompt_tokens(
             (pace for s in decoding if (pace := s.pace)),
@@ -373,9 +392,11 @@ class VllmEngine:
 
     def _fail_not_finite(self, done: DoneStep, brought: _Brought) -> None:
         """Gives up those whose logits allow no choice, and clears their KV."""
-        for name in [name for name, s in self._begun.items() if s.request.request_id in done.not_finite]:
-            self.cancel([name])
-            brought.fail(name, NOT_FINITE)
+        for name, sequence in list(self._begun.items()):
+            if sequence.request.request_id in done.not_finite:
+                self.cancel([name])
+                # What has come may be of another prompt, or none at all.
+                brought.fail(name, NOT_FINITE, is_retryable=sequence.expected is not None)
         if done.tainted:
             self._vllm.collective_rpc(clear_blocks, args=(done.tainted,))
 
@@ -386,7 +407,18 @@ class VllmEngine:
         if sequence is None:
             return
         (completion,) = output.outputs
-        tokens = list(completion.token_ids)
+        tokens, logprobs = list(completion.token_ids), list(completion.logprobs or ())
+        if tokens and sequence.expected is not None:
+            # It has been delivered: here it only shows whether the KV is the prompt's.
+            first, sequence.expected = sequence.expected, None
+            if tokens.pop(0) != first.token_id:
+                # It may have NaNs, and they need not show in what it was used for.
+                blocks = self._scheduler.forget(sequence.request.request_id)
+                self.cancel([name])
+                self._vllm.collective_rpc(clear_blocks, args=(blocks,))
+                brought.fail(name, OTHER_KV, is_retryable=True)
+                return
+            logprobs = logprobs[1:]
         if tokens and not sequence.is_prefilled:
             self._first(sequence, output.num_cached_tokens or 0)
             brought.prefilled.append(name)
@@ -394,15 +426,15 @@ class VllmEngine:
         if reason == "stop":
             # The stop token, which is the last one, is no part of the output.
             tokens.pop()
-        logprobs = list(completion.logprobs or ())
+        number, ends = sequence.spec.num_logprobs, reason == "length" and not sequence.hands_over
         for i, token_id in enumerate(tokens):
             sequence.num_generated += 1
-            is_last = reason == "length" and i == len(tokens) - 1
+            is_last = ends and i == len(tokens) - 1
             brought.tokens.append(
                 TokenOutput(
                     request_id=name,
                     token_id=token_id,
-                    logprobs=_logprobs(token_id, logprobs[i], sequence.spec.num_logprobs) if logprobs else None,
+                    logprobs=None if number is None else token_logprobs(token_id, logprobs[i], number),
                     finish_reason=FinishReason.LENGTH if is_last else None,
                     cached_prompt_tokens=sequence.num_reused,
                 )
@@ -410,7 +442,11 @@ class VllmEngine:
         if not output.finished:
             return
         del self._begun[name]
-        if reason == "stop":
+        if reason == "length" and sequence.hands_over:
+            params, logprob = output.kv_transfer_params, logprobs[0][tokens[0]].logprob
+            handle = Handle.of(sequence.spec, source=self._source, logprob=logprob, params=params)
+            self._handles[name] = handle.to_bytes()
+        elif reason == "stop":
             brought.tokens.append(
                 TokenOutput(
                     request_id=name,
@@ -423,82 +459,10 @@ class VllmEngine:
         elif reason != "length":
             brought.fail(name, f"vLLM gave it up ({reason})", is_retryable=True)
 
-    def _first(self, sequence: _Sequence, num_reused: int) -> None:
+    def _first(self, sequence: VllmSequence, num_reused: int) -> None:
         """Notes that a sequence's prompt is computed."""
         sequence.is_prefilled = True
         sequence.first_token_s = time.perf_counter()
         sequence.num_reused = num_reused
         self._num_prefix_asked += len(sequence.spec.token_ids)
         self._num_prefix_reused += num_reused
-
-
-class KvBlocks:
-    """vLLM's KV memory, counted in its blocks; one of them it never gives to anybody."""
-
-    def __init__(self, scheduler: Any, cache: Any) -> None:
-        """Takes the scheduler and the cache's configuration of an engine that is loaded."""
-        self._manager = scheduler.kv_cache_manager
-        self._pool = self._manager.block_pool
-        self._total = int(cache.num_gpu_blocks) - 1
-        groups = scheduler.kv_cache_config.kv_cache_groups
-        if len(groups) == 1:
-            self.total_tokens = self._total * int(groups[0].kv_cache_spec.block_size)
-        else:
-            # Layers of several kinds: how many tokens fit depends on their lengths; vLLM's figure is for long ones.
-            self.total_tokens = int(cache.kv_cache_size_tokens) * self._total // (self._total + 1)
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that nobody uses; what they hold may be kept for reuse."""
-        return int(self._pool.get_num_free_blocks())
-
-    def tokens_of(self, num_blocks: int) -> int:
-        """Returns the tokens for which blocks suffice."""
-        return num_blocks * self.total_tokens // self._total
-
-    def missing(self, internal_id: str, num_tokens: int, num_computed: int = 0) -> int:
-        """Returns the blocks that a request lacks to have KV for so many tokens; of nobody's id: all of them."""
-        return int(
-            self._manager.coordinator.get_num_blocks_to_allocate(
-                request_id=internal_id,
-                num_tokens=num_tokens,
-                new_computed_blocks=self._manager.empty_kv_cache_blocks.blocks,
-                num_encoder_tokens=0,
-                total_computed_tokens=num_computed,
-                num_local_computed_tokens=num_computed,
-                num_tokens_main_model=num_tokens,
-                apply_admission_cap=True,
-            )
-        )
-
-
-def _prompt(spec: SequenceSpec) -> Mapping[str, Any]:
-    prompt: dict[str, Any] = {"prompt_token_ids": list(spec.token_ids)}
-    if spec.prefix_salt:
-        prompt["cache_salt"] = spec.prefix_salt.hex()
-    return prompt
-
-
-def _sampling(spec: SequenceSpec) -> Any:
-    return SamplingParams(
-        # Of what our logits processor leaves, the most likely.
-        temperature=0.0,
-        max_tokens=spec.max_new_tokens,
-        stop_token_ids=sorted(spec.stop_token_ids),
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-        logprobs=spec.num_logprobs,
-        extra_args={SAMPLING: spec.sampling, POSITION: spec.num_resumed_tokens},
-    )
-
-
-def _logprobs(token_id: int, found: Mapping[int, Any], number: int | None) -> TokenLogprobs:
-    """Returns vLLM's raw log-probabilities: before temperature and filters, as ours are."""
-    best = sorted(found.items(), key=lambda item: -item[1].logprob)
-    if len(found) > (number or 0):
-        # The token chosen is none of the best.
-        best = [item for item in best if item[0] != token_id]
-    return TokenLogprobs(
-        Logprob(token_id, found[token_id].logprob), tuple(Logprob(other, each.logprob) for other, each in best)
-    )

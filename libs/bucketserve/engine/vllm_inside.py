@@ -23,9 +23,11 @@ from bucketserve.engine.sampling import RowState, SampleRow, choose
 from bucketserve.ports import Sampling
 
 __all__ = [
+    "FIRST",
     "POSITION",
     "SAMPLING",
     "DoneStep",
+    "FirstToken",
     "OverlappedScheduler",
     "PlannedScheduler",
     "SeededSampling",
@@ -35,6 +37,19 @@ __all__ = [
 
 SAMPLING, POSITION = "bucketserve_sampling", "bucketserve_position"
 """In a request's extra_args: how to choose its tokens, and the position of its first one over all attempts."""
+FIRST = "bucketserve_first"
+"""The FirstToken of a request whose KV comes from elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """What a request generated first where its prompt was computed."""
+
+    token_id: int
+    logprob: float
+    """There, before temperature and filters."""
+    tolerance: float
+    """How far it may be from that here."""
 
 
 @dataclass(slots=True)
@@ -55,15 +70,28 @@ class _Row:
         return SampleRow(self.sampling, self.first_position + len(self.generated), self.tokens, self.state)
 
 
+@dataclass(slots=True)
+class _Expected:
+    """A request whose KV came from elsewhere."""
+
+    first: FirstToken
+    instead: int
+    """What it generates if the KV is not its prompt's: neither that token nor an end."""
+    generated: list[int]
+    """vLLM's own list, which grows."""
+
+
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]
     """Chooses the tokens of all requests but plainly greedy ones: it leaves vLLM nothing else to choose.
 
+    The first token of a request whose KV came from elsewhere is the one chosen there, if it is as probable here.
     vLLM is to choose greedily (temperature 0). Rows that allow no choice stay as they are, for it to count their NaNs.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         """As vLLM makes it."""
         self._rows: dict[int, _Row] = {}
+        self._expected: dict[int, _Expected] = {}
 
     def is_argmax_invariant(self) -> bool:
         """It decides what is most likely."""
@@ -72,9 +100,21 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
     def update_state(self, batch_update: Any) -> None:
         """Follows vLLM's batch: who came, left or moved."""
         process_dict_updates(self._rows, batch_update, _row)
+        process_dict_updates(self._expected, batch_update, _expected)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Returns logits that are minus infinity but for the chosen token, where it is ours to choose."""
+        first = {index: each for index, each in self._expected.items() if not each.generated}
+        if first:
+            chosen = _confirm(logits[list(first)].float(), list(first.values()))
+        logits = self._choose(logits)
+        if first:
+            rows = torch.tensor(list(first), device=logits.device)
+            logits[rows] = float("-inf")
+            logits[rows, chosen] = 0.0
+        return logits
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
         if not self._rows:
             return logits
         indices = torch.tensor(list(self._rows), device=logits.device)
@@ -92,6 +132,25 @@ def _row(params: Any, prompt: list[int] | None, generated: list[int]) -> _Row | 
     if sampling is None or _is_greedy(sampling):
         return None
     return _Row(sampling, arguments[POSITION], generated, list(prompt or ()), len(prompt or ()))
+
+
+def _expected(params: Any, prompt: list[int] | None, generated: list[int]) -> _Expected | None:
+    first = (params.extra_args or {}).get(FIRST)
+    if first is None:
+        return None
+    taken = {first.token_id, *(params.stop_token_ids or ())}
+    return _Expected(first, next(i for i in range(len(taken) + 1) if i not in taken), generated)
+
+
+def _confirm(logits: torch.Tensor, expected: list[_Expected]) -> torch.Tensor:
+    """Returns the first token of each row, or another one where that is not as probable as it was; [rows] int64."""
+    first = [each.first for each in expected]
+    tokens = torch.tensor([each.token_id for each in first], device=logits.device)
+    wanted = torch.tensor([each.logprob for each in first], device=logits.device)
+    tolerance = torch.tensor([each.tolerance for each in first], device=logits.device)
+    found = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    instead = torch.tensor([each.instead for each in expected], device=logits.device)
+    return torch.where((found - wanted).abs() <= tolerance, tokens, instead)
 
 
 def _is_greedy(sampling: Sampling) -> bool:
@@ -184,6 +243,13 @@ class _Composed:
             scheduler.kv_cache_manager.block_pool.evict_blocks(set(tainted))
         self._end_s = end_s
         return result
+
+    def forget(self, request_id: str) -> tuple[int, ...]:
+        """Sees to it that nobody finds a request's KV by its prompt; returns the blocks that only it has."""
+        blocks = self._blocks_of(frozenset({request_id}))
+        manager = self.kv_cache_manager  # type: ignore[attr-defined]
+        manager.block_pool.evict_blocks(set(blocks))
+        return blocks
 
     def _blocks_of(self, request_ids: frozenset[str]) -> tuple[int, ...]:
         """Returns the blocks that nobody but these requests has."""

@@ -57,11 +57,13 @@ OURS = {
     "max_cpu_loras": "max_adapters",
 }
 """Arguments of vLLM that are settings of every worker, with their names."""
+DEBUG_CONNECTOR = "ExampleConnector"
+LEASE, NIXL_LEASE_S, LEASE_MARGIN_S = "kv_lease_duration", 30, 5
+"""Of NIXL's, in kv_connector_extra_config: who has asked by then gets it renewed."""
 TAKEN = (
     "data_parallel_size",
     "default_mm_loras",
     "enable_chunked_prefill",
-    "kv_transfer_config",
     "logits_processors",
     "max_logprobs",
     "runner",
@@ -79,6 +81,7 @@ NEUTRAL = (
     "load_format",
     "download_dir",
     "async_scheduling",
+    "kv_transfer_config",
 )
 """Arguments that change nothing of what is computed: workers that differ in them go on with each other's requests."""
 
@@ -211,6 +214,8 @@ def _start(arguments: Any, settings: VllmSettings, directory: Path) -> Any:
 
     from bucketserve.engine.vllm_inside import OverlappedScheduler, PlannedScheduler, SeededSampling
 
+    if arguments.kv_transfer_config is not None:
+        _check_transfer(arguments.kv_transfer_config, settings)
     arguments.model = str(directory)
     arguments.skip_tokenizer_init = True
     arguments.dtype = _dtype(settings.dtype)
@@ -251,6 +256,23 @@ def _start(arguments: Any, settings: VllmSettings, directory: Path) -> Any:
         raise
     except Exception as error:  # whatever vLLM makes of a model, a device and arguments
         raise ModelLoadError(f"vLLM can't serve model {settings.model!r}: {_said(error)}") from error
+
+
+def _check_transfer(transfer: Any, settings: VllmSettings) -> None:
+    """Refuses a way of handing KV over that does not fit the rules here.
+
+    Raises:
+        ModelLoadError: says what to change.
+    """
+    problem = None
+    if transfer.kv_role != "kv_both" or not transfer.kv_connector:
+        problem = "names a kv_connector and the kv_role kv_both: which side a worker is on is its role, and may change"
+    elif transfer.kv_load_failure_policy != "fail":
+        problem = "has the kv_load_failure_policy fail: what can't be fetched is computed by a new attempt"
+    elif transfer.kv_connector == DEBUG_CONNECTOR and settings.max_adapters:
+        problem = f"is not {DEBUG_CONNECTOR} where there are adapters: it finds KV by the prompt alone"
+    if problem is not None:
+        raise ModelLoadError(f"engine argument kv_transfer_config: it {problem}")
 
 
 def _dtype(name: str) -> str:
@@ -295,7 +317,8 @@ def _around(engine: Any, settings: VllmSettings, directory: Path) -> VllmEngine:
         dtype=dtype,
         context_tokens=int(model.max_model_len),
         kv_bytes_per_token=_bytes_per_token(engine.engine_core.engine_core.scheduler.kv_cache_config),
-        kv_layout="",
+        kv_layout=_layout(config, dtype),
+        kv_kept_s=_kept_s(config.kv_transfer_config),
         fingerprint=model_fingerprint(
             directory, engine=" ".join([ENGINE, VLLM_VERSION, *numeric]), dtype=dtype, quantization="none"
         ),
@@ -309,6 +332,22 @@ def _around(engine: Any, settings: VllmSettings, directory: Path) -> VllmEngine:
         weights_bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
     )
     return VllmEngine(engine, info, limits, seldom(partial(device_memory, device)))
+
+
+def _layout(config: Any, dtype: str) -> str:
+    """Returns what engines have to agree in to fetch KV from each other; empty if they never do."""
+    transfer = config.kv_transfer_config
+    if transfer is None:
+        return ""
+    return f"{ENGINE} {VLLM_VERSION} {transfer.kv_connector} {dtype}, blocks of {config.cache_config.block_size}"
+
+
+def _kept_s(transfer: Any) -> float:
+    """Returns for how long a connector is sure to keep what nobody has asked for yet; 0: for ever."""
+    if transfer is None:
+        return 0.0
+    lease_s = float(transfer.get_from_extra_config(LEASE, NIXL_LEASE_S if "Nixl" in transfer.kv_connector else 0))
+    return max(lease_s - LEASE_MARGIN_S, lease_s / 2)
 
 
 def _bytes_per_token(kv_cache_config: Any) -> int:

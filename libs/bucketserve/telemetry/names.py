@@ -412,7 +412,7 @@ METRICS: dict[str, Metric] = {
             kind=Kind.COUNTER,
             service=W,
             unit="blocks",
-            help="Held KV freed because no scheduler was heard of.",
+            help="Held KV given up: no scheduler was heard of, or its engine keeps it no longer.",
             labels=("model",),
         ),
         Metric(

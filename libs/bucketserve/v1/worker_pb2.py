@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from bucketserve.v1 import common_pb2 as bucketserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ucketserve/v1/worker.proto\x12\x0e\x62ucketserve.v1\x1a\x1b\x62ucketserve/v1/common.proto\"L\n\x0e\x46\x65tchKvRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\x12\r\n\x05\x62\x65gin\x18\x03 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x04 \x01(\x04\" \n\x0f\x46\x65tchKvResponse\x12\r\n\x05piece\x18\x01 \x01(\x0c\"\x96\x01\n\tKvTrailer\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x32\n\x08logprobs\x18\x02 \x03(\x0b\x32 .bucketserve.v1.PositionLogprobs\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04spec\x18\x04 \x01(\x0c\x12\x16\n\x0epage_checksums\x18\x05 \x03(\x06\x32]\n\rWorkerService\x12L\n\x07\x46\x65tchKv\x12\x1e.bucketserve.v1.FetchKvRequest\x1a\x1f.bucketserve.v1.FetchKvResponse0\x01\x42HZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ucketserve/v1/worker.proto\x12\x0e\x62ucketserve.v1\x1a\x1b\x62ucketserve/v1/common.proto\"L\n\x0e\x46\x65tchKvRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\x12\r\n\x05\x62\x65gin\x18\x03 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x04 \x01(\x04\" \n\x0f\x46\x65tchKvResponse\x12\r\n\x05piece\x18\x01 \x01(\x0c\"\xb6\x01\n\tKvTrailer\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x32\n\x08logprobs\x18\x02 \x03(\x0b\x32 .bucketserve.v1.PositionLogprobs\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04spec\x18\x04 \x01(\x0c\x12\x16\n\x0epage_checksums\x18\x05 \x03(\x06\x12\x0e\n\x06run_id\x18\x08 \x01(\t\x12\x0e\n\x06handle\x18\t \x01(\x0c\x32]\n\rWorkerService\x12L\n\x07\x46\x65tchKv\x12\x1e.bucketserve.v1.FetchKvRequest\x1a\x1f.bucketserve.v1.FetchKvResponse0\x01\x42HZFgithub.com/bucketserve/bucketserve/protos/bucketserve/v1;bucketservev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,7 +38,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHKVRESPONSE']._serialized_start=154
   _globals['_FETCHKVRESPONSE']._serialized_end=186
   _globals['_KVTRAILER']._serialized_start=189
-  _globals['_KVTRAILER']._serialized_end=339
-  _globals['_WORKERSERVICE']._serialized_start=341
-  _globals['_WORKERSERVICE']._serialized_end=434
+  _globals['_KVTRAILER']._serialized_end=371
+  _globals['_WORKERSERVICE']._serialized_start=373
+  _globals['_WORKERSERVICE']._serialized_end=466
 # @@protoc_insertion_point(module_scope)

@@ -26,15 +26,19 @@ class FetchKvResponse(_message.Message):
     def __init__(self, piece: _Optional[bytes] = ...) -> None: ...
 
 class KvTrailer(_message.Message):
-    __slots__ = ("token_ids", "logprobs", "cached_prompt_tokens", "spec", "page_checksums")
+    __slots__ = ("token_ids", "logprobs", "cached_prompt_tokens", "spec", "page_checksums", "run_id", "handle")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     PAGE_CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.PositionLogprobs]
     cached_prompt_tokens: int
     spec: bytes
     page_checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.PositionLogprobs, _Mapping]]] = ..., cached_prompt_tokens: _Optional[int] = ..., spec: _Optional[bytes] = ..., page_checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    run_id: str
+    handle: bytes
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.PositionLogprobs, _Mapping]]] = ..., cached_prompt_tokens: _Optional[int] = ..., spec: _Optional[bytes] = ..., page_checksums: _Optional[_Iterable[int]] = ..., run_id: _Optional[str] = ..., handle: _Optional[bytes] = ...) -> None: ...

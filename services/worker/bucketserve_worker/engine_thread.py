@@ -16,6 +16,7 @@ from bucketserve.engine.kv_staging import KvStaging, StagedKv, checksum, page_ch
 from bucketserve.ports import Adapter, Engine, EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenOutput
 from bucketserve.rpc.convert import logprobs_to_pb
 from bucketserve.v1 import scheduler_pb2, worker_pb2
+from bucketserve_worker.running import run_of
 
 __all__ = ["EngineStarted", "EngineThread", "EngineTurn", "HandedOver", "Resumed"]
 
@@ -43,7 +44,7 @@ class HandedOver:
 
     key: RequestId
     num_tokens: int
-    """Tokens whose KV is in the block."""
+    """Tokens whose KV is in the block; none if a handle of it goes along, for it counts where it is."""
     kv_bytes: int
     block: StagedKv
     """The KV, then a KvTrailer with the first token, which is in the turn's output as well.
@@ -103,6 +104,7 @@ class _Import:
     generated: tuple[int, ...]
     block: StagedKv
     kv_bytes: int
+    handle: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +196,15 @@ class EngineThread:
             self._orders.append(_Preempt(tuple(request_ids)))
             self._wake.notify()
 
-    def resume(self, spec: SequenceSpec, generated: Sequence[int], block: StagedKv, kv_bytes: int) -> None:
-        """Hands over a sequence whose KV was computed elsewhere, and the block; a turn's `resumed` says how it went."""
+    def resume(
+        self, spec: SequenceSpec, generated: Sequence[int], block: StagedKv, kv_bytes: int, handle: bytes = b""
+    ) -> None:
+        """Hands over a sequence whose KV was computed elsewhere, and the block; a turn's `resumed` says how it went.
+
+        handle: of KV that is not in the block, and that the engine fetches itself.
+        """
         with self._wake:
-            self._orders.append(_Import(spec, tuple(generated), block, kv_bytes))
+            self._orders.append(_Import(spec, tuple(generated), block, kv_bytes, handle))
             self._wake.notify()
 
     def known_pages(self, spec: scheduler_pb2.RunSpec) -> int:
@@ -356,13 +363,17 @@ class EngineThread:
         for request_id in output.prefilled:
             num_tokens, spec = self._hands_over.pop(request_id, (0, b""))
             if num_tokens and first[request_id].finish_reason is None:
+                handle = engine.hand_over(request_id)
+                if handle is not None:
+                    num_tokens = 0
                 kv_bytes, page_bytes = num_tokens * engine.info.kv_bytes_per_token, engine.info.kv_page_bytes
-                trailer = _trailer(first[request_id], spec)
+                trailer = _trailer(first[request_id], spec, handle)
                 # They take as much room whatever they are.
                 trailer.page_checksums.extend([0] * -(-kv_bytes // page_bytes))
                 block = self.staging.take(kv_bytes + trailer.ByteSize())
                 kv, rest = block.data[:kv_bytes], block.data[kv_bytes:]
-                engine.export_kv(request_id, kv)
+                if handle is None:
+                    engine.export_kv(request_id, kv)
                 trailer.page_checksums[:] = page_checksums(kv, page_bytes)
                 rest[:] = trailer.SerializeToString()
                 handed_over.append(HandedOver(request_id, num_tokens, kv_bytes, block, checksum(rest)))
@@ -386,9 +397,14 @@ class EngineThread:
                 self.ended.set_exception(error)
 
 
-def _trailer(first: TokenOutput, spec: bytes) -> worker_pb2.KvTrailer:
-    """Returns what goes along with the KV, but for checksums."""
-    trailer = worker_pb2.KvTrailer(cached_prompt_tokens=first.cached_prompt_tokens, spec=spec)
+def _trailer(first: TokenOutput, spec: bytes, handle: bytes | None) -> worker_pb2.KvTrailer:
+    """Returns what goes along with the KV, or in its place, but for checksums."""
+    trailer = worker_pb2.KvTrailer(
+        cached_prompt_tokens=first.cached_prompt_tokens,
+        spec=spec,
+        run_id=run_of(first.request_id),
+        handle=handle or b"",
+    )
     if first.token_id is not None:
         trailer.token_ids.append(first.token_id)
     if first.logprobs is not None:
@@ -400,7 +416,10 @@ def _import(engine: Engine, order: _Import) -> Resumed:
     """Copies a block into the engine and lets it go."""
     error: EngineError | None = None
     try:
-        engine.import_kv(order.spec, order.generated, order.block.data[: order.kv_bytes])
+        if order.handle:
+            engine.take_over(order.spec, order.generated, order.handle)
+        else:
+            engine.import_kv(order.spec, order.generated, order.block.data[: order.kv_bytes])
     except EngineError as caught:
         error = caught
     order.block.release()

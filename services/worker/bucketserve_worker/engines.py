@@ -79,8 +79,12 @@ def _vllm(settings: WorkerSettings, on_progress: Callable[[str], None]) -> Calla
     problems = []
     if not settings.model:
         problems.append(NO_MODEL)
-    if settings.role != "both":
-        problems.append(f"[worker] role: the vllm engine hands no KV over; set both, not {settings.role}")
+    named = {name.strip().lstrip("-").replace("-", "_") for name in settings.engine_args}
+    if settings.role != "both" and "kv_transfer_config" not in named:
+        problems.append(
+            f"[worker] role: vLLM hands KV over by a connector only; set both, not {settings.role}, or engine_args "
+            "kv_transfer_config"
+        )
     if settings.quantization != "none":
         problems.append(
             f"[worker] quantization: {settings.quantization} is of the transformers engine; for vllm choose another "

@@ -22,6 +22,7 @@ class Held:
     key: RequestId
     running: Running
     handed_over: HandedOver
+    since_s: float = 0.0
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     """What whoever asks for it has to show."""
 
@@ -81,8 +82,9 @@ class KvHolder:
 
     def hold(self, running: Running, handed_over: HandedOver) -> None:
         """Takes a block."""
-        self._contact_s = max(self._contact_s, self.clock())
-        self._held[handed_over.key] = Held(handed_over.key, running, handed_over)
+        now_s = self.clock()
+        self._contact_s = max(self._contact_s, now_s)
+        self._held[handed_over.key] = Held(handed_over.key, running, handed_over, now_s)
 
     def get(self, key: RequestId) -> Held | None:
         """Returns the block of a run, if it is held."""
@@ -107,6 +109,10 @@ class KvHolder:
         """Renews all leases: the scheduler is there."""
         self._contact_s = self.clock()
 
-    def expired(self) -> list[RequestId]:
-        """Returns the keys whose lease is over."""
-        return list(self._held) if self.clock() - self._contact_s > self.lease_s else []
+    def expired(self, kv_kept_s: float = 0.0) -> list[RequestId]:
+        """Returns the keys whose lease is over: the scheduler's, or that of an engine which keeps KV for kv_kept_s."""
+        now_s = self.clock()
+        if now_s - self._contact_s > self.lease_s:
+            return list(self._held)
+        by_handle = [key for key, held in self._held.items() if not held.handed_over.num_tokens]
+        return [key for key in by_handle if kv_kept_s and now_s - self._held[key].since_s > kv_kept_s]

@@ -132,7 +132,8 @@ class KvPuller:
         self._on_began(key, pull.epoch)
         sequence = sequence_from_spec(running.spec, key, pull.batch.batch_id)
         self._at_engine[key] = _Given(pull, may_begin_anew=True)
-        self._engine.resume(sequence, fetched.trailer.token_ids, fetched.block, fetched.kv_bytes)
+        trailer = fetched.trailer
+        self._engine.resume(sequence, trailer.token_ids, fetched.block, fetched.kv_bytes, trailer.handle)
 
     def resumed(self, resumed: Resumed) -> list[Finished]:
         """Takes the engine's answer; returns what has ended by it.

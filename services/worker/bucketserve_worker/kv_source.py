@@ -125,6 +125,8 @@ class KvSources:
         if checksum(said) != pull.kv.checksum:
             raise mismatch
         trailer = worker_pb2.KvTrailer.FromString(bytes(said))
+        if trailer.run_id != pull.run_id:
+            raise KvTransferError("what came is another run's")
         spec = scheduler_pb2.RunSpec.FromString(trailer.spec)
         num_known = 0 if is_whole else min(self._known_pages(spec), kv_bytes // self._page_bytes)
         block = self._staging.take(kv_bytes - num_known * self._page_bytes)

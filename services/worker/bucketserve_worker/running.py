@@ -11,7 +11,12 @@ from bucketserve.rpc.convert import finish_reason_to_pb, logprobs_to_pb
 from bucketserve.v1 import common_pb2, delivery_pb2, scheduler_pb2, worker_pb2
 from bucketserve_worker.delivery import DeliveryPool
 
-__all__ = ["Finished", "Running", "RunningTable"]
+__all__ = ["Finished", "Running", "RunningTable", "run_of"]
+
+
+def run_of(key: RequestId) -> str:
+    """Returns the run that the engine knows by that name."""
+    return key.rpartition("#")[0]
 
 
 @dataclass(slots=True)

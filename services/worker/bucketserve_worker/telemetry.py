@@ -83,7 +83,7 @@ class WorkerTelemetry:
         self._metrics.set("bucketserve_worker_kv_held_tokens", num_tokens, model=self._model)
 
     def kv_expired(self, number: int) -> None:
-        """When held KV is freed because no scheduler is there to want it."""
+        """When held KV is given up, for want of a scheduler or since its engine keeps it no longer."""
         self._metrics.count("bucketserve_worker_kv_leases_expired_total", number, model=self._model)
         self._log.warning("kv.leases_expired", number=number)
 

@@ -134,7 +134,7 @@ class Worker:
         """Frees held KV whose lease is over, for ever: its scheduler is gone, and whoever wanted it starts anew."""
         while True:
             await asyncio.sleep(SWEEP_S)
-            if expired := self.holder.expired():
+            if expired := self.holder.expired(self._info.kv_kept_s):
                 self._telemetry.kv_expired(len(expired))
                 for key in expired:
                     self.holder.release(key)

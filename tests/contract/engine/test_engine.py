@@ -194,8 +194,9 @@ def test_steps_with_decodes_are_counted(build: Build) -> None:
     while engine.has_work():
         engine.step()
         counts.append(engine.headroom().num_decode_steps)
-    # Two steps for the prompt, the second with the first token.
-    assert counts == [0, 0, 1, 2, 3]
+    # Two steps for the prompt, the second with the first token; then one or several tokens each.
+    assert counts == [0, 0, *range(1, len(counts) - 1)]
+    assert 3 <= len(counts) <= 5
 
 
 def test_who_is_let_go_comes_again_and_nothing_is_lost(build: Build) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
+
 from bucketserve.core.types import RequestId
 from bucketserve.engine.fake import FakeEngine, FakeSettings
 from bucketserve.engine.kv_staging import KvStaging
@@ -23,7 +25,13 @@ PROMPT = [7, 8, 9]
 SPEC = scheduler_pb2.RunSpec(token_ids=PROMPT, max_new_tokens=6, delivery_address="127.0.0.1:1")
 
 
-async def test_a_worker_that_changed_sides_goes_on_with_what_it_holds_itself() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [FakeSettings(), FakeSettings(has_handles=True), FakeSettings(has_handles=True, tokens_per_step=2)],
+    ids=["bytes", "handles", "handles and several tokens a step"],
+)
+async def test_a_worker_that_changed_sides_goes_on_with_what_it_holds_itself(settings: FakeSettings) -> None:
+    by_handle = settings.has_handles
     turns: list[EngineTurn] = []
     tokens: list[int] = []
     pool = DeliveryPool(
@@ -50,7 +58,7 @@ async def test_a_worker_that_changed_sides_goes_on_with_what_it_holds_itself() -
             holder.hold(held_running, handed_over)
         running.take_output(turn.output)
 
-    engine = EngineThread(lambda: FakeEngine(FakeSettings()), on_turn)
+    engine = EngineThread(lambda: FakeEngine(settings), on_turn)
     engine.start()
     started = await engine.started
     staging: KvStaging = engine.staging
@@ -78,6 +86,8 @@ async def test_a_worker_that_changed_sides_goes_on_with_what_it_holds_itself() -
         await asyncio.sleep(0.01)
     held = holder.get(RequestId(key))
     assert held is not None
+    # Of KV that stays in the engine nothing is here, and the engine counts it.
+    assert (held.handed_over.num_tokens, bool(held.handed_over.kv_bytes)) == ((0, False) if by_handle else (3, True))
     kv = held.describe(started.info.kv_layout, staging.path)
     puller.pull(scheduler_pb2.PullKv(run_id="r.1", source_worker_id="w", kv=kv, batch=assignment.batch))
     while len(running):

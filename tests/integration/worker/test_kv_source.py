@@ -28,7 +28,10 @@ KV_BYTES = (NUM_PAGES - 1) * PAGE_BYTES + 123_456
 SPEC = scheduler_pb2.RunSpec(max_new_tokens=3, token_ids=[1, 2, 3])
 KV = random.Random(1).randbytes(KV_BYTES)
 TRAILER = worker_pb2.KvTrailer(
-    token_ids=[5], spec=SPEC.SerializeToString(), page_checksums=page_checksums(memoryview(KV), PAGE_BYTES)
+    token_ids=[5],
+    spec=SPEC.SerializeToString(),
+    page_checksums=page_checksums(memoryview(KV), PAGE_BYTES),
+    run_id="r.1",
 )
 DATA = KV + TRAILER.SerializeToString()
 KEY = RequestId("r.1#1")
@@ -113,7 +116,7 @@ async def test_nothing_has_to_come_of_what_is_here_to_the_last_page(has_memory: 
     theirs = KvStaging(1 << 22)
     kv = random.Random(2).randbytes(2 * PAGE_BYTES)
     trailer = worker_pb2.KvTrailer(
-        spec=SPEC.SerializeToString(), page_checksums=page_checksums(memoryview(kv), PAGE_BYTES)
+        spec=SPEC.SerializeToString(), page_checksums=page_checksums(memoryview(kv), PAGE_BYTES), run_id="r.1"
     )
     data = kv + trailer.SerializeToString()
     block = theirs.take(len(data))
@@ -385,3 +388,34 @@ def test_an_area_that_is_full_still_gives_blocks() -> None:
         block.release()
     assert staging.num_blocks == 0
     assert staging.take(8192).shared_offset == 0
+
+
+@pytest.mark.parametrize("run_id", ["", "r.2", "r.1#1", "r"])
+async def test_kv_of_another_run_is_refused(run_id: str) -> None:
+    theirs = KvStaging(2 * len(DATA))
+    data = worker_pb2.KvTrailer(run_id=run_id, handle=b"h").SerializeToString()
+    block = theirs.take(len(data))
+    block.data[:] = data
+    handed_over = HandedOver(KEY, 0, 0, block, checksum(block.data))
+    held = Held(KEY, Running("r.1", SPEC, common_pb2.BatchInfo(), 1, 1.0, 1.5), handed_over)
+    async with fetching(Source(data)) as (sources, address, staging):
+        with pytest.raises(KvTransferError, match="another run's"):
+            await sources.fetch(pull(held.describe("L", None), address))
+        assert staging.num_blocks == 0
+
+
+def test_kv_that_an_engine_keeps_for_a_time_is_given_up_before_it_is_gone() -> None:
+    now_s, staging = 0.0, KvStaging(1)
+    holder = KvHolder(30.0, lambda: now_s)
+    keys = [RequestId(f"r.{number}#1") for number in range(3)]
+    for key, num_tokens in zip(keys, (0, 7, 0), strict=True):
+        holder.hold(
+            Running(key, SPEC, common_pb2.BatchInfo(), 1, 1.0, 1.5),
+            HandedOver(key, num_tokens, 0, staging.take(1), 0),
+        )
+        now_s += 10.0
+    holder.heard()
+    # The second one is here, and waits for its scheduler alone.
+    assert (holder.expired(), holder.expired(25.0), holder.expired(5.0)) == ([], [keys[0]], [keys[0], keys[2]])
+    now_s = 61.0
+    assert holder.expired(25.0) == keys

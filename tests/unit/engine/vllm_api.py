@@ -22,7 +22,7 @@ CALLABLES = {
     "vllm.lora.request": "LoRARequest",
     "vllm.v1.engine.core_client": "InprocClient.shutdown",
     "vllm.v1.core.sched.scheduler": "Scheduler.schedule Scheduler.update_from_output "
-    "Scheduler._reserve_prefill_lookahead",
+    "Scheduler._reserve_prefill_lookahead Scheduler.has_finished_requests",
     "vllm.v1.core.sched.async_scheduler": "AsyncScheduler.schedule AsyncScheduler.update_from_output",
     "vllm.v1.core.block_pool": "BlockPool.get_num_free_blocks BlockPool.evict_blocks",
     "vllm.v1.core.kv_cache_manager": "KVCacheManager.get_block_ids",
@@ -40,6 +40,7 @@ FIELDS = {
     "vllm.v1.outputs": "ModelRunnerOutput",
     "vllm.v1.core.sched.output": "SchedulerOutput",
     "vllm.config.cache": "CacheConfig",
+    "vllm.config.kv_transfer": "KVTransferConfig",
     "vllm.sampling_params": "RequestOutputKind",
 }
 """Data: the names of what its constructor takes, or of an enumeration's members."""

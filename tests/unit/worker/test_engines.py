@@ -28,7 +28,10 @@ def settings(**values: str) -> WorkerSettings:
     [
         ({"engine": "vllm"}, ["[worker] model: name a directory"]),
         ({"engine": "transformers"}, ["[worker] model: name a directory"]),
-        ({"engine": "vllm", "model": DEMO, "role": "prefill"}, ["role: the vllm engine hands no KV over; set both"]),
+        (
+            {"engine": "vllm", "model": DEMO, "role": "prefill"},
+            ["role: vLLM hands KV over by a connector only"],
+        ),
         ({"engine": "vllm", "model": DEMO, "quantization": "int8"}, ["quantization: int8 is of the transformers"]),
         ({"engine": "vllm", "model": DEMO, "kernels": "avx2"}, ["kernels: they are of the transformers engine"]),
         ({"engine": "vllm", "role": "decode", "kernels": "torch"}, ["model:", "role:", "kernels:"]),
