@@ -174,7 +174,7 @@ def table(found: Mapping[str, float], seeds: Sequence[int]) -> str:
 
             def best(policy: str, steps: Sequence[int], world: tuple[str, str, str] = world) -> list[float]:
                 keys = [[Job(*world, policy, step, seed).key for step in steps] for seed in seeds]
-                return [max((found.get(key, 0.0) for key in of_seed), default=0.0) for of_seed in keys]
+                return [max(found[key] for key in some) if found.keys() >= set(some) else 0.0 for some in keys]
 
             ours = best(OURS, (0,))
             if not any(ours):
