@@ -34,6 +34,8 @@ MAX_NAMES = 64
 """Names and values of a schema that are looked at to see what it excludes."""
 MAX_UNIQUE = 4
 """Values of which each may be there once: all their orders are said, which are 65."""
+MAX_DEPTH = 16
+"""Properties of properties that are looked at to tell alternatives apart: their types may be recursive."""
 MAX_STEPS = 8
 """From one reference to the next."""
 ANY_TYPE = frozenset(("array", "boolean", "integer", "null", "number", "object", "string"))
@@ -199,10 +201,10 @@ def _one_of(schema: Schema, root: Any, words: Iterator[int]) -> bool:
     return True
 
 
-def _are_disjoint(a: Any, b: Any, root: Any, words: Iterator[int]) -> bool:
-    """Whether it can be seen that nothing fits both: by values, types or properties."""
+def _are_disjoint(a: Any, b: Any, root: Any, words: Iterator[int], depth: int = 0) -> bool:
+    """Whether it can be seen that nothing fits both: by values, types or properties, of which some have their own."""
     a, b = _resolved(a, root), _resolved(b, root)
-    if next(words, None) is None or not isinstance(a, dict) or not isinstance(b, dict):
+    if depth > MAX_DEPTH or next(words, None) is None or not isinstance(a, dict) or not isinstance(b, dict):
         return False
     values, others = _values(a, root), _values(b, root)
     if values is not None and others is not None:
@@ -214,7 +216,7 @@ def _are_disjoint(a: Any, b: Any, root: Any, words: Iterator[int]) -> bool:
         return False
     (required, properties), (other_required, other_properties) = _shape(a), _shape(b)
     return (
-        any(_are_disjoint(properties.get(n), other_properties.get(n), root, words)
+        any(_are_disjoint(properties.get(n), other_properties.get(n), root, words, depth + 1)
             for n in required if n in other_required)
         or (_is_closed(b) and any(name not in other_properties for name in required))
         or (_is_closed(a) and any(name not in properties for name in other_required))
@@ -258,7 +260,7 @@ def _not(schema: Schema) -> bool:
         schema["type"] = sorted(allowed - {"integer"} if "number" in allowed else allowed)
     elif told in ({"const"}, {"enum"}):
         values, others = _values(schema, None), _values(wrong, None)
-        if values is None or others is None:
+        if values is None or others is None or {"const", "enum"} <= schema.keys():
             return False
         schema["enum"] = _without(values, others)
         schema.pop("const", None)
@@ -324,10 +326,18 @@ def _condition(condition: Any, name: str) -> tuple[set[Any], bool] | None:
         return None
     required, properties = _shape(condition)
     values = _values(properties.get(name), None)
-    is_plain = values is not None and not properties[name].keys() - {"const", "enum", "type", *ANNOTATIONS}
-    if not is_plain or condition.get("type", "object") != "object" or condition.get("required", required) != required:
+    if values is None or not _are_exact(values, properties[name]):
         return None
-    return None if set(required) - {name} else ({*map(_key, values or [])}, bool(required))
+    if condition.get("type", "object") != "object" or condition.get("required", required) != required:
+        return None
+    return None if set(required) - {name} else ({*map(_key, values)}, bool(required))
+
+
+def _are_exact(values: list[Any], schema: Schema) -> bool:
+    """Whether all of the values of a schema fit it, and it says nothing else."""
+    if schema.keys() - {"const", "enum", "type", *ANNOTATIONS} or {"const", "enum"} <= schema.keys():
+        return False
+    return "type" not in schema or _types_of(values, schema) <= _types(schema)
 
 
 def _are_left(words: Iterator[int], number: int) -> bool:
@@ -346,8 +356,8 @@ def _is_closed(schema: Schema) -> bool:
 def _shape(schema: Any) -> tuple[list[str], Schema]:
     """Returns what is required of an object, and its properties, as far as that can be read."""
     required, properties = (schema.get(n) if isinstance(schema, dict) else None for n in ("required", "properties"))
-    names = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
-    return names[:MAX_NAMES], properties if isinstance(properties, dict) else {}
+    names = [name for name in required[:MAX_NAMES] if isinstance(name, str)] if isinstance(required, list) else []
+    return names, properties if isinstance(properties, dict) else {}
 
 
 def _types_of(values: list[Any] | None, schema: Schema) -> frozenset[str]:
@@ -359,7 +369,11 @@ def _types(schema: Schema) -> frozenset[str]:
     """Returns the types that a schema says; a number may be an integer. Empty: it says none, or some of its own."""
     said = schema.get("type")
     found = [said] if isinstance(said, str) else said
-    if not isinstance(found, list) or not all(isinstance(each, str) and each in ANY_TYPE for each in found):
+    if (
+        not isinstance(found, list)
+        or len(found) > len(ANY_TYPE)
+        or not all(isinstance(each, str) and each in ANY_TYPE for each in found)
+    ):
         return frozenset()
     return frozenset(found) | ({"integer"} if "number" in found else frozenset())
 

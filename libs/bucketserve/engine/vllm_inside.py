@@ -246,10 +246,9 @@ class _Composed:
 
     def forget(self, request_id: str) -> tuple[int, ...]:
         """Sees to it that nobody finds a request's KV by its prompt; returns the blocks that only it has."""
-        blocks = self._blocks_of(frozenset({request_id}))
         manager = self.kv_cache_manager  # type: ignore[attr-defined]
-        manager.block_pool.evict_blocks(set(blocks))
-        return blocks
+        manager.block_pool.evict_blocks({i for group in manager.get_block_ids(request_id) for i in group})
+        return self._blocks_of(frozenset({request_id}))
 
     def _blocks_of(self, request_ids: frozenset[str]) -> tuple[int, ...]:
         """Returns the blocks that nobody but these requests has."""

@@ -83,7 +83,9 @@ NEUTRAL = (
     "async_scheduling",
     "kv_transfer_config",
 )
-"""Arguments that change nothing of what is computed: workers that differ in them go on with each other's requests."""
+"""Arguments that change nothing of what is computed: workers that differ in them go on with each other's requests.
+
+Those that hand KV over have to agree in how."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,16 +313,21 @@ def _around(engine: Any, settings: VllmSettings, directory: Path) -> VllmEngine:
     dtype = str(model.dtype).removeprefix("torch.")
     named = {_plain(name): value for name, value in settings.engine_args.items()}
     numeric = sorted(f"{name}={value}" for name, value in named.items() if name not in NEUTRAL)
+    layout = _layout(config, dtype)
     info = EngineInfo(
         name=ENGINE,
         device=str(device),
         dtype=dtype,
         context_tokens=int(model.max_model_len),
         kv_bytes_per_token=_bytes_per_token(engine.engine_core.engine_core.scheduler.kv_cache_config),
-        kv_layout=_layout(config, dtype),
+        kv_layout=layout,
         kv_kept_s=_kept_s(config.kv_transfer_config),
         fingerprint=model_fingerprint(
-            directory, engine=" ".join([ENGINE, VLLM_VERSION, *numeric]), dtype=dtype, quantization="none"
+            directory,
+            # How KV is handed over as well: the scheduler pairs no two that would refuse each other.
+            engine=" ".join([ENGINE, VLLM_VERSION, *numeric, *([layout] if layout else [])]),
+            dtype=dtype,
+            quantization="none",
         ),
         tokenizer=tokenizer_fingerprint(directory),
         max_adapters=settings.max_adapters,

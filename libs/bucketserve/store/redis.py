@@ -225,7 +225,7 @@ class RedisStore:
             orphans |= waiting - tickets
         ids = [RequestId(key.decode()) for key in sorted(orphans)]
         for first in range(0, len(ids), SCAN_COUNT):
-            await self._apply(leadership, [Remove(request_ids=tuple(ids[first : first + SCAN_COUNT]))])
+            await self.apply(leadership, [Remove(request_ids=tuple(ids[first : first + SCAN_COUNT]))])
 
 
 def _effect(write: Write, reply: Any) -> frozenset[RequestId]:

@@ -10,7 +10,7 @@ from bucketserve.v1 import scheduler_pb2
 
 __all__ = ["AdapterBook", "split_adapter"]
 
-ABSENT_S = 5.0
+ABSENT_S = 10.0
 """An adapter of which no worker is here is known for so long: its worker may be on its way to a new scheduler."""
 
 

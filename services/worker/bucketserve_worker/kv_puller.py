@@ -19,6 +19,7 @@ from bucketserve_worker.running import Finished, RunningTable
 __all__ = ["KvPuller"]
 
 FETCH_TIMEOUT_S = 30.0
+"""For a transfer, a second try included."""
 
 
 @dataclass(slots=True)
@@ -26,7 +27,9 @@ class _Given:
     """A transfer whose KV the engine is about to take."""
 
     pull: scheduler_pb2.PullKv
-    may_begin_anew: bool
+    until_s: float
+    """When it is given up, by the event loop's clock."""
+    may_begin_anew: bool = True
     """Whether all of it is pulled if pages are gone that it relied on: nobody has called it off."""
 
 
@@ -68,11 +71,14 @@ class KvPuller:
         """Number of transfers under way."""
         return len(self._tasks) + len(self._at_engine)
 
-    def pull(self, pull: scheduler_pb2.PullKv, *, is_whole: bool = False) -> None:
-        """Begins a transfer, of pages that are here too if is_whole; an older one of the same run is called off."""
+    def pull(self, pull: scheduler_pb2.PullKv) -> None:
+        """Begins a transfer; an older one of the same run is called off."""
+        self._begin(pull, asyncio.get_running_loop().time() + FETCH_TIMEOUT_S)
+
+    def _begin(self, pull: scheduler_pb2.PullKv, until_s: float, *, is_whole: bool = False) -> None:
         run_id = pull.run_id
         self.cancel([run_id])
-        task = asyncio.create_task(self._pull(pull, is_whole=is_whole), name=f"pull-{run_id}")
+        task = asyncio.create_task(self._pull(pull, until_s, is_whole=is_whole), name=f"pull-{run_id}")
         self._tasks[run_id], self._pulls[run_id] = task, pull
         task.add_done_callback(lambda done: self._forget(run_id, done))
 
@@ -104,14 +110,15 @@ class KvPuller:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._sources.close()
 
-    async def _pull(self, pull: scheduler_pb2.PullKv, *, is_whole: bool) -> None:
+    async def _pull(self, pull: scheduler_pb2.PullKv, until_s: float, *, is_whole: bool) -> None:
+        """Brings KV to the engine, also of pages that are here if is_whole."""
         start_s = time.monotonic()
         fetched = None
         try:
-            async with asyncio.timeout(FETCH_TIMEOUT_S):
+            async with asyncio.timeout_at(until_s):
                 fetched = await self._sources.fetch(pull, is_whole=is_whole)
             self._on_transfer(pull, fetched, start_s, "")
-            self._resume(pull, fetched)
+            self._resume(pull, fetched, until_s)
         except (Exception, asyncio.CancelledError) as error:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 # Called off: whoever did it has said so.
@@ -123,7 +130,7 @@ class KvPuller:
             self._on_transfer(pull, None, start_s, f"{type(error).__name__}: {detail}")
             self._tell(pull, is_ok=False)
 
-    def _resume(self, pull: scheduler_pb2.PullKv, fetched: Fetched) -> None:
+    def _resume(self, pull: scheduler_pb2.PullKv, fetched: Fetched, until_s: float) -> None:
         if fetched.transport == "in_process":
             # It was prefilled here, before a switch of roles: this is the same run under a new name.
             for older in self._running.keys_of(pull.run_id):
@@ -131,7 +138,7 @@ class KvPuller:
         key, running = self._running.resume(pull, fetched.trailer)
         self._on_began(key, pull.epoch)
         sequence = sequence_from_spec(running.spec, key, pull.batch.batch_id)
-        self._at_engine[key] = _Given(pull, may_begin_anew=True)
+        self._at_engine[key] = _Given(pull, until_s)
         trailer = fetched.trailer
         self._engine.resume(sequence, trailer.token_ids, fetched.block, fetched.kv_bytes, trailer.handle)
 
@@ -148,7 +155,7 @@ class KvPuller:
         if resumed.lacks_pages and is_here and given.may_begin_anew:
             # As if the engine had never been asked. The source holds it until the scheduler hears from us.
             self._running.drop(resumed.key)
-            self.pull(pull, is_whole=True)
+            self._begin(pull, given.until_s, is_whole=True)
             return []
         self._tell(pull, is_ok=resumed.error is None and is_here)
         if resumed.error is None:

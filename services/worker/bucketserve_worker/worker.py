@@ -226,6 +226,7 @@ class Worker:
     def _on_batch(self, assignment: scheduler_pb2.BatchAssignment) -> None:
         self._last_received = assignment.assignment
         older = [key for run in assignment.runs for key in self.running.replace(run.run_id)]
+        self._puller.cancel([run.run_id for run in assignment.runs])
         if older:
             self._engine.cancel(older)
         hands_over = self.role is WorkerRole.PREFILL

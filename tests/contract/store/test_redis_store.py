@@ -164,6 +164,8 @@ async def test_what_was_evicted_is_stored_and_dispatched_again_and_nothing_stays
     if is_replaced:
         await store.resign(lead)
         lead = await led(store, "next")
+        # As after a failover.
+        await client.script_flush()
         known = await held(store, lead)
         if "ticket" in names:
             assert not await client.exists(*(getattr(keys, name) for name in QUEUE))

@@ -358,6 +358,36 @@ def test_nonsense_stays_what_it_is(value: object) -> None:
         GRAMMARS.check(schema(value))
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"const": 1, "enum": [2], "not": {"const": 3}},
+        *(
+            {
+                "type": "object",
+                "properties": {"k": {"enum": ["x", "y"]}},
+                "required": ["k"],
+                "if": {"properties": {"k": {"const": "x", **never}}, "required": ["k"]},
+                "then": {"required": ["v"]},
+                "else": {"required": ["w"]},
+            }
+            for never in ({"type": "integer"}, {"enum": ["y"]}, {"enum": ["x", "y"]})
+        ),
+    ],
+    ids=json.dumps,
+)
+def test_what_contradicts_itself_is_not_said_otherwise(value: object) -> None:
+    assert prepared(json.dumps(value)) == json.dumps(value)
+
+
+def test_alternatives_that_are_made_of_themselves_are_not_looked_at_without_end() -> None:
+    of_itself = {
+        name: {"type": "object", "required": ["x"], "properties": {"x": {"$ref": f"#/$defs/{name}"}}} for name in "AB"
+    }
+    text = json.dumps({"$defs": of_itself, "oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}]})
+    assert prepared(text) == text
+
+
 def test_names_of_properties_may_be_nothing_at_all() -> None:
     assert fits(schema({"type": "object", "propertyNames": {"enum": []}}), "{}")
     assert not fits(schema({"type": "object", "propertyNames": {"enum": []}}), '{"":1}')

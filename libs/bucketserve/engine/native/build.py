@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bucketserve.engine.native.compiler import KernelBuildError
+from bucketserve.engine.native.compiler import CompilerTooOldError, KernelBuildError
 from bucketserve.engine.native.instruction_sets import ALL
 from bucketserve.engine.native.library import build_into, load_library
 
@@ -33,7 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
             load_library(on_progress=print)
         else:
             for name in given.names or ALL:
-                print(build_into(given.into, ALL[name]))
+                try:
+                    print(build_into(given.into, ALL[name]))
+                except CompilerTooOldError as error:
+                    if given.names or name == [*ALL][-1]:
+                        raise
+                    print(f"without {name}: {error}", file=sys.stderr)
     except KernelBuildError as error:
         if given.into is not None:
             print(f"can't compile the CPU kernels: {error}", file=sys.stderr)

@@ -22,7 +22,9 @@ from bucketserve.engine.native.instruction_sets import InstructionSet
 __all__ = ["CompilerTooOldError", "KernelBuildError", "compile_library", "find_compiler", "library_name"]
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-Wno-psabi")
+NO_INSTRUCTION = "no such instruction"
+"""An assembler's words, whose compiler is newer."""
 COMPILERS = ("g++", "c++")
 TIMEOUT_S = 300.0
 """Ten seconds of work, on a core of which a container may have a tenth."""
@@ -120,7 +122,7 @@ def _run(command: list[str], scratch: Path) -> None:
         raise KernelBuildError(f"{command[0]} was killed by signal {-process.returncode}")
     if process.returncode:
         unknown = [option for option in command if option.startswith("-m") and f"'{option}'" in said]
-        if unknown:
-            raise CompilerTooOldError(f"{command[0]} does not know {unknown[0]}")
+        if unknown or NO_INSTRUCTION in said:
+            raise CompilerTooOldError(f"{command[0]} does not know {unknown[0] if unknown else 'some instructions'}")
         lines = said.strip().splitlines() or [f"exit status {process.returncode}"]
         raise KernelBuildError(f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[-1])}")
