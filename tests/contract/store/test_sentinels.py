@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import ssl
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +15,7 @@ from bucketserve.core.errors import UnavailableError
 from bucketserve.store.embedded import find_server, free_port
 from bucketserve.store.redis import connect, guard
 from tests.certificates import Authority, Papers
+from tests.tls_relay import behind_tls
 
 pytestmark = pytest.mark.redis
 
@@ -70,32 +69,6 @@ async def test_sentinels_and_servers_have_passwords_of_their_own(tmp_path: Path)
         assert await answers(f"redis://:one@[::1]:{master}/0")
 
 
-@contextlib.asynccontextmanager
-async def behind_tls(papers: Papers, port: int, target: int) -> AsyncIterator[None]:
-    """A port of 127.0.0.2, which takes clients with a certificate of the CA: what the Sentinel calls master."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(papers.cert, papers.key)
-    context.load_verify_locations(papers.ca)
-    context.verify_mode = ssl.CERT_REQUIRED
-
-    async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while piece := await source.read(65_536):
-                sink.write(piece)
-                await sink.drain()
-        sink.close()
-
-    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there = await asyncio.open_connection("127.0.0.1", target)
-        await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
-
-    server = await asyncio.start_server(relay, "127.0.0.2", port, ssl=context)
-    try:
-        yield
-    finally:
-        server.close()
-
-
 async def test_sentinels_and_servers_are_spoken_to_by_tls(tmp_path: Path) -> None:
     ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
     papers, stranger = ours.issue("redis", "127.0.0.2", "localhost"), theirs.issue("rogue")
@@ -104,7 +77,17 @@ async def test_sentinels_and_servers_are_spoken_to_by_tls(tmp_path: Path) -> Non
     # alive all the same.
     settings = {"of_sentinel": "sentinel down-after-milliseconds main 3600000\n", "master_at": "127.0.0.2"}
     with watched(tmp_path, "127.0.0.1", **settings) as (master, sentinel):
-        async with behind_tls(papers, master, master), behind_tls(papers, sentinel, sentinel):
+
+        @contextlib.asynccontextmanager
+        async def in_front(papers: Papers) -> AsyncIterator[None]:
+            """Where the Sentinel says that the master is."""
+            async with (
+                behind_tls(papers, master, host="127.0.0.2", port=master),
+                behind_tls(papers, sentinel, host="127.0.0.2", port=sentinel),
+            ):
+                yield
+
+        async with in_front(papers):
             at = f"sentinels://127.0.0.2:{sentinel}/main"
             mine = f"ssl_certfile={papers.cert}&ssl_keyfile={papers.key}"
             good = f"{at}?ssl_ca_certs={papers.ca}&{mine}"
@@ -117,6 +100,6 @@ async def test_sentinels_and_servers_are_spoken_to_by_tls(tmp_path: Path) -> Non
                 good.replace("sentinels://", "sentinel://").partition("?")[0],
             ):
                 assert not await answers(url)
-        async with behind_tls(elsewhere, master, master), behind_tls(elsewhere, sentinel, sentinel):
+        async with in_front(elsewhere):
             assert not await answers(good)
             assert await answers(f"{good}&ssl_check_hostname=false")

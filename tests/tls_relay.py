@@ -1,0 +1,55 @@
+"""TLS in front of a server that speaks none, such as the embedded store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator
+
+from tests.certificates import Papers
+
+__all__ = ["behind_tls"]
+
+END_S = 30.0
+
+
+@contextlib.asynccontextmanager
+async def behind_tls(papers: Papers, target: int, *, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[int]:
+    """Takes clients with a certificate of the CA to port `target`; yields its port.
+
+    Its clients have to be gone when it ends. It waits for their connections, those of failed handshakes included: what
+    would be left of them is found open by whichever test runs when it is collected.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(papers.cert, papers.key)
+    context.load_verify_locations(papers.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    relays: set[asyncio.Task[None]] = set()
+
+    async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while piece := await source.read(65_536):
+                sink.write(piece)
+                await sink.drain()
+        sink.close()
+        with contextlib.suppress(OSError):
+            await sink.wait_closed()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        relays.add(task)
+        there = await asyncio.open_connection("127.0.0.1", target)
+        await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
+
+    server = await asyncio.start_server(relay, host, port, ssl=context)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        async with asyncio.timeout(END_S):
+            await asyncio.gather(*relays)
+            # What wait_closed() waits for from Python 3.12 on.
+            while server._active_count:  # type: ignore[attr-defined]
+                await asyncio.sleep(0.01)
