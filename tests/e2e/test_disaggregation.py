@@ -45,8 +45,9 @@ async def test_tokens_are_those_of_one_worker_that_does_both(new_stack: NewStack
     assert [tokens for tokens, _ in results] == wanted * 3
     assert {finished.attempts for _, finished in results} == {1}
     # All but those that ended with their first token went over, and through shared memory: both are on this host.
-    await eventually(lambda: transfers(split, transport="shared_memory") == 15)
-    assert transfers(split) == 15
+    # Twice, if pages of another request of that prompt were there when it was asked, and gone when they were needed.
+    await eventually(lambda: transfers(split) >= 15)
+    assert transfers(split, transport="shared_memory") == transfers(split)
     assert metric(split, DECODE, "bucketserve_worker_prefill_tokens_total") == 0
     await eventually(lambda: is_clean(split))
 
