@@ -40,7 +40,14 @@ async def behind_tls(papers: Papers, target: int, *, host: str = "127.0.0.1", po
         task = asyncio.current_task()
         assert task is not None
         relays.add(task)
-        there = await asyncio.open_connection("127.0.0.1", target)
+        try:
+            there = await asyncio.open_connection("127.0.0.1", target)
+        except OSError:
+            # The target is not up yet: its client tries again.
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+            return
         await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
 
     server = await asyncio.start_server(relay, host, port, ssl=context)
