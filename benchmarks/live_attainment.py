@@ -38,7 +38,7 @@ from bucketserve.sim.percentiles import Percentiles
 from bucketserve.sim.policies import find_policy
 from bucketserve.sim.slo import Slo
 from bucketserve.sim.window import Window
-from bucketserve.sim.workload import Arrivals, SimRequest, make_workload
+from bucketserve.sim.workload import Arrivals, SimRequest
 from bucketserve.v1 import common_pb2
 from bucketserve_cli.stack import LocalStack, StackSpec
 
@@ -130,16 +130,7 @@ async def measure(policy: str, share: float, rate_rps: float, model: str, option
     """Returns one rate's attainment and TTFT in both worlds."""
     world = experiment(policy, options)
     predicted = run_experiment(world, LAYOUT, rate_rps)
-    drawn = make_workload(
-        "mixed",
-        num_requests=max(1, round(rate_rps * options.span)),
-        rate_rps=rate_rps,
-        context_tokens=CONTEXT,
-        seed=options.seed,
-        arrivals=world.arrivals,
-        burstiness_cv=world.burstiness_cv,
-        limits=OutputLimits.EXACT,
-    )
+    drawn = world.workload(rate_rps)
     environ = {**ENVIRON, "BUCKETSERVE_SCHEDULER_POLICY": policy}
     stack = LocalStack(StackSpec(model=model, engine="fake", num_workers=NUM_WORKERS, environ=environ))
     loop, began_s = asyncio.get_running_loop(), time.perf_counter()

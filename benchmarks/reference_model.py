@@ -15,8 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 MODELS = {
     "llama": LlamaConfig(

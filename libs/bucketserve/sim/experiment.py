@@ -14,7 +14,7 @@ from bucketserve.sim.policy_spec import Layout, PolicyContext, PolicySpec
 from bucketserve.sim.report import Report, make_report
 from bucketserve.sim.slo import Slo
 from bucketserve.sim.window import SPAN_FACTOR
-from bucketserve.sim.workload import Arrivals, Lengths, SimRequest, largest_request, make_workload
+from bucketserve.sim.workload import Arrivals, Lengths, SimRequest, Workload, largest_request, make_workload
 
 __all__ = ["Experiment", "best_layout", "run_experiment"]
 
@@ -55,6 +55,20 @@ class Experiment:
         prompt, output = largest_request(self.source, self.context_tokens or self.device.context_tokens)
         return SPAN_FACTOR * self.device.alone_s(prompt, output)
 
+    def workload(self, rate_rps: float | None) -> Workload:
+        """Returns the requests, at that many per second in the mean; None: at the trace's own rate."""
+        return make_workload(
+            self.source,
+            num_requests=max(self.num_requests, round((rate_rps or 0.0) * self.span_s())),
+            rate_rps=rate_rps,
+            context_tokens=self.context_tokens or self.device.context_tokens,
+            seed=self.seed,
+            arrivals=self.arrivals,
+            burstiness_cv=self.burstiness_cv,
+            limits=self.limits,
+            batch_share=self.batch_share,
+        )
+
 
 def run_experiment(
     experiment: Experiment, layout: Layout, rate_rps: float | None, *, stop_below: float = 0.0
@@ -68,17 +82,7 @@ def run_experiment(
         stop_below: the run may end once its attainment is certain to be below that; it is, then, and no more is known.
     """
     context_tokens = experiment.context_tokens or experiment.device.context_tokens
-    workload = make_workload(
-        experiment.source,
-        num_requests=max(experiment.num_requests, round((rate_rps or 0.0) * experiment.span_s())),
-        rate_rps=rate_rps,
-        context_tokens=context_tokens,
-        seed=experiment.seed,
-        arrivals=experiment.arrivals,
-        burstiness_cv=experiment.burstiness_cv,
-        limits=experiment.limits,
-        batch_share=experiment.batch_share,
-    )
+    workload = experiment.workload(rate_rps)
 
     def drawn(request_id: RequestId) -> SimRequest:
         return workload.requests[int(request_id[1:])]

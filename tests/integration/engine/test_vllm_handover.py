@@ -13,6 +13,7 @@ import pytest
 from bucketserve.core.errors import EngineError, ModelLoadError
 from bucketserve.core.types import FinishReason, RequestId
 from bucketserve.ports import Engine, Sampling, SequenceSpec, StepOutput
+from tests.contract.engine.test_engine import drain, tokens_of
 from tests.integration.engine import connectors
 
 pytestmark = pytest.mark.vllm
@@ -56,22 +57,6 @@ def spec(name: str, num_tokens: int = 20, max_new_tokens: int = 8, **more) -> Se
     rng = random.Random(f"{name}{num_tokens}")
     token_ids = more.pop("token_ids", tuple(rng.randrange(8, 380) for _ in range(num_tokens)))
     return SequenceSpec(request_id=RequestId(name), token_ids=token_ids, max_new_tokens=max_new_tokens, **more)
-
-
-def drain(engine: Engine) -> list[StepOutput]:
-    history = []
-    while engine.has_work():
-        history.append(engine.step())
-        assert len(history) < 5000
-    return history
-
-
-def tokens_of(history: list[StepOutput]) -> dict[str, list[int]]:
-    tokens: dict[str, list[int]] = {}
-    for output in history:
-        for token in output.tokens:
-            tokens.setdefault(token.request_id, []).extend([] if token.token_id is None else [token.token_id])
-    return tokens
 
 
 def alone(engine: Engine, *specs: SequenceSpec) -> dict[str, list[int]]:
