@@ -23,7 +23,7 @@ GROWTH = 2
 """A step takes at most so many times the prompt tokens of the largest one measured: further out nothing is known."""
 
 DECODES_EACH = 8
-"""Of steps without prompts, which are many and alike, one of so many teaches: an update takes some 50 us."""
+"""Of steps without prompts, which are many and alike, one of so many teaches: an update takes some 10 us."""
 
 INFINITY = float("inf")
 

@@ -11,6 +11,8 @@ away.
 
 from __future__ import annotations
 
+from operator import mul
+
 from bucketserve.core.types import StepSample
 
 __all__ = ["StepTimes"]
@@ -36,7 +38,8 @@ class StepTimes:
         n = len(SCALES)
         self._coefficients = [0.0] * n
         self._clipped = _clip(self._coefficients)
-        self._upper = [[0.0] * n for _ in range(n)]
+        self._columns = [[0.0] * j for j in range(n)]
+        """Of U, what is above the diagonal."""
         self._diagonal = list(VARIANCES)
         self.num_samples = 0
         self.relative_error = 1.0
@@ -86,34 +89,36 @@ class StepTimes:
             weight * sample.decode_context_tokens / 1e4,
             weight * sample.decode_sequences / 1e2,
         )
-        upper, diagonal, n = self._upper, self._diagonal, len(units)
-        error = 1.0 - sum(value * unit for value, unit in zip(self._coefficients, units, strict=True))
-        # Bierman's update: f = U'u, g = Df, and column by column what the measurement leaves of D and U.
-        seen = [units[j] + sum(upper[i][j] * units[i] for i in range(j)) for j in range(n)]
-        gains = [diagonal[j] * seen[j] for j in range(n)]
+        coefficients, columns, diagonal = self._coefficients, self._columns, self._diagonal
+        error = 1.0 - sum(map(mul, coefficients, units))
+        # Bierman's update, column by column: f = U'u, g = Df, and what the measurement leaves of D and U.
+        gains: list[float] = []
+        variances: list[float] = []
         spread = FORGETTING
-        for j in range(n):
+        for j, column in enumerate(columns):
+            seen = units[j] + sum(map(mul, column, units))
+            gain = diagonal[j] * seen
             before = spread
-            spread += seen[j] * gains[j]
-            diagonal[j] *= before / spread
-            step = -seen[j] / before
-            for i in range(j):
-                old = upper[i][j]
-                upper[i][j] = old + gains[i] * step
-                gains[i] += old * gains[j]
-        for i in range(n):
-            self._coefficients[i] += gains[i] / spread * error
-        self._clipped = _clip(self._coefficients)
+            spread += seen * gain
+            diagonal[j] = left = diagonal[j] * (before / spread)
+            step = -seen / before
+            for i, old in enumerate(column):
+                column[i] = new = old + gains[i] * step
+                gains[i] += old * gain
+                variances[i] += new * new * left
+            gains.append(gain)
+            variances.append(left)
+        for i, gain in enumerate(gains):
+            coefficients[i] += gain / spread * error
+        self._clipped = _clip(coefficients)
         # Forget only what is certain: without new evidence of its kind a coefficient must not run away.
-        for i in range(n):
-            variance = diagonal[i] + sum(upper[i][j] ** 2 * diagonal[j] for j in range(i + 1, n))
+        for i, variance in enumerate(variances):
             if variance < VARIANCES[i] * FORGETTING:
                 # Row and column i of the covariance, times the root of 1 / FORGETTING each.
                 diagonal[i] /= FORGETTING
-                for j in range(i + 1, n):
-                    upper[i][j] *= GROWTH
-                for j in range(i):
-                    upper[j][i] /= GROWTH
+                for column in columns[i + 1 :]:
+                    column[i] *= GROWTH
+                columns[i] = [value / GROWTH for value in columns[i]]
 
 
 def _clip(coefficients: list[float]) -> list[float]:

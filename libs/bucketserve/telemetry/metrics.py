@@ -7,7 +7,7 @@ import socket
 import ssl
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
@@ -16,6 +16,8 @@ from bucketserve.telemetry.names import METRICS, Kind, Service
 
 __all__ = ["MetricsEndpoint", "ProcessMetrics"]
 
+
+M = TypeVar("M", Counter, Gauge, Histogram)
 
 SILENCE_S = 5.0
 """After which a connection that asks nothing is closed."""
@@ -33,6 +35,7 @@ class ProcessMetrics:
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
         self._histograms: dict[str, Histogram] = {}
+        self._children: dict[tuple[object, ...], Any] = {}
         for metric in METRICS.values():
             if metric.service is not service:
                 continue
@@ -57,20 +60,31 @@ class ProcessMetrics:
         gauge = Gauge("process_tls_certificate_ends_seconds", help_text, registry=self.registry)
         gauge.set_function(ends_unix_s)
 
+    def watch(self, name: str, read: Callable[[], float], **labels: str) -> None:
+        """Shows from now on in a gauge what read() returns whenever somebody asks, in another thread."""
+        self._of(self._gauges, name, labels).set_function(read)
+
     def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
         """Adds to a counter."""
-        counter = self._counters[name]
-        (counter.labels(**labels) if labels else counter).inc(amount)
+        self._of(self._counters, name, labels).inc(amount)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Sets a gauge."""
-        gauge = self._gauges[name]
-        (gauge.labels(**labels) if labels else gauge).set(value)
+        self._of(self._gauges, name, labels).set(value)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Adds an observation to a histogram."""
-        histogram = self._histograms[name]
-        (histogram.labels(**labels) if labels else histogram).observe(value)
+        self._of(self._histograms, name, labels).observe(value)
+
+    def _of(self, metrics: Mapping[str, M], name: str, labels: Mapping[str, str]) -> M:
+        """Returns the metric with its labels; looked up once, since the library checks and locks each time."""
+        if not labels:
+            return metrics[name]
+        key = (name, *labels.items())
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metrics[name].labels(**labels)
+        return child
 
     def values(self) -> Mapping[str, float]:
         """Returns the samples without their labels summed by name, for tests and logs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bucketserve.core.types import FinishReason, Headroom, WorkerRole
 from bucketserve.ports import StepOutput
@@ -33,10 +33,26 @@ class WorkerTelemetry:
         self._num_prefix_asked = self._num_prefix_reused = 0
         self._unix_offset_s = time.time() - time.monotonic()
 
+    def watch(self, headroom: Callable[[], Headroom], held_tokens: Callable[[], int]) -> None:
+        """Shows from now on what the engine has room for, read whenever somebody asks for the metrics."""
+
+        def used() -> float:
+            now = headroom()
+            return 1.0 - now.kv_free_tokens / max(now.kv_total_tokens, 1)
+
+        watch, model = self._metrics.watch, self._model
+        watch("bucketserve_worker_kv_total_tokens", lambda: headroom().kv_total_tokens, model=model)
+        watch("bucketserve_worker_kv_free_tokens", lambda: headroom().kv_free_tokens, model=model)
+        watch("bucketserve_worker_kv_kept_tokens", lambda: headroom().kv_kept_tokens, model=model)
+        watch("bucketserve_worker_kv_held_tokens", held_tokens, model=model)
+        watch("vllm:num_requests_running", lambda: headroom().num_running, model_name=model)
+        watch("vllm:num_requests_waiting", lambda: headroom().num_waiting, model_name=model)
+        watch("vllm:kv_cache_usage_perc", used, model_name=model)
+
     def turn(self, turn: EngineTurn, finished: Sequence[Finished]) -> None:
         """After each engine turn."""
         self._count_step(turn.output)
-        self._show_headroom(turn.headroom)
+        self._count_memory(turn.headroom)
         for done in finished:
             self._metrics.count("bucketserve_worker_finished_total", model=self._model, reason=done.reason.value)
             if done.reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -77,10 +93,6 @@ class WorkerTelemetry:
                     "bucketserve.kv.num_bytes": fetched.kv_bytes,
                 },
             )
-
-    def held(self, num_tokens: int) -> None:
-        """Before each report."""
-        self._metrics.set("bucketserve_worker_kv_held_tokens", num_tokens, model=self._model)
 
     def kv_expired(self, number: int) -> None:
         """When held KV is given up, for want of a scheduler or since its engine keeps it no longer."""
@@ -143,14 +155,8 @@ class WorkerTelemetry:
         self._metrics.count("vllm:prompt_tokens_total", sample.prefill_tokens, model_name=model)
         self._metrics.count("vllm:generation_tokens_total", len(output.tokens), model_name=model)
 
-    def _show_headroom(self, headroom: Headroom) -> None:
-        model, total = self._model, max(headroom.kv_total_tokens, 1)
-        self._metrics.set("bucketserve_worker_kv_total_tokens", headroom.kv_total_tokens, model=model)
-        self._metrics.set("bucketserve_worker_kv_free_tokens", headroom.kv_free_tokens, model=model)
-        self._metrics.set("bucketserve_worker_kv_kept_tokens", headroom.kv_kept_tokens, model=model)
-        self._metrics.set("vllm:num_requests_running", headroom.num_running, model_name=model)
-        self._metrics.set("vllm:num_requests_waiting", headroom.num_waiting, model_name=model)
-        self._metrics.set("vllm:kv_cache_usage_perc", 1.0 - headroom.kv_free_tokens / total, model_name=model)
+    def _count_memory(self, headroom: Headroom) -> None:
+        model = self._model
         if headroom.num_out_of_memory > self._num_out_of_memory:
             new = headroom.num_out_of_memory - self._num_out_of_memory
             self._metrics.count("bucketserve_worker_out_of_memory_total", new, model=model)

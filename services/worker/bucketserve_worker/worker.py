@@ -108,6 +108,7 @@ class Worker:
             on_began=self._telemetry.run_began,
         )
         self._headroom: Headroom = started.headroom
+        self._telemetry.watch(lambda: self._headroom, lambda: self.holder.num_tokens)
 
     async def drained(self, timeout_s: float) -> bool:
         """Waits until no request is left or can come and all output is sent; False if timeout_s were too short."""
@@ -319,9 +320,7 @@ class Worker:
         return held.describe(self._info.kv_layout, self._engine.staging.path)
 
     def _report(self) -> scheduler_pb2.WorkerReport:
-        held_tokens = self.holder.num_tokens
-        self._telemetry.held(held_tokens)
-        headroom = replace(self._headroom, kv_free_tokens=self._headroom.kv_free_tokens - held_tokens)
+        headroom = replace(self._headroom, kv_free_tokens=self._headroom.kv_free_tokens - self.holder.num_tokens)
         report = headroom_to_pb(headroom, self._steps, last_assignment=self._last_accounted)
         report.is_delivering = self.delivery.is_delivering
         self._steps.clear()

@@ -45,3 +45,11 @@ def test_values_are_counted_with_their_labels() -> None:
     assert values["bucketserve_scheduler_batch_requests_sum"] == 7
     with pytest.raises(KeyError):
         metrics.count("bucketserve_worker_steps_total")
+
+
+def test_a_watched_gauge_is_read_whenever_somebody_asks() -> None:
+    metrics, free = ProcessMetrics(Service.WORKER), [7]
+    metrics.watch("bucketserve_worker_kv_free_tokens", lambda: free[0], model="m")
+    assert metrics.values()["bucketserve_worker_kv_free_tokens"] == 7
+    free[0] = 3
+    assert metrics.values()["bucketserve_worker_kv_free_tokens"] == 3
