@@ -45,6 +45,8 @@ class ServiceProcess:
         self._again = (name, module, environ, health_address, log_dir, health_service, tls)
         self._tls = tls
         self._health_service = health_service
+        # Whoever cleans up may have taken it away since it was made.
+        log_dir.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self._process = Child([sys.executable, "-m", module], environ={**os.environ, **environ}, output=log)
 
@@ -78,7 +80,9 @@ class ServiceProcess:
         return {}
 
     def log_tail(self, num_lines: int = 15) -> str:
-        """Returns the end of its log."""
+        """Returns the end of its log; empty if that is gone."""
+        if not self.log_path.exists():
+            return ""
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
 
     def signal(self, number: signal.Signals) -> None:

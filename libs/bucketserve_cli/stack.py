@@ -244,7 +244,6 @@ class LocalStack:
         self._log_dir = self.spec.log_dir or Path(
             self._exit.enter_context(tempfile.TemporaryDirectory(prefix="bucketserve-"))
         )
-        self._log_dir.mkdir(parents=True, exist_ok=True)
         for name in [name for name in self._listens if name.startswith("scheduler")]:
             self._spawn(name, {"redis_url": self.spec.redis_url}, {"redis_url": self.redis_url})
         for index in range(len(self.workers)):

@@ -69,20 +69,26 @@ def interrupted_by_signals(stack: LocalStack) -> Iterator[None]:
 
 
 def keep_running(stack: LocalStack, say: Callable[[str], None]) -> None:
-    """Returns when the stack is interrupted; until then starts again whatever ends, and says so."""
+    """Returns when the stack is interrupted; until then starts again whatever ends, and says so if it can be said."""
+
+    def tell(line: str) -> None:
+        # Its reader may be gone, or the disk full: nobody is served less for that. Rich answers the former by an exit.
+        with contextlib.suppress(OSError, SystemExit):
+            say(line)
+
     restarts = {name: _Restarts() for name in stack.services}
     of_store = _Restarts()
     away: set[str] = set()
     while not stack.wait_interrupted(POLL_S):
         if stack.store is not None and not stack.store.is_running:
-            _start_store_again(stack, of_store, say)
+            _start_store_again(stack, of_store, tell)
         for name, service in list(stack.services.items()):
             if service.exit_status is not None:
                 away.add(name)
-                _start_again(stack, name, restarts[name], say)
+                _start_again(stack, name, restarts[name], tell)
             elif name in away and stack.is_serving(name):
                 away.remove(name)
-                say(f"{name} serves again")
+                tell(f"{name} serves again")
 
 
 def _start_again(stack: LocalStack, name: str, state: _Restarts, say: Callable[[str], None]) -> None:
@@ -92,7 +98,9 @@ def _start_again(stack: LocalStack, name: str, state: _Restarts, say: Callable[[
         service = stack.services[name]
         say(f"{name} ended with status {service.exit_status}; it is started again {when}\n{service.log_tail(5)}")
     if state.due_s is not None and time.monotonic() >= state.due_s:
-        stack.restart(name)
+        # No memory, no process or no disk at present: it counts as started, and as ended again.
+        with contextlib.suppress(OSError):
+            stack.restart(name)
         state.started()
 
 
@@ -104,5 +112,5 @@ def _start_store_again(stack: LocalStack, state: _Restarts, say: Callable[[str],
         say("valkey ended; it is started again, empty: open requests go on, batch jobs are lost")
     if state.due_s is not None and time.monotonic() >= state.due_s:
         state.started()
-        with contextlib.suppress(UnavailableError):
+        with contextlib.suppress(UnavailableError, OSError):
             stack.store.start()

@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ MODEL = Path(__file__).resolve().parents[2] / "models" / "demo" / "model"
 class Up:
     """One launcher, and what it says."""
 
-    def __init__(self, folder: Path, *arguments: str, **environ: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, stdout: int | None = None, **environ: str) -> None:
         self.port = free_port()
         self.log = folder / f"up-{self.port}.log"
         self.services = folder / f"services-{self.port}"
@@ -43,8 +45,8 @@ class Up:
                 | {"BUCKETSERVE_GATEWAY_HTTP_LISTEN": f"127.0.0.1:{free_port()}"}
                 | environ,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                stdout=log if stdout is None else stdout,
+                stderr=log,
                 start_new_session=True,
             )
 
@@ -86,8 +88,8 @@ def are_gone(pids: dict[int, str]) -> bool:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Up]]:
     launched: list[Up] = []
 
-    def start(*arguments: str, **environ: str) -> Up:
-        up = Up(tmp_path, *arguments, **environ)
+    def start(*arguments: str, **options) -> Up:
+        up = Up(tmp_path, *arguments, **options)
         launched.append(up)
         return up
 
@@ -151,6 +153,32 @@ async def test_what_ends_is_started_again_and_the_rest_goes_on(launch) -> None:
     until(lambda: up.said().count("serves again") == 3)
     assert (await generate(up)).usage.output_tokens == 4
     assert len(up.children()) == len(before)
+
+
+async def test_nobody_is_served_less_because_nobody_reads_and_the_logs_are_gone(launch) -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb", buffering=0) as output:
+        up = launch(stdout=writing)
+        os.close(writing)
+        said = b""
+        while b"Ctrl-C drains" not in said:
+            said += (some := output.read(65536))
+            assert some, up.said()
+    shutil.rmtree(up.services)
+    for name in ("bucketserve_worker", "valkey"):
+        killed = up.child(name)
+        for folder in Path(tempfile.gettempdir()).glob("bucketserve-valkey-*"):
+            # As whoever cleans up does with what is empty.
+            if str(folder) in up.children()[killed]:
+                folder.rmdir()
+        os.kill(killed, signal.SIGKILL)
+        until(
+            lambda name=name, killed=killed: (
+                killed not in up.children() and any(name in c for c in up.children().values())
+            )
+        )
+    assert (await generate(up)).usage.output_tokens == 4
+    assert up.process.poll() is None
 
 
 async def test_a_second_signal_cuts_what_still_runs(launch) -> None:

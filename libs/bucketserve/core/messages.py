@@ -288,6 +288,8 @@ class AdmitRequest:
     """Store the request as waiting and tell its gateway."""
 
     request: Request
+    is_anew: bool = False
+    """Whether the store did not have it as waiting when it was dispatched: whatever it has of it is not true."""
 
 
 @dataclass(frozen=True, slots=True)

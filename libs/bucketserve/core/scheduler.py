@@ -257,7 +257,7 @@ class SchedulerCore:
                     self._drop(life, DropReason.CANCELLED, now_s)
                     continue
                 self._enqueue(life.request, now_s)
-                self._commands.append(AdmitRequest(life.request))
+                self._commands.append(AdmitRequest(life.request, is_anew=True))
 
     def _finish(self, event: RequestFinished, now_s: float) -> None:
         life = self._lives.get(event.request_id)

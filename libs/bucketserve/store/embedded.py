@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 
 from bucketserve.children import Child
@@ -117,6 +118,8 @@ class EmbeddedServer:
         command += ["--appendonly", "yes", "--appendfsync", "always"] if self._is_durable else ["--appendonly", "no"]
         if self._replica_of:
             command += ["--replicaof", "127.0.0.1", str(self._replica_of), "--repl-diskless-sync-delay", "0"]
+        # Whoever cleans up may have taken away what is empty for days.
+        Path(self._folder.name).mkdir(exist_ok=True)
         self._process = Child([*command, "--dir", self._folder.name], environ=self._environ, output=subprocess.DEVNULL)
         deadline_s = time.monotonic() + START_S
         while not _answers(self._port):

@@ -131,7 +131,9 @@ class RedisStore:
             return []
         try:
             return await guard(self._apply(leadership, writes))
-        except NoScriptError:
+        except UnavailableError as error:
+            if not isinstance(error.__cause__, NoScriptError):
+                raise
             # The server was restarted or failed over: it has no scripts. Nothing that follows a missing script is
             # harmed by running again, since every write is idempotent.
             await guard(self._load_scripts())
@@ -253,8 +255,7 @@ async def guard(call: Awaitable[T]) -> T:
 
     Raises:
         StaleEpochError: a script refused the epoch.
-        UnavailableError: the server can't be reached, is loading, or is a replica.
-        NoScriptError: as it is; the caller loads the scripts.
+        UnavailableError: the server can't be reached, is loading, is a replica, or does not have a script.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task is not None else 0
@@ -268,8 +269,6 @@ async def guard(call: Awaitable[T]) -> T:
 async def _in_our_terms(call: Awaitable[T]) -> T:
     try:
         return await call
-    except NoScriptError:
-        raise
     except ResponseError as error:
         if str(error).startswith("STALE"):
             raise StaleEpochError(str(error)) from error

@@ -51,7 +51,8 @@ def writes_of(decision: Decision, tickets: TicketTable) -> list[Write]:
     removed = [command.request_id for command in decision.commands if isinstance(command, ForgetRequest)]
     removed += [drop.request_id for drop in decision.drops]
     removed += [c.request_id for c in decision.commands if isinstance(c, RefuseRequest)]
-    writes: list[Write] = [Remove(request_ids=tuple(removed))] if removed else []
+    anew = [c.request.request_id for c in decision.commands if isinstance(c, AdmitRequest) and c.is_anew]
+    writes: list[Write] = [Remove(request_ids=(*removed, *anew))] if removed or anew else []
     for command in decision.commands:
         match command:
             case AdmitRequest(request=request):

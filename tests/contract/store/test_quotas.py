@@ -88,6 +88,24 @@ async def test_what_runs_is_counted_until_it_ends_or_its_gateway_does(client: ai
     assert await client.zrange(key, 0, -1) == [b"w"]
 
 
+async def test_what_was_taken_before_the_server_s_clock_was_set_back_comes_back_as_soon(client: aioredis.Redis) -> None:
+    # As it looks after the clock was set back by an hour: an hour ahead.
+    store, limits = QuotaStore(client, lease_s=0.5), {"requests": 5, "tokens": 1000, "at_once": 1}
+    assert await store.take("a", "x", 1000, **limits) is None
+    seconds, _ = await client.time()
+    await client.set("bs:{default/quota/a}:tokens", f"{seconds + 3_660}.0", px=3_660_000)
+    refusal = await store.take("a", "y", 100, **{**limits, "at_once": 0})
+    assert refusal is not None and refusal.limit == "tokens a minute" and refusal.retry_delay_s < 7
+    await client.zadd("bs:{default/quota/a}:running", {"x": (seconds + 3_600) * 1e3})
+    assert await store.take("a", "y", 0, **{**NONE, "at_once": 1}) is not None
+    for _ in range(20):
+        # Its gateway does not renew it any more.
+        if await store.take("a", "y", 0, **{**NONE, "at_once": 1}) is None:
+            break
+        await asyncio.sleep(0.1)
+    assert await client.zrange("bs:{default/quota/a}:running", 0, -1) == [b"y"]
+
+
 async def test_keys_of_quotas_go_by_themselves(client: aioredis.Redis) -> None:
     store = QuotaStore(client)
     assert await taken(store, 3, num_tokens=50, requests=10, tokens=100, at_once=5) == 2

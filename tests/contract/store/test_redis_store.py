@@ -42,6 +42,33 @@ async def test_scripts_are_loaded_again_after_the_server_forgot_them(valkey: Emb
     await client.aclose()
 
 
+async def test_a_server_that_forgets_scripts_at_once_is_unavailable(
+    valkey: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect(valkey.url)
+    store = RedisStore(client, "very forgetful")
+    lead = await led(store)
+    load = client.script_load
+
+    async def load_in_vain(script: str) -> str:
+        # As where another server answers by now, or somebody empties it all the time.
+        sha = await load(script)
+        await client.script_flush()
+        return sha
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "script_load", load_in_vain)
+        await client.script_flush()
+        with pytest.raises(UnavailableError):
+            await store.apply(lead, [admit("r1")])
+        with pytest.raises(UnavailableError):
+            await store.lead("a", 30.0)
+    assert await store.lead("a", 30.0) == lead
+    await store.apply(lead, [admit("r1")])
+    assert await held(store, lead) == {"r1": (b"t", None, None)}
+    await client.aclose()
+
+
 async def test_a_lease_given_before_the_server_s_clock_was_set_back_ends_as_any_other(valkey: EmbeddedServer) -> None:
     # The server keeps the time at which a key ends, on its wall clock: set back by an hour, that is an hour later.
     client = connect(valkey.url)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from bucketserve.core.types import RequestId
-from bucketserve.ports import Admit, Leadership, SetOutputs, Write
+from bucketserve.core.types import BatchId, RequestId, WorkerId
+from bucketserve.ports import Admit, Dispatch, Leadership, SetOutputs, Write
 from bucketserve.store.memory import MemoryState, MemoryStore
 from bucketserve.v1 import common_pb2, scheduler_pb2
 from bucketserve_scheduler.loop import SchedulingLoop
@@ -167,6 +167,23 @@ async def test_a_full_store_refuses_only_what_it_does_not_have(is_stored: bool) 
             await asyncio.sleep(0.4)
             assert {"dispatched", "refused"} & {kind for kind, _ in said_to(gateway)} == {wanted[0]}
             assert [[run.run_id for run in batch.runs] for batch in worker.batches] == [["r1.1"]] * is_stored
+
+
+async def test_a_run_that_a_late_write_has_placed_is_dispatched_all_the_same() -> None:
+    # The way to the store was broken, and the scheduler leads again under its epoch: what it had sent before arrives.
+    state, gateways, gateway = MemoryState(), GatewayPeers(), a_gateway()
+    gateways.connect(gateway)
+    with a_loop(MemoryStore(state), gateways) as loop:
+        async with running(loop):
+            await loop.submit(a_run(1))
+            await eventually(lambda: ("accepted", "r1.1") in said_to(gateway), 5)
+            assert loop.leadership is not None
+            late = Dispatch(worker_id=WorkerId("w"), batch_id=BatchId("of before"), request_ids=(RequestId("r1.1"),))
+            assert await MemoryStore(state).apply(loop.leadership, [late]) == [{"r1.1"}]
+            worker = Worker(loop, await loop.connect(hello()))
+            await eventually(lambda: worker.batches, 5)
+            assert [[run.run_id for run in batch.runs] for batch in worker.batches] == [["r1.1"]]
+            assert state.places["r1.1"] == ("w", worker.batches[0].batch.batch_id)
 
 
 async def test_a_new_leader_learns_what_was_known_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
