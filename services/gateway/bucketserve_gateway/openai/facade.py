@@ -165,9 +165,10 @@ class OpenAIFacade:
             # The first choice has its place already; the bytes of its request count where it runs.
             more, num_bytes = wanted.num_choices - 1, len(body)
             del body
-            for _ in range(more):
-                end.enter_context(self._admission.call(exchange.peer))
-            end.enter_context(self._admission.room()).resize(more * num_bytes)
+            if more:
+                for _ in range(more):
+                    end.enter_context(self._admission.call(exchange.peer))
+                end.enter_context(self._admission.room()).resize(more * num_bytes)
             await exchange.while_connected(self._run(exchange, wanted, caller, identity))
 
     async def _serve_file(self, exchange: Exchange, identity: Identity) -> None:
