@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import secrets
 import signal
@@ -30,6 +31,7 @@ __all__ = [
     "EXIT_FAILED",
     "EXIT_MISCONFIGURED",
     "default_instance_id",
+    "keep_loaded",
     "run_service",
     "service_main",
     "tls_of",
@@ -41,11 +43,23 @@ T = TypeVar("T")
 
 EXIT_FAILED = 1
 EXIT_MISCONFIGURED = 2
+YOUNG_OBJECTS = 5000
+"""The garbage collector looks through new objects when there are so many more; requests under way are hundreds each."""
 
 
 def default_instance_id(kind: str) -> str:
     """Returns an id that is unique per process: kind-host-random. In containers every process has the same number."""
     return f"{kind}-{socket.gethostname()}-{secrets.token_hex(4)}"
+
+
+def keep_loaded() -> None:
+    """Lets the garbage collector pass over what is there by now, modules and models.
+
+    To look through all of it again and again takes a tenth of the time that a gateway spends on requests.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS)
 
 
 async def unless_stopped(stop: asyncio.Event, starting: Awaitable[T]) -> T:

@@ -131,17 +131,27 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         self._admission = admission
         self._reads = reads
         self._health_reads = Reads(HEALTH_READS, admission.refusal)
+        self._handlers: dict[str, Handler] = {}
+        """By method, of those that there are."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Makes each handler one that takes a stream of requests, of which nothing is read before it says so."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
+        """Makes each handler one that takes a stream of requests, of which nothing is read before it says so.
+
+        It must be the last interceptor: a method's handler is taken to be the same for all calls.
+        """
         method = str(handler_call_details.method)
+        if method not in self._handlers:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            self._handlers[method] = self._admitting(method, handler)
+        return self._handlers[method]
+
+    def _admitting(self, method: str, handler: Handler) -> Handler:
         is_health = method.startswith(HEALTH)
         # Our own services bound their streams of requests; the library's would be as many as calls may be open.
         is_reflection = method.startswith(REFLECTION)

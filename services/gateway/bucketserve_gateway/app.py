@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from bucketserve.addresses import Address
 from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import SettingsError
-from bucketserve.process import default_instance_id, unless_stopped
+from bucketserve.process import default_instance_id, keep_loaded, unless_stopped
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.server import RpcServer
 from bucketserve.store.files import FileStore
@@ -85,6 +85,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                 names=names,
             ),
         )
+        keep_loaded()
         admission = Admission(
             max_calls=settings.max_open_calls,
             max_calls_per_connection=settings.max_streams_per_connection,

@@ -186,6 +186,8 @@ def _load_model(name: str, source: str, default_max_tokens: int, aliases: tuple[
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelLoadError("it has no tokenizer.json; convert its tokenizer to the fast form")
+    # Sets the backend up for good: it neither truncates nor pads, whatever tokenizer.json says.
+    tokenizer("")
     return ServedModel(
         card,
         tokenizer,

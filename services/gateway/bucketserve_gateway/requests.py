@@ -11,8 +11,8 @@ names something that is not open any more. The client's request_id is a label; t
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from bucketserve.core.errors import (
@@ -90,7 +90,7 @@ class OpenRequest:
         """Whether the attempt before this one was such."""
         self._max_pending_tokens = max_pending_tokens
         self._resume = resume
-        self._name = uuid.uuid4().hex
+        self._name = secrets.token_hex(16)
         self._ticket = ticket
         self._spec = spec
         self._began_s = self.arrival_s
@@ -100,8 +100,9 @@ class OpenRequest:
         self._detokenizer = Detokenizer(valid.model.token_bytes, prompt_ids)
         self._stops = StopMatcher(valid.stop_strings)
         self._pending = inference_pb2.GenerateChunk()
+        self._is_accepted = False
+        """Whether it was queued, or is over."""
         self._changed = asyncio.Event()
-        self._accepted = asyncio.Event()
         self._begin()
 
     @property
@@ -122,7 +123,7 @@ class OpenRequest:
     @property
     def is_admitted(self) -> bool:
         """Whether its client was told that it is queued: then only a failure can end it, and no refusal."""
-        return self._accepted.is_set() and not self.is_over
+        return self._is_accepted and not self.is_over
 
     @property
     def is_over(self) -> bool:
@@ -139,7 +140,8 @@ class OpenRequest:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                await self._accepted.wait()
+                while not self._is_accepted:
+                    await self._change()
         except TimeoutError:
             message = problem() or f"not queued within {timeout_s:g} s"
             raise UnavailableError(message, reason="NO_SCHEDULER", retry_delay_s=1.0) from None
@@ -162,8 +164,11 @@ class OpenRequest:
                 raise self.error
             if self.finished is not None:
                 return
-            await self._changed.wait()
-            self._changed.clear()
+            await self._change()
+
+    async def _change(self) -> None:
+        await self._changed.wait()
+        self._changed.clear()
 
     def submission(self) -> scheduler_pb2.SubmitRun:
         """Returns the present attempt for the scheduler, with its age as of now."""
@@ -174,7 +179,7 @@ class OpenRequest:
             spec=self._spec_bytes,
             age_us=round((now_s - self.arrival_s) * 1e6),
             attempt_age_us=round((now_s - self._began_s) * 1e6),
-            is_admitted=self._accepted.is_set(),
+            is_admitted=self._is_accepted,
             block_hashes=self._block_hashes,
         )
         if self.deadline_s is not None:
@@ -185,7 +190,8 @@ class OpenRequest:
 
     def on_accepted(self) -> None:
         """The scheduler has queued it."""
-        self._accepted.set()
+        self._is_accepted = True
+        self._changed.set()
         self.heard_s = time.monotonic()
 
     def on_dispatched(self, dispatched: scheduler_pb2.RunDispatched) -> None:
@@ -198,7 +204,7 @@ class OpenRequest:
         if self.is_over:
             return
         self.error = error
-        self._accepted.set()
+        self._is_accepted = True
         self._changed.set()
 
     def restart(self, cause: str, *, is_fault: bool = True, is_preempted: bool = False) -> None:
@@ -260,7 +266,8 @@ class OpenRequest:
             return False
         self.heard_s = time.monotonic()
         # Whoever runs it was given it by a scheduler, whose word of having queued it may be lost.
-        self._accepted.set()
+        self._is_accepted = True
+        self._changed.set()
         expected = len(self.tokens) - self._attempt_start
         if self._fingerprint and fingerprint != self._fingerprint:
             self.restart("a worker with other weights went on with it", is_fault=False)

@@ -72,12 +72,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Opens nothing."""
         self._parts = parts
 
-    async def Generate(
+    def Generate(
         self, request: inference_pb2.GenerateRequest, context: GenerateContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """One request of a client."""
-        async for response in self.generate(request, text_metadata(context), context.time_remaining()):
-            yield response
+        return self.generate(request, text_metadata(context), context.time_remaining())
 
     async def generate(
         self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str], remaining_s: float | None

@@ -16,12 +16,12 @@ MAX_TEMPLATE_ERROR_CHARACTERS = 200
 
 def encode(model: ServedModel, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """Returns the ids of a text, by default with the special tokens that the tokenizer adds by itself."""
-    return list(model.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    return list(model.tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
 
 def count(model: ServedModel, text: str) -> int:
     """Returns the number of tokens of a text, without special ones that the tokenizer would add."""
-    return len(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(encode(model, text, add_special_tokens=False))
 
 
 Tools = Sequence[Mapping[str, Any]]

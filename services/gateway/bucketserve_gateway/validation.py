@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bucketserve.core.errors import FieldViolation, InvalidRequestError
 from bucketserve.v1 import common_pb2, inference_pb2
@@ -28,6 +26,26 @@ MAX_STRUCTURE_BYTES = 64 * 1024
 MAX_CHOICES = 1024
 MAX_ROLE_CHARACTERS = 64
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_REQUEST_CLASSES = frozenset(common_pb2.RequestClass.values())
+_SAMPLING_DEFAULTS = common_pb2.SamplingParams(
+    temperature=0.0,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+)
+_SAMPLING_RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.0, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+_WITHOUT_LOW = {"top_p", "repetition_penalty"}
+"""Whose ranges begin above their lower ends."""
 
 Violations = list[FieldViolation]
 
@@ -39,8 +57,7 @@ BYTES_OF_REST = 256 * 1024
 """Of a message without its prompt: roles and frames of chat messages, stop strings, a schema."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValidRequest:
+class ValidRequest(NamedTuple):
     """A request whose every field is set and in range; only its length in tokens is still unknown."""
 
     request_id: str
@@ -74,14 +91,15 @@ def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, m
     if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
         bad.append(FieldViolation("request_id", "1 to 128 printable ASCII characters without spaces"))
     _check_input(request, model, max_prompt_bytes, bad)
-    turns, tools = turns_of(request.chat, bad)
+    kind = request.WhichOneof("input")
+    turns, tools = turns_of(request.chat, bad) if kind == "chat" else (None, ())
     sampling = _sampling(request.sampling, card, bad)
     _check_structure(request.structured_output, model, bad)
     _check_stopping(request.stopping, model, bad)
     num_logprobs = request.response.num_logprobs if request.response.HasField("num_logprobs") else None
     if num_logprobs is not None and num_logprobs > MAX_LOGPROBS:
         bad.append(FieldViolation("response.num_logprobs", f"at most {MAX_LOGPROBS}"))
-    if request.request_class not in common_pb2.RequestClass.values():
+    if request.request_class not in _REQUEST_CLASSES:
         bad.append(FieldViolation("request_class", f"unknown value {request.request_class}"))
     if len(request.tenant) > MAX_TENANT_CHARACTERS or not request.tenant.isprintable():
         bad.append(FieldViolation("tenant", f"at most {MAX_TENANT_CHARACTERS} printable characters"))
@@ -94,12 +112,11 @@ def validate(request: inference_pb2.GenerateRequest, catalog: ModelCatalog, *, m
     eos = () if stopping.ignore_eos else card.eos_token_ids
     # Special tokens are not part of the text: as stop strings they match by id.
     special = [special_ids[stop] for stop in stopping.stop_strings if stop in special_ids]
-    kind = request.WhichOneof("input")
     return ValidRequest(
-        request_id=request.request_id or uuid.uuid4().hex,
+        request_id=request.request_id or secrets.token_hex(16),
         model=model,
         prompt=request.prompt if kind == "prompt" else None,
-        chat=turns if kind == "chat" else None,
+        chat=turns,
         tools=tools,
         token_ids=tuple(request.token_ids.ids) if kind == "token_ids" else None,
         sampling=sampling,
@@ -212,28 +229,24 @@ def _check_ids(ids: Sequence[int], card: ModelCard, bad: Violations) -> None:
 
 
 def _sampling(params: common_pb2.SamplingParams, card: ModelCard, bad: Violations) -> common_pb2.SamplingParams:
-    """Returns parameters with every field set."""
-
-    def number(name: str, default: float, low: float, high: float, low_open: bool = False) -> float:
-        value = float(getattr(params, name)) if params.HasField(name) else default
-        is_low = value <= low if low_open else value < low
-        if not math.isfinite(value) or is_low or value > high:
-            bracket = "(" if low_open else "["
-            bad.append(FieldViolation(f"sampling.{name}", f"{value} is not in {bracket}{low:g}, {high:g}]"))
-        return value
-
+    """Returns parameters with every field set, unless something is wrong with one."""
+    before = len(bad)
     _check_biases(params.logit_bias, card, bad)
-    return common_pb2.SamplingParams(
-        temperature=number("temperature", 0.0, 0.0, 100.0),
-        top_p=number("top_p", 1.0, 0.0, 1.0, low_open=True),
-        top_k=params.top_k,
-        min_p=number("min_p", 0.0, 0.0, 1.0),
-        repetition_penalty=number("repetition_penalty", 1.0, 0.0, 100.0, low_open=True),
-        presence_penalty=number("presence_penalty", 0.0, -2.0, 2.0),
-        frequency_penalty=number("frequency_penalty", 0.0, -2.0, 2.0),
-        logit_bias=params.logit_bias if len(params.logit_bias) <= MAX_LOGIT_BIASES else None,
-        seed=params.seed if params.HasField("seed") else secrets.randbits(63),
-    )
+    for field, value in params.ListFields():
+        if field.name not in _SAMPLING_RANGES:
+            continue
+        low, high = _SAMPLING_RANGES[field.name]
+        is_open = field.name in _WITHOUT_LOW
+        # A NaN is not either.
+        if not low <= value <= high or (is_open and value == low):
+            bracket = "(" if is_open else "["
+            bad.append(FieldViolation(f"sampling.{field.name}", f"{value} is not in {bracket}{low:g}, {high:g}]"))
+    if len(bad) > before:
+        return params
+    full = common_pb2.SamplingParams(seed=secrets.randbits(63))
+    full.MergeFrom(_SAMPLING_DEFAULTS)
+    full.MergeFrom(params)
+    return full
 
 
 def _check_biases(biases: Mapping[int, float], card: ModelCard, bad: Violations) -> None:

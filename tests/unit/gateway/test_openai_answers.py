@@ -36,9 +36,9 @@ def served(tokenizer: Any) -> ServedModel:
 
 def answer(model: ServedModel, *, is_chat: bool = False, **members: Any) -> Answer:
     if is_chat:
-        wanted = chat_completion({"messages": [{"role": "user", "content": "a"}], **members}, caller_of([]))
+        wanted = chat_completion({"messages": [{"role": "user", "content": "a"}], **members}, caller_of({}))
     else:
-        wanted = completion({"prompt": "a", **members}, caller_of([]))
+        wanted = completion({"prompt": "a", **members}, caller_of({}))
     return Answer(wanted, model, [STARTED] * wanted.num_choices)
 
 

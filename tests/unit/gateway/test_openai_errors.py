@@ -20,8 +20,8 @@ from bucketserve_gateway.openai.translation import completion
 from tests.unit.gateway.test_openai_translation import UNSUPPORTED, chat, complete
 
 
-def headers(**values: str) -> list[tuple[bytes, bytes]]:
-    return [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in values.items()]
+def headers(**values: str) -> dict[str, str]:
+    return {name.replace("_", "-"): value for name, value in values.items()}
 
 
 def test_headers_are_who_asks() -> None:

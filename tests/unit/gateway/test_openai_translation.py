@@ -23,7 +23,7 @@ from bucketserve_gateway.openai.translation import MAX_CHOICES, Wanted, chat_com
 from bucketserve_gateway.validation import validate
 from tests.unit.gateway.builders import catalog
 
-NOBODY = caller_of([])
+NOBODY = caller_of({})
 USER = {"role": "user", "content": "hello"}
 DEFAULTS = {"sampling": {"temperature": 1.0}, "requestClass": "REQUEST_CLASS_INTERACTIVE", "slo": {}, "response": {}}
 

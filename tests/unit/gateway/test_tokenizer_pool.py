@@ -32,11 +32,15 @@ class Watched:
         self.may_end = threading.Event()
         self.may_end.set()
 
-    def __call__(self, text: str, **options):
+    @property
+    def backend_tokenizer(self) -> Watched:
+        return self
+
+    def encode(self, text: str, **options):
         self.sizes.append(len(text))
         if len(text) > tokenizer_pool.LONG_CHARACTERS:
             assert self.may_end.wait(30)
-        return self.inner(text, **options)
+        return self.inner.backend_tokenizer.encode(text, **options)
 
     def apply_chat_template(self, messages, **options) -> str:
         if len(messages) > tokenizer_pool.LONG_MESSAGES:

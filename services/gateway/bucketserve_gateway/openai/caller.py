@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bucketserve.v1 import common_pb2
 from bucketserve_gateway.openai.errors import ParameterError
@@ -21,8 +21,7 @@ _MILLISECONDS = re.compile(r"[0-9]{1,10}")
 _LABEL = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
+class Caller(NamedTuple):
     """What the headers say."""
 
     metadata: Mapping[str, str]
@@ -34,13 +33,12 @@ class Caller:
     slo: common_pb2.Slo
 
 
-def caller_of(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
-    """Returns who asks.
+def caller_of(metadata: Mapping[str, str]) -> Caller:
+    """Returns who asks, by the headers as metadata.
 
     Raises:
         ParameterError: a header has no sense.
     """
-    metadata = metadata_of(headers)
     label = metadata.get(REQUEST_ID, "")
     if label and not label_of(label):
         raise ParameterError(REQUEST_ID, "1 to 128 printable ASCII characters without spaces", "invalid_value")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
 import orjson
 
-from bucketserve_gateway.openai.caller import REQUEST_ID, label_of
+from bucketserve_gateway.openai.caller import REQUEST_ID, label_of, metadata_of
 from bucketserve_gateway.openai.errors import Headers, HttpError, ParameterError, body_of, headers_of, status_of
 from bucketserve_gateway.openai.fields import MAX_NAME_CHARACTERS
 
@@ -51,7 +51,8 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self._query: bytes = scope["query_string"]
-        self.headers: Headers = scope["headers"]
+        self.metadata = metadata_of(scope["headers"])
+        """The headers of the request."""
         host, port = scope["client"] or ("", 0)
         self.peer = f"http:{host}:{port}"
         """The connection; a client may have several."""
@@ -61,12 +62,12 @@ class Exchange:
         self._send = send
         self._is_begun = False
         self._has_events = False
-        self.request_id = label_of(self.header(REQUEST_ID).decode("latin-1")) or uuid.uuid4().hex
+        self.request_id = label_of(self.metadata.get(REQUEST_ID, ""))
+        """What the response calls it; empty: anything."""
 
     def header(self, name: str) -> bytes:
         """Returns a header of the request; empty if it has none of that name."""
-        wanted = name.encode()
-        return next((value for key, value in self.headers if key == wanted), b"")
+        return self.metadata.get(name, "").encode("latin-1")
 
     def check_method(self, *methods: str) -> None:
         """Raises an error unless the request has one of these methods."""
@@ -117,26 +118,29 @@ class Exchange:
 
     async def while_connected(self, work: Coroutine[Any, Any, None]) -> None:
         """Does the work; stops it when the client goes away."""
-        task = asyncio.create_task(work)
-        gone = asyncio.create_task(self._gone())
         try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in (task, gone):
-                each.cancel()
-            await asyncio.wait({task, gone})
-        if task.cancelled():
-            raise ClientGoneError
-        task.result()
+            async with asyncio.timeout(None) as until_gone:
+                watch = asyncio.create_task(self._watch(until_gone))
+                try:
+                    await work
+                finally:
+                    watch.cancel()
+        except TimeoutError:
+            if until_gone.expired():
+                raise ClientGoneError from None
+            raise
 
-    async def _gone(self) -> None:
+    async def _watch(self, until_gone: asyncio.Timeout) -> None:
+        """Ends a time when the client goes away."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        until_gone.reschedule(asyncio.get_running_loop().time())
 
     async def begin(self, status: int, headers: Headers) -> None:
         """Sends the head of the response."""
         self._is_begun, self._has_events = True, headers is EVENT_HEADERS
-        headers = [*headers, (REQUEST_ID.encode(), self.request_id.encode())]
+        request_id = self.request_id or secrets.token_hex(16)
+        headers = [*headers, (REQUEST_ID.encode(), request_id.encode())]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, data: bytes, is_last: bool = False) -> None:

@@ -30,7 +30,7 @@ from bucketserve_gateway.names import may_hear
 from bucketserve_gateway.openai.answers import Answer, Choice
 from bucketserve_gateway.openai.batches import BATCHES, Batches
 from bucketserve_gateway.openai.bodies import object_of
-from bucketserve_gateway.openai.caller import Caller, caller_of, metadata_of
+from bucketserve_gateway.openai.caller import Caller, caller_of
 from bucketserve_gateway.openai.errors import HttpError
 from bucketserve_gateway.openai.exchange import (
     EVENT_HEADERS,
@@ -144,7 +144,7 @@ class OpenAIFacade:
 
     def _identify(self, exchange: Exchange) -> Identity:
         """Returns who asks, before anything of a body is read."""
-        identity = self._keys.identify(metadata_of(exchange.headers))
+        identity = self._keys.identify(exchange.metadata)
         may_hear.set(identity.may_use)
         return identity
 
@@ -156,7 +156,7 @@ class OpenAIFacade:
             end.enter_context(self._admission.call(exchange.peer))
             try:
                 body = await self._body(exchange)
-                caller = caller_of(exchange.headers)
+                caller = caller_of(exchange.metadata)
                 wanted = read(object_of(body), caller)
             except BucketServeError as error:
                 self._telemetry.refused("", "", error)
@@ -165,9 +165,10 @@ class OpenAIFacade:
             # The first choice has its place already; the bytes of its request count where it runs.
             more, num_bytes = wanted.num_choices - 1, len(body)
             del body
-            for _ in range(more):
-                end.enter_context(self._admission.call(exchange.peer))
-            end.enter_context(self._admission.room()).resize(more * num_bytes)
+            if more:
+                for _ in range(more):
+                    end.enter_context(self._admission.call(exchange.peer))
+                end.enter_context(self._admission.room()).resize(more * num_bytes)
             await exchange.while_connected(self._run(exchange, wanted, caller, identity))
 
     async def _serve_file(self, exchange: Exchange, identity: Identity) -> None:
@@ -249,7 +250,7 @@ def _owner(exchange: Exchange, identity: Identity) -> str:
     Raises:
         ForbiddenError: the key is not for that.
     """
-    wanted = caller_of(exchange.headers).tenant
+    wanted = caller_of(exchange.metadata).tenant
     message: job_pb2.GetJobRequest | job_pb2.SubmitJobRequest
     if exchange.method == "POST":
         message = job_pb2.SubmitJobRequest(header=job_pb2.JobHeader(tenant=wanted))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway.conversation import MAX_TOOLS
@@ -42,8 +41,7 @@ TIERS = {
 Prompt = str | list[int] | inference_pb2.Chat
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A request, understood."""
 
     answer_id: str
