@@ -164,6 +164,18 @@ def test_a_layer_that_scales_late_positions_is_not_fused_and_right() -> None:
     assert any(isinstance(module, FusedLayer) for module in model.modules())
 
 
+def test_a_layer_that_counts_late_positions_by_itself_is_served_up_to_where_they_matter() -> None:
+    def made() -> nn.Module:
+        config = small_config("llama4_text")
+        config.attn_temperature_tuning, config.floor_scale = True, 200
+        return small_model(config, NAME)
+
+    for way in ("float32", "bfloat16", "int8"):
+        with pytest.raises(ModelLoadError, match="layer 3 computes something else, late in its context"):
+            serve(made(), **WAYS[way])
+        assert serve(made(), **WAYS[way], context_tokens=199).info.context_tokens == 199
+
+
 # --- what a mask says -----------------------------------------------------------------------------------------------
 
 
