@@ -18,7 +18,7 @@ for _, index in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'LIMIT'
   redis.call('HINCRBY', KEYS[7], index, 1)
 end
 if redis.call('EXISTS', KEYS[3], KEYS[4]) == 0 then
-  -- Of a job that runs some requests wait or are at a runner: who has them was lost, evicted. All without a result wait.
+  -- Of a job that runs some requests wait or are at a runner: who has them was lost, evicted.
   for i = 0, redis.call('HGET', KEYS[1], 'total') - 1 do
     if redis.call('HEXISTS', KEYS[6], i) == 0 then
       redis.call('HDEL', KEYS[5], i)
