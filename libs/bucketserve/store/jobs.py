@@ -280,7 +280,8 @@ class JobStore:
     ) -> list[tuple[int, bytes]]:
         """Gives a runner at most that many requests to run; they are its own until its lease is over.
 
-        However large it is there is one, if any waits; more of them while they are within max_bytes.
+        However large it is there is one, if any waits; more of them while they are within max_bytes. One that the
+        server has lost, evicted, is empty: without a result it would be given again and again.
 
         Raises:
             SealedError: one can't be opened here.
@@ -292,9 +293,8 @@ class JobStore:
         items = await self._ask(cast(Awaitable[list[bytes | None]], call))
         try:
             return [
-                (index, self._sealer.open(item, f"{job_id}/item/{index}"))
+                (index, b"" if item is None else self._sealer.open(item, f"{job_id}/item/{index}"))
                 for index, item in zip(indices, items, strict=True)
-                if item is not None
             ]
         except SealedError:
             # Others may have the key: it is no fault of the requests.

@@ -115,9 +115,9 @@ class MetricsEndpoint:
         members: dict[str, Any] = {"timeout": SILENCE_S}
         if context is not None:
             members |= _tls_members(handler, context)
-            # Whoever breaks off or shows no certificate is no fault of ours to print.
-            server: Any = self._server
-            server.handle_error = lambda request, address: None
+        # Whoever breaks off, asks nothing or shows no certificate is no fault of ours to print.
+        server: Any = self._server
+        server.handle_error = lambda request, address: None
         self._server.RequestHandlerClass = type("Handler", (handler,), members)
         self.port: int = self._server.server_port
 

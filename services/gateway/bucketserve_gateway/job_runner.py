@@ -181,7 +181,8 @@ class JobRunner:
         losses = await self._store.losses(job.job_id, [index for index, _ in claimed])
         for (index, item), num_lost in zip(claimed, losses, strict=True):
             key = (job.job_id, index)
-            run = self._run_item if num_lost < MAX_LOSSES else self._give_up_item
+            # One that the store has lost can't be run.
+            run = self._run_item if item and num_lost < MAX_LOSSES else self._give_up_item
             task = asyncio.create_task(run(job, index, item), name=f"job-{index}")
             self._tasks[key] = task
             self._running[key] = (job.tenant, len(item))
@@ -249,8 +250,10 @@ class JobRunner:
             self._waiting.discard(key)
 
     async def _give_up_item(self, job: JobInfo, index: int, item: bytes) -> None:
-        """Stores that a request ends the gateways that run it."""
+        """Stores that a request ends the gateways that run it, or that the store has lost it."""
         error = UnavailableError(f"{MAX_LOSSES} gateways ended while they ran it", reason="ATTEMPTS_EXHAUSTED")
+        if not item:
+            error = UnavailableError("the store has lost the request", reason="REQUEST_LOST")
         await self._finish(job, index, self._work_of(job).failed(job, index, item, error), is_error=True)
 
     def _sealed(self, error: SealedError) -> None:

@@ -19,6 +19,8 @@ __all__ = ["SEAT", "Seat"]
 
 SEAT = "*seat*"
 """In place of a model's name."""
+MOST_PATIENCE = 2
+"""In leases."""
 
 
 class Seat:
@@ -46,6 +48,9 @@ class Seat:
         self._held: Leadership | None = None
         self._renewed_s = 0.0
         """When the last successful renewal was asked for."""
+        self._patience_s = lease_s / 2
+        """How long an answer is waited for, by who has no seat to lose: longer each time, until there is one. Giving up
+        closes the connection, and opening one to a store that is far away takes many round trips."""
 
     @property
     def is_held(self) -> bool:
@@ -73,18 +78,20 @@ class Seat:
 
     async def _look(self) -> None:
         asked_s = time.monotonic()
+        patience_s = self._lease_s / 2 if self._held is not None else self._patience_s
         try:
-            async with asyncio.timeout(self._lease_s / 2):
+            async with asyncio.timeout(patience_s):
                 leadership = await self._store.lead(self._scheduler_id, self._lease_s)
         except (UnavailableError, TimeoutError) as error:
-            self.problem = str(error) or f"the store has not answered within {self._lease_s / 2:g} s"
+            self._patience_s = min(2 * patience_s, MOST_PATIENCE * self._lease_s)
+            self.problem = str(error) or f"the store has not answered within {patience_s:g} s"
             self._on_store(self.problem)
             if self._held is not None and self._has_lapsed():
                 # Whoever still reaches the store has taken it, or will.
                 self._held = None
                 self._on_lost("it could not be renewed within its lease")
             return
-        self.problem = ""
+        self.problem, self._patience_s = "", self._lease_s / 2
         self._on_store("")
         if leadership is not None:
             self._renewed_s = asked_s

@@ -78,3 +78,18 @@ async def test_ids_are_the_same_everywhere_and_nobody_can_guess_them(client: aio
         assert hashlib.sha256(text.encode()).hexdigest()[:24] not in first
     await client.flushdb()
     assert await room.job_id("t", "key") != first
+
+
+@pytest.mark.parametrize("what", ["room", "until", "held"])
+async def test_no_room_is_taken_for_ever_after_the_server_lost_a_part(
+    client: aioredis.Redis, room: JobRoom, what: str
+) -> None:
+    await room.reserve("a/1", "a", 60, 60)
+    await client.delete(f"bs:{{default/jobs}}:{what}")
+    await room.reserve("b/1", "b", 50, 60)
+    known = {} if what == "room" else {b"a": b"60"}
+    assert await held(client) == {**known, b"b": b"50", b"": b"50" if what == "room" else b"110"}
+    submissions = await client.hkeys("bs:{default/jobs}:room")
+    assert sorted(await client.zrange("bs:{default/jobs}:until", 0, -1)) == sorted(submissions)
+    await room.give_up("a/1")
+    await room.reserve("a/2", "a", 100, 60)

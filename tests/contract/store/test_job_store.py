@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 import redis.asyncio as aioredis
@@ -230,3 +231,27 @@ async def test_leases_given_before_the_server_s_clock_was_set_back_end_as_any_ot
         await asyncio.sleep(0.05)
         assert await store.renew("j", "a", [0], 0.2) == {0}
     assert [index for index, _ in await store.claim("j", "b", 2, 0.2)] == [1]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [names for n in (1, 2, 3) for names in itertools.combinations(("pending", "lease", "owner"), n)],
+    ids="+".join,
+)
+async def test_requests_are_taken_up_though_the_server_has_lost_who_had_them(
+    client: aioredis.Redis, names: tuple[str, ...]
+) -> None:
+    store = JobStore(client)
+    await submitted(store, number=4)
+    # One is done, one at a runner that ends, two wait.
+    assert [index for index, _ in await store.claim("j", "a", 2, 0.1)] == [0, 1]
+    assert await store.finish("j", "a", 0, b"result", is_error=False)
+    await client.delete(*(f"bs:{{j}}:{name}" for name in names))
+    done: list[int] = []
+    for _ in range(40):
+        for index, _ in await store.claim("j", "b", 1, LEASE_S):
+            assert await store.finish("j", "b", index, b"result", is_error=False)
+            done.append(index)
+        await asyncio.sleep(0.01)
+    assert sorted(done) == [1, 2, 3]
+    assert (await store.get("j")).state == "completed"

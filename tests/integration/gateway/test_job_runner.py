@@ -124,6 +124,20 @@ async def test_a_request_that_fails_as_nobody_foresaw_has_a_result_and_is_not_ru
     assert heard.stored == [True] * 3
 
 
+@pytest.mark.parametrize("what", ["all", "one"])
+async def test_requests_that_the_store_has_lost_have_a_result_that_says_so(store: JobStore, what: str) -> None:
+    model, heard = Model(), Heard()
+    await submit(store, ["a", "b"])
+    # Evicted, or what is left after it.
+    await (store._client.delete("bs:{j}:item") if what == "all" else store._client.hdel("bs:{j}:item", "1"))
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+        found = await results(store, 2)
+    lost = ("", "REQUEST_LOST")
+    wanted = [("a", "") if what == "one" else lost, lost]
+    assert [(result.text, result.error_reason) for result in found] == wanted
+    assert heard.errors == []
+
+
 async def test_a_model_that_is_unknown_for_a_while_is_waited_for(store: JobStore) -> None:
     model, heard = Model(), Heard()
     model.failures["b"] = [UnknownModelError("demo:one", ["demo"])] * 2

@@ -90,6 +90,9 @@ async def test_what_fails_is_answered_as_alone_it_would_be() -> None:
     )
     assert found["response"]["status_code"] == 503
     assert found["response"]["body"]["error"]["code"] == "attempts_exhausted"
+    lost = json.loads(lines.failed(JOB, 0, b"", UnavailableError("lost", reason="REQUEST_LOST")).removeprefix(FAILED))
+    assert (lost["custom_id"], lost["response"]["status_code"]) == (None, 503)
+    assert json.loads(lines.failed(JOB, 0, b"", None).removeprefix(FAILED))["error"]["code"] == "batch_expired"
     ended = json.loads(lines.failed(JOB, 0, line(), None).removeprefix(FAILED))
     assert (ended["response"], ended["error"]["code"]) == (None, "batch_expired")
 

@@ -25,6 +25,18 @@ class Cuttable(MemoryStore):
         return await super().lead(owner, ttl_s)
 
 
+class Far(MemoryStore):
+    """A store to which it takes long to open a connection; who does not wait for it begins anew."""
+
+    is_open = False
+
+    async def lead(self, owner: str, ttl_s: float) -> Leadership | None:
+        if not self.is_open:
+            await asyncio.sleep(0.8 * LEASE_S)
+            self.is_open = True
+        return await super().lead(owner, ttl_s)
+
+
 def seat(store: MemoryStore, name: str, said: list[str]) -> Seat:
     return Seat(
         store,
@@ -63,3 +75,16 @@ async def test_a_holder_that_is_cut_from_the_store_alone_gives_way() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+
+
+async def test_a_store_that_is_far_away_is_waited_for_each_time_the_connection_breaks() -> None:
+    store, said = Far(), list[str]()
+    only = seat(store, "only", said)
+    task = asyncio.create_task(only.run())
+    for _ in range(2):
+        await until(lambda: only.is_held)
+        store.is_open = False
+        await until(lambda: store.is_open)
+    await until(lambda: only.is_held and not only.problem)
+    task.cancel()
+    await asyncio.wait([task])

@@ -18,7 +18,9 @@ from bucketserve.telemetry.names import Service
 from tests.certificates import Authority, Papers, replace
 
 
-def test_silent_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_connections_are_closed_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(metrics, "SILENCE_S", 0.2)
     with MetricsEndpoint(ProcessMetrics(Service.GATEWAY).registry, "127.0.0.1", 0) as endpoint:
         silent = [socket.create_connection(("127.0.0.1", endpoint.port), timeout=10) for _ in range(20)]
@@ -28,6 +30,7 @@ def test_silent_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
             # Closed by the other side.
             assert each.recv(1) == b""
             each.close()
+    assert capfd.readouterr().err == ""
 
 
 @contextlib.contextmanager

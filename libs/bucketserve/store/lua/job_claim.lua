@@ -1,7 +1,8 @@
 -- Gives requests of a job to a runner, those first whose runner let its lease run out.
 -- KEYS: meta, item, pending, lease, owner, result, lost.
 -- ARGV: owner, most requests, lease in milliseconds, most bytes of all requests but the first.
--- Returns their indices; none unless the job is running.  O((k + e) log n) for k given and e expired.
+-- Returns their indices; none unless the job is running.  O((k + e) log n) for k given and e expired, O(n log n) once
+-- after a loss.
 if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return {} end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -15,6 +16,15 @@ for _, index in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'LIMIT'
   redis.call('HDEL', KEYS[5], index)
   redis.call('ZADD', KEYS[3], index, index)
   redis.call('HINCRBY', KEYS[7], index, 1)
+end
+if redis.call('EXISTS', KEYS[3], KEYS[4]) == 0 then
+  -- Of a job that runs some requests wait or are at a runner: who has them was lost, evicted.
+  for i = 0, redis.call('HGET', KEYS[1], 'total') - 1 do
+    if redis.call('HEXISTS', KEYS[6], i) == 0 then
+      redis.call('HDEL', KEYS[5], i)
+      redis.call('ZADD', KEYS[3], i, i)
+    end
+  end
 end
 local given, left = {}, tonumber(ARGV[4])
 while #given < tonumber(ARGV[2]) do

@@ -169,7 +169,8 @@ class BatchLines:
 
     def failed(self, job: JobInfo, index: int, item: bytes, error: BucketServeError | None) -> bytes:
         """Returns the line that answers one that failed, or that the batch's end came before."""
-        line = object_of(item)
+        # The store may have lost it, and with it what its client calls it.
+        line = object_of(item) if item else {"custom_id": None, "body": {}}
         if error is not None:
             body = body_of(error, _names(line["body"], Note.of(job).endpoint))
             response = {"status_code": status_of(error), "request_id": f"{job.job_id}/{index}", "body": body}
