@@ -9,6 +9,7 @@ import pytest
 
 from bucketserve.core.errors import ModelLoadError
 from bucketserve_gateway.models import load_models
+from bucketserve_gateway.tokenization import encode
 from tests.unit.gateway.builders import byte_level_bpe
 
 
@@ -37,3 +38,17 @@ def test_a_tokenizer_that_can_not_be_streamed_is_refused(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 400, "n_positions": 64}))
     with pytest.raises(ModelLoadError, match=r"model 'm' from .*: .*token by token: ByteLevel, Strip at the end"):
         load_models({"m": str(tmp_path)}, 16)
+
+
+def test_a_prompt_is_neither_cut_nor_padded_as_a_tokenizer_was_in_training(tmp_path: Path) -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.backend_tokenizer.enable_truncation(max_length=8)
+    tokenizer.backend_tokenizer.enable_padding(length=16)
+    tokenizer.save_pretrained(tmp_path)
+    description = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert description["truncation"]
+    assert description["padding"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 400, "n_positions": 64}))
+    served = load_models({"m": str(tmp_path)}, 16).get("m")
+    for text in ("a", "the quick brown fox jumps over the lazy dog"):
+        assert encode(served, text) == byte_level_bpe()(text)["input_ids"]

@@ -36,11 +36,12 @@ class Watched:
     def backend_tokenizer(self) -> Watched:
         return self
 
-    def encode(self, text: str, **options):
+    def encode_batch_fast(self, texts: list[str], **options):
+        [text] = texts
         self.sizes.append(len(text))
         if len(text) > tokenizer_pool.LONG_CHARACTERS:
             assert self.may_end.wait(30)
-        return self.inner.backend_tokenizer.encode(text, **options)
+        return self.inner.backend_tokenizer.encode_batch_fast(texts, **options)
 
     def apply_chat_template(self, messages, **options) -> str:
         if len(messages) > tokenizer_pool.LONG_MESSAGES:

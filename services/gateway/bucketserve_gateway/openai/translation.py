@@ -7,7 +7,7 @@ nobody gets something else than was asked for. docs/clients.md says what is serv
 from __future__ import annotations
 
 import re
-import uuid
+import secrets
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -107,7 +107,7 @@ def completion(members: dict[str, Any], caller: Caller) -> Wanted:
     return _wanted(
         fields,
         caller,
-        answer_id=f"cmpl-{uuid.uuid4().hex}",
+        answer_id=f"cmpl-{secrets.token_hex(16)}",
         is_chat=False,
         prompts=prompts,
         num_each=num_each,
@@ -158,7 +158,7 @@ def chat_completion(members: dict[str, Any], caller: Caller) -> Wanted:
     return _wanted(
         fields,
         caller,
-        answer_id=f"chatcmpl-{uuid.uuid4().hex}",
+        answer_id=f"chatcmpl-{secrets.token_hex(16)}",
         is_chat=True,
         prompts=[chat],
         num_each=num_each,
