@@ -74,7 +74,7 @@ class _Started:
             if service.exit_status is not None:
                 self.stack.restart(name)
         # Also for those that the test itself has just started again.
-        self.stack.wait_until_serving(60)
+        self.stack.wait_until_serving()
         _run(self._nothing_is_left())
 
     async def _nothing_is_left(self) -> None:

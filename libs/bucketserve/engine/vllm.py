@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,7 +127,9 @@ class VllmEngine:
     def headroom(self) -> Headroom:
         """See ports.Engine."""
         waiting = [s for s in (*self._waiting.values(), *self._begun.values()) if not s.is_prefilled]
-        to_come = self._outstanding() + sum(self._kv.missing("", s.kv_tokens) for s in self._waiting.values())
+        to_come = self._outstanding(self._begun.values()) + sum(
+            self._kv.missing("", s.kv_tokens) for s in self._waiting.values()
+        )
         device = self._device_memory()
         return Headroom(
             kv_total_tokens=self._kv.total_tokens,
@@ -181,8 +183,11 @@ class VllmEngine:
         sequence = VllmSequence(spec, 0, is_prefilled=True, num_generated=1, first_token_s=time.perf_counter())
         sequence.expected = FirstToken(generated[0], found.logprob, TOLERANCE.get(self._info.dtype, COARSE))
         needed = self._kv.missing("", max(sequence.kv_tokens, len(spec.token_ids) + 1))
-        staying = sum(self._kv.missing("", s.kv_tokens) for s in self._begun.values() if s.loss is None)
-        if spec.reserved_tokens > self._most_tokens or needed + staying > self._kv.total:
+        may_go = {s.request.request_id for s in self._begun.values() if s.loss is not None}
+        # Of those that have gone as well: vLLM has them until their KV has been fetched, or has stopped coming.
+        taken = self._kv.taken(name for name in self._scheduler.requests if name not in may_go)
+        to_come = self._outstanding(s for s in self._begun.values() if s.loss is None)
+        if spec.reserved_tokens > self._most_tokens or needed + taken + to_come > self._kv.total:
             raise EngineError(f"no room for {spec.reserved_tokens} tokens whose KV has come")
         # Those that run may have grown since it was sent for.
         self._make_room(needed)
@@ -306,13 +311,13 @@ class VllmEngine:
 
     # --- KV memory ----------------------------------------------------------------------------------------------
 
-    def _outstanding(self) -> int:
-        """Returns the blocks that those which have begun are to have by the next step, and do not have yet."""
-        return sum(self._kv.missing(s.request.request_id, s.kv_tokens, s.num_computed) for s in self._begun.values())
+    def _outstanding(self, begun: Iterable[VllmSequence]) -> int:
+        """Returns the blocks that these, which have begun, are to have by the next step, and do not have yet."""
+        return sum(self._kv.missing(s.request.request_id, s.kv_tokens, s.num_computed) for s in begun)
 
     def _make_room(self, num_blocks: int = 0) -> None:
         """Lets sequences go until there is room for the others' next tokens, and for so many blocks more."""
-        while self._outstanding() + num_blocks > self._kv.num_free:
+        while self._outstanding(self._begun.values()) + num_blocks > self._kv.num_free:
             # Of equals the last to begin goes.
             losses = {name: cost for name, s in reversed(self._begun.items()) if (cost := s.loss) is not None}
             if not losses:
@@ -325,7 +330,7 @@ class VllmEngine:
         """Gives vLLM those that wait, in order, while there are places and KV for their prompts."""
         if not self._waiting:
             return
-        free = self._kv.num_free - self._outstanding()
+        free = self._kv.num_free - self._outstanding(self._begun.values())
         for name, sequence in list(self._waiting.items()):
             if len(self._begun) >= self._limits.max_sequences:
                 return
@@ -365,18 +370,22 @@ class VllmEngine:
 
     def _compose(self) -> StepOrder:
         """Returns what the next step is to hold: every decoding sequence, then prompt pieces as in any worker."""
-        decoding = [s for s in self._begun.values() if s.decodes]
-        ready = [s for s in self._begun.values() if not s.decodes]
+        here = [s for s in self._begun.values() if not self._scheduler.is_fetching(s.request)]
+        # How much of its KV there is to fetch the connector says in the step: until then it is a token to compute.
+        asking = {s.request.request_id: 1 for s in here if s.expected is not None and not s.num_computed}
+        here = [s for s in here if s.request.request_id not in asking]
+        decoding = [s for s in here if s.decodes]
+        ready = [s for s in here if not s.decodes]
         if not ready:
-            return StepOrder(max(len(decoding), 1), {})
+            return StepOrder(max(len(decoding) + len(asking), 1), asking)
         limits = [*(s.max_chunk_tokens for s in ready), self._paced_tokens(decoding, ready)]
         planned = plan_prefill(
             ((s.spec.request_id, s.remaining) for s in ready),
             num_decoding=len(decoding),
-            max_step_tokens=self._limits.max_step_tokens,
+            max_step_tokens=self._limits.max_step_tokens - len(asking),
             max_chunk_tokens=min((limit for limit in limits if limit), default=0),
         )
-        pieces = {s.request.request_id: 0 for s in ready}
+        pieces = asking | {s.request.request_id: 0 for s in ready}
         pieces |= {self._begun[piece.request_id].request.request_id: piece.num_tokens for piece in planned}
         return StepOrder(len(decoding) + sum(pieces.values()), pieces)
 
@@ -413,7 +422,7 @@ class VllmEngine:
             first, sequence.expected = sequence.expected, None
             if tokens.pop(0) != first.token_id:
                 # It may have NaNs, and they need not show in what it was used for.
-                blocks = self._scheduler.forget(sequence.request.request_id)
+                blocks = self._scheduler.blocks_of(frozenset({sequence.request.request_id}))
                 self.cancel([name])
                 self._vllm.collective_rpc(clear_blocks, args=(blocks,))
                 brought.fail(name, OTHER_KV, is_retryable=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 __all__ = ["KvBlocks"]
@@ -30,6 +31,12 @@ class KvBlocks:
     def tokens_of(self, num_blocks: int) -> int:
         """Returns the tokens for which blocks suffice."""
         return num_blocks * self.total_tokens // self.total
+
+    def taken(self, internal_ids: Iterable[str]) -> int:
+        """Returns the blocks that these requests have; what they share counts once."""
+        groups = (group for name in internal_ids for group in self._manager.get_block_ids(name))
+        blocks = {i for group in groups for i in group}
+        return sum(not self._pool.blocks[i].is_null for i in blocks)
 
     def missing(self, internal_id: str, num_tokens: int, num_computed: int = 0) -> int:
         """Returns the blocks that a request lacks to have KV for so many tokens; of nobody's id: all of them."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
@@ -125,6 +126,12 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         return logits
 
 
+def is_proved(request: Any) -> bool:
+    """Whether a request's KV was computed here, or gave its first token as it was to be."""
+    first = (request.sampling_params.extra_args or {}).get(FIRST)
+    return first is None or (request.num_output_tokens > 0 and request.output_token_ids[0] == first.token_id)
+
+
 def _row(params: Any, prompt: list[int] | None, generated: list[int]) -> _Row | None:
     """Returns how to choose a request's tokens; None if vLLM's greedy choice is the same."""
     arguments = params.extra_args or {}
@@ -173,7 +180,7 @@ class StepOrder:
 
     max_tokens: int
     pieces: Mapping[str, int]
-    """vLLM's ids of those that have a prompt to compute: how much of it. The others have a token each."""
+    """vLLM's ids of those that have a prompt to compute: how much of it. The others have a token each, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +206,16 @@ class _Composed:
         self.done: list[DoneStep] = []
         """Of the steps since somebody emptied it."""
         self._launched: deque[tuple[float, StepSample]] = deque()
+        coordinator = self.kv_cache_manager.coordinator  # type: ignore[attr-defined]
+        cache_blocks = coordinator.cache_blocks
+
+        def cache_proved(request: Any, num_computed_tokens: int) -> None:
+            # Where nobody finds KV before it is proved, nobody goes on with another prompt's. Then it is made up for.
+            if is_proved(request):
+                cache_blocks(request, num_computed_tokens)
+
+        # The one way by which vLLM makes KV known for reuse.
+        coordinator.cache_blocks = cache_proved
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the next step."""
@@ -229,7 +246,7 @@ class _Composed:
         scheduler: Any = self
         nans = model_runner_output.num_nans_in_logits or {}
         not_finite = frozenset(name for name, number in nans.items() if number and name in scheduler.requests)
-        tainted = self._blocks_of(not_finite)
+        tainted = self.blocks_of(not_finite)
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         # They come back in the order in which they were launched.
         start_s, sample = self._launched.popleft()
@@ -244,13 +261,15 @@ class _Composed:
         self._end_s = end_s
         return result
 
-    def forget(self, request_id: str) -> tuple[int, ...]:
-        """Sees to it that nobody finds a request's KV by its prompt; returns the blocks that only it has."""
-        manager = self.kv_cache_manager  # type: ignore[attr-defined]
-        manager.block_pool.evict_blocks({i for group in manager.get_block_ids(request_id) for i in group})
-        return self._blocks_of(frozenset({request_id}))
+    def is_fetching(self, request: Any) -> bool:
+        """Whether a request's KV is on its way: steps compute nothing for it."""
+        scheduler: Any = self
+        return (
+            request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            and request.request_id not in scheduler.finished_recving_kv_req_ids
+        )
 
-    def _blocks_of(self, request_ids: frozenset[str]) -> tuple[int, ...]:
+    def blocks_of(self, request_ids: frozenset[str]) -> tuple[int, ...]:
         """Returns the blocks that nobody but these requests has."""
         manager = self.kv_cache_manager  # type: ignore[attr-defined]
         ids = {i for name in request_ids for group in manager.get_block_ids(name) for i in group}

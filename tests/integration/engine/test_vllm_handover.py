@@ -197,6 +197,82 @@ def test_kv_of_another_prompt_is_noticed_and_forgotten(
     drain(source)
 
 
+@pytest.mark.parametrize("stale", ["other prompt's", "not finite"])
+def test_nobody_goes_on_with_kv_that_is_not_proved(
+    pair: tuple[Engine, Engine], folder: Path, together: Engine, stale: str
+) -> None:
+    import torch
+
+    source, target = pair
+    free = target.headroom().kv_free_tokens
+    # Whole blocks, and one that is whole with the token that is computed here.
+    for num_tokens in (100, 4 * connectors.BLOCK):
+        salt = stale.encode()
+        mine, other = (spec(whose, num_tokens, 9, prefix_salt=salt) for whose in ("shared", "stranger"))
+        came = prefill(source, mine, other)
+        paths = [folder / json.loads(came[one.request_id][1])["params"]["remote_request_id"] for one in (mine, other)]
+        kv = torch.load(paths[1])
+        if stale == "not finite":
+            kv = {name: torch.full_like(each, float("nan")) for name, each in kv.items()}
+        torch.save(kv, paths[0])
+        target.take_over(mine, *came[mine.request_id])
+        history = [target.step()]
+        # They begin when it has come, and is not tried yet.
+        token_ids = {"same": mine.token_ids, "last": mine.token_ids, "longer": (*mine.token_ids, 5, 6, 7)}
+        sharing = [
+            spec(name, token_ids=ids, max_new_tokens=1 if name == "last" else 9, prefix_salt=salt)
+            for name, ids in token_ids.items()
+        ]
+        target.add(sharing)
+        history += drain(target)
+        failures = [failure for output in history for failure in output.failures]
+        assert [(failure.request_id, failure.is_retryable) for failure in failures] == [(mine.request_id, True)]
+        assert tokens_of(history) == alone(together, *sharing)
+        # Nor does what they left lead anybody to it.
+        again = [replace(one, request_id=RequestId(f"again {one.request_id}")) for one in sharing]
+        assert alone(target, *again) == alone(together, *again)
+        assert target.headroom().kv_free_tokens == free
+        paths[1].unlink()
+        drain(source)
+
+
+def test_what_came_and_was_proved_is_found_by_its_prompt(pair: tuple[Engine, Engine], together: Engine) -> None:
+    source, target = pair
+    one = spec("reused", 100, 3)
+    came = prefill(source, one)["reused"]
+    target.take_over(one, *came)
+    drain(target)
+    again = replace(one, request_id=RequestId("reusing"))
+    target.add([again])
+    history = drain(target)
+    assert tokens_of(history) == alone(together, again)
+    assert {token.cached_prompt_tokens for output in history for token in output.tokens} == {3 * connectors.BLOCK}
+    drain(source)
+
+
+def test_a_step_is_the_prompts_own_while_kv_is_on_its_way(
+    pair: tuple[Engine, Engine], folder: Path, together: Engine
+) -> None:
+    source, _ = pair
+    target = load(connectors.folder(folder))
+    one, prompt = spec("on its way", 100, 5), spec("beside", 63 + 3 * 64, 2)
+    came = prefill(source, one)["on its way"]
+    path = folder / json.loads(came[1])["params"]["remote_request_id"]
+    away = path.rename(path.with_suffix(".away"))
+    target.take_over(one, *came)
+    target.add([prompt], 16)
+    history = [target.step() for _ in range(4)]
+    # All but the token that might have been computed had there been no KV to fetch; no chunks, for nobody decodes.
+    assert [output.sample.prefill_tokens for output in history if output.sample is not None] == [63, 64, 64, 64]
+    assert all(output.sample.decode_sequences == 0 for output in history if output.sample is not None)
+    away.rename(path)
+    history += drain(target)
+    found = tokens_of(history)
+    assert found["beside"] == alone(together, prompt)["beside"]
+    assert came[0] + found["on its way"] == alone(together, one)["on its way"]
+    drain(source)
+
+
 def test_a_handle_that_is_none_or_another_s_is_refused(pair: tuple[Engine, Engine]) -> None:
     source, target = pair
     before = target.headroom()
@@ -289,6 +365,31 @@ def test_there_is_room_for_kv_that_comes_or_it_is_refused(pair: tuple[Engine, En
     history = drain(small)
     assert [name for output in history for name in output.preempted] == ["goes"]
     assert len(tokens_of(history)["handed"]) == 19
+    drain(source)
+
+
+def test_there_is_no_room_in_what_is_kept_for_others(
+    pair: tuple[Engine, Engine], folder: Path, together: Engine
+) -> None:
+    source, target = pair
+    small = load(connectors.folder(folder), kv_budget_tokens=6 * connectors.BLOCK, context_tokens=6 * connectors.BLOCK)
+    kept, handed, runs = spec("kept", 100, 20), spec("coming", 90, 20), spec("runs", 20, 20)
+    to_fetch, came = prefill(small, kept)["kept"], prefill(source, handed)["coming"]
+    assert small.headroom().kv_free_tokens == 2 * connectors.BLOCK
+    small.add([runs])
+    history = [small.step()]
+    with pytest.raises(EngineError, match="no room"):
+        small.take_over(handed, *came)
+    # Nobody was let go in vain.
+    while small.headroom().num_running:
+        history.append(small.step())
+    assert not any(output.preempted for output in history)
+    assert tokens_of(history) == alone(together, runs)
+    target.take_over(kept, *to_fetch)
+    drain(target)
+    drain(small)
+    small.take_over(handed, *came)
+    assert came[0] + tokens_of(drain(small))["coming"] == alone(together, handed)["coming"]
     drain(source)
 
 

@@ -28,7 +28,8 @@ CALLABLES = {
     "vllm.v1.core.kv_cache_manager": "KVCacheManager.get_block_ids",
     "vllm.v1.worker.gpu_model_runner": "GPUModelRunner._zero_block_ids",
     "vllm.exceptions": "VLLMValidationError",
-    "vllm.v1.core.kv_cache_coordinator": "KVCacheCoordinator.get_num_blocks_to_allocate",
+    "vllm.v1.core.kv_cache_coordinator": "KVCacheCoordinator.get_num_blocks_to_allocate "
+    "KVCacheCoordinator.cache_blocks",
     "vllm.v1.sample.logits_processor": "LogitsProcessor.apply LogitsProcessor.update_state "
     "LogitsProcessor.is_argmax_invariant",
     "vllm.v1.sample.logits_processor.builtin": "process_dict_updates",
@@ -42,13 +43,15 @@ FIELDS = {
     "vllm.config.cache": "CacheConfig",
     "vllm.config.kv_transfer": "KVTransferConfig",
     "vllm.sampling_params": "RequestOutputKind",
+    "vllm.v1.request": "RequestStatus",
 }
 """Data: the names of what its constructor takes, or of an enumeration's members."""
 ATTRIBUTES = {
     "vllm.v1.core.sched.scheduler.Scheduler": "requests waiting max_num_scheduled_tokens "
-    "need_mamba_block_aligned_split kv_cache_manager kv_cache_config",
+    "need_mamba_block_aligned_split kv_cache_manager kv_cache_config finished_recving_kv_req_ids",
     "vllm.v1.core.kv_cache_manager.KVCacheManager": "block_pool coordinator empty_kv_cache_blocks",
-    "vllm.v1.request.Request": "request_id num_computed_tokens num_prompt_tokens num_tokens",
+    "vllm.v1.request.Request": "request_id num_computed_tokens num_prompt_tokens num_tokens "
+    "num_output_tokens output_token_ids sampling_params status",
     "vllm.v1.engine.llm_engine.LLMEngine": "engine_core model_executor vllm_config",
     "vllm.v1.engine.core_client.InprocClient": "engine_core",
     "vllm.v1.engine.core.EngineCore": "scheduler",
