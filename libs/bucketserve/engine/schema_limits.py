@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from typing import Any
 
+from bucketserve.engine.schemas import escaped
+
 __all__ = ["refusal"]
 
 MAX_COST = 20_000
@@ -28,13 +30,15 @@ Node = dict[str, Any]
 
 
 def refusal(text: str) -> str:
-    """Returns what a schema has that can't be served, and where; empty if nothing is known, or it is no JSON."""
+    """Returns what a schema has that can't be served, and where; empty if nothing is known, or it is no object."""
     try:
         root = json.loads(text)
     except (ValueError, RecursionError):
         return ""
+    if not isinstance(root, dict):
+        return ""
     nodes = list(_objects("#", root))
-    key = "id" if isinstance(root, dict) and "draft-04" in str(root.get("$schema")) else "$id"
+    key = "id" if "draft-04" in str(root.get("$schema")) else "$id"
     for pointer, node in nodes:
         if node is not root and _names_all(node.get(key), root.get(key)):
             return f"{key} at {pointer} is not supported: it may be that of the whole schema"
@@ -140,9 +144,7 @@ def _objects(pointer: str, root: Any) -> Iterator[tuple[str, Node]]:
         pointer, value = waiting.pop()
         if isinstance(value, dict):
             yield pointer, value
-            waiting += [
-                (f"{pointer}/{name.replace('~', '~0').replace('/', '~1')}", each) for name, each in value.items()
-            ]
+            waiting += [(f"{pointer}/{escaped(name)}", each) for name, each in value.items()]
         elif isinstance(value, list):
             waiting += [(f"{pointer}/{i}", each) for i, each in enumerate(value)]
 

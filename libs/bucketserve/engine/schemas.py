@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["place_of", "prepared", "schemas_in"]
+__all__ = ["escaped", "place_of", "prepared", "schemas_in"]
 
 FREE_FORMATS = ("binary", "password", "path")
 """Formats of pydantic and OpenAPI that any string has."""
@@ -43,6 +43,9 @@ TYPE_OF = {bool: "boolean", int: "integer", str: "string", type(None): "null"}
 CONDITION = ("if", "then", "else")
 SHOWN_CHARACTERS = 40
 """The compiler's words have at least the beginning of an expression."""
+
+SHOWN_NAME = 128
+"""Characters of a name in a place that is told."""
 
 Schema = dict[str, Any]
 
@@ -97,10 +100,15 @@ def subschemas(root: Any) -> Iterator[tuple[str, Schema]]:
                 inner += [(f"{name}/{i}", each) for i, each in enumerate(found)]
         for name in _NAMED:
             if isinstance(found := schema.get(name), dict):
-                inner += [(f"{name}/{key.replace('~', '~0').replace('/', '~1')}", each) for key, each in found.items()]
+                inner += [(f"{name}/{escaped(key)}", each) for key, each in found.items()]
         waiting += [(f"{pointer}/{step}", each) for step, each in reversed(inner)]
         # Whoever says it in other words says those in it where they were written.
         yield pointer, schema
+
+
+def escaped(name: str) -> str:
+    """Returns a name as a step of a JSON pointer; of a long one its beginning, since there may be many pointers."""
+    return name[:SHOWN_NAME].replace("~", "~0").replace("/", "~1")
 
 
 def prepared(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -118,3 +119,27 @@ def test_a_document_of_many_references_is_not_looked_through_without_end() -> No
     met = {f"p{i}": {"$ref": "#/$defs/a", "items": {}} for i in range(2000)}
     document = {"properties": met, "$defs": {"a": {"properties": {f"q{i}": {"pattern": "a"} for i in range(500)}}}}
     assert refusal(json.dumps(document))
+
+
+def test_places_take_little_memory_however_long_names_are() -> None:
+    document = json.dumps({"properties": {"p" * 30_000: {"anyOf": [{"pattern": "a"}] * 1500}}})
+    tracemalloc.start()
+    try:
+        refusal(document)
+        prepared(document)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # All of its places in full are 45 MB.
+    assert peak < 8 << 20
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, -1, 0, 1e400, float("nan"), "x", [], [{}], {"a": {}}, {"$ref": {}}, ["~"]]
+)
+def test_nonsense_is_left_to_the_compiler(value: object) -> None:
+    for name in ("multipleOf", "pattern", "$id", "required", "allOf", "anyOf", "$ref", "properties"):
+        refusal(json.dumps({name: value, "pattern": "a", "anyOf": [{}]}))
+        refusal(json.dumps({"items": {name: value, "pattern": "a", "items": {}}, "allOf": value}))
+    refusal(json.dumps({"minProperties": value, "required": value}))
+    refusal(json.dumps(value))
