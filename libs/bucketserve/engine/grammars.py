@@ -7,7 +7,7 @@ compiling nor a step takes long or much memory, whatever is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
+from bucketserve.engine.schema_limits import refusal
 from bucketserve.engine.schemas import place_of, prepared, schemas_in
 from bucketserve.ports import StructuredOutput, StructureKind
 
@@ -166,7 +167,7 @@ def _grammar(wanted: StructuredOutput) -> str:
     """Returns it as the library's own grammar.
 
     Raises:
-        GrammarError: it is no JSON.
+        GrammarError: it is no JSON, or has what can't be kept to or compiled in time.
     """
     try:
         match wanted.kind:
@@ -183,15 +184,25 @@ def _grammar(wanted: StructuredOutput) -> str:
                 if wanted.text.strip() == "true":
                     # Options are for objects.
                     return LLMatcher.grammar_from_json_schema({}, defaults=spaces)
-                return LLMatcher.grammar_from_json_schema(prepared(wanted.text), defaults=spaces, overrides=strict)
+                text = prepared(wanted.text)
+                _refuse([text])
+                return LLMatcher.grammar_from_json_schema(text, defaults=spaces, overrides=strict)
             case StructureKind.REGEX:
                 return LLMatcher.grammar_from_regex(wanted.text)
             case StructureKind.CHOICES:
                 return grammar_from("choice", wanted.text)
             case StructureKind.GRAMMAR:
+                _refuse(schemas_in(wanted.text))
                 return LLMatcher.grammar_from_lark(wanted.text)
     except ValueError as error:
         raise GrammarError(_short(str(error))) from error
+
+
+def _refuse(schemas: Iterable[str]) -> None:
+    """Raises a GrammarError for what the library would take and not keep to, or compile without end."""
+    for schema in schemas:
+        if reason := refusal(schema):
+            raise GrammarError(_short(reason))
 
 
 def _short(text: str) -> str:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["place_of", "prepared", "schemas_in"]
+__all__ = ["escaped", "place_of", "prepared", "schemas_in"]
 
 FREE_FORMATS = ("binary", "password", "path")
 """Formats of pydantic and OpenAPI that any string has."""
@@ -43,6 +43,9 @@ TYPE_OF = {bool: "boolean", int: "integer", str: "string", type(None): "null"}
 CONDITION = ("if", "then", "else")
 SHOWN_CHARACTERS = 40
 """The compiler's words have at least the beginning of an expression."""
+
+SHOWN_NAME = 128
+"""Characters of a name in a place that is told."""
 
 Schema = dict[str, Any]
 
@@ -97,10 +100,15 @@ def subschemas(root: Any) -> Iterator[tuple[str, Schema]]:
                 inner += [(f"{name}/{i}", each) for i, each in enumerate(found)]
         for name in _NAMED:
             if isinstance(found := schema.get(name), dict):
-                inner += [(f"{name}/{key.replace('~', '~0').replace('/', '~1')}", each) for key, each in found.items()]
+                inner += [(f"{name}/{escaped(key)}", each) for key, each in found.items()]
         waiting += [(f"{pointer}/{step}", each) for step, each in reversed(inner)]
         # Whoever says it in other words says those in it where they were written.
         yield pointer, schema
+
+
+def escaped(name: str) -> str:
+    """Returns a name as a step of a JSON pointer; of a long one its beginning, since there may be many pointers."""
+    return name[:SHOWN_NAME].replace("~", "~0").replace("/", "~1")
 
 
 def prepared(text: str) -> str:
@@ -123,19 +131,20 @@ def _prepare(root: Any) -> tuple[list[tuple[str, Schema]], bool]:
         found.append((pointer, schema))
         # One after the other.
         changes = [_discriminate(schema), _one_of(schema, root, words), _name(schema, root), _free(schema)]
+        changes.append(_tuple(schema))
         is_changed |= any([*changes, _unique(schema, root, words), _not(schema), _if(schema, root, words)])
     return found, is_changed
 
 
 def schemas_in(grammar: str) -> Iterator[str]:
-    """Yields the schemas in a grammar of the library's."""
-    _, *rest = grammar.split("%json")
-    for after in rest:
+    """Yields the schemas in a grammar of the library's, and what only looks like one."""
+    # No split: a schema may have the word in a text of its own.
+    for found in re.finditer(r"%json\s*", grammar):
         try:
-            _, length = json.JSONDecoder().raw_decode(after.lstrip())
+            _, end = json.JSONDecoder().raw_decode(grammar, found.end())
         except (ValueError, RecursionError):
             continue
-        yield after.lstrip()[:length]
+        yield grammar[found.end() : end]
 
 
 def _expression(found: list[tuple[str, Schema]], words: str) -> str:
@@ -221,6 +230,14 @@ def _are_disjoint(a: Any, b: Any, root: Any, words: Iterator[int], depth: int = 
         or (_is_closed(b) and any(name not in other_properties for name in required))
         or (_is_closed(a) and any(name not in properties for name in other_required))
     )  # fmt: skip
+
+
+def _tuple(schema: Schema) -> bool:
+    """Leaves out what follows a tuple of old where there is none: the library would not look at the new one."""
+    if "additionalItems" not in schema or isinstance(schema.get("items"), list):
+        return False
+    del schema["additionalItems"]
+    return True
 
 
 def _unique(schema: Schema, root: Any, words: Iterator[int]) -> bool:

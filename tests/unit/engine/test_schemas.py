@@ -174,6 +174,13 @@ SCHEMAS: dict[str, Any] = {
         "items": {"enum": ["r", "g"]},
         "uniqueItems": True,
     },
+    "tuple with a word of old": {
+        "type": "array",
+        "prefixItems": [{"type": "string"}],
+        "additionalItems": False,
+        "minItems": 1,
+        "maxItems": 2,
+    },
     "bag": {"type": "array", "items": {"type": "null"}, "uniqueItems": False},
     "at most one": {"type": "array", "items": {"type": "integer"}, "maxItems": 1, "uniqueItems": True},
     "never there": {"type": "object", "properties": {"a": {"not": {}}, "b": {"type": "null"}}, "required": ["b"]},
@@ -250,6 +257,7 @@ def test_what_libraries_write_has_outputs_which_are_valid(name: str) -> None:
         ("zod: record, zod 4", ['{"whatever":null}'], ['{"a":1}']),
         ("set of an enum", ['["r"]', '["g",true,1,"r"]'], ["[]", '["r","r"]', "[1,true,1]"]),
         ("set of an enum, draft 7", ["[]", '["g","r"]'], ['["r","r"]', '["b"]']),
+        ("tuple with a word of old", ['["a"]', '["a",1]'], ["[1]", "[]"]),
         ("bag", ["[null,null]"], ["[1]"]),
         ("at most one", ["[]", "[12]"], ["[1,2]"]),
         ("never there", ['{"b":null}', '{"b":null,"c":1}'], ['{"a":1,"b":null}']),
@@ -281,7 +289,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "if": ({"anyOf": [{"type": "null"}, {"if": {}, "then": {"type": "string"}}]}, "if at #/anyOf/1 "),
     "two of many": (
         {"type": "object", "properties": {name: {"type": "boolean"} for name in "ab"}, "required": ["a", "b"],
-         "allOf": [{"if": {"properties": {name: {"const": True}}}, "then": {"minProperties": 3}} for name in "ab"]},
+         "allOf": [{"if": {"properties": {name: {"const": True}}}, "then": {"minProperties": 1}} for name in "ab"]},
         "if at #/allOf/0 ",
     ),
     "inside of what is said otherwise": (
@@ -310,6 +318,18 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "names by an escaped reference": (
         {"type": "object", "propertyNames": {"$ref": "#/$defs/a~1b"}, "$defs": {"a~1b": {}, "a/b": {"const": "x"}}},
         "propertyNames at # ",
+    ),
+    "names that may repeat": (
+        TypeAdapter(Annotated[dict[str, int], Field(min_length=2)]).json_schema(), "minProperties at # ",
+    ),
+    "its own name inside": (
+        {"type": "string", "$id": "http://x/y", "$defs": {"a": {"$id": "y#"}}}, "$id at #/$defs/a ",
+    ),
+    "the empty name": ({"type": "string", "$defs": {"a": {"$id": "#"}}}, "$id at #/$defs/a "),
+    "its own name, draft 4": (
+        {"$schema": "http://json-schema.org/draft-04/schema#", "type": "string", "id": "http://x/y",
+         "definitions": {"a": {"id": "http://X/y"}}},
+        "id at #/definitions/a ",
     ),
     "name to be escaped": (closed(**{"a/b~\n\x00": {"not": {"minimum": 1}}}), "not at #/properties/a~1b~0"),
 }  # fmt: skip
