@@ -170,7 +170,7 @@ def build_engine(
         kernels, placed_bytes = None, 0
         if device.type == "cpu":
             kernels = _kernels(settings, on_progress)
-            placed_bytes = _place(model, calls, context, kernels, settings, on_progress)
+            placed_bytes = _place(model, probed, context, kernels, settings, on_progress)
         elif settings.quantization != "none":
             raise ModelLoadError(f"quantization {settings.quantization} is for CPU workers; set quantization to none")
         on_progress("comparing packed steps with the model by itself")
@@ -301,7 +301,7 @@ def _kernels(settings: LoadSettings, on_progress: Callable[[str], None]) -> Kern
 
 def _place(
     model: Any,
-    calls: Mapping[int, AttentionCall],
+    probed: Probed,
     context: int,
     kernels: Kernels | None,
     settings: LoadSettings,
@@ -326,8 +326,8 @@ def _place(
         products = choose_products(kernels, largest.weight.dtype, largest.out_features, largest.in_features)
     if products is None:
         return 0
-    fused = fuse_layers(model, calls, context, kernels, products) if kernels is not None else []
-    placed = place_linears(model, products)
+    fused = fuse_layers(model, probed.calls, context, kernels, products) if kernels is not None else []
+    placed = place_linears(model, products, probed.read)
     on_progress(f"{len(fused)} layers fused, {len(placed)} linear layers placed; products by {products.name}")
     return sum(layer.num_bytes for layer in fused) + sum(linear.num_bytes for linear in placed)
 
