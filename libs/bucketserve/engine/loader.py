@@ -24,7 +24,7 @@ from bucketserve.engine.forward import EagerForward, Forward, run_model
 from bucketserve.engine.grammars import GrammarError, GrammarTokenizer
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory, bytes_per_token, num_pages
 from bucketserve.engine.linear import place_linears
-from bucketserve.engine.model_source import context_of, model_directory, vocabulary_of
+from bucketserve.engine.model_source import accepted, context_of, model_directory, vocabulary_of
 from bucketserve.engine.native.compiler import KernelBuildError
 from bucketserve.engine.native.kernels import Kernels, load_kernels
 from bucketserve.engine.native.layers import fuse_layers
@@ -97,9 +97,9 @@ def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lam
             quantization=settings.quantization,
         )
         tokenizer = tokenizer_fingerprint(directory)
+        grammar_tokenizer = _grammar_tokenizer(directory, model, on_progress)
     except ModelLoadError as error:
         raise ModelLoadError(f"model {settings.model!r} can't be loaded: {error}") from error
-    grammar_tokenizer = _grammar_tokenizer(directory, model, on_progress)
     return build_engine(
         model.to(device),
         settings,
@@ -111,12 +111,17 @@ def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lam
 
 
 def _grammar_tokenizer(directory: Path, model: Any, on_progress: Callable[[str], None]) -> GrammarTokenizer | None:
-    """Returns the vocabulary for grammars; None if it is of no kind that they know."""
+    """Returns the vocabulary for grammars; None if it is of no kind that they know.
+
+    Raises:
+        ModelLoadError: the tokenizer is damaged.
+    """
     file = directory / "tokenizer.json"
     if not file.exists():
         return None
+    tokenizer = accepted("its tokenizer", lambda: Tokenizer.from_file(str(file)))
     try:
-        return GrammarTokenizer(Tokenizer.from_file(str(file)), vocabulary_of(model.config.get_text_config()))
+        return GrammarTokenizer(tokenizer, vocabulary_of(model.config.get_text_config()))
     except GrammarError as error:
         on_progress(f"serving without structured output: {error}")
         return None
