@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -50,19 +50,25 @@ class PlacedEmbedding(nn.Module):
 
 
 @torch.inference_mode()
-def place_linears(model: nn.Module, products: Products) -> list[PlacedLinear]:
+def place_linears(model: nn.Module, products: Products, read: Collection[int] = ()) -> list[PlacedLinear]:
     """Replaces every nn.Linear of a CPU model in place; returns the new ones.
 
     A head that shares its weights with the embedding is replaced together with it, or stays as it is where there would
-    be two copies of the same numbers. So does whatever shares weights in another way.
+    be two copies of the same numbers. So does whatever shares weights in another way, and what the model reads itself.
+
+    Args:
+        model: on the CPU.
+        products: for the products.
+        read: Probed.read.
     """
     shared = _shared_weights(model)
     placed = []
     for parent, name, child in list(_children(model)):
-        if type(child) is nn.Linear and id(child.weight) not in shared:
+        if type(child) is nn.Linear and id(child.weight) not in {*shared, *read}:
             placed.append(PlacedLinear(child, products.linear([child.weight], child.bias)))
             setattr(parent, name, placed[-1])
-    return placed + [head for users in shared.values() for head in _place_tied(users, products)]
+    tied = [users for weight, users in shared.items() if weight not in read]
+    return placed + [head for users in tied for head in _place_tied(users, products)]
 
 
 def _place_tied(users: list[tuple[nn.Module, str, nn.Module]], products: Products) -> list[PlacedLinear]:

@@ -24,7 +24,7 @@ from bucketserve.engine.forward import EagerForward, Forward, run_model
 from bucketserve.engine.grammars import GrammarError, GrammarTokenizer
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory, bytes_per_token, num_pages
 from bucketserve.engine.linear import place_linears
-from bucketserve.engine.model_source import context_of, model_directory, vocabulary_of
+from bucketserve.engine.model_source import accepted, context_of, model_directory, vocabulary_of
 from bucketserve.engine.native.compiler import KernelBuildError
 from bucketserve.engine.native.kernels import Kernels, load_kernels
 from bucketserve.engine.native.layers import fuse_layers
@@ -97,9 +97,9 @@ def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lam
             quantization=settings.quantization,
         )
         tokenizer = tokenizer_fingerprint(directory)
+        grammar_tokenizer = _grammar_tokenizer(directory, model, on_progress)
     except ModelLoadError as error:
         raise ModelLoadError(f"model {settings.model!r} can't be loaded: {error}") from error
-    grammar_tokenizer = _grammar_tokenizer(directory, model, on_progress)
     return build_engine(
         model.to(device),
         settings,
@@ -111,12 +111,17 @@ def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lam
 
 
 def _grammar_tokenizer(directory: Path, model: Any, on_progress: Callable[[str], None]) -> GrammarTokenizer | None:
-    """Returns the vocabulary for grammars; None if it is of no kind that they know."""
+    """Returns the vocabulary for grammars; None if it is of no kind that they know.
+
+    Raises:
+        ModelLoadError: the tokenizer is damaged.
+    """
     file = directory / "tokenizer.json"
     if not file.exists():
         return None
+    tokenizer = accepted("its tokenizer", lambda: Tokenizer.from_file(str(file)))
     try:
-        return GrammarTokenizer(Tokenizer.from_file(str(file)), vocabulary_of(model.config.get_text_config()))
+        return GrammarTokenizer(tokenizer, vocabulary_of(model.config.get_text_config()))
     except GrammarError as error:
         on_progress(f"serving without structured output: {error}")
         return None
@@ -170,7 +175,7 @@ def build_engine(
         kernels, placed_bytes = None, 0
         if device.type == "cpu":
             kernels = _kernels(settings, on_progress)
-            placed_bytes = _place(model, calls, context, kernels, settings, on_progress)
+            placed_bytes = _place(model, probed, context, kernels, settings, on_progress)
         elif settings.quantization != "none":
             raise ModelLoadError(f"quantization {settings.quantization} is for CPU workers; set quantization to none")
         on_progress("comparing packed steps with the model by itself")
@@ -301,7 +306,7 @@ def _kernels(settings: LoadSettings, on_progress: Callable[[str], None]) -> Kern
 
 def _place(
     model: Any,
-    calls: Mapping[int, AttentionCall],
+    probed: Probed,
     context: int,
     kernels: Kernels | None,
     settings: LoadSettings,
@@ -326,8 +331,8 @@ def _place(
         products = choose_products(kernels, largest.weight.dtype, largest.out_features, largest.in_features)
     if products is None:
         return 0
-    fused = fuse_layers(model, calls, context, kernels, products) if kernels is not None else []
-    placed = place_linears(model, products)
+    fused = fuse_layers(model, probed.calls, context, kernels, products) if kernels is not None else []
+    placed = place_linears(model, products, probed.read)
     on_progress(f"{len(fused)} layers fused, {len(placed)} linear layers placed; products by {products.name}")
     return sum(layer.num_bytes for layer in fused) + sum(linear.num_bytes for linear in placed)
 

@@ -12,8 +12,12 @@ import torch
 from bucketserve.core.errors import ModelLoadError
 from bucketserve.engine.attention import NAME
 from bucketserve.engine.model_source import accepted, load_config
+from bucketserve.engine.weight_files import weight_files
 
 __all__ = ["load_model", "refusing_other_attention"]
+
+FLOATS = ("F32", "BF16", "F16", "F64")
+"""Types of numbers, as safetensors calls them, in which weights are stored that nobody has quantised."""
 
 
 def load_model(
@@ -53,6 +57,8 @@ def load_model(
 
     model, info = accepted("its weights", load)
     _check_tensors(info, sum(1 for _ in model.state_dict()))
+    if getattr(config, "quantization_config", None) is None:
+        _check_types(directory, model)
     if info["unexpected_keys"]:
         on_progress(f"ignoring {_some(info['unexpected_keys'])}, which the architecture does not have")
     loaded: torch.nn.Module = model.eval()
@@ -102,6 +108,15 @@ def _check_tensors(info: Mapping[str, Any], number: int) -> None:
         raise ModelLoadError(
             f"its weights lack {len(info['missing_keys'])} of {number} tensors: {_some(info['missing_keys'])}"
         )
+
+
+def _check_types(directory: Path, model: torch.nn.Module) -> None:
+    stored = {tensor.name: tensor.dtype for file in weight_files(directory) for tensor in file.tensors}
+    for name, parameter in model.named_parameters():
+        dtype = stored.get(name, FLOATS[0])
+        # Of whoever quantised them, scales are missing: what they would be read as is something else.
+        if parameter.is_floating_point() and dtype not in FLOATS:
+            raise ModelLoadError(f"{name} is stored as {dtype}, and config.json has no quantization_config")
 
 
 def _some(names: Any) -> str:

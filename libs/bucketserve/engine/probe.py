@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from bucketserve.core.errors import EngineError, ModelLoadError
@@ -42,6 +44,8 @@ class Probed:
     """By the address of the mask that was made."""
     masks: list[torch.Tensor] = field(default_factory=list)
     """Kept, so that no address is used twice."""
+    read: set[int] = field(default_factory=set)
+    """id() of parameters of which something is made other than products and lookups."""
     _reaches: dict[int, tuple[int | None, int | None]] = field(default_factory=dict)
 
     def attend(
@@ -78,6 +82,22 @@ class Probed:
         if address not in self._reaches:
             self._reaches[address] = reach_of(self.rules[address], self.context, mask.device)
         return self._reaches[address]
+
+
+class _NotingReads(TorchFunctionMode):
+    """Notes the parameters that a model computes with otherwise than by products and lookups."""
+
+    def __init__(self, read: set[int]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        # What it is asked for by name (shape, dtype, device) is no number of it.
+        if func not in (F.linear, F.embedding) and func.__name__ != "__get__":
+            self._read.update(id(given) for given in args if isinstance(given, torch.nn.Parameter))
+        return func(*args, **(kwargs or {}))
 
 
 def reach_of(rule: MaskRule, context: int, device: torch.device | None = None) -> tuple[int | None, int | None]:
@@ -117,7 +137,7 @@ def probe(model: Any, num_layers: int, context: int) -> Probed:
     probed = Probed(context)
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     positions = torch.arange(2, device=model.device)[None]
-    with as_attention(model, PROBE), running_step(probed), refusing_what_fails():
+    with as_attention(model, PROBE), running_step(probed), refusing_what_fails(), _NotingReads(probed.read):
         model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
     if sorted(probed.calls) != list(range(num_layers)):
         raise ModelLoadError(

@@ -293,7 +293,8 @@ def _steps(lengths: Sequence[int]) -> Iterator[list[_Piece]]:
     """Yields the steps in which the sequences come."""
     prompts = [max(length - NUM_SINGLE, 1) for length in lengths]
     (a, b, c), half_a, half_b = prompts, prompts[0] // 2, prompts[1] // 3
-    yield [_Piece(0, 0, half_a, WHOLE)] if half_a else []
+    if half_a:
+        yield [_Piece(0, 0, half_a, WHOLE)]
     yield [_Piece(0, half_a, a, SECOND), *([_Piece(1, 0, half_b, BESIDE)] if half_b else [])]
     yield [_Piece(1, half_b, b, SECOND if half_b else BESIDE), _Piece(2, 0, c, LAST)]
     for i in range(NUM_SINGLE):

@@ -10,8 +10,12 @@ from tests.integration.engine.test_equality import one_thread  # noqa: F401
 pytestmark = pytest.mark.engine
 
 SAMPLE = {
-    "right": ["mixtral", "qwen2_moe", "phimoe", "deepseek_v3", "minicpm3", "gpt_oss", "llama4_text", "ministral3"],
-    "refused": ["bart", "bert", "bloom", "diffllama", "falcon_h1", "gptj", "qwen3_next"],
+    "right": [
+        *("mixtral", "qwen2_moe", "phimoe", "deepseek_v3", "minicpm3", "gpt_oss", "llama4_text", "ministral3"),
+        # With layers of what looks at images; with weights that the model reads itself.
+        *("gemma3", "gemma4", "longcat_flash"),
+    ],
+    "refused": ["bart", "bert", "bloom", "deepseek_v4", "diffllama", "falcon_h1", "gptj", "qwen3_next"],
 }
 
 

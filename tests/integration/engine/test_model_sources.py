@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from bucketserve.core.errors import ModelLoadError
@@ -83,6 +85,14 @@ def sharded(damage: Damage) -> Damage:
     return lambda at: (shard(at), damage(at))
 
 
+def stored_as(name: str, dtype: torch.dtype) -> Damage:
+    def damage(at: Path) -> None:
+        tensors = load_file(at / WEIGHTS)
+        save_file({**tensors, name: tensors[name].to(dtype)}, at / WEIGHTS, metadata={"format": "pt"})
+
+    return damage
+
+
 def only(*names: str) -> Damage:
     return lambda at: [path.unlink() for path in at.iterdir() if path.name not in names]
 
@@ -124,6 +134,10 @@ OF_TOKENIZER = {
     "no-tokenizer": (remove("tokenizer.json"), "it has no tokenizer: tokenizer.json is missing"),
     "only-sentencepiece": (rename("tokenizer.json", "tokenizer.model"), "tokenizer.model and no tokenizer.json"),
     "tokenizer-of-nothing": (write("tokenizer.json", "{}"), "transformers rejects its tokenizer: "),
+    "tokenizer-without-model": (
+        write("tokenizer.json", '{"version": "1.0", "model": null}'),
+        "transformers rejects its tokenizer: ",
+    ),
     "template": (write("chat_template.jinja", "{% for m in messages %}\n{{ m }"), "does not compile: line 2"),
     "template-unknown-tag": (write("chat_template.jinja", "{% wonder %}"), "does not compile: line 1: .*wonder"),
 }
@@ -150,6 +164,11 @@ OF_WEIGHTS = {
         change("config.json", intermediate_size=128),
         r"do not fit config.json: .*.0.mlp.down_proj.weight is \[64, 96\], not \[64, 128\] \(12 such tensors\)",
     ),
+    "integers": (
+        stored_as("model.layers.0.mlp.up_proj.weight", torch.int8),
+        "model.layers.0.mlp.up_proj.weight is stored as I8, and config.json has no quantization_config",
+    ),
+    "8-bit-floats": (stored_as("model.embed_tokens.weight", torch.float8_e4m3fn), "is stored as F8_E4M3, and config"),
     "unknown-quantisation": (
         change("config.json", quantization_config={"quant_method": "wonder"}),
         r"quantised by 'wonder' \(quant_method\), which transformers does not know",
@@ -210,6 +229,13 @@ def test_a_tokenizer_that_is_no_use_is_refused_by_the_gateway(model: Path, case:
     damage, says = OF_TOKENIZER[case]
     damage(model)
     check(by_gateway(model), model, says)
+
+
+@pytest.mark.parametrize("case", ["tokenizer-of-nothing", "tokenizer-without-model"])
+def test_a_damaged_tokenizer_is_refused_by_the_worker_too(model: Path, case: str) -> None:
+    damage, says = OF_TOKENIZER[case]
+    damage(model)
+    check(by_worker(model), model, says)
 
 
 @pytest.mark.parametrize("case", OF_WEIGHTS)

@@ -270,6 +270,15 @@ def test_the_context_ends_where_the_rotary_embedding_begins_to_change(config: Ll
         under_test.add([spec("longer", prompt(100), 29)])
 
 
+@pytest.mark.parametrize("context", [1, 2, 7, 8])
+def test_a_context_of_a_few_tokens_is_checked_and_served(context: int) -> None:
+    under_test = serve(llama(), context_tokens=context)
+    outputs: dict[str, list[int]] = {f"r{n}": [] for n in range(1, context)}
+    under_test.add([spec(f"r{n}", [*range(2, 2 + n)], context - n) for n in range(1, context)])
+    drain(under_test, outputs)
+    assert [len(tokens) for tokens in outputs.values()] == list(range(context - 1, 0, -1))
+
+
 def test_looking_and_checking_leave_the_model_as_it_was() -> None:
     model = llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

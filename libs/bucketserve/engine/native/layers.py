@@ -21,6 +21,7 @@ from bucketserve.engine.attention import AttentionCall, Segment, StepPlan, curre
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory
 from bucketserve.engine.native.kernels import Epilogue, Kernels
 from bucketserve.engine.native.products import ACTIVATIONS, Product, Products, TorchProducts
+from bucketserve.engine.probe import refusing_what_fails
 
 __all__ = ["FusedLayer", "fuse_layers"]
 
@@ -261,6 +262,9 @@ def fuse_layers(
         context: positions that the model is served with.
         kernels: for everything between products.
         products: for the products.
+
+    Raises:
+        ModelLoadError: the model fails in a packed step.
     """
     candidates = [
         (parent, name, child)
@@ -276,8 +280,10 @@ def fuse_layers(
     workspace = Workspace()
     fused: list[FusedLayer] = []
     for parent, name, layer in candidates:
+        call = calls.get(getattr(layer.self_attn, "layer_idx", -1))
+        if call is None or not trial.has_run(layer):
+            continue  # it attends otherwise, or is part of what looks at images
         try:
-            call = calls[int(layer.self_attn.layer_idx)]  # type: ignore[union-attr, arg-type]
             # One at a time, so that no more than one layer is in memory more than once.
             if trial.difference(layer, call) <= TOLERANCE:
                 fused.append(FusedLayer(layer, call, kernels, products, workspace))
@@ -318,7 +324,7 @@ class _Trial:
         ids = torch.randint(0, vocabulary, (1, sum(trial)), generator=generator)
         positions = torch.cat([torch.arange(trial[0]), torch.arange(context - trial[1], context)])[None]
         try:
-            with running_step(plan):
+            with running_step(plan), refusing_what_fails():
                 model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
         finally:
             for hook in hooks:
@@ -328,6 +334,10 @@ class _Trial:
         hidden = args[0] if args else kwargs["hidden_states"]
         options = {name: _float32(given) for name, given in kwargs.items() if name != "hidden_states"}
         self._seen[id(layer)] = (hidden.float(), options)
+
+    def has_run(self, layer: nn.Module) -> bool:
+        """Whether the layer had a part in the step."""
+        return id(layer) in self._seen
 
     def difference(self, layer: nn.Module, call: AttentionCall) -> float:
         """Returns the norm of the difference, relative to what the original adds to its input.
