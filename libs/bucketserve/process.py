@@ -55,7 +55,7 @@ def default_instance_id(kind: str) -> str:
 def keep_loaded() -> None:
     """Lets the garbage collector pass over what is there by now, modules and models.
 
-    To look through all of it again and again takes a tenth of the time that a gateway spends on requests.
+    A gateway would spend a tenth of a request's time on looking through all of it again and again.
     """
     gc.collect()
     gc.freeze()

@@ -11,7 +11,7 @@ from bucketserve.addresses import Address
 from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import UnavailableError
 from bucketserve.ports import QueueStore
-from bucketserve.process import default_instance_id
+from bucketserve.process import default_instance_id, keep_loaded
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.server import RpcServer
 from bucketserve.telemetry.names import Service
@@ -129,6 +129,7 @@ async def serve(
             new_core=lambda context_tokens: new_core(settings, context_tokens),
         )
         new_store = await stores(settings.redis_url, ours.name, stack)
+        keep_loaded()
         async with asyncio.TaskGroup() as tasks:
             loops = _Loops(tasks, deps, new_store, lambda: seat.is_held and not stop.is_set())
 

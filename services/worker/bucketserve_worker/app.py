@@ -10,7 +10,7 @@ from bucketserve.addresses import Address
 from bucketserve.config import TelemetrySettings
 from bucketserve.core.errors import EngineError
 from bucketserve.ports import Engine
-from bucketserve.process import default_instance_id, unless_stopped
+from bucketserve.process import default_instance_id, keep_loaded, unless_stopped
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.server import RpcServer
 from bucketserve.rpc.tasks import end_task
@@ -71,6 +71,7 @@ async def serve(settings: WorkerSettings, ours: Deployment, telemetry: Telemetry
         try:
             started = await unless_stopped(stop, engine.started)
             worker.attach(engine, started)
+            keep_loaded()
             await unless_stopped(stop, asyncio.ensure_future(worker.adapters.look()))
             servicer = WorkerServicer(worker.holder, ours)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server.grpc_server)
