@@ -131,8 +131,8 @@ class Leadership:
 class QueueStore(Protocol):
     """Durable state of one model's queue. Every method is atomic and safe to repeat."""
 
-    async def lead(self, owner: str, ttl_s: float) -> Leadership | None:
-        """Takes or renews the leadership; None while someone else holds it.
+    async def lead(self, owner: str, ttl_s: float, epoch: int = 0) -> Leadership | None:
+        """Renews the leadership of that epoch, or takes it under a new one; None while someone else holds it.
 
         Raises:
             UnavailableError: the store can't be reached.

@@ -389,6 +389,11 @@ class SchedulerCore:
             if life.is_of(worker_id, at.assignment) and life.target_id == worker_id:
                 # It was to pull what it holds itself, after a change of its role; the order was lost with the stream.
                 self._lives.call_off(life)
+        elif life.state is State.HELD and not at.is_held:
+            # It has pulled what the other holds, by order of whoever led before.
+            self._handover.forget(at.request_id)
+            self._lives.pull(life, worker_id, at.assignment)
+            self._arrived(life)
         elif worker_id not in life.workers and (life.worker_id is None or self._fleet.get(life.worker_id) is None):
             self._lives.move(life, worker_id, at.assignment)
             self._place(life)

@@ -50,12 +50,12 @@ class MemoryStore:
         self._state = state if state is not None else MemoryState()
         self._clock = clock
 
-    async def lead(self, owner: str, ttl_s: float) -> Leadership | None:
+    async def lead(self, owner: str, ttl_s: float, epoch: int = 0) -> Leadership | None:
         """See QueueStore."""
         state, now_s = self._state, self._clock()
         if state.leader is not None and state.leader != owner and now_s < state.leader_until_s:
             return None
-        if state.epoch_owner != owner:
+        if state.epoch_owner != owner or state.epoch != epoch:
             state.epoch, state.epoch_owner = state.epoch + 1, owner
         state.leader, state.leader_until_s = owner, now_s + ttl_s
         return Leadership(owner=owner, epoch=state.epoch)

@@ -110,11 +110,11 @@ class RedisStore:
         sources = {name: (folder / f"{name}.lua").read_text() for name in SCRIPTS}
         self._scripts = {name: client.register_script(source) for name, source in sources.items()}
 
-    async def lead(self, owner: str, ttl_s: float) -> Leadership | None:
+    async def lead(self, owner: str, ttl_s: float, epoch: int = 0) -> Leadership | None:
         """See QueueStore."""
         keys = [self._keys.leader, self._keys.epoch]
-        epoch = await guard(self._scripts["lead"](keys=keys, args=[owner, round(ttl_s * 1e3)]))
-        return None if epoch < 0 else Leadership(owner=owner, epoch=int(epoch))
+        found = await guard(self._scripts["lead"](keys=keys, args=[owner, round(ttl_s * 1e3), epoch]))
+        return None if found < 0 else Leadership(owner=owner, epoch=int(found))
 
     async def resign(self, leadership: Leadership) -> None:
         """See QueueStore."""

@@ -386,7 +386,8 @@ class SchedulingLoop:
         if now_s < self._renew_s:
             return
         try:
-            renewed = await self._store.lead(leadership.owner, self._deps.settings.leader_lease_s)
+            lease_s = self._deps.settings.leader_lease_s
+            renewed = await self._store.lead(leadership.owner, lease_s, leadership.epoch)
         except UnavailableError as error:
             # The fencing epoch keeps us from harm if someone else leads by the time the store is back.
             self._deps.telemetry.store_unavailable(self.model, str(error))

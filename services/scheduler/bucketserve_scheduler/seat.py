@@ -81,7 +81,7 @@ class Seat:
         patience_s = self._lease_s / 2 if self._held is not None else self._patience_s
         try:
             async with asyncio.timeout(patience_s):
-                leadership = await self._store.lead(self._scheduler_id, self._lease_s)
+                leadership = await self._store.lead(self._scheduler_id, self._lease_s, self.epoch)
         except (UnavailableError, TimeoutError) as error:
             self._patience_s = min(2 * patience_s, MOST_PATIENCE * self._lease_s)
             self.problem = str(error) or f"the store has not answered within {patience_s:g} s"

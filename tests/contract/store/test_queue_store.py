@@ -28,8 +28,8 @@ def remove(*names: str) -> Remove:
     return Remove(request_ids=tuple(RequestId(name) for name in names))
 
 
-async def led(store: QueueStore, owner: str = "a", ttl_s: float = 30.0) -> Leadership:
-    leadership = await store.lead(owner, ttl_s)
+async def led(store: QueueStore, owner: str = "a", ttl_s: float = 30.0, epoch: int = 0) -> Leadership:
+    leadership = await store.lead(owner, ttl_s, epoch)
     assert leadership is not None
     return leadership
 
@@ -109,7 +109,7 @@ async def test_one_leader_at_a_time_and_epochs_grow(new_store: NewStore) -> None
     store, other = new_store(), new_store()
     first = await led(store, "a")
     assert await other.lead("b", 30.0) is None
-    assert await led(store, "a") == first
+    assert await led(store, "a", epoch=first.epoch) == first
     await store.resign(first)
     second = await led(other, "b")
     assert second.epoch > first.epoch
@@ -143,7 +143,21 @@ async def test_an_expired_leader_that_nobody_replaced_goes_on(new_store: NewStor
     store = new_store()
     old = await led(store, "a", ttl_s=0.05)
     await asyncio.sleep(0.1)
-    assert await led(store, "a") == old
+    assert await led(store, "a", epoch=old.epoch) == old
+
+
+async def test_whoever_leads_anew_is_fenced_off_from_what_it_wrote_before(new_store: NewStore) -> None:
+    store = new_store()
+    old = await led(store, "a")
+    await store.apply(old, [admit("r")])
+    # It has lost sight of it, not the store.
+    new = await led(store, "a")
+    assert new.epoch > old.epoch
+    with pytest.raises(StaleEpochError):
+        await store.apply(old, [dispatch("r")])
+    await store.resign(old)
+    assert await led(store, "a", epoch=new.epoch) == new
+    assert await held(store, new) == {"r": (b"t", None, None)}
 
 
 async def test_two_dispatches_never_get_the_same_ticket(new_store: NewStore) -> None:

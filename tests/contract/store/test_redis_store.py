@@ -63,7 +63,7 @@ async def test_a_server_that_forgets_scripts_at_once_is_unavailable(
             await store.apply(lead, [admit("r1")])
         with pytest.raises(UnavailableError):
             await store.lead("a", 30.0)
-    assert await store.lead("a", 30.0) == lead
+    assert await store.lead("a", 30.0, lead.epoch) == lead
     await store.apply(lead, [admit("r1")])
     assert await held(store, lead) == {"r1": (b"t", None, None)}
     await client.aclose()
@@ -79,7 +79,7 @@ async def test_a_lease_given_before_the_server_s_clock_was_set_back_ends_as_any_
     await client.pexpire(leader, 3_600_000)
     assert await other.lead("b", 0.3) is None
     # Who lives renews it, and nobody else has it.
-    assert await store.lead("a", 0.3) == first
+    assert await store.lead("a", 0.3, first.epoch) == first
     assert await other.lead("b", 0.3) is None
     await client.pexpire(leader, 3_600_000)
     for _ in range(10):
@@ -151,7 +151,7 @@ async def test_a_full_server_refuses_admission_alone(valkey: EmbeddedServer) -> 
         effects = await store.apply(lead, writes)
         assert effects == [frozenset(), {"r1"}, frozenset(), {"r2"}, frozenset()]
         # Its leader goes on leading.
-        assert await led(store) == lead
+        assert await led(store, epoch=lead.epoch) == lead
     finally:
         await client.config_set("maxmemory", 0)
     assert await held(store, lead) == {"r1": (b"t", "w", "b")}

@@ -170,7 +170,7 @@ async def test_a_full_store_refuses_only_what_it_does_not_have(is_stored: bool) 
 
 
 async def test_a_run_that_a_late_write_has_placed_is_dispatched_all_the_same() -> None:
-    # The way to the store was broken, and the scheduler leads again under its epoch: what it had sent before arrives.
+    # The way to the store was broken: what was sent before, and seemed lost, arrives.
     state, gateways, gateway = MemoryState(), GatewayPeers(), a_gateway()
     gateways.connect(gateway)
     with a_loop(MemoryStore(state), gateways) as loop:

@@ -170,6 +170,20 @@ def test_a_request_that_moved_while_nobody_led_is_believed_to_be_where_it_says()
     assert ForgetRequest(RequestId("a")) in core.step([done], 0.3).commands
 
 
+@pytest.mark.parametrize("is_at_once", [True, False])
+def test_whoever_has_pulled_what_another_still_holds_goes_on(is_at_once: bool) -> None:
+    core = a_new_leader(P)
+    holder = replace(joined("p", running=(at("a", is_held=True),)), role=WorkerRole.PREFILL)
+    taker = replace(joined("d", running=(at("a"),)), role=WorkerRole.DECODE)
+    other = replace(joined("e"), role=WorkerRole.DECODE)
+    steps = [[holder, taker, other]] if is_at_once else [[holder], [taker, other]]
+    commands = [c for number, events in enumerate(steps) for c in core.step(events, 0.1 * number).commands]
+    assert set(commands) == {PlaceRequest(RequestId("a"), D), ReleaseKv(P, RequestId("a"))}
+    done = finished("a", "d", output_tokens=300)
+    assert ForgetRequest(RequestId("a")) in core.step([done], 0.3).commands
+    assert core.status().num_running == 0
+
+
 def test_a_run_of_an_older_attempt_is_stopped_not_believed() -> None:
     core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE), 4096)
     core.restore(parked=[], running={a_request("a.2", 100, 300, 0.0): P}, edges=(), outputs={})

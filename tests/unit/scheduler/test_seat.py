@@ -17,12 +17,12 @@ class Cuttable(MemoryStore):
 
     how = ""
 
-    async def lead(self, owner: str, ttl_s: float) -> Leadership | None:
+    async def lead(self, owner: str, ttl_s: float, epoch: int = 0) -> Leadership | None:
         if self.how == "refuses":
             raise UnavailableError("store: connection refused")
         if self.how == "hangs":
             await asyncio.sleep(60)
-        return await super().lead(owner, ttl_s)
+        return await super().lead(owner, ttl_s, epoch)
 
 
 class Far(MemoryStore):
@@ -30,11 +30,11 @@ class Far(MemoryStore):
 
     is_open = False
 
-    async def lead(self, owner: str, ttl_s: float) -> Leadership | None:
+    async def lead(self, owner: str, ttl_s: float, epoch: int = 0) -> Leadership | None:
         if not self.is_open:
             await asyncio.sleep(0.8 * LEASE_S)
             self.is_open = True
-        return await super().lead(owner, ttl_s)
+        return await super().lead(owner, ttl_s, epoch)
 
 
 def seat(store: MemoryStore, name: str, said: list[str]) -> Seat:

@@ -1,9 +1,10 @@
 #!lua flags=allow-oom
 -- Takes or renews the leadership.
--- KEYS: leader, epoch.  ARGV: owner, time to live in milliseconds.
+-- KEYS: leader, epoch.  ARGV: owner, time to live in milliseconds, epoch that is renewed (0: none).
 -- Returns the fencing epoch, or -1 while someone else leads.  O(1).
--- An expired leader whom nobody replaced goes on under its old epoch only if the epoch still names it: the owner of the
--- last epoch is kept beside it, so that a flushed or failed-over server starts a new one.
+-- An expired leader whom nobody replaced goes on under its old epoch only if it renews that one and the epoch still names
+-- it: the owner of the last epoch is kept beside it, so that a flushed or failed-over server starts a new one. Who leads
+-- anew has a new one too: what it wrote and ordered before may arrive late, and is not to be taken for what it does now.
 -- A lease that ends later than any could was given before the server's clock was set back: it would last for as long as
 -- the clock was ahead, and nobody could lead. It is cut down to what a lease is; a holder who lives renews it.
 -- A new epoch is at least the server's time in seconds, so that it also grows across a loss of all data.
@@ -13,7 +14,7 @@ if holder and holder ~= ARGV[1] then
   return -1
 end
 local epoch = tonumber(redis.call('HGET', KEYS[2], 'epoch') or '0')
-if epoch == 0 or redis.call('HGET', KEYS[2], 'owner') ~= ARGV[1] then
+if epoch == 0 or epoch ~= tonumber(ARGV[3]) or redis.call('HGET', KEYS[2], 'owner') ~= ARGV[1] then
   epoch = math.max(epoch + 1, tonumber(redis.call('TIME')[1]))
   redis.call('HSET', KEYS[2], 'epoch', string.format('%d', epoch), 'owner', ARGV[1])
 end
