@@ -6,6 +6,7 @@ a text to which n expressions apply at once by one whose steps look at 2^n cases
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
@@ -17,14 +18,19 @@ __all__ = ["refusal"]
 
 MAX_COST = 20_000
 """States and cases of all schemas of a document: some tenths of a second."""
-MAX_STEPS = 100_000
-"""Of looking for what meets."""
+MAX_STEPS = 300_000
+"""Of looking for what meets: some tenths of a second."""
 MAX_DIGITS = 9
 """Of a divisor; one of more is beyond any bound."""
 CHOICES = ("anyOf", "oneOf")
 COUNTED = ("multipleOf", "pattern", "format")
 HOLDERS = ("properties", "patternProperties", "additionalProperties", "items", "additionalItems", "prefixItems")
 """What has schemas that meet those of another schema when the two have to hold at once."""
+
+DATA = ("const", "default", "enum", "example", "examples")
+"""What has values, not schemas, unless a reference points there."""
+NAMED = ("properties", "patternProperties", "dependentSchemas", "dependencies", "$defs", "definitions")
+"""Below which such a word is a name."""
 
 Node = dict[str, Any]
 
@@ -38,6 +44,9 @@ def refusal(text: str) -> str:
     if not isinstance(root, dict):
         return ""
     nodes = list(_objects("#", root))
+    references = [node["$ref"] for _, node in nodes if "$ref" in node]
+    if all(isinstance(each, str) and "%" not in each and not _is_data(each) for each in references):
+        nodes = [(pointer, node) for pointer, node in nodes if not _is_data(pointer)]
     key = "id" if "draft-04" in str(root.get("$schema")) else "$id"
     for pointer, node in nodes:
         if node is not root and _names_all(node.get(key), root.get(key)):
@@ -76,15 +85,15 @@ def _costliest(root: Any, nodes: list[tuple[str, Node]]) -> str:
         return ""
     # Below one of these a reference means something else.
     is_whole = not any(isinstance(node.get(name), str) for _, node in nodes[1:] for name in ("$id", "id"))
-    everything: list[Node | None] = [node for _, node in nodes]
+    of_all = _cost(node for _, node in nodes)
     steps, costs = iter(range(MAX_STEPS)), list[tuple[int, str]]()
     for pointer, node in nodes:
         met: list[Node | None] = [node]
         if _meets(node):
-            met = list(_reached(root, node, steps)) if is_whole else everything
+            met = list(_reached(root, node, steps)) if is_whole else [None]
             if next(steps, None) is None:
                 return pointer
-        if (cost := _cost(met if None not in met else everything)) > 1:
+        if (cost := of_all if None in met else _cost(met)) > 1:
             costs.append((cost, pointer))
     return max(costs)[1] if sum(cost for cost, _ in costs) > MAX_COST else ""
 
@@ -123,11 +132,9 @@ def _reached(root: Any, start: Node, steps: Iterator[int]) -> Iterator[Node | No
     """Yields each schema in one and in what it refers to; None for what can't be followed."""
     waiting, known = [start], set[int]()
     while waiting:
-        for _, node in _objects("", waiting.pop()):
+        for _, node in _objects("", waiting.pop(), steps):
             if id(node) in known:
                 continue
-            if next(steps, None) is None:
-                return
             known.add(id(node))
             yield node
             if "$ref" in node:
@@ -137,10 +144,15 @@ def _reached(root: Any, start: Node, steps: Iterator[int]) -> Iterator[Node | No
                     yield None
 
 
-def _objects(pointer: str, root: Any) -> Iterator[tuple[str, Node]]:
-    """Yields every object with its pointer, since a reference may name any."""
+def _is_data(pointer: str) -> bool:
+    names = pointer.split("/")
+    return any(name in DATA and before not in NAMED for before, name in itertools.pairwise(names))
+
+
+def _objects(pointer: str, root: Any, steps: Iterator[int] | None = None) -> Iterator[tuple[str, Node]]:
+    """Yields every object with its pointer, since a reference may name any; at most so many steps, one for a value."""
     waiting = [(pointer, root)]
-    while waiting:
+    while waiting and (steps is None or next(steps, None) is not None):
         pointer, value = waiting.pop()
         if isinstance(value, dict):
             yield pointer, value

@@ -55,6 +55,8 @@ class MemoryStore:
         state, now_s = self._state, self._clock()
         if state.leader is not None and state.leader != owner and now_s < state.leader_until_s:
             return None
+        if state.leader is not None and now_s < state.leader_until_s and 0 < epoch < state.epoch:
+            return None
         if state.epoch_owner != owner or state.epoch != epoch:
             state.epoch, state.epoch_owner = state.epoch + 1, owner
         state.leader, state.leader_until_s = owner, now_s + ttl_s

@@ -246,6 +246,8 @@ def _sampling(params: common_pb2.SamplingParams, card: ModelCard, bad: Violation
     full = common_pb2.SamplingParams(seed=secrets.randbits(63))
     full.MergeFrom(_SAMPLING_DEFAULTS)
     full.MergeFrom(params)
+    # What a younger client asks for nobody has looked at.
+    full.DiscardUnknownFields()
     return full
 
 

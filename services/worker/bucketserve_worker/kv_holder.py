@@ -78,7 +78,8 @@ class KvHolder:
     @property
     def num_tokens(self) -> int:
         """Tokens whose KV is held: they count as used until it is gone, so that a full decode side holds us back."""
-        return sum(held.handed_over.num_tokens for held in self._held.values())
+        # A copy: it is read in the thread of the metrics as well.
+        return sum(held.handed_over.num_tokens for held in list(self._held.values()))
 
     def hold(self, running: Running, handed_over: HandedOver) -> None:
         """Takes a block."""

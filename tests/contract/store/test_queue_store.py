@@ -156,6 +156,7 @@ async def test_whoever_leads_anew_is_fenced_off_from_what_it_wrote_before(new_st
     with pytest.raises(StaleEpochError):
         await store.apply(old, [dispatch("r")])
     await store.resign(old)
+    assert await store.lead("a", 30.0, old.epoch) is None
     assert await led(store, "a", epoch=new.epoch) == new
     assert await held(store, new) == {"r": (b"t", None, None)}
 

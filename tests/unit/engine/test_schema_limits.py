@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bucketserve.engine import schema_limits
 from bucketserve.engine.grammars import GrammarError
 from bucketserve.engine.schema_limits import refusal
 from bucketserve.engine.schemas import prepared
@@ -96,6 +97,11 @@ SERVED: dict[str, dict[str, Any]] = {
     "one expression often": within("properties", [{"type": "string", "pattern": "^a+$"}] * 20),
     "alternatives": {"anyOf": PATTERNS},
     "with a title": {"$ref": "#/$defs/d", "title": "x", "$defs": {"d": {"anyOf": PATTERNS}}},
+    "data": {
+        "type": "object",
+        "properties": {"default": {"type": "string", "default": "x"}, "a": {"allOf": PATTERNS[:2]}},
+        "examples": [{"id": "a", "minProperties": 3, "default": {"$id": ""}}, *PATTERNS],
+    },
     "one property beside those required": {"type": "object", "minProperties": 2, "required": ["a"]},
     "URIs of its own": {"$id": "http://x/y", "type": "integer", "$defs": {"a": {"$id": "z"}, "b": {"$id": "#b"}}},
     "properties of these names": {
@@ -119,6 +125,28 @@ def test_a_document_of_many_references_is_not_looked_through_without_end() -> No
     met = {f"p{i}": {"$ref": "#/$defs/a", "items": {}} for i in range(2000)}
     document = {"properties": met, "$defs": {"a": {"properties": {f"q{i}": {"pattern": "a"} for i in range(500)}}}}
     assert refusal(json.dumps(document))
+
+
+def test_a_long_list_behind_many_references_is_not_looked_through_without_end() -> None:
+    met = {f"p{i}": {"$ref": "#/$defs/a", "items": {}} for i in range(1000)}
+    document = {"properties": met, "$defs": {"a": {"pattern": "a", "enum": ["b"] * 2000}}}
+    assert refusal(json.dumps(document))
+
+
+def test_a_document_in_which_references_mean_something_else_is_looked_through_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    number = [0]
+    states = schema_limits._states
+
+    def counted(node: dict[str, Any]) -> int:
+        number[0] += 1
+        return states(node)
+
+    monkeypatch.setattr(schema_limits, "_states", counted)
+    met = [{"allOf": [{}, {}]} for _ in range(1000)]
+    refusal(json.dumps({"x": met, "pattern": "a", "items": {"id": "b"}}))
+    assert number[0] < 10_000
 
 
 def test_places_take_little_memory_however_long_names_are() -> None:

@@ -13,8 +13,10 @@ if holder and holder ~= ARGV[1] then
   if redis.call('PTTL', KEYS[1]) > 2 * ARGV[2] then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
   return -1
 end
-local epoch = tonumber(redis.call('HGET', KEYS[2], 'epoch') or '0')
-if epoch == 0 or epoch ~= tonumber(ARGV[3]) or redis.call('HGET', KEYS[2], 'owner') ~= ARGV[1] then
+local epoch, renewed = tonumber(redis.call('HGET', KEYS[2], 'epoch') or '0'), tonumber(ARGV[3])
+-- A renewal of before that comes late, when its sender has begun to lead anew.
+if holder and 0 < renewed and renewed < epoch then return -1 end
+if epoch == 0 or epoch ~= renewed or redis.call('HGET', KEYS[2], 'owner') ~= ARGV[1] then
   epoch = math.max(epoch + 1, tonumber(redis.call('TIME')[1]))
   redis.call('HSET', KEYS[2], 'epoch', string.format('%d', epoch), 'owner', ARGV[1])
 end
