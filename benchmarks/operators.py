@@ -98,7 +98,7 @@ def simulate(jobs: Iterable[Job], processes: int, console: Console) -> None:
             file.flush()
 
         def world(job: Job) -> str:
-            return "/".join((job.device, job.workload, job.arrivals, job.what))
+            return "/".join((job.device, "mixed", job.arrivals, job.what))
 
         rivals = {world(job): job for job in left if job.what in RIVALS and world(job) not in steps}
         bar = progress.add_task("step sizes", total=len(rivals))
