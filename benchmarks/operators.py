@@ -45,11 +45,12 @@ TARGETS = ("0.8", "0.95", "0.99")
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
 
 
-def run(job: Job, step_tokens: int, found: Mapping[str, dict]) -> dict[str, object]:
+def run(job: Job, step_tokens: int) -> dict[str, object]:
     """Returns the figures of a job."""
+    found = rows()
     if job.group == "target":
         return {"key": job.key, **QUESTIONS[job.what].answer(World(job, found))}
-    measured = measure(replace(job.case, step_tokens=step_tokens))
+    measured = measure(replace(job.case, step_tokens=step_tokens, start_rps=start_rps(job, found)))
     return {
         "key": job.key,
         "step_tokens": step_tokens,
@@ -58,6 +59,13 @@ def run(job: Job, step_tokens: int, found: Mapping[str, dict]) -> dict[str, obje
         "evictions": {str(target): at.num_evictions for target, at in measured.at.items()},
         "goodput_rps": measured.goodput_rps,
     }
+
+
+def start_rps(job: Job, found: Mapping[str, dict]) -> float:
+    """Returns where a search begins: at what others reach in that world, where that is known."""
+    group = "mixed" if job.group == "ablation" else job.group
+    others = (found.get(replace(job, group=group, what=what).key) for what in (OURS, *RIVALS))
+    return max((row["capacity_rps"]["0.95"] for row in others if row), default=0.0) or DEVICES[job.device]
 
 
 def sweep(job: Job) -> int:
@@ -81,7 +89,7 @@ def jobs_of(seeds: Sequence[int], traces: Path | None) -> list[Job]:
             for device, arrivals in worlds:
                 name = path.name.split(".")[0]
                 jobs += [
-                    Job("trace", device, name, arrivals, what, seed, trace=str(path)) for what in (OURS, RIVALS[0])
+                    Job("trace", device, name, arrivals, what, seed, trace=str(path)) for what in (RIVALS[0], OURS)
                 ]
     return jobs
 
@@ -110,8 +118,7 @@ def simulate(jobs: Iterable[Job], processes: int, console: Console) -> None:
         bar = progress.add_task("capacities", total=len(left))
         # Questions start from the capacities.
         for stage in ([j for j in left if j.group != "target"], [j for j in left if j.group == "target"]):
-            found = rows()
-            for done in as_completed([pool.submit(run, job, steps.get(world(job), 0), found) for job in stage]):
+            for done in as_completed([pool.submit(run, job, steps.get(world(job), 0)) for job in stage]):
                 keep(done.result())
                 progress.advance(bar)
 

@@ -10,10 +10,6 @@ from bucketserve.core.workers import WorkerState
 
 __all__ = ["can_take", "load_score", "place"]
 
-SHARED_STEP = 0.5
-"""Prompts that wait for a worker's next step draw others there while they take it at most this share of a step longer:
-a step with prompts costs more than one without (other kernels, no recorded graph), so fewer of them are better."""
-
 
 def can_take(request: Request, prefill_tokens: int, worker: WorkerState, settings: CoreSettings) -> bool:
     """Whether a worker may be given the request now, of which it has to compute that many prompt tokens."""
@@ -31,7 +27,8 @@ def can_take(request: Request, prefill_tokens: int, worker: WorkerState, setting
 def load_score(worker: WorkerState) -> float:
     """Returns how little a further prompt would cost there, then how much KV is free.
 
-    Least where nothing runs; then in a step that is to compute prompts anyway; then without a batch before it.
+    Least where nothing runs; then in a step that is to compute prompts anyway, since one with prompts costs more than
+    one without (other kernels, no recorded graph); then without a batch before it.
     """
     if not worker.num_sequences():
         rank = 4.0
@@ -43,11 +40,11 @@ def load_score(worker: WorkerState) -> float:
 
 
 def _shares_next_step(worker: WorkerState) -> bool:
-    """Whether prompts wait for its step under way to end that another one may join without waiting much longer."""
+    """Whether prompts wait for its step under way to end that make the next one at most twice as long."""
     if not (worker.unaccounted and worker.headroom.num_running):
         return False
     waiting_s = worker.times.prefill_token_s() * sum(batch.prefill_tokens for batch in worker.unaccounted)
-    return waiting_s <= SHARED_STEP * worker.times.decode_s(worker.headroom.num_running, worker.context_tokens_held())
+    return waiting_s <= worker.times.decode_s(worker.headroom.num_running, worker.context_tokens_held())
 
 
 def place(request: Request, candidates: Sequence[WorkerState], settings: CoreSettings) -> WorkerState | None:

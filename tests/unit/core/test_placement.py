@@ -37,9 +37,9 @@ def places(core: SchedulerCore, *names: str) -> list[str]:
     return [batches(core.step(submitted(name, prompt_tokens=40), 0.1))[0].worker_id for name in names]
 
 
-def test_short_prompts_share_the_next_step_of_one_worker_until_it_takes_half_as_long_again() -> None:
-    # 40 tokens take 4 ms, a step without prompts 20.
-    assert places(a_fleet(1e-4), *"rstuv") == ["a", "a", "a", "b", "b"]
+def test_short_prompts_share_the_next_step_of_one_worker_until_it_takes_twice_as_long() -> None:
+    # 40 tokens take 8 ms, a step without prompts 20.
+    assert places(a_fleet(2e-4), *"rstuv") == ["a", "a", "a", "b", "b"]
 
 
 def test_a_step_that_has_begun_is_shared_by_nobody() -> None:
