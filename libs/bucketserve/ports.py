@@ -406,7 +406,7 @@ class Engine(Protocol):
                 last one may have fewer tokens.
 
         Raises:
-            EngineError: there is no such sequence, or the length does not match.
+            EngineError: there is no such sequence, the length does not match, or it can't be copied.
         """
 
     def known_pages(self, token_ids: Sequence[int], salt: bytes) -> int:

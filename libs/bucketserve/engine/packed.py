@@ -159,7 +159,10 @@ class PackedEngine:
         if sequence is None or sequence.kv is None or not sequence.spec.hands_over:
             raise EngineError(f"sequence {request_id} is not here to be handed over")
         self._check_length(sequence.num_cached, into)
-        self._space.memory.copy_out(sequence.kv.pages, sequence.num_cached, into)
+        try:
+            self._space.memory.copy_out(sequence.kv.pages, sequence.num_cached, into)
+        except Exception as error:
+            raise EngineError(f"the KV of {sequence.num_cached} tokens can't be copied: {error}") from error
         self.cancel([request_id])
 
     def known_pages(self, token_ids: Sequence[int], salt: bytes) -> int:

@@ -147,17 +147,34 @@ def token_logprobs(
     wanted = {i: (token, n) for i, (token, n) in rows if token is not None and n is not None}
     if not wanted:
         return result
-    logprobs = torch.log_softmax(logits[list(wanted)], dim=-1)
+    logits = logits[list(wanted)]
+    logprobs = torch.log_softmax(logits, dim=-1)
     own = torch.tensor([[token] for token, _ in wanted.values()], device=logits.device)
     most = min(max(n for _, n in wanted.values()), logits.shape[1])
-    top = torch.topk(logprobs, most, dim=-1)
+    chosen_and_best = torch.cat((own, _best(logits, most)), dim=1)
     # One copy from the device each, whatever the number of rows.
-    values = torch.cat((logprobs.gather(1, own), top.values), dim=1).tolist()
-    ids = torch.cat((own, top.indices), dim=1).tolist()
+    values, ids = logprobs.gather(1, chosen_and_best).tolist(), chosen_and_best.tolist()
     for (i, (_, number)), row in zip(wanted.items(), zip(ids, values, strict=True), strict=True):
         first, *others = (Logprob(token_id, value) for token_id, value in zip(*row, strict=True))
         result[i] = TokenLogprobs(first, tuple(others[:number]))
     return result
+
+
+def _best(logits: torch.Tensor, number: int) -> torch.Tensor:
+    """Returns the ids of the highest logits, [rows, number], best first; of equal ones the lower id comes first.
+
+    topk by itself takes any of equal ones, and others if more are asked for.
+    """
+    if not number:
+        return torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
+    may_be = logits >= torch.topk(logits, number, dim=-1).values[:, -1:]
+    rows, ids = may_be.nonzero(as_tuple=True)
+    # By row, then by logit, then as they stand, by id.
+    by_logit = logits[rows, ids].sort(descending=True, stable=True).indices
+    in_order = by_logit[rows[by_logit].sort(stable=True).indices]
+    numbers = torch.bincount(rows, minlength=len(logits))
+    first = numbers.cumsum(dim=0) - numbers
+    return ids[in_order[first[:, None] + torch.arange(number, device=logits.device)]]
 
 
 def unpacked(mask: bytearray, like: torch.Tensor) -> torch.Tensor:

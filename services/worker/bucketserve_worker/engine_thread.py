@@ -299,7 +299,7 @@ class EngineThread:
                 output = replace(output, failures=(*output.failures, *obeyed.failures))
             for request_id in (*output.preempted, *(failure.request_id for failure in output.failures)):
                 self._hands_over.pop(request_id, None)
-            handed_over = self._hand_over(engine, output) if self._hands_over else ()
+            output, handed_over = self._hand_over(engine, output) if self._hands_over else (output, ())
             turn = EngineTurn(
                 output,
                 tuple(obeyed.cancelled),
@@ -356,28 +356,58 @@ class EngineThread:
             self._hands_over.pop(request_id, None)
         return obeyed
 
-    def _hand_over(self, engine: Engine, output: StepOutput) -> tuple[HandedOver, ...]:
-        """Moves the KV of what was prefilled, and has not ended with that, out of the engine."""
+    def _hand_over(self, engine: Engine, output: StepOutput) -> tuple[StepOutput, tuple[HandedOver, ...]]:
+        """Moves the KV of what was prefilled, and has not ended with that, out of the engine.
+
+        Returns:
+            The step's output, in which a sequence whose KV could not be moved is a failure alone; the others.
+        """
         first = {token.request_id: token for token in output.tokens}
-        handed_over = []
+        handed_over, failures = [], {}
         for request_id in output.prefilled:
             num_tokens, spec = self._hands_over.pop(request_id, (0, b""))
             if num_tokens and first[request_id].finish_reason is None:
-                handle = engine.hand_over(request_id)
-                if handle is not None:
-                    num_tokens = 0
-                kv_bytes, page_bytes = num_tokens * engine.info.kv_bytes_per_token, engine.info.kv_page_bytes
-                trailer = _trailer(first[request_id], spec, handle)
-                # They take as much room whatever they are.
-                trailer.page_checksums.extend([0] * -(-kv_bytes // page_bytes))
-                block = self.staging.take(kv_bytes + trailer.ByteSize())
-                kv, rest = block.data[:kv_bytes], block.data[kv_bytes:]
-                if handle is None:
-                    engine.export_kv(request_id, kv)
-                trailer.page_checksums[:] = page_checksums(kv, page_bytes)
-                rest[:] = trailer.SerializeToString()
-                handed_over.append(HandedOver(request_id, num_tokens, kv_bytes, block, checksum(rest)))
-        return tuple(handed_over)
+                try:
+                    handed_over.append(self._move(engine, first[request_id], num_tokens, spec))
+                except (EngineError, MemoryError) as error:
+                    engine.cancel([request_id])
+                    message = f"its KV can't be handed over: {str(error) or 'no memory'}"
+                    failures[request_id] = SequenceFailure(request_id=request_id, message=message, is_retryable=True)
+        if failures:
+            output = replace(
+                output,
+                tokens=tuple(token for token in output.tokens if token.request_id not in failures),
+                prefilled=tuple(request_id for request_id in output.prefilled if request_id not in failures),
+                failures=(*output.failures, *failures.values()),
+            )
+        return output, tuple(handed_over)
+
+    def _move(self, engine: Engine, first: TokenOutput, num_tokens: int, spec: bytes) -> HandedOver:
+        """Returns the KV of a prompt of so many tokens, or the handle of it, staged; the engine has forgotten it.
+
+        Raises:
+            EngineError: it can't be copied.
+            MemoryError: there is no room to stage it.
+        """
+        request_id = first.request_id
+        handle = engine.hand_over(request_id)
+        if handle is not None:
+            num_tokens = 0
+        kv_bytes, page_bytes = num_tokens * engine.info.kv_bytes_per_token, engine.info.kv_page_bytes
+        trailer = _trailer(first, spec, handle)
+        # They take as much room whatever they are.
+        trailer.page_checksums.extend([0] * -(-kv_bytes // page_bytes))
+        block = self.staging.take(kv_bytes + trailer.ByteSize())
+        kv, rest = block.data[:kv_bytes], block.data[kv_bytes:]
+        if handle is None:
+            try:
+                engine.export_kv(request_id, kv)
+            except EngineError:
+                block.release()
+                raise
+        trailer.page_checksums[:] = page_checksums(kv, page_bytes)
+        rest[:] = trailer.SerializeToString()
+        return HandedOver(request_id, num_tokens, kv_bytes, block, checksum(rest))
 
     def _deliver(self, turn: EngineTurn) -> None:
         self._ahead.release()

@@ -214,6 +214,26 @@ def test_kv_that_can_not_be_copied_in_is_refused_and_nothing_stays(monkeypatch: 
     check_free(under_test)
 
 
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_kv_that_can_not_be_copied_out_stays_where_it_is(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    from bucketserve.core.errors import EngineError
+
+    under_test = engine("llama")
+    under_test.add([spec("x", prompt(40), 5, hands_over=True), spec("other", prompt(60), 8)])
+    outputs: dict[str, list[int]] = {}
+    drain(under_test, outputs, steps=1)
+    into = memoryview(bytearray(40 * under_test.info.kv_bytes_per_token))
+    monkeypatch.setattr(under_test._space.memory, "copy_out", lambda *arguments: run_out(kind))
+    with pytest.raises(EngineError, match="can't be copied"):
+        under_test.export_kv(RequestId("x"), into)
+    monkeypatch.undo()
+    under_test.check_integrity()
+    under_test.export_kv(RequestId("x"), into)
+    drain(under_test, outputs)
+    assert outputs["other"] == generate("llama", prompt(60), 8)
+    check_free(under_test)
+
+
 def test_a_broken_device_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     under_test = engine("llama")
 

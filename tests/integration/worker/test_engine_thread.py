@@ -1,4 +1,4 @@
-"""The engine's thread: one that hangs is noticed."""
+"""The engine's thread: one that hangs is noticed, and what can't be handed over harms no other sequence."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from bucketserve.core.errors import EngineError
 from bucketserve.core.types import RequestId
 from bucketserve.engine.fake import FakeEngine, FakeSettings
+from bucketserve.engine.kv_staging import StagedKv
 from bucketserve.ports import SequenceSpec
 from bucketserve_worker import engine_thread
 from bucketserve_worker.engine_thread import EngineThread, EngineTurn
@@ -82,4 +84,52 @@ async def test_the_time_in_which_the_process_was_stopped_is_no_hang(monkeypatch:
     await eventually(lambda: len(turns) >= 9, 10)
     # Nor does it make a later hang any less of one.
     assert engine._longest_turn_s < 20.0
+    await engine.stop()
+
+
+@pytest.mark.parametrize("lacking", ["to copy it", "to stage it"])
+async def test_kv_for_which_there_is_no_memory_fails_its_sequence_alone(
+    monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    turns: list[EngineTurn] = []
+    under_test = FakeEngine(FakeSettings(step_s=0.001))
+    engine = EngineThread(lambda: under_test, turns.append)
+    engine.start()
+    await engine.started
+    before, plain = under_test.headroom(), engine.staging.take
+    if lacking == "to copy it":
+        export = FakeEngine.export_kv
+
+        def no_copy(self: FakeEngine, request_id: RequestId, into: memoryview) -> None:
+            if request_id == "gone":
+                raise EngineError("no memory")
+            export(self, request_id, into)
+
+        monkeypatch.setattr(FakeEngine, "export_kv", no_copy)
+    else:
+        calls = itertools.count()
+
+        def no_block(num_bytes: int) -> StagedKv:
+            if next(calls) == 1:
+                raise MemoryError
+            return plain(num_bytes)
+
+        monkeypatch.setattr(engine.staging, "take", no_block)
+    names = ("a", "gone", "b")
+    sequences = [
+        SequenceSpec(request_id=RequestId(name), token_ids=(1, 2, 3), max_new_tokens=9, hands_over=True)
+        for name in names
+    ]
+    engine.add(1, sequences, 0, specs=dict.fromkeys((sequence.request_id for sequence in sequences), b"spec"))
+    await eventually(lambda: sum(len(turn.handed_over) + len(turn.output.failures) for turn in turns) == 3, 10)
+    (failure,) = (failure for turn in turns for failure in turn.output.failures)
+    assert (failure.request_id, failure.is_retryable) == ("gone", True)
+    assert "no memory" in failure.message
+    assert [one.key for turn in turns for one in turn.handed_over] == ["a", "b"]
+    # Its token would be said by who takes it: of what failed nothing is known to anybody.
+    assert {token.request_id for turn in turns for token in turn.output.tokens} == {"a", "b"}
+    assert {name for turn in turns for name in turn.output.prefilled} == {"a", "b"}
+    assert engine.staging.num_blocks == 2
+    assert turns[-1].headroom.kv_free_tokens == before.kv_free_tokens
+    assert not engine.ended.done()
     await engine.stop()

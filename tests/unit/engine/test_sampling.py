@@ -204,6 +204,25 @@ def test_more_alternatives_than_tokens_are_all_of_them() -> None:
     assert found.chosen.logprob == pytest.approx(float(torch.log_softmax(row, -1)[0, 0]))
 
 
+@pytest.mark.parametrize("size", [7, 400, 5000, 128_256])
+@pytest.mark.parametrize("numbers", [(20, None), (5, 20), (3, 4), (1, 0), (0, 0)])
+def test_of_equal_alternatives_the_lower_id_comes_first_whatever_others_ask_for(
+    numbers: tuple[int, int | None], size: int
+) -> None:
+    # bfloat16 has few numbers: many of them are equal, as they are in models of that type.
+    rows = (2 * torch.randn(2, size, generator=torch.Generator().manual_seed(size))).bfloat16().float()
+    rows[:, 0], rows[:, 1], rows[:, 2] = 0.0, -0.0, -math.inf
+    rows[1] = torch.where(rows[1] > 1, 1.0, rows[1])
+    found = token_logprobs(rows, [0, 0], numbers)
+    for row, of_row, number in zip(rows, found, numbers, strict=True):
+        ordered = sorted(range(size), key=[-value for value in row.tolist()].__getitem__)[: number or 0]
+        assert ordered == [] if of_row is None else [one.token_id for one in of_row.top] == ordered
+        if of_row is not None and number:
+            assert of_row.top[0].token_id == sample(row[None], [SampleRow(Sampling(), 0, ())])[0]
+            wanted = torch.log_softmax(row, -1)[ordered]
+            assert torch.equal(torch.tensor([one.logprob for one in of_row.top]), wanted)
+
+
 def test_noise_is_never_0_or_1() -> None:
     noise = uniform_noise(torch.arange(50), torch.arange(50), 2000)
     assert 0 < float(noise.min()) < float(noise.max()) < 1

@@ -124,16 +124,21 @@ struct Block<T, int8_t> {
         for (long r = 0; r < rows; ++r) {
             const T* x = static_cast<const T*>(p.x) + (first + r) * p.ldx;
             int16_t* out = reinterpret_cast<int16_t*>(memory + r * pairs * 4);
-            vf highest = vf{};
+            vf highest = vf{}, nothing = vf{};
             long k = 0;
             for (; k + VL <= p.depth; k += VL) {
                 vf value = load(x + k);
                 highest = max(highest, max(value, -value));
+                nothing += value * 0.0f;
             }
-            float peak = largest(highest);
-            for (long rest = k; rest < p.depth; ++rest) peak = std::max(peak, std::fabs(get(x + rest)));
+            float peak = largest(highest), zero = sum(nothing);
+            for (long rest = k; rest < p.depth; ++rest) {
+                peak = std::max(peak, std::fabs(get(x + rest)));
+                zero += get(x + rest) * 0.0f;
+            }
             float factor = peak > 0 ? most / peak : 0.0f;
-            scales[r] = peak / most;
+            // No integer is NaN or infinite: of a row that is not finite the scale is NaN, and so are its products.
+            scales[r] = peak / most + zero;
             typedef int16_t vs_unaligned __attribute__((vector_size(VL * 2), aligned(2)));
             for (k = 0; k + VL <= p.depth; k += VL) {
                 // Adding 1.5 x 2^23 leaves the nearest integer in the low bits.

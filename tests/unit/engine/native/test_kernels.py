@@ -86,6 +86,23 @@ def test_a_row_of_zeros_stays_zero_with_8_bit_weights(kernels: Kernels) -> None:
     assert not out.any()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("x_type", [FLOAT, HALF])
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_a_row_that_is_not_finite_has_no_finite_products_and_harms_no_other(
+    kernels: Kernels, is_int8: bool, x_type: torch.dtype, value: float
+) -> None:
+    for depth, rows in itertools.product((1, 7, 16, 37, 64), (1, 3, 20)):
+        packed = kernels.pack([torch.randn(33, depth)], is_int8=is_int8)
+        for at in {0, depth // 2, depth - 1}:
+            x, out = torch.randn(rows, depth).to(x_type), torch.empty(rows, 33, dtype=x_type)
+            x[rows // 2, at] = value
+            kernels.product(x, packed, out, Epilogue.WRITE)
+            is_finite = out.isfinite()
+            assert not is_finite[rows // 2].any(), (depth, rows, at)
+            assert is_finite.sum() == 33 * (rows - 1)
+
+
 @pytest.mark.parametrize("rows", [1, 9, 120])
 @pytest.mark.parametrize("columns", [16, 24, 80])
 @pytest.mark.parametrize("is_int8", [False, True])
