@@ -82,6 +82,33 @@ async def test_whatever_is_wrong_is_answered_in_one_form(stack: LocalStack, name
     assert not events(stack, "gateway", "rpc.failed")
 
 
+@pytest.mark.parametrize(
+    ("path", "members", "is_too_long"),
+    [
+        (TEXT, {"prompt": [5] * 2048}, True),
+        (TEXT, {"prompt": "king " * 2100}, True),
+        (TEXT, {"prompt": "king " * 20_000}, True),
+        (TEXT, {"prompt": "x" * 2_000_000}, True),
+        (TEXT, {"prompt": [5] * 2000, "max_tokens": 100}, True),
+        (CHAT, {"messages": [{"role": "user", "content": "king " * 2100}]}, True),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 2047}, True),
+        # With these no prompt would be served.
+        (TEXT, {"prompt": "a", "max_tokens": 2048}, False),
+        (TEXT, {"prompt": [5] * 2048, "n": 0}, False),
+        (TEXT, {"prompt": [1_000_000]}, False),
+    ],
+)
+async def test_clients_are_told_that_a_shorter_prompt_would_be_served(
+    stack: LocalStack, path: str, members: dict[str, Any], is_too_long: bool
+) -> None:
+    async with http(stack) as client:
+        answer = await client.post(path, json=members)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"] == "context_length_exceeded") == is_too_long
+    assert ("prompt is too long: " in error["message"]) == is_too_long
+
+
 async def test_errors_reach_the_sdk_as_its_own(stack: LocalStack) -> None:
     same: dict[str, Any] = {"model": "demo", "prompt": "a"}
     async with sdk(stack) as client:

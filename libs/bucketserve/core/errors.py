@@ -60,6 +60,8 @@ class FieldViolation:
     """Path of the field, as in the proto: sampling.temperature."""
     description: str
     """What is wrong and what would be right."""
+    is_too_long: bool = False
+    """Whether the context does not hold the prompt, or not beside the output: a shorter prompt would be served."""
 
 
 class BucketServeError(Exception):

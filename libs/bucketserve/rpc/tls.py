@@ -12,7 +12,7 @@ import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import grpc
 
@@ -170,17 +170,16 @@ class Tls:
         """
         given, context = self.current(), self._server_context(trusted)
 
-        def renewed(connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, former: object) -> None:
+        def renewed() -> ssl.SSLContext:
             nonlocal given, context
             now = self.current()
             if now is not given:
                 # What is read again here was found good a moment ago; if it is not now, the former stays.
                 with contextlib.suppress(ssl.SSLError, OSError):
                     given, context = now, self._server_context(trusted)
-            connection.context = context
+            return context
 
-        context.set_servername_callback(renewed)
-        return context
+        return _RenewedContext(renewed)
 
     @staticmethod
     def _public_roots(given: Pems) -> bytes:
@@ -193,6 +192,8 @@ class Tls:
         if roots:
             context.load_verify_locations(cadata=roots.decode("ascii"))
             context.verify_mode = ssl.CERT_REQUIRED
+            # A session that is resumed, and by that renewed, would outlive the certificate that it began with.
+            context.num_tickets = 0
         return context
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
@@ -283,6 +284,29 @@ class Tls:
             return f"key_file {key} has no key that can be read without a password", 0.0
         except OSError as error:
             return str(error.strerror), 0.0
+
+
+class _RenewedContext(ssl.SSLContext):
+    """A server's context that leaves each connection to the one that is right for it.
+
+    A new one knows no session of the one before: whoever was trusted by files that have changed is looked at again.
+    """
+
+    def __new__(cls, renewed: Callable[[], ssl.SSLContext]) -> Self:
+        """Takes what returns the context for a connection that begins."""
+        self = super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+        self._renewed = renewed
+        return self
+
+    _renewed: Callable[[], ssl.SSLContext]
+
+    def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
+        """Returns a connection over a socket."""
+        return self._renewed().wrap_socket(*args, **options)
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        """Returns a connection in memory."""
+        return self._renewed().wrap_bio(*args, **options)
 
 
 def _is_under(clients: str, services: str) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from bucketserve.core.errors import QuotaExceededError, UnavailableError
-from bucketserve.store.quotas import QuotaStore
+from bucketserve.store.quotas import QuotaStore, Refusal
 from bucketserve_gateway.keys import Limits
 
 __all__ = ["Charge", "Quotas"]
@@ -61,15 +62,23 @@ class Quotas:
             self._on_problem("there is no redis_url")
             return None
         charge = Charge(tenant, uuid.uuid4().hex, min(num_tokens, limits.tokens_per_minute or num_tokens), limits)
-        try:
-            refusal = await self._store.take(
+        taking = asyncio.create_task(
+            self._store.take(
                 tenant,
                 charge.name,
                 num_tokens,
                 requests=limits.requests_per_minute,
                 tokens=limits.tokens_per_minute,
                 at_once=limits.requests_at_once,
-            )
+            ),
+            name="quota",
+        )
+        try:
+            refusal = await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            # Whoever leaves now does not wait for what the store has been asked to take.
+            self._later(self._give_back(charge, taking))
+            raise
         except UnavailableError as error:
             self._on_problem(str(error))
             return None
@@ -83,9 +92,7 @@ class Quotas:
         if charge is None:
             return
         del self._open[charge.name]
-        task = asyncio.create_task(self._settle(charge, num_used), name="quota")
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
+        self._later(self._settle(charge, num_used))
 
     async def run(self) -> None:
         """Keeps what runs counted, for ever; on cancellation lets what has ended be settled."""
@@ -106,6 +113,21 @@ class Quotas:
                 await self._taken_from().renew(tenant, names)
         except UnavailableError as error:
             self._on_problem(str(error))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="quota")
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+    async def _give_back(self, charge: Charge, taking: asyncio.Task[Refusal | None]) -> None:
+        """Ends a request whose client left while it was being taken."""
+        try:
+            refusal = await taking
+        except UnavailableError as error:
+            self._on_problem(str(error))
+            return
+        if refusal is None:
+            await self._settle(charge, 0)
 
     async def _settle(self, charge: Charge, num_used: int) -> None:
         unused = max(charge.num_tokens - num_used, 0)

@@ -130,7 +130,7 @@ def _bounded(model: ServedModel, text: str, field: str, *, add_special_tokens: b
             tokens += max(count(model, piece) - CUT_TOKENS, 0)
             if tokens >= context:
                 description = f"more than {tokens} tokens, and the context holds {context}"
-                raise InvalidRequestError([FieldViolation(field, description)])
+                raise InvalidRequestError([FieldViolation(field, description, is_too_long=True)])
     return encode(model, text, add_special_tokens=add_special_tokens)
 
 

@@ -158,7 +158,7 @@ def check_length(prompt_ids: Sequence[int], max_tokens: int | None, card: ModelC
         raise InvalidRequestError([FieldViolation(field, "must not be empty")])
     if left < 1:
         description = f"{len(prompt_ids)} tokens fill the context of {card.context_tokens}"
-        raise InvalidRequestError([FieldViolation(field, description)])
+        raise InvalidRequestError([FieldViolation(field, description, is_too_long=True)])
     if max_tokens is None:
         return min(card.default_max_tokens, left)
     if max_tokens > left:
@@ -166,7 +166,9 @@ def check_length(prompt_ids: Sequence[int], max_tokens: int | None, card: ModelC
             f"prompt ({len(prompt_ids)} tokens) and max_tokens ({max_tokens}) exceed the context of "
             f"{card.context_tokens}; at most {left} for this prompt"
         )
-        raise InvalidRequestError([FieldViolation("stopping.max_tokens", description)])
+        # Which does not fit beside any prompt is not for the prompt to make room for.
+        is_too_long = max_tokens < card.context_tokens
+        raise InvalidRequestError([FieldViolation("stopping.max_tokens", description, is_too_long=is_too_long)])
     return max_tokens
 
 
@@ -194,7 +196,8 @@ def _check_text(field: str, text: str, model: ServedModel, max_bytes: int, bad: 
         bad.append(FieldViolation(field, f"at most {max_bytes} bytes"))
     elif num_bytes > model.max_text_bytes:
         context = model.card.context_tokens
-        bad.append(FieldViolation(field, f"{num_bytes} bytes are more than the context of {context} tokens can hold"))
+        description = f"{num_bytes} bytes are more than the context of {context} tokens can hold"
+        bad.append(FieldViolation(field, description, is_too_long=True))
 
 
 def _check_chat(
@@ -221,7 +224,8 @@ def _check_ids(ids: Sequence[int], card: ModelCard, bad: Violations) -> None:
     if not ids:
         bad.append(FieldViolation("token_ids.ids", "must not be empty"))
     elif len(ids) >= card.context_tokens:
-        bad.append(FieldViolation("token_ids.ids", f"{len(ids)} tokens fill the context of {card.context_tokens}"))
+        description = f"{len(ids)} tokens fill the context of {card.context_tokens}"
+        bad.append(FieldViolation("token_ids.ids", description, is_too_long=True))
     elif max(ids) >= card.vocab_size:
         index = next(i for i, token_id in enumerate(ids) if token_id >= card.vocab_size)
         description = f"{ids[index]} is not in the vocabulary of {card.vocab_size}"

@@ -207,6 +207,7 @@ async def overload(library: LangChain | LiteLLM) -> object:
 async def errors(library: LangChain | LiteLLM) -> object:
     return {
         "too many tokens": await failure(library.one(max_tokens=1_000_000)),
+        "a prompt too long for them": await failure(library.one(max_tokens=2047)),
         "unknown model": await failure(
             library.one(model="openai/nobody" if isinstance(library, LiteLLM) else "nobody")
         ),

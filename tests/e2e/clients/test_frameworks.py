@@ -24,12 +24,14 @@ PROMPT = "Tell me of the king"
 ERRORS = {
     "langchain": {
         "too many tokens": "ModelInvalidRequestError",
+        "a prompt too long for them": "OpenAIContextOverflowError",
         "unknown model": "ModelNotFoundError",
         "unknown parameter": "ModelInvalidRequestError",
         "too late": "ModelTimeoutError",
     },
     "litellm": {
         "too many tokens": "BadRequestError",
+        "a prompt too long for them": "ContextWindowExceededError",
         "unknown model": "NotFoundError",
         "unknown parameter": "BadRequestError",
         "too late": "Timeout",

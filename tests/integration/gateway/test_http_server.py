@@ -221,6 +221,47 @@ async def test_what_is_made_of_too_many_pieces_is_cut_before_all_of_them_are_loo
         assert (await rest(reader)).count(b"HTTP/1.1 200 ") <= server.MAX_PIPELINED + 1
 
 
+@pytest.mark.parametrize("first", [b"", b"GET /version HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize(
+    ("start", "end", "piece", "status"),
+    [
+        (b"GET /version HTTP/1.1\r\nX: ", b"\r\n\r\n", b"a" * 16_000, 200),
+        (b"GET /version HTTP/1.1\r\nX: ", b"\r\n\r\n", b"a" * 17_000, 431),
+        (b"GET /version HTTP/1.1\r\n", b"\r\n", b"X: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\r\n" * 400, 431),
+        (b"GET /version?", b" HTTP/1.1\r\n\r\n", b"a" * 17_000, 431),
+    ],
+)  # fmt: skip
+async def test_a_head_is_too_large_however_it_arrives(
+    start: bytes, end: bytes, piece: bytes, status: int, is_whole: bool, first: bytes
+) -> None:
+    async with serving() as served, served.connected() as (reader, writer):
+        if first:
+            writer.write(first)
+            await reader.readuntil(b"}")
+        data = start + piece + end
+        for part in [data] if is_whole else [data[:-3], data[-3:]]:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        assert b" %d " % status in await reader.readline()
+
+
+@pytest.mark.parametrize("further", [b"GARBAGE\r\n\r\n", b"GET /version HTTP/1.1\r\nX: " + b"a" * 17_000])
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_what_follows_a_request_and_is_none_is_no_part_of_its_answer(further: bytes, is_stream: bool) -> None:
+    body = json.dumps({"prompt": "a", "stream": is_stream}).encode()
+    async with serving(Runs(num_chunks=10_000)) as served, served.connected() as (reader, writer):
+        writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        if is_stream:
+            await reader.readuntil(b"data: ")
+        else:
+            await eventually(lambda: served.runs.num_open == 1)
+        writer.write(further)
+        # The connection is cut.
+        assert b"HTTP/1.1 4" not in await rest(reader)
+
+
 @pytest.mark.parametrize("size", [100, 1000])
 async def test_a_body_in_many_frames_is_read(size: int) -> None:
     body = json.dumps({"prompt": "a" * 99_000}).encode()

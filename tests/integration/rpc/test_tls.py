@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -159,6 +161,57 @@ async def test_certificates_and_ca_are_changed_while_it_serves(tmp_path: Path) -
         assert await answer(address, after) == "SERVING"
         stale = Authority(tmp_path / "stale").issue("service").tls(ca_file=new.ca_file)
         assert await answer(address, stale) == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("kind", ["public", "metrics"])
+async def test_no_session_outlives_the_ca_by_which_it_was_trusted(
+    kind: str, version: ssl.TLSVersion, tmp_path: Path
+) -> None:
+    ours, old, new = (Authority(tmp_path / name) for name in ("ours", "old", "new"))
+    client, papers, services_ca = old.issue("client"), ours.issue("gateway"), ours.ca_file.read_bytes()
+    if kind == "public":
+        trusted = tmp_path / "trusted.pem"
+        replace(trusted, old.ca_file.read_bytes())
+        context = papers.tls(client_ca_file=trusted).http_context()
+    else:
+        trusted = papers.ca
+        replace(trusted, services_ca + old.ca_file.read_bytes())
+        found = papers.tls(metrics="mutual").metrics_context()
+        assert found is not None
+        context = found
+    theirs = ssl.create_default_context(cadata=services_ca.decode())
+    theirs.load_cert_chain(client.cert, client.key)
+    theirs.maximum_version = version
+
+    def welcome(session: ssl.SSLSession | None) -> tuple[bool | None, ssl.SSLSession | None]:
+        with (
+            socket.create_connection(address) as raw,
+            theirs.wrap_socket(raw, server_hostname="127.0.0.1", session=session) as connection,
+        ):
+            if connection.recv(2) != b"hi":
+                raise ConnectionError
+            return connection.session_reused, connection.session
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"hi")
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0, ssl=context)
+    address = server.sockets[0].getsockname()
+    async with server:
+        _, session = await asyncio.to_thread(welcome, None)
+        is_reused, _ = await asyncio.to_thread(welcome, session)
+        # What would be renewed for ever is not resumed at all.
+        assert is_reused == (version is ssl.TLSVersion.TLSv1_2)
+        replace(trusted, new.ca_file.read_bytes() + (services_ca if kind == "metrics" else b""))
+        for offered in (session, None):
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await asyncio.to_thread(welcome, offered)
+        fresh = new.issue("client")
+        theirs.load_cert_chain(fresh.cert, fresh.key)
+        await asyncio.to_thread(welcome, session)
 
 
 async def test_the_probe_speaks_as_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,35 @@ async def test_what_was_taken_and_not_used_is_given_back(asked: int, used: int, 
     assert problems == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "given_back", "problem"),
+    [
+        (None, [("acme", 80, 100)], []),
+        (Refusal("tokens a minute", 2.5), [], []),
+        (UnavailableError("store: away"), [], ["store: away"]),
+    ],
+)
+async def test_who_leaves_while_it_is_being_taken_gets_all_back(
+    answer: Refusal | Exception | None, given_back: list[tuple], problem: list[str]
+) -> None:
+    class Slow(Store):
+        async def take(self, *args, **limits) -> Refusal | None:
+            # A server does what it was asked, whether or not somebody waits for the answer.
+            await asyncio.sleep(0.01)
+            return await super().take(*args, **limits)
+
+    store, problems = Slow(answer), list[str]()
+    it = quotas(store, problems)
+    task = asyncio.create_task(it.take("acme", 80))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    await settled(it)
+    assert store.asked[1:] == given_back
+    assert problems == problem
+
+
 async def test_whom_nothing_limits_costs_no_round_trip() -> None:
     store = Store(UnavailableError("away"))
     it = quotas(store, [])

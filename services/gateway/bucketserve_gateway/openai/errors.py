@@ -48,6 +48,8 @@ CLOSE = (b"connection", b"close")
 MAX_CHARACTERS = 1024
 """Of a message, which may repeat what a client sent."""
 INVALID = "invalid_request_error"
+TOO_LONG = "context_length_exceeded"
+"""By which, or by the words that the message begins with, clients know that they are to shorten the conversation."""
 _KINDS: dict[type[BucketServeError], tuple[int, str]] = {
     InvalidRequestError: (400, INVALID),
     NotFoundError: (404, INVALID),
@@ -123,7 +125,10 @@ def body_of(error: Exception, names: Mapping[str, str]) -> ErrorBody:
             violations = [(_parameter(v.field, names), v.description) for v in error.violations]
             message = "; ".join(f"{name}: {text}" if name else text for name, text in violations)
             param = violations[0][0] or None
-            code = error.code if isinstance(error, ParameterError) else None
+            if isinstance(error, ParameterError):
+                code = error.code
+            elif any(violation.is_too_long for violation in error.violations):
+                code, message = TOO_LONG, f"prompt is too long: {message}"
         case UnknownModelError():
             param, code, message = "model", "model_not_found", str(error)
         case UnauthenticatedError():

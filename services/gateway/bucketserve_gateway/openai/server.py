@@ -192,6 +192,8 @@ class _Connection(HttpToolsProtocol):
         self._part = _Part.BETWEEN
         self._num_bytes = 0
         """Of the request so far, without its body."""
+        self._num_head_bytes = 0
+        """Of what has been read of its head."""
         self._num_pieces = 0
         self._num_body_bytes = 0
         self._arrival: asyncio.TimerHandle | None = None
@@ -223,7 +225,7 @@ class _Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._part is _Part.HEAD and self._num_bytes > self._max_head_bytes:
-            self._refuse(HttpError(431, f"a head has at most {self._max_head_bytes} bytes", "headers_too_large"))
+            self._refuse(self._too_large())
         elif self._num_bytes > self._max_head_bytes + FRAME_BYTES:
             self.transport.abort()
 
@@ -235,12 +237,18 @@ class _Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        super().on_headers_complete()
         self._part = _Part.BODY
         self._has_arrived()
-        super().on_headers_complete()
+
+    def on_url(self, url: bytes) -> None:
+        self._count_head(len(url))
+        super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count_piece()
+        # With a colon and the line's end.
+        self._count_head(len(name) + len(value) + 3)
         super().on_header(name, value)
 
     def on_body(self, body: bytes) -> None:
@@ -251,6 +259,7 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._part, self._num_bytes, self._num_pieces, self._num_body_bytes = _Part.BETWEEN, 0, 0, 0
+        self._num_head_bytes = 0
         self._has_arrived()
         super().on_message_complete()
 
@@ -288,11 +297,31 @@ class _Connection(HttpToolsProtocol):
         """Says what is wrong with what is no request, and closes."""
         if self.transport.is_closing():
             return
+        if self._is_answering():
+            self.transport.abort()
+            return
         body = orjson.dumps(body_of(error, {}))
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[error.status] + head + body)
         self.transport.close()
         self._expect_taking()
+
+    def _is_answering(self) -> bool:
+        """Returns whether what is said now would be taken for the answer to another request, or for a part of one."""
+        cycle = self.cycle
+        if self.pipeline or cycle is None:
+            return bool(self.pipeline)
+        return cycle.response_started if self._part is _Part.BODY else not cycle.response_complete
+
+    def _too_large(self) -> HttpError:
+        return HttpError(431, f"a head has at most {self._max_head_bytes} bytes", "headers_too_large")
+
+    def _count_head(self, num_bytes: int) -> None:
+        """Counts what was read, since all of a head may come at once: it is refused however it arrives."""
+        self._num_head_bytes += num_bytes
+        if self._part is _Part.HEAD and self._num_head_bytes > self._max_head_bytes:
+            self._refuse(self._too_large())
+            raise ConnectionAbortedError
 
     def _count_piece(self) -> None:
         self._num_pieces += 1
