@@ -45,6 +45,10 @@ async def outcome(client: BucketServeClient, max_tokens: int = 1, **more) -> str
     raise AssertionError("no end")
 
 
+def num_open(stack: LocalStack) -> float:
+    return sum(metric(stack, name, "bucketserve_gateway_open_requests") for name in ("gateway", "gateway-1"))
+
+
 async def test_gateways_share_what_a_tenant_may_use(new_stack: NewStack, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     written(file)
@@ -79,23 +83,21 @@ async def test_gateways_share_what_a_tenant_may_use(new_stack: NewStack, tmp_pat
         for _ in range(10):
             assert await outcome(client, 91, stop_token_ids=[end]) == full
 
-    written(file, 'name = "*"\nrequests_at_once = 3')
-    async with client_of(stack, "free") as here, client_of(stack, "free", 1) as there:
-        running = [asyncio.create_task(outcome(client, 400)) for client in (here, there, here)]
-        await eventually(
-            lambda: (
-                sum(metric(stack, name, "bucketserve_gateway_open_requests") for name in ("gateway", "gateway-1")) == 3
-            )
-        )
-        assert [await outcome(client) for client in (here, there)] == [refused, refused]
-        # Who leaves makes room, however he leaves.
-        running[0].cancel()
-        results = []
-        async with asyncio.timeout(30):
-            while not results or results[-1] == refused:
-                results.append(await outcome(there))
-        assert results[-1] == full
-        assert await asyncio.gather(*running[1:]) == [full, full]
+    # 409 tokens each.
+    for limit in ("requests_at_once = 3", "tokens_at_once = 1_230"):
+        written(file, f'name = "*"\n{limit}')
+        async with client_of(stack, "free") as here, client_of(stack, "free", 1) as there:
+            running = [asyncio.create_task(outcome(client, 400)) for client in (here, there, here)]
+            await eventually(lambda: num_open(stack) == 3)
+            assert [await outcome(client) for client in (here, there)] == [refused, refused]
+            # Who leaves makes room, however he leaves.
+            running[0].cancel()
+            results = []
+            async with asyncio.timeout(30):
+                while not results or results[-1] == refused:
+                    results.append(await outcome(there))
+            assert results[-1] == full
+            assert await asyncio.gather(*running[1:]) == [full, full]
 
     # Jobs wait for their tenant's quota as long as it takes.
     written(file, 'name = "*"\nrequests_at_once = 2')

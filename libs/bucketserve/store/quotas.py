@@ -4,7 +4,8 @@
 |-------------------------------|--------|--------------------------------------------------------------------------|
 | bs:{d/quota/tenant}:requests  | string | when all requests that were taken will have come back (s), at the latest |
 | bs:{d/quota/tenant}:tokens    | string | the same of tokens                                                       |
-| bs:{d/quota/tenant}:running   | zset   | request -> end of its gateway's lease (ms)                               |
+| bs:{d/quota/tenant}:running   | zset   | request -> end of its gateway's lease (ms); "" -> less than zero by as   |
+|                               |        | many tokens as they have together                                        |
 
 What is taken comes back evenly over a minute; a tenant that has been idle for one has a minute's worth at once.
 """
@@ -28,7 +29,7 @@ MINUTE_S = 60.0
 SCRIPTS = ("quota_take", "quota_settle", "quota_renew")
 MOST_AT_ONCE = 16
 """Commands at once, and so connections."""
-LIMITS = ("requests a minute", "tokens a minute", "requests at once")
+LIMITS = ("requests a minute", "tokens a minute", "requests at once", "tokens at once")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +57,21 @@ class QuotaStore:
         self._scripts = {name: client.register_script((folder / f"{name}.lua").read_text()) for name in SCRIPTS}
 
     async def take(
-        self, tenant: str, name: str, num_tokens: int, *, requests: int, tokens: int, at_once: int
+        self, tenant: str, name: str, num_tokens: int, *, requests: int, tokens: int, at_once: int, tokens_at_once: int
     ) -> Refusal | None:
         """Takes a request of that many tokens; returns what is in the way, and nothing is taken then.
 
         Args:
             tenant: whose it is.
-            name: of the request, which nobody else uses.
+            name: of the request, which nobody else uses: its number of tokens and a colon at the beginning.
             num_tokens: what it may need; more than a minute's worth counts as that.
             requests: limit a minute; 0: none.
             tokens: limit a minute; 0: none.
-            at_once: limit of requests that run; 0: none.
+            at_once: limit of requests that wait or run; 0: none.
+            tokens_at_once: limit of their tokens together; 0: none. One that needs more is let in alone.
         """
         keys = self._keys(tenant, "requests", "tokens", "running")
-        args: list[str | int] = [name, num_tokens, requests, tokens, at_once, self._lease_ms]
+        args: list[str | int] = [name, num_tokens, requests, tokens, at_once, tokens_at_once, self._lease_ms]
         which, wait_ms = cast(tuple[int, int], await self._run("quota_take", keys, args))
         return Refusal(LIMITS[which - 1], wait_ms / 1e3) if which else None
 

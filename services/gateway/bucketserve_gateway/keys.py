@@ -91,6 +91,8 @@ class Limits(BaseModel):
     tokens_per_minute: int = Field(0, ge=0, le=10**12)
     """Of prompts and outputs together."""
     requests_at_once: int = Field(0, ge=0, le=10**9)
+    tokens_at_once: int = Field(0, ge=0, le=10**12)
+    """Of all that wait or run: prompts and max_tokens."""
 
 
 class KeysFile(NamedTuple):

@@ -61,7 +61,8 @@ class Quotas:
         if self._store is None:
             self._on_problem("there is no redis_url")
             return None
-        charge = Charge(tenant, uuid.uuid4().hex, min(num_tokens, limits.tokens_per_minute or num_tokens), limits)
+        name = f"{num_tokens}:{uuid.uuid4().hex}"
+        charge = Charge(tenant, name, min(num_tokens, limits.tokens_per_minute or num_tokens), limits)
         taking = asyncio.create_task(
             self._store.take(
                 tenant,
@@ -70,6 +71,7 @@ class Quotas:
                 requests=limits.requests_per_minute,
                 tokens=limits.tokens_per_minute,
                 at_once=limits.requests_at_once,
+                tokens_at_once=limits.tokens_at_once,
             ),
             name="quota",
         )

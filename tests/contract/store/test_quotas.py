@@ -13,13 +13,18 @@ from bucketserve.store.quotas import QuotaStore
 from bucketserve.store.redis import connect
 
 pytestmark = pytest.mark.redis
-NONE = {"requests": 0, "tokens": 0, "at_once": 0}
-_names = (f"request-{number}" for number in itertools.count())
+NONE = {"requests": 0, "tokens": 0, "at_once": 0, "tokens_at_once": 0}
+_numbers = itertools.count()
+RUNNING = "bs:{default/quota/a}:running"
+
+
+def named(num_tokens: int) -> str:
+    return f"{num_tokens}:{next(_numbers)}"
 
 
 async def taken(store: QuotaStore, number: int, *, num_tokens: int = 1, tenant: str = "a", **limits: int) -> int:
     """How many of so many requests get through at once."""
-    asked = [store.take(tenant, next(_names), num_tokens, **{**NONE, **limits}) for _ in range(number)]
+    asked = [store.take(tenant, named(num_tokens), num_tokens, **{**NONE, **limits}) for _ in range(number)]
     return sum(refusal is None for refusal in await asyncio.gather(*asked))
 
 
@@ -90,7 +95,7 @@ async def test_what_runs_is_counted_until_it_ends_or_its_gateway_does(client: ai
 
 async def test_what_was_taken_before_the_server_s_clock_was_set_back_comes_back_as_soon(client: aioredis.Redis) -> None:
     # As it looks after the clock was set back by an hour: an hour ahead.
-    store, limits = QuotaStore(client, lease_s=0.5), {"requests": 5, "tokens": 1000, "at_once": 1}
+    store, limits = QuotaStore(client, lease_s=0.5), {**NONE, "requests": 5, "tokens": 1000, "at_once": 1}
     assert await store.take("a", "x", 1000, **limits) is None
     seconds, _ = await client.time()
     await client.set("bs:{default/quota/a}:tokens", f"{seconds + 3_660}.0", px=3_660_000)
@@ -104,6 +109,45 @@ async def test_what_was_taken_before_the_server_s_clock_was_set_back_comes_back_
             break
         await asyncio.sleep(0.1)
     assert await client.zrange("bs:{default/quota/a}:running", 0, -1) == [b"y"]
+
+
+@pytest.mark.parametrize("at_once", [0, 100])
+async def test_tokens_at_once_are_those_of_all_that_have_not_ended(client: aioredis.Redis, at_once: int) -> None:
+    store, limits = QuotaStore(client, lease_s=60.0), {**NONE, "at_once": at_once, "tokens_at_once": 1000}
+    names = [named(300) for _ in range(5)]
+    found = [await store.take("a", name, 300, **limits) for name in names]
+    assert [refusal and refusal.limit for refusal in found] == [None] * 3 + ["tokens at once"] * 2
+    assert found[4] is not None and found[4].retry_delay_s == 1.0
+    assert await taken(store, 5, num_tokens=50, **limits) == 2
+    # However often it ends, it makes room once; so does what was never let in, or not counted.
+    for name in (names[0], names[0], names[3], "unknown", named(10**6)):
+        await store.settle("a", name, unused=0, tokens=0)
+    await store.renew("a", names[:2])
+    assert await taken(store, 6, num_tokens=100, **limits) == 3
+    assert await taken(store, 2, num_tokens=1, **limits) == 0
+    await store.settle("a", names[1], unused=0, tokens=0)
+    # What its gateway does not renew any more has ended.
+    await QuotaStore(client, lease_s=0.1).renew("a", await client.zrangebyscore(RUNNING, "(0", "+inf"))
+    while await store.take("a", name := named(900), 900, **limits):
+        await asyncio.sleep(0.05)
+    assert await client.zrange(RUNNING, 0, -1) == [b"", name.encode()]
+    assert await client.zscore(RUNNING, "") == -900
+
+
+async def test_one_that_needs_more_tokens_than_may_be_at_once_runs_alone(client: aioredis.Redis) -> None:
+    store, limits = QuotaStore(client), {**NONE, "tokens_at_once": 1000}
+    large = named(5000)
+    assert await store.take("a", large, 5000, **limits) is None
+    assert await taken(store, 1, **limits) == 0
+    await store.settle("a", large, unused=0, tokens=0)
+    assert await taken(store, 1, **limits) == 1
+    assert await store.take("a", named(5000), 5000, **limits) is not None
+
+
+async def test_a_limit_that_is_set_while_others_run_counts_those_that_were_counted(client: aioredis.Redis) -> None:
+    store = QuotaStore(client)
+    assert await taken(store, 3, num_tokens=300, at_once=5) == 3
+    assert await taken(store, 3, num_tokens=100, tokens_at_once=1000) == 1
 
 
 async def test_keys_of_quotas_go_by_themselves(client: aioredis.Redis) -> None:
@@ -121,7 +165,7 @@ async def test_keys_of_quotas_go_by_themselves(client: aioredis.Redis) -> None:
 
 
 async def test_who_fills_the_server_gets_no_more(client: aioredis.Redis) -> None:
-    store, limits = QuotaStore(client), {"requests": 10, "tokens": 1000, "at_once": 3}
+    store, limits = QuotaStore(client), {**NONE, "requests": 10, "tokens": 1000, "at_once": 3}
     await client.config_set("maxmemory-policy", "noeviction")
     await client.config_set("maxmemory", (await client.info("memory"))["used_memory"] // 2)
     try:

@@ -58,7 +58,7 @@ async def test_what_was_taken_and_not_used_is_given_back(asked: int, used: int, 
     it.settle(charge, used)
     await settled(it)
     assert store.asked == [
-        ("acme", asked, {"requests": 0, "tokens": 100, "at_once": 3}),
+        ("acme", asked, {"requests": 0, "tokens": 100, "at_once": 3, "tokens_at_once": 0}),
         ("acme", unused, 100),
     ]
     assert problems == []

@@ -2,8 +2,9 @@
 -- Takes a request and its tokens from what a tenant may have, if there is enough of everything. Works in a full server:
 -- nobody gets more by filling it.
 -- KEYS: requests, tokens, running.
--- ARGV: name, tokens, requests a minute, tokens a minute, requests at once (0: no limit), lease in milliseconds.
--- Returns which limit is in the way (0: none; 1, 2, 3 as above) and for how many milliseconds.  O(log n).
+-- ARGV: name, tokens, requests a minute, tokens a minute, requests at once, tokens at once (0: no limit), lease in
+-- milliseconds.
+-- Returns which limit is in the way (0: none; 1, 2, 3, 4 as above) and for how many milliseconds.  O(log n).
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 local minute = 60
@@ -21,22 +22,34 @@ for i, cost in ipairs({1, tonumber(ARGV[2])}) do
     if over > 0.001 and over > wait then which, wait = i, over end
   end
 end
-local most = tonumber(ARGV[5])
+local most, most_tokens, lease = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
 local now_ms = math.floor(now * 1000)
-if most > 0 then
-  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now_ms)
-  -- Leases that end later than any could were given before it was set back.
-  for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '(' .. now_ms + 2 * ARGV[6], '+inf', 'LIMIT', 0, 1000)) do
-    redis.call('ZADD', KEYS[3], now_ms + ARGV[6], name)
+local is_counted = most > 0 or most_tokens > 0
+local function tokens_of(name) return tonumber(string.match(name, '^%d+:') and string.match(name, '^%d+') or 0) end
+local held = 0
+if is_counted then
+  held = -(tonumber(redis.call('ZSCORE', KEYS[3], '')) or 0)
+  for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '(0', now_ms)) do
+    redis.call('ZREM', KEYS[3], name)
+    held = held - tokens_of(name)
   end
-  if which == 0 and redis.call('ZCARD', KEYS[3]) >= most then which, wait = 3, 1 end
+  -- Leases that end later than any could were given before it was set back.
+  for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '(' .. now_ms + 2 * lease, '+inf', 'LIMIT', 0, 1000)) do
+    redis.call('ZADD', KEYS[3], now_ms + lease, name)
+  end
+  if held > 0 then redis.call('ZADD', KEYS[3], -held, '') else redis.call('ZREM', KEYS[3], '') end
+  if which == 0 and most > 0 and redis.call('ZCOUNT', KEYS[3], '(0', '+inf') >= most then which, wait = 3, 1 end
+  -- One that is larger than the limit may run alone.
+  if which == 0 and most_tokens > 0 and held > 0 and held + ARGV[2] > most_tokens then which, wait = 4, 1 end
 end
 if which > 0 then return {which, math.ceil(wait * 1000)} end
 for i, level in pairs(levels) do
   redis.call('SET', KEYS[i], string.format('%.6f', level), 'PX', math.ceil((level - now) * 1000) + 1000)
 end
-if most > 0 then
-  redis.call('ZADD', KEYS[3], now_ms + ARGV[6], ARGV[1])
-  redis.call('PEXPIRE', KEYS[3], ARGV[6])
+if is_counted then
+  redis.call('ZADD', KEYS[3], now_ms + lease, ARGV[1])
+  held = held + tokens_of(ARGV[1])
+  if held > 0 then redis.call('ZADD', KEYS[3], -held, '') end
+  redis.call('PEXPIRE', KEYS[3], lease)
 end
 return {0, 0}
