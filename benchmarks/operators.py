@@ -108,7 +108,8 @@ def simulate(jobs: Iterable[Job], processes: int, console: Console) -> None:
         def world(job: Job) -> str:
             return "/".join((job.device, "mixed", job.arrivals, job.what))
 
-        rivals = {world(job): job for job in left if job.what in RIVALS and world(job) not in steps}
+        swept = [replace(job, group="mixed", workload="mixed", trace="") for job in left]
+        rivals = {world(job): job for job in swept if job.what in RIVALS and world(job) not in steps}
         bar = progress.add_task("step sizes", total=len(rivals))
         sweeps = {pool.submit(sweep, job): name for name, job in rivals.items()}
         for done in as_completed(sweeps):

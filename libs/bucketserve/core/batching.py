@@ -176,19 +176,24 @@ class BatchFormer:
                 return None
             first, worker = picked.request, picked.worker
         else:
-            worker = self._place(first, candidates)
+            worker = self._place(first, candidates, now_s)
         if worker is None and _is_bound(first, candidates):
             # Those that may serve it are not among the least loaded.
-            worker = self._place(first, [able for able in self._fleet if able.could_serve(first)])
+            worker = self._place(first, [able for able in self._fleet if able.could_serve(first)], now_s)
         if worker is None and _is_bound(first, candidates):
-            return self._behind_bound(lane, bucket, candidates, first)
+            return self._behind_bound(lane, bucket, candidates, first, now_s)
         return first, worker
 
-    def _place(self, request: Request, candidates: Sequence[WorkerState]) -> WorkerState | None:
-        return place(self._affinity.cold(request), candidates, self._settings)
+    def _place(self, request: Request, candidates: Sequence[WorkerState], now_s: float) -> WorkerState | None:
+        """Returns a worker for the request: one without prompts to compute where it may not join those of the best."""
+        cold = self._affinity.cold(request)
+        best = place(cold, candidates, self._settings)
+        if best is None or not best.batch_of or self._may_share(cold, best, now_s):
+            return best
+        return place(cold, [worker for worker in candidates if not worker.batch_of], self._settings) or best
 
     def _behind_bound(
-        self, lane: Lane, bucket: Bucket, candidates: Sequence[WorkerState], head: Request
+        self, lane: Lane, bucket: Bucket, candidates: Sequence[WorkerState], head: Request, now_s: float
     ) -> tuple[Request, WorkerState | None]:
         """Returns the first request behind those that only some may serve, and its worker if one can take it."""
         takes_new = any(worker.takes_new for worker in candidates)
@@ -197,7 +202,7 @@ class BatchFormer:
                 if not (takes_new or request.fingerprint):
                     # Those that are bound come first.
                     break
-                worker = self._place(request, candidates)
+                worker = self._place(request, candidates, now_s)
                 if worker is not None or not _is_bound(request, candidates):
                     return (head if worker is None else request), worker
         return head, None

@@ -61,7 +61,7 @@ class FieldViolation:
     description: str
     """What is wrong and what would be right."""
     is_too_long: bool = False
-    """Whether the context does not hold the prompt, or not beside the output: a shorter prompt would be served."""
+    """Whether the context does not hold the prompt, or not beside the output: a shorter prompt may be served."""
 
 
 class BucketServeError(Exception):

@@ -41,10 +41,11 @@ def load_score(worker: WorkerState) -> float:
 
 def _shares_next_step(worker: WorkerState) -> bool:
     """Whether prompts wait for its step under way to end that make the next one at most twice as long."""
-    if not (worker.unaccounted and worker.headroom.num_running):
+    # A step of one that only prefills has prompts in any case.
+    if worker.role is not WorkerRole.BOTH or not (worker.unaccounted and worker.headroom.num_running):
         return False
     waiting_s = worker.times.prefill_token_s() * sum(batch.prefill_tokens for batch in worker.unaccounted)
-    return waiting_s <= worker.times.decode_s(worker.headroom.num_running, worker.context_tokens_held())
+    return 0 < waiting_s <= worker.times.decode_s(worker.headroom.num_running, worker.context_tokens_held())
 
 
 def place(request: Request, candidates: Sequence[WorkerState], settings: CoreSettings) -> WorkerState | None:

@@ -72,11 +72,14 @@ class KvStaging:
         """Returns a block of that many bytes; if the area has no room for it, in this process's own memory."""
         length = _whole(num_bytes)
         with self._lock:
-            self._num_blocks += 1
             start = self._ranges.allocate(length) if self._map is not None else None
         if start is None or self._map is None:
-            return StagedKv(memoryview(bytearray(num_bytes)), None, self)
-        return StagedKv(memoryview(self._map)[start : start + num_bytes], start, self)
+            block = StagedKv(memoryview(bytearray(num_bytes)), None, self)
+        else:
+            block = StagedKv(memoryview(self._map)[start : start + num_bytes], start, self)
+        with self._lock:
+            self._num_blocks += 1
+        return block
 
     def close(self) -> None:
         """Gives the file up. The mapping ends with the last block's view."""

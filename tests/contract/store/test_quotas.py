@@ -134,6 +134,20 @@ async def test_tokens_at_once_are_those_of_all_that_have_not_ended(client: aiore
     assert await client.zscore(RUNNING, "") == -900
 
 
+async def test_a_sum_that_was_lost_before_its_requests_ended_is_nobody_s_credit(client: aioredis.Redis) -> None:
+    store, limits = QuotaStore(client), {**NONE, "tokens_at_once": 1000}
+    names = [named(300) for _ in range(3)]
+    assert [await store.take("a", name, 300, **limits) for name in names] == [None] * 3
+    # As a gateway does that does not know of sums.
+    await client.zremrangebyscore(RUNNING, "-inf", 0)
+    last = named(100)
+    assert await store.take("a", last, 100, **limits) is None
+    for name in names:
+        await store.settle("a", name, unused=0, tokens=0)
+    assert await taken(store, 20, num_tokens=100, **limits) in (10, 11)
+    assert await client.zscore(RUNNING, "") == -1000
+
+
 async def test_one_that_needs_more_tokens_than_may_be_at_once_runs_alone(client: aioredis.Redis) -> None:
     store, limits = QuotaStore(client), {**NONE, "tokens_at_once": 1000}
     large = named(5000)

@@ -33,6 +33,8 @@ if is_counted then
     redis.call('ZREM', KEYS[3], name)
     held = held - tokens_of(name)
   end
+  -- Below zero it can only be where the sum was lost before those that were in it have ended.
+  held = math.max(held, 0)
   -- Leases that end later than any could were given before it was set back.
   for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '(' .. now_ms + 2 * lease, '+inf', 'LIMIT', 0, 1000)) do
     redis.call('ZADD', KEYS[3], now_ms + lease, name)

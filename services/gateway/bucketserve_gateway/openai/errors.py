@@ -127,7 +127,7 @@ def body_of(error: Exception, names: Mapping[str, str]) -> ErrorBody:
             param = violations[0][0] or None
             if isinstance(error, ParameterError):
                 code = error.code
-            elif any(violation.is_too_long for violation in error.violations):
+            elif all(violation.is_too_long for violation in error.violations):
                 code, message = TOO_LONG, f"prompt is too long: {message}"
         case UnknownModelError():
             param, code, message = "model", "model_not_found", str(error)
