@@ -130,7 +130,7 @@ class BatchFormer:
             # What is behind it in the lane could go before it for ever, each time that one of them fits.
             is_overdue = lane is Lane.DEFERRED and due_s + self._settings.batch_patience_s <= now_s
             may_save = lane is Lane.DEFERRED and is_its_turn and due_s <= now_s
-            placed = self._placed(lane, bucket, first, candidates, now_s)
+            placed = self._placed(lane, bucket, first, candidates, now_s, may_save=may_save)
             if placed is None:
                 continue
             first, worker = placed
@@ -162,7 +162,14 @@ class BatchFormer:
         return None
 
     def _placed(
-        self, lane: Lane, bucket: Bucket, first: Request, candidates: Sequence[WorkerState], now_s: float
+        self,
+        lane: Lane,
+        bucket: Bucket,
+        first: Request,
+        candidates: Sequence[WorkerState],
+        now_s: float,
+        *,
+        may_save: bool,
     ) -> tuple[Request, WorkerState | None] | None:
         """Returns who goes next out of a bucket that begins with `first`, and where; None if all should wait."""
         if self._affinity.knows(first):
@@ -181,6 +188,8 @@ class BatchFormer:
             # Those that may serve it are not among the least loaded.
             worker = self._place(first, [able for able in self._fleet if able.could_serve(first)], now_s)
         if worker is None and _is_bound(first, candidates):
+            if may_save:
+                self._save_for(first, list(self._fleet))
             return self._behind_bound(lane, bucket, candidates, first, now_s)
         return first, worker
 

@@ -167,6 +167,8 @@ def test_a_deferred_request_gets_its_turn_in_a_flood_of_urgent_ones(
     st.lists(st.tuples(st.integers(1, 200), st.integers(1, 250)), min_size=1, max_size=8),
     st.integers(1, 4),
 )
+# What has run is bound to its weights, and those behind it went before it for ever.
+@example(1, [(56, 1), (110, 1)], [(1, 1), (110, 225)], 4)
 @settings(max_examples=60)
 def test_whatever_is_let_go_for_a_flood_of_urgent_ones_comes_to_its_end(
     num_workers: int, flood: list, patient: list, per_turn: int

@@ -81,7 +81,7 @@ def test_who_shakes_no_hands_is_let_go_and_delays_nobody(tmp_path: Path, monkeyp
     papers = Authority(tmp_path / "ours").issue("service")
     monkeypatch.setattr(metrics, "SILENCE_S", 0.5)
     with serving(papers, "tls") as endpoint:
-        silent = [socket.create_connection(("127.0.0.1", endpoint.port), timeout=10) for _ in range(20)]
+        silent = [socket.create_connection(("127.0.0.1", endpoint.port), timeout=30) for _ in range(20)]
         silent[0].sendall(b"\x16\x03\x01")
         monkeypatch.setattr(metrics, "SILENCE_S", 10.0)
         assert is_served(endpoint, trusting(papers.ca))

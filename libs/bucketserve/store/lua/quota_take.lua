@@ -25,7 +25,7 @@ end
 local most, most_tokens, lease = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
 local now_ms = math.floor(now * 1000)
 local is_counted = most > 0 or most_tokens > 0
-local function tokens_of(name) return tonumber(string.match(name, '^%d+:') and string.match(name, '^%d+') or 0) end
+local function tokens_of(name) return tonumber(string.match(name, '^(%d+):') or 0) end
 local held = 0
 if is_counted then
   held = -(tonumber(redis.call('ZSCORE', KEYS[3], '')) or 0)

@@ -317,7 +317,7 @@ class _Connection(HttpToolsProtocol):
         return HttpError(431, f"a head has at most {self._max_head_bytes} bytes", "headers_too_large")
 
     def _count_head(self, num_bytes: int) -> None:
-        """Counts what was read, since all of a head may come at once: it is refused however it arrives."""
+        """Counts what was read of a head, blanks before values apart: all of it may have come at once."""
         self._num_head_bytes += num_bytes
         if self._part is _Part.HEAD and self._num_head_bytes > self._max_head_bytes:
             self._refuse(self._too_large())
