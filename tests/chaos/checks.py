@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import grpc
 
 from bucketserve.client import BucketServeClient, Chunk
+from bucketserve.core.settings import CoreSettings
 from bucketserve.store.redis import connect
 from bucketserve_cli.stack import LocalStack, ServiceProcess
 from tests.e2e.observe import eventually, metric, models, status
@@ -129,17 +131,27 @@ async def _reach_all(stack: LocalStack, gateway: str, client: BucketServeClient,
     Raises:
         TimeoutError: it takes long; those that came first may have ended meanwhile.
     """
+    num_prefill = stack.spec.roles.count("prefill")
+    # A prefill worker that has done its part is as idle as the others: all of them are given as much as one takes.
+    num_tokens = CoreSettings().fill_tokens if num_prefill else 1
     async with asyncio.timeout(20), contextlib.AsyncExitStack() as streams:
-        # Each stays until all workers have one: who has none is given the next.
-        while _open_files(stack, hops)[gateway]["connection of worker"] < len(stack.worker_names()):
-            events = client.generate(token_ids=[5], max_tokens=400, ignore_eos=True, metadata=[UNTRACED])
+
+        async def send(token_id: int) -> None:
+            prompt, rest = [token_id] * num_tokens, 400 - num_tokens
+            events = client.generate(token_ids=prompt, max_tokens=rest, ignore_eos=True, metadata=[UNTRACED])
             await streams.enter_async_context(contextlib.aclosing(events))
-            num_tokens = 0
+            num_seen = 0
             # The second token comes from a decode worker, if prefill and decode are apart.
             async for event in events:
-                num_tokens += len(event.token_ids) if isinstance(event, Chunk) else 0
-                if num_tokens >= 2:
+                num_seen += len(event.token_ids) if isinstance(event, Chunk) else 0
+                if num_seen >= 2:
                     break
+
+        # Each stays until all workers have one: who has none is given the next. No two prompts are alike, or who has
+        # computed the first would be given the second.
+        token_ids = itertools.cycle(range(5, 105))
+        while _open_files(stack, hops)[gateway]["connection of worker"] < len(stack.worker_names()):
+            await asyncio.gather(*(send(next(token_ids)) for _ in range(num_prefill or 1)))
 
 
 async def warm_up(stack: LocalStack, hops: Hops = dict) -> dict[str, Usage]:
