@@ -44,13 +44,14 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         self.requests.append(request)
-        for _ in range(self.num_chunks):
-            yield inference_pb2.GenerateResponse(chunk=inference_pb2.GenerateChunk(text="a"))
-        if self.waits:
-            try:
+        try:
+            for _ in range(self.num_chunks):
+                # A client can leave before this write is known to be done.
+                yield inference_pb2.GenerateResponse(chunk=inference_pb2.GenerateChunk(text="a"))
+            if self.waits:
                 await asyncio.Event().wait()
-            finally:
-                self.num_left += 1
+        finally:
+            self.num_left += 1
         if self.error is not None:
             raise self.error
 
@@ -195,8 +196,9 @@ async def test_a_deadline_holds_for_all_attempts_together(open_client: Open) -> 
         assert "refused" in str(caught.value)
 
 
-async def test_leaving_the_iteration_cancels_the_request() -> None:
-    gateway = Gateway(waits=True)
+@pytest.mark.parametrize("num_chunks", [1, 1_000_000], ids=["while it waits", "while it writes"])
+async def test_leaving_the_iteration_cancels_the_request(num_chunks: int) -> None:
+    gateway = Gateway(num_chunks, waits=True)
     async with serving(gateway) as address:
         async with BucketServeClient(address) as client, aclosing(client.generate(prompt="x")) as events:
             assert (await anext(events)).text == "a"
@@ -211,5 +213,5 @@ async def test_leaving_the_iteration_cancels_the_request() -> None:
             await asyncio.to_thread(leave, sync_client)
             await eventually(lambda: gateway.num_left == 2)
             # From several threads at once.
-            gateway.waits = False
+            gateway.num_chunks, gateway.waits = 1, False
             assert await asyncio.gather(*(text(sync_client) for _ in range(20))) == ["a"] * 20
