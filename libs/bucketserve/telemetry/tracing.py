@@ -14,8 +14,9 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import (
+    INVALID_SPAN,
     Link,
     NonRecordingSpan,
     Span,
@@ -37,7 +38,7 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """The tracer of one process. Without an endpoint nothing is sampled and spans cost next to nothing."""
+    """The tracer of one process. Without an endpoint nothing is recorded, and spans cost next to nothing."""
 
     def __init__(
         self, service_name: str, instance_id: str, *, otlp_endpoint: str = "", sample_ratio: float = 1.0
@@ -45,7 +46,7 @@ class Tracing:
         """Exports over OTLP gRPC to otlp_endpoint (http://host:4317), in batches, from a thread."""
         self.is_enabled = bool(otlp_endpoint)
         self._sample_ratio = sample_ratio
-        sampler = ParentBased(TraceIdRatioBased(sample_ratio)) if self.is_enabled else ALWAYS_OFF
+        sampler = ParentBased(TraceIdRatioBased(sample_ratio))
         resource = Resource.create({"service.name": service_name, "service.instance.id": instance_id})
         self._provider = TracerProvider(sampler=sampler, resource=resource, shutdown_on_exit=False)
         if self.is_enabled:
@@ -57,6 +58,8 @@ class Tracing:
         self, name: str, *, parent: Context | None = None, start_unix_us: int | None = None, is_server: bool = False
     ) -> Span:
         """Returns a started span; the caller ends it. Name must be in the catalogue."""
+        if not self.is_enabled:
+            return INVALID_SPAN
         return self._tracer.start_span(
             SPANS[name].name,
             context=parent if parent is not None else Context(),

@@ -38,14 +38,12 @@ class Admission:
         max_calls: int,
         max_calls_per_connection: int,
         max_bytes: int,
-        on_change: Callable[[int, int], None],
         on_refused: Callable[[str], None],
     ) -> None:
-        """Calls on_change(open calls, bytes held) after each change, on_refused(reason) for each refusal."""
+        """Calls on_refused(reason) for each refusal."""
         self._max_calls = max_calls
         self._max_calls_per_connection = max_calls_per_connection
         self._max_bytes = max_bytes
-        self._on_change = on_change
         self._on_refused = on_refused
         self._by_connection: Counter[str] = Counter()
         self.num_calls = 0
@@ -69,7 +67,6 @@ class Admission:
             raise self.refusal("MAX_CALLS_PER_CONNECTION", f"{most} calls are open on this connection")
         self.num_calls += 1
         self._by_connection[peer] += 1
-        self._on_change(self.num_calls, self.num_bytes)
         try:
             yield
         finally:
@@ -77,7 +74,6 @@ class Admission:
             self._by_connection[peer] -= 1
             if not self._by_connection[peer]:
                 del self._by_connection[peer]
-            self._on_change(self.num_calls, self.num_bytes)
 
     @contextlib.contextmanager
     def room(self) -> Iterator[Room]:
@@ -97,7 +93,6 @@ class Admission:
         if by > 0 and self.num_bytes and self.num_bytes + by > self._max_bytes:
             raise self.refusal("MAX_HELD_BYTES", f"open requests hold {self.num_bytes} bytes at this gateway")
         self.num_bytes += by
-        self._on_change(self.num_calls, self.num_bytes)
 
     def refusal(self, reason: str, message: str) -> OverloadedError:
         """Returns the error of a refusal, which is counted."""

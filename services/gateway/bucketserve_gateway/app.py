@@ -90,7 +90,6 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             max_calls=settings.max_open_calls,
             max_calls_per_connection=settings.max_streams_per_connection,
             max_bytes=settings.max_held_bytes,
-            on_change=observer.admitted,
             on_refused=observer.refused_at_the_door,
         )
         stores = await _stores(settings, ours.name)
@@ -98,6 +97,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
         tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_prompt_bytes, admission.refusal)
         stack.callback(tokenizers.close)
         requests = OpenRequests()
+        observer.watch(admission, requests)
         delivery = DeliveryServicer(requests, ours)
         scheduler = SchedulerLink(
             settings.scheduler_address.split(","),
@@ -130,15 +130,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             grpc_server(parts, ours, inference, jobs_api, is_leaving.is_set),
             http_server(parts, ours, inference, submissions, stores.shelves),
         )
-        internal = RpcServer(
-            settings.delivery_listen,
-            services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name, ours.health_service],
-            on_unexpected=observer.unexpected,
-            tls=ours.tls,
-            reached_at=settings.delivery_address,
-            enable_reflection=False,
-        )
-        delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(delivery, internal.grpc_server)
+        internal = _delivery_server(settings, ours, observer, delivery)
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(scheduler.run(), name="scheduler-link"),
@@ -179,6 +171,22 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
                     task.cancel()
                 delivery.close()
                 await internal.stop(FLUSH_S)
+
+
+def _delivery_server(
+    settings: GatewaySettings, ours: Deployment, observer: GatewayTelemetry, delivery: DeliveryServicer
+) -> RpcServer:
+    """Returns the server that workers deliver to."""
+    server = RpcServer(
+        settings.delivery_listen,
+        services=[delivery_pb2.DESCRIPTOR.services_by_name["DeliveryService"].full_name, ours.health_service],
+        on_unexpected=observer.unexpected,
+        tls=ours.tls,
+        reached_at=settings.delivery_address,
+        enable_reflection=False,
+    )
+    delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(delivery, server.grpc_server)
+    return server
 
 
 def _names(settings: GatewaySettings) -> ModelNames:

@@ -176,7 +176,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         opened.arrival_s = arrival_s
         opened.deadline_s = None if remaining_s is None else arrival_s + remaining_s
         parts.requests.add(opened)
-        parts.telemetry.opened(len(parts.requests), opened)
+        parts.telemetry.opened(opened)
         return opened
 
     def _close(self, opened: OpenRequest, span: Span) -> None:
@@ -188,7 +188,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if opened.finished is None:
             parts.scheduler.cancel(opened.model, opened.run_id)
             parts.delivery.stop(opened)
-        parts.telemetry.closed(len(parts.requests), opened, span)
+        parts.telemetry.closed(opened, span)
 
     def _resume(self, opened: OpenRequest, former: str) -> None:
         """Submits the next attempt: the second at once, further ones after a while, since something may be wrong.

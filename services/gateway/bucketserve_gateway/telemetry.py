@@ -14,7 +14,8 @@ from bucketserve.telemetry.logs import EventLog, Repeated
 from bucketserve.telemetry.metrics import ProcessMetrics
 from bucketserve.telemetry.tracing import Tracing
 from bucketserve.v1 import inference_pb2
-from bucketserve_gateway.requests import OpenRequest
+from bucketserve_gateway.admission import Admission
+from bucketserve_gateway.requests import OpenRequest, OpenRequests
 
 __all__ = ["GatewayTelemetry"]
 
@@ -29,6 +30,12 @@ class GatewayTelemetry:
         self._tracing = tracing
         self._scheduler_away = Repeated()
         self._quotas_uncounted = Repeated()
+
+    def watch(self, admission: Admission, requests: OpenRequests) -> None:
+        """Shows from now on what is open."""
+        self._metrics.watch("bucketserve_gateway_open_calls", lambda: admission.num_calls)
+        self._metrics.watch("bucketserve_gateway_held_bytes", lambda: admission.num_bytes)
+        self._metrics.watch("bucketserve_gateway_open_requests", lambda: len(requests))
 
     def begin(self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str]) -> Span:
         """Starts a request's root span, under the caller's if it sent its context."""
@@ -55,9 +62,8 @@ class GatewayTelemetry:
         """Returns (traceparent, tracestate) for the queue record."""
         return self._tracing.inject(span) if span.is_recording() else ("", "")
 
-    def opened(self, num_open: int, opened: OpenRequest) -> None:
+    def opened(self, opened: OpenRequest) -> None:
         """When a request has been validated and tokenised."""
-        self._metrics.set("bucketserve_gateway_open_requests", num_open)
         model = opened.valid.model.card.name
         self._metrics.count("bucketserve_gateway_prompt_tokens_total", len(opened.prompt_ids), model=model)
 
@@ -68,9 +74,8 @@ class GatewayTelemetry:
         log = self.log.info if opened.was_preempted else self.log.warning
         log("request.resumed", request_id=opened.label, run_id=opened.run_id, cause=cause)
 
-    def closed(self, num_open: int, opened: OpenRequest, span: Span) -> None:
+    def closed(self, opened: OpenRequest, span: Span) -> None:
         """When a request is over, however it ended."""
-        self._metrics.set("bucketserve_gateway_open_requests", num_open)
         labels = {
             "model": opened.valid.model.card.name,
             "request_class": request_class_from_pb(opened.valid.request_class).value,
@@ -126,11 +131,6 @@ class GatewayTelemetry:
             request_class=request_class,
             outcome=error.reason.lower(),
         )
-
-    def admitted(self, num_calls: int, num_bytes: int) -> None:
-        """When a call was let in or has left, or what requests hold has changed."""
-        self._metrics.set("bucketserve_gateway_open_calls", num_calls)
-        self._metrics.set("bucketserve_gateway_held_bytes", num_bytes)
 
     def refused_at_the_door(self, reason: str) -> None:
         """When a call was refused for what the gateway itself has open, or for its key."""

@@ -83,9 +83,7 @@ async def door(tmp_path: Path) -> AsyncIterator[Door]:
 
 @asynccontextmanager
 async def opened(keys: Keys) -> AsyncIterator[Door]:
-    admission = Admission(
-        max_calls=4, max_calls_per_connection=4, max_bytes=1 << 20, on_change=lambda *_: None, on_refused=lambda _: None
-    )
+    admission = Admission(max_calls=4, max_calls_per_connection=4, max_bytes=1 << 20, on_refused=lambda _: None)
     failed: list[BaseException] = []
     server = RpcServer(
         "127.0.0.1:0",

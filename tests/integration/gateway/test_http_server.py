@@ -77,7 +77,6 @@ class Served:
             max_calls=100,
             max_calls_per_connection=100,
             max_bytes=1 << 20,
-            on_change=lambda calls, num_bytes: None,
             on_refused=lambda reason: None,
         )
         self.port = free_port()

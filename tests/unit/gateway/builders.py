@@ -192,6 +192,5 @@ class Generation:
 def an_admission(**limits: int) -> Admission:
     return Admission(
         **{"max_calls": 1000, "max_calls_per_connection": 1000, "max_bytes": 1 << 20, **limits},
-        on_change=lambda calls, size: None,
         on_refused=lambda reason: None,
     )

@@ -19,9 +19,7 @@ from bucketserve_gateway.reads import Reads
 
 def new(refused: list[str] | None = None, **limits: int) -> Admission:
     limits = {"max_calls": 5, "max_calls_per_connection": 3, "max_bytes": 1000, **limits}
-    return Admission(
-        **limits, on_change=lambda calls, size: None, on_refused=(refused if refused is not None else []).append
-    )
+    return Admission(**limits, on_refused=(refused if refused is not None else []).append)
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "leave"]), max_size=60))
