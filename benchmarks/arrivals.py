@@ -3,6 +3,7 @@
     benchmarks/peers/setup.sh DIR                      once; about 3 GB
     python benchmarks/reference_model.py MODEL         once
     python benchmarks/arrivals.py --peers DIR --model MODEL --requests FILE --capacity TOKENS_PER_S --jsonl OUT
+    python benchmarks/arrivals.py --peers DIR --model MODEL --rate RATE --find 0.95 --jsonl OUT
     python benchmarks/arrivals.py --plot OUT IMAGE.png
 
 Arrivals are Poisson, at --rate, or at --load (0.7) of --capacity: the output tokens per second that vLLM reaches when
@@ -10,17 +11,22 @@ all requests are there at once (benchmarks/compare.py). A round's arrivals are t
 Each client runs on the same cores as what it measures and streams: ours gRPC, vLLM's HTTP with server-sent events
 (aiohttp). Whoever is not measured is stopped (SIGSTOP). Greedy, end tokens ignored, prompts are token ids, no prefix
 cache on either side. A request is within its SLO when its first token came within --ttft-s (--long-ttft-s for prompts
-of 256 tokens and more) and the others, on average, within --tpot-s; goodput counts such requests per second.
+of 256 tokens and more) and the others, on average, within --tpot-s; goodput counts such requests per second. With
+--find each system is tried at --rate and at double or half of it, on and on, and then between the last rate at which
+that share of requests was within SLO and the first at which it was not, until these are 10% apart; a rate has --rounds
+rounds. --max-tokens and --kv-tokens: as in compare.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
@@ -28,7 +34,7 @@ from conditions import Records, Row, conditions, peer_versions, read_records
 from peers.client import Outcome, open_loop
 from peers.process import PeerError, VllmClient, VllmServer
 from reference_requests import Request, read_requests
-from reference_stack import MODES, OURS, ReferenceStack, send
+from reference_stack import KV_BUDGET_TOKENS, MODES, OURS, ReferenceStack, send
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +44,10 @@ from bucketserve.v1 import common_pb2
 
 SCALES = (0.5, 1.0, 2.0)
 """SLOs are counted at these multiples as well."""
+CLOSE = 1.1
+"""Ratio of the rates between which a search ends."""
+LOWEST = 0.1
+"""Of the first rate: who does not hold that much holds nothing."""
 Measured = tuple[list[Outcome], float]
 """What the clients felt, and seconds until the last end."""
 
@@ -51,6 +61,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="requests per second")
     parser.add_argument("--capacity", type=float, help="in place of --rate: vLLM's output tokens per second")
     parser.add_argument("--load", type=float, default=0.7, help="share of --capacity")
+    parser.add_argument("--find", type=float, metavar="SHARE", help="find the highest rate with so many within SLO")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th request only")
+    parser.add_argument("--max-tokens", type=int, help="limit of every request, as far as the context goes")
+    parser.add_argument("--kv-tokens", type=int, help="tokens of KV that each system has")
     parser.add_argument("--mode", choices=MODES, action="append", help="of ours; default: float32")
     parser.add_argument("--peer-dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=3)
@@ -80,7 +94,8 @@ def main() -> None:
         source, image = options.plot
         draw(*read_records(source), image)
         return
-    requests = read_requests(options.requests) * options.passes
+    drawn = read_requests(options.requests)[:: options.every] * options.passes
+    requests = [request.limited(options.max_tokens) for request in drawn]
     mean_tokens = statistics.fmean(request.output_tokens for request in requests)
     rate = options.rate or options.load * options.capacity / mean_tokens
     settings = {
@@ -89,6 +104,9 @@ def main() -> None:
         "load": options.load if options.capacity else None,
         "requests": len(requests),
         "rounds": options.rounds,
+        "find": options.find,
+        "max_tokens": options.max_tokens,
+        "kv_tokens": options.kv_tokens,
         "seed": options.seed,
         "slo": {"ttft_s": options.ttft_s, "long_ttft_s": options.long_ttft_s, "tpot_s": options.tpot_s},
         "peer_versions": peer_versions(options.peers),
@@ -98,6 +116,9 @@ def main() -> None:
     with ExitStack() as stack:
         records = stack.enter_context(Records(options.jsonl, first))
         runs = start(options, requests, stack, console)
+        if options.find is not None:
+            find(options, rate, requests, runs, records, console)
+            return
         for number in range(options.rounds):
             at_s = arrival_times(len(requests), rate, options.seed + number)
             for name, run in runs.items():
@@ -109,6 +130,66 @@ def main() -> None:
                 records.add({"round": number, "system": name, "seconds": seconds})
                 console.print(f"round {number} {name:<22} {seconds:6.1f} s, {failed} failed", highlight=False)
     report(first, records.rows, console)
+
+
+@dataclass(slots=True)
+class Search:
+    """For the highest rate at which enough requests are within SLO."""
+
+    rate: float
+    """To be tried next."""
+    lowest: float
+    held: float | None = None
+    failed: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the highest is known, or none holds."""
+        if self.held is None or self.failed is None:
+            return self.rate < self.lowest
+        return self.failed / self.held <= CLOSE
+
+    def note(self, is_enough: bool) -> None:
+        """Takes what became of the rate."""
+        if is_enough:
+            self.held = self.rate
+        else:
+            self.failed = self.rate
+        if self.held is None or self.failed is None:
+            self.rate *= 2.0 if is_enough else 0.5
+        else:
+            self.rate = math.sqrt(self.held * self.failed)
+
+
+def find(
+    options: argparse.Namespace,
+    rate: float,
+    requests: list[Request],
+    runs: dict[str, Callable[[list[float]], Measured]],
+    records: Records,
+    console: Console,
+) -> None:
+    """Tries rates, the systems in turn; prints each and, at the end, what each system holds."""
+    slo = {"ttft_s": options.ttft_s, "long_ttft_s": options.long_ttft_s, "tpot_s": options.tpot_s}
+    searches = {name: Search(rate, LOWEST * rate) for name in runs}
+    while going := {name: search for name, search in searches.items() if not search.is_over}:
+        for name, search in going.items():
+            rows: list[Row] = []
+            seconds = 0.0
+            for number in range(options.rounds):
+                outcomes, took_s = runs[name](arrival_times(len(requests), search.rate, options.seed + number))
+                rows += [request_row(request, outcome) for request, outcome in zip(requests, outcomes, strict=True)]
+                seconds += took_s
+            found = figures(rows, seconds, slo)
+            records.add({"system": name, "rate": search.rate, "seconds": seconds, **found})
+            p50_s, p99_s = (found.get(f"ttft short {p}", math.nan) for p in ("p50", "p99"))
+            short = f"TTFT p50, p99 of short prompts {p50_s:.2f}, {p99_s:.2f} s"
+            console.print(f"{name:<22} {search.rate:.3f}/s: {found['within 1x']:.1%}, {short}", highlight=False)
+            search.note(found["within 1x"] >= options.find)
+    table = Table("system", "requests/s", title=f"highest rate with {options.find:.0%} within SLO")
+    for name, search in searches.items():
+        table.add_row(name, "none" if search.held is None else f"{search.held:.3f}")
+    console.print(table)
 
 
 def arrival_times(number: int, rate: float, seed: int) -> list[float]:
@@ -128,18 +209,21 @@ def start(
     runs: dict[str, Callable[[list[float]], Measured]] = {}
     console.print("loading vLLM's server ...")
     server = stack.enter_context(
-        VllmServer(options.peer_dtype, peers=options.peers, model=options.model, logs=options.logs)
+        VllmServer(
+            options.peer_dtype,
+            peers=options.peers,
+            model=options.model,
+            kv_tokens=options.kv_tokens,
+            logs=options.logs,
+        )
     )
     client = stack.enter_context(VllmClient(server, peers=options.peers, logs=options.logs))
 
     def run_vllm(at_s: list[float]) -> Measured:
-        plan = [
-            {"at_s": at, "prompt_ids": request.prompt_ids, "output_tokens": request.output_tokens}
-            for at, request in zip(at_s, requests, strict=True)
-        ]
+        plan = [{"at_s": at, **request.asked()} for at, request in zip(at_s, requests, strict=True)]
         server.go()
         # As ours: it answers a few requests before it is measured.
-        warm = [{"at_s": 0.0, "prompt_ids": list(range(100, 164)), "output_tokens": 4}] * 8
+        warm = [{"at_s": 0.0, **Request(list(range(100, 164)), 4).asked()}] * 8
         client.run(warm, options.round_timeout_s)
         answer = client.run(plan, options.round_timeout_s)
         server.halt()
@@ -148,7 +232,7 @@ def start(
     server.halt()
     runs[server.name] = run_vllm
     for mode in options.mode or ["float32"]:
-        ours = ReferenceStack(options.model, mode)
+        ours = ReferenceStack(options.model, mode, options.kv_tokens or KV_BUDGET_TOKENS)
         console.print(f"starting {ours.name} ...", highlight=False)
         stack.enter_context(ours)
         runs[ours.name] = lambda at_s, ours=ours: run_ours(ours, requests, at_s, options)

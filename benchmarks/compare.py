@@ -7,8 +7,10 @@
 
 BucketServe is measured through its whole stack: a gRPC client, gateway, scheduler, Valkey and a worker as processes of
 this machine. Everybody is loaded once and warm; whoever is not measured is stopped (SIGSTOP). All requests are
-submitted at once; greedy, end tokens ignored. A peer that ends, or that takes longer than --peer-timeout-s for one run,
-is left out from then on, and the table says so.
+submitted at once; greedy, end tokens ignored. With --max-tokens that is the limit of each, and a stop token ends its
+output; with --kv-tokens that is the KV of each system: both of vLLM and ours alone. TTFT is from when all are
+submitted. A peer that ends, or that takes longer than --peer-timeout-s for one run, is left out from then on, and the
+table says so.
 """
 
 from __future__ import annotations
@@ -25,28 +27,31 @@ from pathlib import Path
 from conditions import Records, Row, conditions, peer_versions
 from peers.process import OfflinePeer, PeerError
 from reference_requests import Request, read_requests, write_requests
-from reference_stack import MODES, OURS, ReferenceStack, send
+from reference_stack import KV_BUDGET_TOKENS, MODES, OURS, ReferenceStack, send
 from rich.console import Console
 from rich.table import Table
 
 from bucketserve.client import BucketServeClient
+from bucketserve.sim.percentiles import nearest_rank
 
 ENGINES = ("vllm", "static", "continuous")
-Run = Callable[[], tuple[float, int]]
-"""Returns seconds and output tokens."""
+Ran = tuple[float, int, list[float]]
+"""Seconds, output tokens, and the seconds to first tokens if they are known."""
+Run = Callable[[], Ran]
 
 
-def run_ours(ours: ReferenceStack, requests: list[Request]) -> tuple[float, int]:
+def run_ours(ours: ReferenceStack, requests: list[Request]) -> Ran:
     """Runs all requests at once through the gateway."""
 
-    async def all_of_them() -> tuple[float, int]:
+    async def all_of_them() -> Ran:
         async with BucketServeClient(ours.address) as client:
             start_s = time.perf_counter()
             outcomes = await asyncio.gather(*(send(client, request) for request in requests))
             seconds = time.perf_counter() - start_s
         if errors := [outcome.error for outcome in outcomes if outcome.error]:
             raise SystemExit(f"{ours.name}: {len(errors)} requests failed: {errors[0]}")
-        return seconds, sum(request.output_tokens for request in requests)
+        ttfts_s = [outcome.first_s - start_s for outcome in outcomes if outcome.first_s is not None]
+        return seconds, sum(outcome.output_tokens for outcome in outcomes), ttfts_s
 
     ours.go()
     try:
@@ -68,6 +73,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, required=True, help="where benchmarks/peers/setup.sh put them")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--requests", type=Path, help="JSON with requests[] of prompt_ids and output_len; else drawn")
+    parser.add_argument(
+        "--max-tokens", type=int, help="limit of every request, as far as the context goes; needs the model that counts"
+    )
+    parser.add_argument("--kv-tokens", type=int, help="tokens of KV that each system has; of vLLM and ours")
     parser.add_argument("--every", type=int, default=1, help="take every n-th request only, for a slow peer")
     parser.add_argument("--mode", choices=MODES, action="append", help="of ours; default: float32, bfloat16, int8")
     parser.add_argument(
@@ -83,7 +92,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()), help="folder for the peers' logs")
     options = parser.parse_args()
     options.mode = options.mode or ["float32", "bfloat16", "int8"]
-    options.peer = options.peer or [*((engine, "float32") for engine in ENGINES), ("vllm", "bfloat16")]
+    bounded = options.max_tokens is not None or options.kv_tokens is not None
+    engines = ENGINES[:1] if bounded else ENGINES
+    options.peer = options.peer or [*((engine, "float32") for engine in engines), ("vllm", "bfloat16")]
+    if unbounded := {engine for engine, _ in options.peer}.difference(engines):
+        parser.error(f"--max-tokens and --kv-tokens are not for {', '.join(sorted(unbounded))}")
     return options
 
 
@@ -91,11 +104,14 @@ def main() -> None:
     """Measures and reports."""
     options = parse()
     console = Console(width=140)
-    requests = read_requests(options.requests)[:: options.every]
+    requests = [request.limited(options.max_tokens) for request in read_requests(options.requests)[:: options.every]]
+    output_tokens = sum(request.output_tokens for request in requests)
     settings = {
         "requests": len(requests),
         "prompt_tokens": sum(len(request.prompt_ids) for request in requests),
-        "output_tokens": sum(request.output_tokens for request in requests),
+        "output_tokens": output_tokens,
+        "max_tokens": options.max_tokens,
+        "kv_tokens": options.kv_tokens,
         "peer_timeout_s": options.peer_timeout_s,
         "peer_versions": peer_versions(options.peers),
     }
@@ -109,7 +125,13 @@ def main() -> None:
             console.print(f"loading {name} ...", highlight=False)
             try:
                 peer = OfflinePeer(
-                    engine, dtype, peers=options.peers, model=options.model, requests=file, logs=options.logs
+                    engine,
+                    dtype,
+                    peers=options.peers,
+                    model=options.model,
+                    requests=file,
+                    kv_tokens=options.kv_tokens,
+                    logs=options.logs,
                 )
             except PeerError as error:
                 _left_out(records, {"round": 0, "system": name}, error, console)
@@ -117,7 +139,7 @@ def main() -> None:
             stack.enter_context(peer)
             runs[name] = lambda peer=peer: _run_peer(peer, options.peer_timeout_s)
         for mode in options.mode:
-            ours = ReferenceStack(options.model, mode)
+            ours = ReferenceStack(options.model, mode, options.kv_tokens or KV_BUDGET_TOKENS)
             console.print(f"starting {ours.name} ...", highlight=False)
             stack.enter_context(ours)
             runs[ours.name] = lambda ours=ours: run_ours(ours, requests)
@@ -125,17 +147,23 @@ def main() -> None:
             for name, run in list(runs.items()):
                 row: Row = {"round": number, "system": name}
                 try:
-                    seconds, tokens = run()
+                    seconds, tokens, ttfts_s = run()
                 except PeerError as error:
                     del runs[name]
                     _left_out(records, row, error, console)
                     continue
-                records.add(row | {"seconds": seconds, "output_tokens": tokens})
+                if tokens != output_tokens:
+                    problem = f"{name}: {tokens} output tokens where {output_tokens} were due"
+                    raise SystemExit(f"{problem}; --max-tokens needs a model by reference_model.py, kind llama")
+                row |= {"seconds": seconds, "output_tokens": tokens}
+                if ttfts_s:
+                    row |= {f"ttft_p{p}_s": nearest_rank(ttfts_s, p) for p in (50, 99)}
+                records.add(row)
                 console.print(f"round {number} {name:<26} {tokens / seconds:7.1f} output tok/s", highlight=False)
     report(records.rows, console)
 
 
-def _run_peer(peer: OfflinePeer, timeout_s: float) -> tuple[float, int]:
+def _run_peer(peer: OfflinePeer, timeout_s: float) -> Ran:
     try:
         return peer.run(timeout_s)
     except PeerError:
@@ -160,14 +188,19 @@ def report(rows: list[Row], console: Console) -> None:
     peers = [name for name in speeds if name not in ours]
     table = Table(title="output tokens per second, all requests at once; ratios: median (min..max) over rounds")
     table.add_column("system")
-    for column in ("median", "min..max", *(f"{name} / it" for name in ours)):
+    for column in ("median", "min..max", "TTFT p50, s", "TTFT p99, s", *(f"{name} / it" for name in ours)):
         table.add_column(column, justify="right")
     for name in [*ours, *peers]:
         values = list(speeds[name].values())
         median = f"{statistics.median(values):.1f}" if values else ""
         span = f"{min(values):.1f}..{max(values):.1f}" if values else ""
+        ttfts_s = [
+            [float(str(row[key])) for row in rows if row["system"] == name and key in row]
+            for key in ("ttft_p50_s", "ttft_p99_s")
+        ]
+        medians = [f"{statistics.median(each):.2f}" if each else "" for each in ttfts_s]
         ratios = [] if name in ours else [ratio(speeds[mode], speeds[name]) for mode in ours]
-        table.add_row(name, median, "; ".join(part for part in (span, errors.get(name, "")) if part), *ratios)
+        table.add_row(name, median, "; ".join(part for part in (span, errors.get(name, "")) if part), *medians, *ratios)
     console.print(table)
     best = [max((n for n in names if speeds[n]), key=lambda n: statistics.median(speeds[n].values()), default="")
             for names in (ours, peers)]  # fmt: skip

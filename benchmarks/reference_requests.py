@@ -4,24 +4,47 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 LONG_TOKENS = 256
 """Prompts from here on are long."""
+VOCABULARY, CONTEXT = 4096, 2048
+"""Of the reference model that counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt and the exact number of tokens wanted."""
+    """A prompt and the number of tokens that its output has."""
 
     prompt_ids: list[int]
     output_tokens: int
+    max_tokens: int | None = None
+    """The limit, where the output ends before it; None: the limit ends it."""
 
     @property
     def kind(self) -> str:
         """Returns short or long."""
         return "short" if len(self.prompt_ids) < LONG_TOKENS else "long"
+
+    def limited(self, max_tokens: int | None) -> Request:
+        """Returns it with that limit, or what the context leaves."""
+        left = CONTEXT - len(self.prompt_ids)
+        return self if max_tokens is None else replace(self, max_tokens=min(max_tokens, left))
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """What ends the output where the limit does not, of the model that counts (reference_model.py)."""
+        return [] if self.max_tokens is None else [(self.prompt_ids[-1] + self.output_tokens + 1) % VOCABULARY]
+
+    def asked(self) -> dict[str, object]:
+        """Returns it as a peer's process reads it."""
+        return {
+            "prompt_ids": self.prompt_ids,
+            "output_tokens": self.output_tokens,
+            "max_tokens": self.max_tokens or self.output_tokens,
+            "stop_token_ids": self.stop_token_ids,
+        }
 
 
 def read_requests(path: Path | None) -> list[Request]:
@@ -38,7 +61,6 @@ def read_requests(path: Path | None) -> list[Request]:
 
 
 def write_requests(requests: list[Request], path: Path) -> Path:
-    """Writes the file that read_requests reads; returns its path."""
-    rows = [{"prompt_ids": request.prompt_ids, "output_len": request.output_tokens} for request in requests]
-    path.write_text(json.dumps({"requests": rows}), encoding="utf-8")
+    """Writes the requests for a peer's process; returns the path."""
+    path.write_text(json.dumps([request.asked() for request in requests]), encoding="utf-8")
     return path

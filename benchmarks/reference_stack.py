@@ -37,12 +37,12 @@ SETTLE_S = 1.0
 class ReferenceStack:
     """A gateway, a scheduler, a worker and Valkey. It runs between go and halt, else it is stopped by SIGSTOP."""
 
-    def __init__(self, model: Path, mode: str) -> None:
+    def __init__(self, model: Path, mode: str, kv_tokens: int = KV_BUDGET_TOKENS) -> None:
         """Starts nothing yet."""
         self.name = f"{OURS} {mode}"
         self._environ = {
             **MODES[mode],
-            "BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": str(KV_BUDGET_TOKENS),
+            "BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": str(kv_tokens),
             # The same requests come in every round, and the peers keep no prefixes either.
             "BUCKETSERVE_WORKER_PREFIX_CACHE": "false",
         }
@@ -111,7 +111,8 @@ async def send(
     try:
         async for event in client.generate(
             token_ids=request.prompt_ids,
-            max_tokens=request.output_tokens,
+            max_tokens=request.max_tokens or request.output_tokens,
+            stop_token_ids=request.stop_token_ids,
             ignore_eos=True,
             slo=slo,
             timeout_s=timeout_s,

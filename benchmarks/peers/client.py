@@ -1,8 +1,8 @@
 """Open-loop arrivals, and a client of vLLM's OpenAI server that runs in vLLM's own virtual environment.
 
 Driven by benchmarks/arrivals.py through pipes: for each JSON line on standard input, a list of arrivals with at_s,
-prompt_ids and output_tokens, it sends them and prints a JSON line with what each felt. arrivals.py uses the same
-open_loop for BucketServe. Nothing of BucketServe is imported here.
+prompt_ids, output_tokens, max_tokens and stop_token_ids, it sends them and prints a JSON line with what each felt.
+arrivals.py uses the same open_loop for BucketServe. Nothing of BucketServe is imported here.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ async def send_http(session: Any, url: str, model: str, arrival: dict[str, Any])
     body = {
         "model": model,
         "prompt": arrival["prompt_ids"],
-        "max_tokens": arrival["output_tokens"],
+        "max_tokens": arrival["max_tokens"],
+        "stop_token_ids": arrival["stop_token_ids"],
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -86,6 +87,8 @@ async def send_http(session: Any, url: str, model: str, arrival: dict[str, Any])
     except Exception as error:
         outcome.error = repr(error)
         return outcome
+    # A stop token comes, too.
+    outcome.output_tokens -= bool(arrival["stop_token_ids"])
     if outcome.output_tokens != arrival["output_tokens"]:
         outcome.error = f"{outcome.output_tokens} of {arrival['output_tokens']} tokens"
     return outcome

@@ -1,7 +1,8 @@
 """One peer, all requests at once, in its own virtual environment. Driven by benchmarks/compare.py through pipes.
 
 It prints "ready" when loaded and warm, then for each line on its standard input runs the requests once and prints a
-JSON object with seconds and tokens. Nothing of BucketServe is imported here.
+JSON object with seconds, tokens (without stop tokens) and, of vLLM, each request's seconds to its first token. Nothing
+of BucketServe is imported here.
 """
 
 from __future__ import annotations
@@ -13,9 +14,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-Request = tuple[list[int], int]
+
+class Request(NamedTuple):
+    """What is asked for."""
+
+    prompt: list[int]
+    max_tokens: int
+    stop_token_ids: list[int]
+
+
+Run = Callable[[list[Request]], tuple[int, list[float]]]
+"""Returns output tokens, and seconds to first tokens."""
 
 CONTINUOUS_BLOCKS = 160
 """KV of 40,960 tokens, in blocks of 256."""
@@ -24,7 +35,7 @@ CONTINUOUS_STEP_TOKENS = 512
 all sequences and masks what is not theirs, so its own default of 8,192 wastes much."""
 
 
-def vllm(model: str, dtype: str, quantization: str) -> Callable[[list[Request]], int]:
+def vllm(model: str, dtype: str, quantization: str, kv_tokens: int | None) -> Run:
     """VLLM's offline engine: LLM.generate."""
     from vllm import LLM, SamplingParams
 
@@ -35,17 +46,25 @@ def vllm(model: str, dtype: str, quantization: str) -> Callable[[list[Request]],
         max_model_len=2048,
         max_num_seqs=64,
         enable_prefix_caching=False,
-        disable_log_stats=True,
+        # They say when a request had its first token.
+        disable_log_stats=False,
         **({"quantization": quantization} if quantization else {}),
+        # One block is never given out. Of 32 tokens, the fewest with its fast kernels, little of a limit is left over.
+        **({"num_gpu_blocks_override": kv_tokens // 32 + 1, "block_size": 32} if kv_tokens else {}),
     )
 
-    def run(requests: list[Request]) -> int:
+    def run(requests: list[Request]) -> tuple[int, list[float]]:
         outputs = engine.generate(
-            [{"prompt_token_ids": prompt} for prompt, _ in requests],
-            [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for _, n in requests],
+            [{"prompt_token_ids": request.prompt} for request in requests],
+            [
+                SamplingParams(temperature=0, max_tokens=n, stop_token_ids=stops, ignore_eos=True, detokenize=False)
+                for _, n, stops in requests
+            ],
             use_tqdm=False,
         )
-        return sum(len(output.outputs[0].token_ids) for output in outputs)
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        num_stopped = sum(output.outputs[0].finish_reason == "stop" for output in outputs)
+        return tokens - num_stopped, [output.metrics.first_token_latency for output in outputs]
 
     return run
 
@@ -58,20 +77,20 @@ def _transformers(model: str, dtype: str, attention: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention).eval()
 
 
-def static(model: str, dtype: str, quantization: str) -> Callable[[list[Request]], int]:
+def static(model: str, dtype: str, quantization: str, kv_tokens: int | None) -> Run:
     """transformers, batches of 16 in order of arrival, padded on the left to the longest, run to the longest output."""
     import torch
 
     llm = _transformers(model, dtype, "sdpa")
 
-    def run(requests: list[Request]) -> int:
+    def run(requests: list[Request]) -> tuple[int, list[float]]:
         tokens = 0
         for begin in range(0, len(requests), 16):
             batch = requests[begin : begin + 16]
-            longest = max(len(prompt) for prompt, _ in batch)
-            ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in batch])
-            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in batch])
-            number = max(n for _, n in batch)
+            longest = max(len(prompt) for prompt, _, _ in batch)
+            ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _, _ in batch])
+            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _, _ in batch])
+            number = max(n for _, n, _ in batch)
             with torch.inference_mode():
                 llm.generate(
                     input_ids=ids,
@@ -82,13 +101,13 @@ def static(model: str, dtype: str, quantization: str) -> Callable[[list[Request]
                     pad_token_id=0,
                 )
             # Only what was asked for counts.
-            tokens += sum(n for _, n in batch)
-        return tokens
+            tokens += sum(n for _, n, _ in batch)
+        return tokens, []
 
     return run
 
 
-def continuous(model: str, dtype: str, quantization: str) -> Callable[[list[Request]], int]:
+def continuous(model: str, dtype: str, quantization: str, kv_tokens: int | None) -> Run:
     """Transformers' continuous batching, through its manager.
 
     generate_batch would have one output length for all, and would make the paged cache again in every call (seconds on
@@ -107,8 +126,8 @@ def continuous(model: str, dtype: str, quantization: str) -> Callable[[list[Requ
     )
     manager.start()
 
-    def run(requests: list[Request]) -> int:
-        for prompt, n in requests:
+    def run(requests: list[Request]) -> tuple[int, list[float]]:
+        for prompt, n, _ in requests:
             manager.add_request(list(prompt), max_new_tokens=n, eos_token_id=-1)
         tokens = ended = 0
         while ended < len(requests):
@@ -120,7 +139,7 @@ def continuous(model: str, dtype: str, quantization: str) -> Callable[[list[Requ
                     raise SystemExit(f"a request failed: {result.error}")
                 tokens += len(result.generated_tokens)
                 ended += 1
-        return tokens
+        return tokens, []
 
     return run
 
@@ -135,20 +154,21 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quantization", default="")
+    parser.add_argument("--kv-tokens", type=int, help="of vllm: most tokens of KV")
     parser.add_argument("--requests", type=Path, required=True)
     options = parser.parse_args()
-    rows = json.loads(options.requests.read_text())["requests"]
-    requests = [(row["prompt_ids"], int(row["output_len"])) for row in rows]
+    rows = json.loads(options.requests.read_text())
+    requests = [Request(row["prompt_ids"], row["max_tokens"], row["stop_token_ids"]) for row in rows]
     # Libraries and their child processes write to standard output as well: they get standard error instead.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    run = ENGINES[options.engine](options.model, options.dtype, options.quantization)
-    run([(prompt[:64], 4) for prompt, _ in requests[:8]])
+    run = ENGINES[options.engine](options.model, options.dtype, options.quantization, options.kv_tokens)
+    run([Request(request.prompt[:64], 4, []) for request in requests[:8]])
     print("ready", file=answers, flush=True)
     for _ in sys.stdin:
         start_s = time.perf_counter()
-        tokens = run(requests)
-        answer = {"seconds": time.perf_counter() - start_s, "output_tokens": tokens}
+        tokens, ttfts_s = run(requests)
+        answer = {"seconds": time.perf_counter() - start_s, "output_tokens": tokens, "ttfts_s": ttfts_s}
         print(json.dumps(answer), file=answers, flush=True)
 
 

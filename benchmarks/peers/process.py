@@ -134,7 +134,9 @@ class PeerProcess:
 class OfflinePeer(PeerProcess):
     """benchmarks/peers/offline.py with one engine."""
 
-    def __init__(self, engine: str, dtype: str, *, peers: Path, model: Path, requests: Path, logs: Path) -> None:
+    def __init__(
+        self, engine: str, dtype: str, *, peers: Path, model: Path, requests: Path, kv_tokens: int | None, logs: Path
+    ) -> None:
         """Returns once it is loaded, warm and stopped.
 
         Raises:
@@ -142,6 +144,7 @@ class OfflinePeer(PeerProcess):
         """
         command: list[str | Path] = [python_of(peers, engine), HERE / "offline.py", engine]
         command += ["--model", model, "--dtype", dtype, "--requests", requests]
+        command += [] if kv_tokens is None else ["--kv-tokens", str(kv_tokens)]
         log = logs / f"{engine}-{dtype}.log"
         super().__init__(f"{engine} {dtype}", command, environ_of(peers, engine), log)
         try:
@@ -151,8 +154,8 @@ class OfflinePeer(PeerProcess):
             raise
         self.halt()
 
-    def run(self, timeout_s: float) -> tuple[float, int]:
-        """Runs the requests once; returns seconds and output tokens.
+    def run(self, timeout_s: float) -> tuple[float, int, list[float]]:
+        """Runs the requests once; returns seconds, output tokens, and seconds to first tokens if the engine says them.
 
         Raises:
             PeerError: it ended, or did not finish in time.
@@ -160,13 +163,13 @@ class OfflinePeer(PeerProcess):
         self.go()
         answer = json.loads(self.ask("go", timeout_s))
         self.halt()
-        return answer["seconds"], answer["output_tokens"]
+        return answer["seconds"], answer["output_tokens"], answer["ttfts_s"]
 
 
 class VllmServer(PeerProcess):
     """vLLM's OpenAI server on a free port of 127.0.0.1, without a tokenizer: prompts are token ids."""
 
-    def __init__(self, dtype: str, *, peers: Path, model: Path, logs: Path) -> None:
+    def __init__(self, dtype: str, *, peers: Path, model: Path, kv_tokens: int | None, logs: Path) -> None:
         """Returns once it answers.
 
         Raises:
@@ -178,6 +181,9 @@ class VllmServer(PeerProcess):
         command += ["--model", model, "--served-model-name", MODEL_NAME, "--dtype", dtype]
         command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--max-num-seqs", "64"]
         command += ["--skip-tokenizer-init", "--no-enable-prefix-caching"]
+        if kv_tokens is not None:
+            # As in offline.py.
+            command += ["--block-size", "32", "--num-gpu-blocks-override", str(kv_tokens // 32 + 1)]
         command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
         log = logs / f"vllm-server-{dtype}.log"
         # It writes its log to standard output as well.
