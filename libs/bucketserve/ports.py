@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from bucketserve.core.errors import EngineError
 from bucketserve.core.types import BatchId, FinishReason, Headroom, RequestId, StepSample, WorkerId
 
 __all__ = [
@@ -241,6 +242,13 @@ class SequenceSpec:
         """KV tokens that it needs at most: one that is handed over grows elsewhere."""
         return len(self.token_ids) + (0 if self.hands_over else self.max_new_tokens)
 
+    def check(self, most_tokens: int) -> None:
+        """Raises EngineError if it could never run where a sequence has at most so many tokens, or would never end."""
+        if not self.token_ids or self.max_new_tokens < 1:
+            raise EngineError("a sequence has a prompt, and at least one token to generate")
+        if self.reserved_tokens > most_tokens:
+            raise EngineError(f"{self.reserved_tokens} tokens can never fit: the context is {most_tokens} tokens here")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
@@ -360,8 +368,8 @@ class Engine(Protocol):
             max_chunk_tokens: most prompt tokens per step while other sequences decode; 0 for no limit.
 
         Raises:
-            EngineError: a sequence could never fit (context or total KV), its id is here already, or its output can't
-                be constrained here; none was added.
+            EngineError: a sequence could never fit (context or total KV), has no prompt or nothing to generate, its id
+                is here already, or its output can't be constrained here; none was added.
             NoAdapterError: a sequence's adapter is not here; none was added.
         """
 

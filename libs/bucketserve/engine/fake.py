@@ -151,10 +151,8 @@ class FakeEngine:
 
     def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
         """See ports.Engine."""
-        most = self._most_tokens
         for spec in sequences:
-            if spec.reserved_tokens > most:
-                raise EngineError(f"{spec.reserved_tokens} tokens can never fit: the context is {most} tokens here")
+            spec.check(self._most_tokens)
             if spec.structured_output is not None:
                 raise EngineError("the fake engine has no grammars")
             self._check_adapter(spec)

@@ -118,9 +118,7 @@ class PackedEngine:
         """See ports.Engine."""
         seen = {*self._waiting, *self._running}
         for spec in sequences:
-            needed = spec.reserved_tokens
-            if needed > self._most_tokens:
-                raise EngineError(f"{needed} tokens can never fit: the context is {self._most_tokens} tokens here")
+            spec.check(self._most_tokens)
             if spec.request_id in seen:
                 raise EngineError(f"sequence {spec.request_id} is already here")
             if spec.structured_output is not None and self._compiler is None:

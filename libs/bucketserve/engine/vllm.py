@@ -150,12 +150,11 @@ class VllmEngine:
 
     def add(self, sequences: Sequence[SequenceSpec], max_chunk_tokens: int = 0) -> None:
         """See ports.Engine."""
-        seen, most = {*self._waiting, *self._begun, *self._handles}, self._most_tokens
+        seen = {*self._waiting, *self._begun, *self._handles}
         for spec in sequences:
             if spec.hands_over and not self._info.kv_layout:
                 raise EngineError(NO_HANDOVER)
-            if spec.reserved_tokens > most:
-                raise EngineError(f"{spec.reserved_tokens} tokens can never fit: the context is {most} tokens here")
+            spec.check(self._most_tokens)
             if spec.request_id in seen:
                 raise EngineError(f"sequence {spec.request_id} is already here")
             self._check_adapter(spec)

@@ -147,6 +147,16 @@ def test_what_can_never_fit_is_refused_and_nothing_with_it_is_taken(build: Build
     assert len(run(small, spec("whole", 86, 10))["whole"]) == 10
 
 
+@pytest.mark.parametrize("bad", [{"token_ids": ()}, {"max_new_tokens": 0}, {"max_new_tokens": -1}], ids=str)
+def test_what_would_never_end_is_refused_and_nothing_with_it_is_taken(build: Build, bad: dict[str, object]) -> None:
+    engine = build()
+    before = books(engine)
+    with pytest.raises(EngineError, match="prompt"):
+        engine.add([spec("good"), spec("bad", **bad)])
+    assert not engine.has_work()
+    assert books(engine) == before
+
+
 def test_of_what_is_handed_over_only_the_prompt_has_to_fit(handing_over: Build) -> None:
     engine = handing_over(kv_tokens=96)
     engine.add([spec("prompt", 96, 50, hands_over=True)])
