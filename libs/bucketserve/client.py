@@ -30,15 +30,18 @@ Event = Started | Chunk | Finished
 SERVICE = "bucketserve.v1.InferenceService"
 RECONNECT_S = 5.0
 """As long as it takes to find a gateway again whose restart was not noticed yet."""
+LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+"""What gRPC itself says of a call whose connection failed, and of one that crossed the closing of its gateway."""
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.2, 0.5
 
 
 class BucketServeClient:
     """One channel to a gateway, or to several behind one name (dns:///name:port, round robin).
 
-    A request is sent again only if nothing was heard of it and no server gave the error: the connection failed, so that
-    it never arrived or its run was cancelled with the connection. What a server answers is never repeated, be it
-    UNAVAILABLE or RESOURCE_EXHAUSTED: what to do with the error's retry_delay_s is the caller's decision.
+    A request is sent again only if nothing was heard of it and no server gave the error: the connection failed, or the
+    gateway was closing, so that it never arrived or its run was cancelled with the call. What a server answers is never
+    repeated, be it UNAVAILABLE or RESOURCE_EXHAUSTED: what to do with the error's retry_delay_s is the caller's
+    decision.
     """
 
     def __init__(
@@ -188,7 +191,7 @@ class Attempts:
 
     def pause_after(self, error: FailedCall, *, is_heard: bool) -> float | None:
         """Returns how long to wait before the next attempt, in seconds; None if there is none."""
-        is_lost = error.code() is grpc.StatusCode.UNAVAILABLE and not is_answered(error)
+        is_lost = error.code() in LOST and not is_answered(error)
         most_s = min(RECONNECT_S, self._timeout_s or RECONNECT_S)
         if is_heard or not is_lost or self._passed_s + self._pause_s > most_s:
             return None

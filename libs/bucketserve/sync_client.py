@@ -43,6 +43,7 @@ class SyncClient:
         """Connects when first used; arguments as for BucketServeClient."""
         self._metadata = key_metadata(api_key)
         self._channel = open_sync_channel(address, tls, watched_service=SERVICE, options=options)
+        self._is_closed = False
         self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     def __enter__(self) -> SyncClient:
@@ -57,6 +58,7 @@ class SyncClient:
 
     def close(self) -> None:
         """Closes the channel; running calls are cancelled."""
+        self._is_closed = True
         self._channel.close()
 
     def generate(
@@ -92,7 +94,7 @@ class SyncClient:
                 return
             except grpc.RpcError:
                 # A failed call is the error that it raises.
-                if (pause_s := attempts.pause_after(call, is_heard=is_heard)) is None:
+                if self._is_closed or (pause_s := attempts.pause_after(call, is_heard=is_heard)) is None:
                     raise _named(call) from None
             finally:
                 call.cancel()

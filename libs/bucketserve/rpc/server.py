@@ -113,8 +113,8 @@ class RpcServer:
 
         For lame_duck_s seconds it says NOT_SERVING and still takes calls: who watches health goes elsewhere meanwhile.
         Then the port is closed and connections are told to go (GOAWAY). Without the first, calls that cross the GOAWAY
-        would end with CANCELLED, which a client can't tell from a call that ran: that is how gRPC's core answers
-        what arrives after its shutdown has begun.
+        would end with CANCELLED, which a client can't tell from a call that ran and was cut: that is how gRPC's core
+        answers what arrives after its shutdown has begun.
         """
         self._health.leave()
         await asyncio.sleep(lame_duck_s)

@@ -18,6 +18,7 @@ from bucketserve.core.errors import (
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
+    RequestCancelledError,
     UnavailableError,
     UnknownModelError,
 )
@@ -63,14 +64,19 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
         return inference_pb2.ListModelsResponse()
 
 
-@asynccontextmanager
-async def serving(gateway: Gateway, port: int = 0) -> AsyncIterator[str]:
+async def started(gateway: Gateway, port: int = 0) -> RpcServer:
     server = RpcServer(
         f"127.0.0.1:{port}", services=[SERVICE], on_unexpected=lambda method, error: None, enable_reflection=False
     )
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(gateway, server.grpc_server)
     await server.start()
     await server.set_serving(True)
+    return server
+
+
+@asynccontextmanager
+async def serving(gateway: Gateway, port: int = 0) -> AsyncIterator[str]:
+    server = await started(gateway, port)
     try:
         yield f"127.0.0.1:{server.port}"
     finally:
@@ -174,6 +180,42 @@ async def test_a_request_is_sent_again_only_if_nothing_was_heard_of_it(
                 assert await answer == "a"
         await relay.close()
     assert len(gateway.requests) == num_sent
+
+
+@both
+async def test_a_request_that_crosses_the_closing_of_its_gateway_is_sent_again(open_client: Open) -> None:
+    gateway = Gateway(waits=True)
+    server = await started(gateway)
+    relay = Relay(f"127.0.0.1:{server.port}")
+    await relay.start()
+    async with open_client(relay.address) as client, serving(Gateway()) as other:
+        running = asyncio.create_task(text(client))
+        await eventually(lambda: gateway.requests)
+        # What the server says of its leaving does not arrive before the request has gone.
+        relay.back.clear()
+        await server.leave(0)
+        crossing = asyncio.create_task(text(client))
+        await asyncio.sleep(0.5)
+        relay.target = other
+        relay.resume()
+        assert await crossing == "a"
+        assert len(gateway.requests) == 1
+        await server.stop(0)
+        with pytest.raises(BucketServeError):
+            await running
+    await relay.close()
+
+
+async def test_closing_the_client_cancels_what_waits_and_sends_nothing_again() -> None:
+    gateway = Gateway(num_chunks=0, waits=True)
+    async with serving(gateway) as address:
+        client = SyncClient(address)
+        waiting = asyncio.create_task(text(client))
+        await eventually(lambda: gateway.requests)
+        await asyncio.to_thread(client.close)
+        with pytest.raises(RequestCancelledError):
+            await waiting
+    assert len(gateway.requests) == 1
 
 
 @both
