@@ -8,18 +8,16 @@ import ssl
 from collections.abc import AsyncIterator
 
 from tests.certificates import Papers
+from tests.listening import until_closed
 
 __all__ = ["behind_tls"]
-
-END_S = 30.0
 
 
 @contextlib.asynccontextmanager
 async def behind_tls(papers: Papers, target: int, *, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[int]:
     """Takes clients with a certificate of the CA to port `target`; yields its port.
 
-    Its clients have to be gone when it ends. It waits for their connections, those of failed handshakes included: what
-    would be left of them is found open by whichever test runs when it is collected.
+    Its clients have to be gone when it ends: it waits for their connections.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(papers.cert, papers.key)
@@ -51,12 +49,6 @@ async def behind_tls(papers: Papers, target: int, *, host: str = "127.0.0.1", po
         await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
 
     server = await asyncio.start_server(relay, host, port, ssl=context)
-    try:
+    async with until_closed(server):
         yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        async with asyncio.timeout(END_S):
-            await asyncio.gather(*relays)
-            # What wait_closed() waits for from Python 3.12 on.
-            while server._active_count:  # type: ignore[attr-defined]
-                await asyncio.sleep(0.01)
+    await asyncio.gather(*relays)

@@ -56,11 +56,8 @@ class Relay:
         self.resume()
         if self._server is not None:
             self._server.close()
-            # What has just been accepted is among the open ones a few turns of the loop later.
-            for _ in range(10):
-                await asyncio.sleep(0)
-            # What is still on its way ends within this loop, or its sockets would be left open.
-            while self._open:
+            # What has just been accepted or is on its way ends within this loop, or its sockets would be left open.
+            while self._open or self._server._active_count:  # type: ignore[attr-defined]
                 self.cut()
                 await asyncio.sleep(0.01)
         self._socket.close()

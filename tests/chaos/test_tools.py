@@ -15,6 +15,7 @@ from bucketserve.engine.native.compiler import KernelBuildError
 from tests.chaos.clocks import Clocks
 from tests.chaos.faults import Faults, Interval
 from tests.chaos.proxy import Relay
+from tests.listening import until_closed
 
 
 @contextlib.asynccontextmanager
@@ -27,7 +28,8 @@ async def echo():
                 writer.write(data)
         writer.close()
 
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with until_closed(server):
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 

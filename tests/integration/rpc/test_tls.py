@@ -20,6 +20,7 @@ from bucketserve.rpc.probe import check_health
 from bucketserve.rpc.server import RpcServer
 from bucketserve.rpc.tls import Tls
 from tests.certificates import Authority, replace
+from tests.listening import until_closed
 
 
 @asynccontextmanager
@@ -200,7 +201,7 @@ async def test_no_session_outlives_the_ca_by_which_it_was_trusted(
 
     server = await asyncio.start_server(greet, "127.0.0.1", 0, ssl=context)
     address = server.sockets[0].getsockname()
-    async with server:
+    async with until_closed(server):
         _, session = await asyncio.to_thread(welcome, None)
         is_reused, _ = await asyncio.to_thread(welcome, session)
         # What would be renewed for ever is not resumed at all.
