@@ -192,4 +192,4 @@ async def test_the_last_of_the_old_weights_stay_until_what_only_they_can_finish_
     assert metric(stack, "gateway", "bucketserve_gateway_resumptions_total") >= len(prompts)
     for name in ("worker-0", "worker-1"):
         stack.restart(name)
-    await asyncio.to_thread(stack.wait_until_serving, 30)
+    await asyncio.to_thread(stack.wait_until_serving, 120)
