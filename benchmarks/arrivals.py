@@ -34,7 +34,7 @@ from conditions import Records, Row, conditions, peer_versions, read_records
 from peers.client import Outcome, open_loop
 from peers.process import PeerError, VllmClient, VllmServer
 from reference_requests import Request, read_requests
-from reference_stack import KV_BUDGET_TOKENS, MODES, OURS, ReferenceStack, send
+from reference_stack import MODES, OURS, ReferenceStack, send
 from rich.console import Console
 from rich.table import Table
 
@@ -46,8 +46,8 @@ SCALES = (0.5, 1.0, 2.0)
 """SLOs are counted at these multiples as well."""
 CLOSE = 1.1
 """Ratio of the rates between which a search ends."""
-LOWEST = 0.1
-"""Of the first rate: who does not hold that much holds nothing."""
+SPAN = 16
+"""Rates are looked for up to so many times the first one, and down to so many times less."""
 Measured = tuple[list[Outcome], float]
 """What the clients felt, and seconds until the last end."""
 
@@ -136,17 +136,17 @@ def main() -> None:
 class Search:
     """For the highest rate at which enough requests are within SLO."""
 
+    first: float
     rate: float
     """To be tried next."""
-    lowest: float
     held: float | None = None
     failed: float | None = None
 
     @property
     def is_over(self) -> bool:
-        """Whether the highest is known, or none holds."""
+        """Whether the highest is known, or none fails or holds as far as is looked."""
         if self.held is None or self.failed is None:
-            return self.rate < self.lowest
+            return not self.first / SPAN <= self.rate <= self.first * SPAN
         return self.failed / self.held <= CLOSE
 
     def note(self, is_enough: bool) -> None:
@@ -171,7 +171,7 @@ def find(
 ) -> None:
     """Tries rates, the systems in turn; prints each and, at the end, what each system holds."""
     slo = {"ttft_s": options.ttft_s, "long_ttft_s": options.long_ttft_s, "tpot_s": options.tpot_s}
-    searches = {name: Search(rate, LOWEST * rate) for name in runs}
+    searches = {name: Search(rate, rate) for name in runs}
     while going := {name: search for name, search in searches.items() if not search.is_over}:
         for name, search in going.items():
             rows: list[Row] = []
@@ -232,7 +232,7 @@ def start(
     server.halt()
     runs[server.name] = run_vllm
     for mode in options.mode or ["float32"]:
-        ours = ReferenceStack(options.model, mode, options.kv_tokens or KV_BUDGET_TOKENS)
+        ours = ReferenceStack(options.model, mode, options.kv_tokens)
         console.print(f"starting {ours.name} ...", highlight=False)
         stack.enter_context(ours)
         runs[ours.name] = lambda at_s, ours=ours: run_ours(ours, requests, at_s, options)

@@ -27,7 +27,7 @@ from pathlib import Path
 from conditions import Records, Row, conditions, peer_versions
 from peers.process import OfflinePeer, PeerError
 from reference_requests import Request, read_requests, write_requests
-from reference_stack import KV_BUDGET_TOKENS, MODES, OURS, ReferenceStack, send
+from reference_stack import MODES, OURS, ReferenceStack, send
 from rich.console import Console
 from rich.table import Table
 
@@ -139,7 +139,7 @@ def main() -> None:
             stack.enter_context(peer)
             runs[name] = lambda peer=peer: _run_peer(peer, options.peer_timeout_s)
         for mode in options.mode:
-            ours = ReferenceStack(options.model, mode, options.kv_tokens or KV_BUDGET_TOKENS)
+            ours = ReferenceStack(options.model, mode, options.kv_tokens)
             console.print(f"starting {ours.name} ...", highlight=False)
             stack.enter_context(ours)
             runs[ours.name] = lambda ours=ours: run_ours(ours, requests)

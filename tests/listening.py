@@ -6,9 +6,15 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-__all__ = ["until_closed"]
+__all__ = ["num_connections", "until_closed"]
 
 END_S = 30.0
+
+
+def num_connections(server: asyncio.Server) -> int:
+    """Returns how many connections that it accepted are not closed yet; from Python 3.13 on asyncio keeps a set."""
+    clients = getattr(server, "_clients", None)
+    return server._active_count if clients is None else len(clients)  # type: ignore[attr-defined]
 
 
 @contextlib.asynccontextmanager
@@ -23,5 +29,5 @@ async def until_closed(server: asyncio.Server) -> AsyncIterator[None]:
     finally:
         server.close()
         async with asyncio.timeout(END_S):
-            while server._active_count:  # type: ignore[attr-defined]
+            while num_connections(server):
                 await asyncio.sleep(0.01)

@@ -88,8 +88,7 @@ async def send_http(session: Any, url: str, model: str, arrival: dict[str, Any])
         outcome.error = repr(error)
         return outcome
     # A stop token comes, too.
-    outcome.output_tokens -= bool(arrival["stop_token_ids"])
-    if outcome.output_tokens != arrival["output_tokens"]:
+    if outcome.output_tokens != arrival["output_tokens"] + bool(arrival["stop_token_ids"]):
         outcome.error = f"{outcome.output_tokens} of {arrival['output_tokens']} tokens"
     return outcome
 

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import socket
 
+from tests.listening import num_connections
+
 __all__ = ["Relay", "kernel_address"]
 
 
@@ -57,7 +59,7 @@ class Relay:
         if self._server is not None:
             self._server.close()
             # What has just been accepted or is on its way ends within this loop, or its sockets would be left open.
-            while self._open or self._server._active_count:  # type: ignore[attr-defined]
+            while self._open or num_connections(self._server):
                 self.cut()
                 await asyncio.sleep(0.01)
         self._socket.close()
