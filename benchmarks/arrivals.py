@@ -188,7 +188,8 @@ def find(
             search.note(found["within 1x"] >= options.find)
     table = Table("system", "requests/s", title=f"highest rate with {options.find:.0%} within SLO")
     for name, search in searches.items():
-        table.add_row(name, "none" if search.held is None else f"{search.held:.3f}")
+        held = "none" if search.held is None else f"{search.held:.3f}"
+        table.add_row(name, held if search.failed is not None else f"at least {held}")
     console.print(table)
 
 
