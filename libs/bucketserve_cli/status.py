@@ -39,15 +39,15 @@ async def show_status(
             for address in addresses
         }
         if is_json:
-            print_json(as_json(await _ask_leader(stubs)))
+            print_json(as_json(await _ask_leaders(stubs)))
             while watch_s:
                 await asyncio.sleep(watch_s)
                 try:
-                    print_json(as_json(await _ask_leader(stubs)))
+                    print_json(as_json(await _ask_leaders(stubs)))
                 except UnavailableError as error:
                     print_json({"error": str(error)})
             return
-        view = status_view(await _ask_leader(stubs))
+        view = status_view(await _ask_leaders(stubs))
         if not watch_s:
             console.print(view)
             return
@@ -55,7 +55,7 @@ async def show_status(
             while True:
                 await asyncio.sleep(watch_s)
                 try:
-                    view = status_view(await _ask_leader(stubs))
+                    view = status_view(await _ask_leaders(stubs))
                     live.update(view)
                 except UnavailableError as error:
                     # As while another scheduler takes over: the last that was seen stays beside it.
@@ -64,14 +64,14 @@ async def show_status(
 
 def status_view(status: scheduler_pb2.GetStatusResponse) -> RenderableType:
     """Returns the tables: of pools if there are several, of workers and of buckets, for each model."""
-    parts: list[RenderableType] = [
-        Text(f"scheduler {status.scheduler.scheduler_id}, epoch {status.scheduler.epoch}", style="bold")
-    ]
+    parts: list[RenderableType] = []
     for model in status.models:
+        leader = model.scheduler
         parts += [
+            Text(f"model {model.model}: scheduler {leader.scheduler_id}, epoch {leader.epoch}", style="bold"),
             Text(
-                f"\nmodel {model.model}: {model.num_waiting} waiting, {model.num_running} running, "
-                f"{model.num_finished} finished in {model.num_batches} batches, policy {model.policy}"
+                f"{model.num_waiting} waiting, {model.num_running} running, {model.num_finished} finished in "
+                f"{model.num_batches} batches, policy {model.policy}"
             ),
             *_pools(model),
             _workers(model),
@@ -134,23 +134,26 @@ def _buckets(model: scheduler_pb2.ModelStatus) -> Table:
     return table
 
 
-async def _ask_leader(
+async def _ask_leaders(
     stubs: dict[str, scheduler_pb2_grpc.SchedulerServiceStub],
 ) -> scheduler_pb2.GetStatusResponse:
-    """Returns the answer of the scheduler that leads a model.
+    """Returns what the schedulers that lead models say of these.
 
     Raises:
-        UnavailableError: none does; says of each what it is.
+        UnavailableError: none leads any; says of each what it is.
     """
     answers = await asyncio.gather(*(_ask(address, stub) for address, stub in stubs.items()))
-    leading = [answer for answer in answers if not isinstance(answer, str) and answer.scheduler.epoch]
-    if leading:
-        return max(leading, key=lambda answer: answer.scheduler.epoch)
+    models: dict[str, scheduler_pb2.ModelStatus] = {}
+    for model in (model for answer in answers if not isinstance(answer, str) for model in answer.models):
+        # Who does not know yet that it was replaced has an older epoch.
+        if model.model not in models or model.scheduler.epoch > models[model.model].scheduler.epoch:
+            models[model.model] = model
+    if models:
+        return scheduler_pb2.GetStatusResponse(models=[model for _, model in sorted(models.items())])
     told = [
         answer
         if isinstance(answer, str)
-        else f"scheduler {answer.scheduler.scheduler_id} at {address} leads no model: it is a standby, or nobody has "
-        "joined yet"
+        else f"scheduler {answer.scheduler_id} at {address} leads no model: it is a standby, or nobody has joined yet"
         for address, answer in zip(stubs, answers, strict=True)
     ]
     raise UnavailableError("; ".join(told), reason="NO_LEADER")

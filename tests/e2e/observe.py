@@ -18,7 +18,7 @@ from bucketserve.rpc.channel import open_channel
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_cli.stack import LocalStack
 
-__all__ = ["begin", "events", "eventually", "leader", "metric", "models", "status"]
+__all__ = ["answer", "begin", "events", "eventually", "leader", "metric", "models", "status"]
 
 START = ("process_start_time_seconds", ())
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -43,7 +43,8 @@ def begin(stack: LocalStack) -> None:
     )
 
 
-async def _answer(stack: LocalStack, address: str) -> scheduler_pb2.GetStatusResponse:
+async def answer(stack: LocalStack, address: str) -> scheduler_pb2.GetStatusResponse:
+    """What the scheduler at an address says."""
     async with open_channel(address, stack.deployment.tls) as channel:
         return await scheduler_pb2_grpc.SchedulerServiceStub(channel).GetStatus(
             scheduler_pb2.GetStatusRequest(), timeout=5
@@ -58,7 +59,7 @@ async def status(stack: LocalStack) -> scheduler_pb2.ModelStatus:
 async def models(stack: LocalStack) -> list[scheduler_pb2.ModelStatus]:
     """What the scheduler that leads sees. There may be models beside the served one: whoever may speak may name any."""
     for address in stack.scheduler_addresses:
-        found = list((await _answer(stack, address)).models)
+        found = list((await answer(stack, address)).models)
         if any(model.model == stack.spec.model_name for model in found):
             return found
     raise AssertionError("nobody leads")
@@ -69,7 +70,8 @@ async def leader(stack: LocalStack) -> str:
     for name, service in stack.services.items():
         if name.startswith("scheduler") and service.exit_status is None:
             try:
-                if (await _answer(stack, service.health_address)).models:
+                told = await answer(stack, service.health_address)
+                if any(model.model == stack.spec.model_name for model in told.models):
                     return name
             except grpc.aio.AioRpcError:
                 continue

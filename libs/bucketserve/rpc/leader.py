@@ -1,9 +1,10 @@
-"""Finding the scheduler that leads: addresses in turn, quickly at first, and never back to an older leader."""
+"""Finding the scheduler that leads a model: addresses in turn, quickly at first, and never back to an older leader."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Sequence
 
 import grpc
@@ -27,11 +28,17 @@ Talk = Callable[[scheduler_pb2_grpc.SchedulerServiceStub, str], Awaitable[None]]
 
 
 class LeaderSearch:
-    """Keeps talking to whichever scheduler leads."""
+    """Keeps talking to whichever scheduler leads a model."""
 
-    def __init__(self, addresses: Sequence[str], tls: Tls | None, on_state: Callable[[bool, str], None]) -> None:
-        """on_state(connected, detail) with every stream that begins, ends or can't be had."""
-        self._addresses = addresses
+    def __init__(
+        self, model: str, addresses: Sequence[str], tls: Tls | None, on_state: Callable[[bool, str], None]
+    ) -> None:
+        """Addresses are tried in turn, in an order of the model's own; who is asked first leads it, if nobody does.
+
+        on_state(connected, detail) with every stream that begins, ends or can't be had.
+        """
+        self._model = model
+        self._addresses = sorted(addresses, key=lambda address: zlib.crc32(f"{model} {address}".encode()))
         self._tls = tls
         self._on_state = on_state
         self._epoch = 0
@@ -67,7 +74,7 @@ class LeaderSearch:
             raise UnavailableError(f"{hello.scheduler_id} leads no more (epoch {hello.epoch}, now {self._epoch})")
         self._epoch, self._heard_s = hello.epoch, now_s
         self._is_welcome, self._num_failed = True, 0
-        self._on_state(True, f"{address}: {hello.scheduler_id}")
+        self._on_state(True, f"{self._model} at {address}: {hello.scheduler_id}")
 
     async def run(self, talk: Talk) -> None:
         """Stays connected; ends only by cancellation."""
@@ -87,7 +94,7 @@ class LeaderSearch:
             if self._is_welcome:
                 self._heard_s = self._absent_since_s = self._answered_s = time.monotonic()
                 self._is_welcome = False
-            self.detail = f"{address}: {detail}"
+            self.detail = f"{self._model} at {address}: {detail}"
             self._on_state(False, self.detail)
             turn += 1
             self._num_failed += 1

@@ -139,12 +139,14 @@ class SubmitRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., run: _Optional[_Union[SubmitRun, _Mapping]] = ..., cancel: _Optional[_Union[CancelRun, _Mapping]] = ...) -> None: ...
 
 class GatewayHello(_message.Message):
-    __slots__ = ("gateway_id", "instance")
+    __slots__ = ("gateway_id", "instance", "model")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
     instance: str
-    def __init__(self, gateway_id: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
+    model: str
+    def __init__(self, gateway_id: _Optional[str] = ..., instance: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class SubmitRun(_message.Message):
     __slots__ = ("ticket", "spec", "age_us", "remaining_us", "is_admitted", "block_hashes", "attempt_age_us")
@@ -165,12 +167,10 @@ class SubmitRun(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., spec: _Optional[bytes] = ..., age_us: _Optional[int] = ..., remaining_us: _Optional[int] = ..., is_admitted: _Optional[bool] = ..., block_hashes: _Optional[_Iterable[int]] = ..., attempt_age_us: _Optional[int] = ...) -> None: ...
 
 class CancelRun(_message.Message):
-    __slots__ = ("model", "run_id")
-    MODEL_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("run_id",)
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
-    model: str
     run_id: str
-    def __init__(self, model: _Optional[str] = ..., run_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
 
 class SubmitResponse(_message.Message):
     __slots__ = ("hello", "accepted", "refused", "dispatched", "dropped", "heartbeat", "adapters")
@@ -193,16 +193,8 @@ class SubmitResponse(_message.Message):
 class ServedAdapters(_message.Message):
     __slots__ = ("adapters",)
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
-    adapters: _containers.RepeatedCompositeFieldContainer[ServedAdapter]
-    def __init__(self, adapters: _Optional[_Iterable[_Union[ServedAdapter, _Mapping]]] = ...) -> None: ...
-
-class ServedAdapter(_message.Message):
-    __slots__ = ("model", "adapter")
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    ADAPTER_FIELD_NUMBER: _ClassVar[int]
-    model: str
-    adapter: Adapter
-    def __init__(self, model: _Optional[str] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
 
 class Adapter(_message.Message):
     __slots__ = ("name", "fingerprint")
@@ -547,15 +539,15 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("scheduler", "models")
-    SCHEDULER_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("scheduler_id", "models")
+    SCHEDULER_ID_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
-    scheduler: SchedulerHello
+    scheduler_id: str
     models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
-    def __init__(self, scheduler: _Optional[_Union[SchedulerHello, _Mapping]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ...) -> None: ...
+    def __init__(self, scheduler_id: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
-    __slots__ = ("model", "buckets", "workers", "num_waiting", "num_running", "policy", "num_finished", "num_batches")
+    __slots__ = ("model", "buckets", "workers", "num_waiting", "num_running", "policy", "num_finished", "num_batches", "scheduler")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUCKETS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -564,6 +556,7 @@ class ModelStatus(_message.Message):
     POLICY_FIELD_NUMBER: _ClassVar[int]
     NUM_FINISHED_FIELD_NUMBER: _ClassVar[int]
     NUM_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULER_FIELD_NUMBER: _ClassVar[int]
     model: str
     buckets: _containers.RepeatedCompositeFieldContainer[BucketStatus]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
@@ -572,7 +565,8 @@ class ModelStatus(_message.Message):
     policy: str
     num_finished: int
     num_batches: int
-    def __init__(self, model: _Optional[str] = ..., buckets: _Optional[_Iterable[_Union[BucketStatus, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., policy: _Optional[str] = ..., num_finished: _Optional[int] = ..., num_batches: _Optional[int] = ...) -> None: ...
+    scheduler: SchedulerHello
+    def __init__(self, model: _Optional[str] = ..., buckets: _Optional[_Iterable[_Union[BucketStatus, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., policy: _Optional[str] = ..., num_finished: _Optional[int] = ..., num_batches: _Optional[int] = ..., scheduler: _Optional[_Union[SchedulerHello, _Mapping]] = ...) -> None: ...
 
 class BucketStatus(_message.Message):
     __slots__ = ("low_tokens", "high_tokens", "num_waiting", "waiting_tokens")

@@ -57,7 +57,7 @@ class SchedulerServiceServicer:
     """
 
     def Submit(self, request_iterator, context):
-        """One stream per gateway: requests and cancellations in; admissions, refusals and dispatches out.
+        """One stream per gateway and model: requests and cancellations in; admissions, refusals and dispatches out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,12 +36,15 @@ class AdapterBook:
         self._clock = clock
         self._known: dict[tuple[str, str], _Known] = {}
 
-    def announced(self, served: scheduler_pb2.ServedAdapters) -> None:
-        """Takes the scheduler's word for which adapters there are; of two of one name the last one counts."""
+    def announced(self, model: str, served: scheduler_pb2.ServedAdapters) -> None:
+        """Takes a scheduler's word for which adapters a model has; of two of one name the last one counts."""
         until_s = self._clock() + ABSENT_S
-        self._known = {key: _Known(known.fingerprint, min(known.until_s, until_s)) for key, known in self._current()}
-        for at in served.adapters:
-            self._known[at.model, at.adapter.name] = _Known(at.adapter.fingerprint, float("inf"))
+        self._known = {
+            key: known if key[0] != model else _Known(known.fingerprint, min(known.until_s, until_s))
+            for key, known in self._current()
+        }
+        for adapter in served.adapters:
+            self._known[model, adapter.name] = _Known(adapter.fingerprint, float("inf"))
 
     def fingerprint(self, model: str, name: str) -> str:
         """Returns the fingerprint of an adapter; empty: there is none of that name."""

@@ -35,7 +35,7 @@ from bucketserve_gateway.openai import BatchLines, HttpServer, Shelves
 from bucketserve_gateway.public import grpc_server, http_server
 from bucketserve_gateway.quotas import Quotas
 from bucketserve_gateway.requests import OpenRequests
-from bucketserve_gateway.scheduler_link import SchedulerLink
+from bucketserve_gateway.scheduler_link import SchedulerLink, SchedulerLinks
 from bucketserve_gateway.servicer import GatewayParts, InferenceServicer
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.submissions import Submissions
@@ -99,13 +99,17 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
         requests = OpenRequests()
         observer.watch(admission, requests)
         delivery = DeliveryServicer(requests, ours)
-        scheduler = SchedulerLink(
-            settings.scheduler_address.split(","),
-            ours,
-            gateway_id,
-            requests,
-            on_state=observer.scheduler_state,
-            on_adapters=catalog.adapters.announced,
+        schedulers = SchedulerLinks(
+            settings.models,
+            lambda model: SchedulerLink(
+                model,
+                settings.scheduler_address.split(","),
+                ours,
+                gateway_id,
+                requests,
+                on_state=observer.scheduler_state,
+                on_adapters=catalog.adapters.announced,
+            ),
         )
         quotas = Quotas(stores.quotas, keys.limits_of, observer.quota_uncounted)
         parts = GatewayParts(
@@ -118,7 +122,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             quotas=quotas,
             tokenizers=tokenizers,
             requests=requests,
-            scheduler=scheduler,
+            schedulers=schedulers,
             delivery=delivery,
             telemetry=observer,
         )
@@ -133,13 +137,12 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
         internal = _delivery_server(settings, ours, observer, delivery)
         async with asyncio.TaskGroup() as tasks:
             background = [
-                tasks.create_task(scheduler.run(), name="scheduler-link"),
-                tasks.create_task(scheduler.watch(), name="silent-requests"),
+                tasks.create_task(schedulers.run(), name="scheduler-links"),
                 tasks.create_task(quotas.run(), name="quotas"),
                 tasks.create_task(keys.run(), name="keys"),
             ]
             health = tasks.create_task(
-                _show_health([public, internal, http], scheduler, settings.scheduler_wait_s), name="health"
+                _show_health([public, internal, http], schedulers, settings.scheduler_wait_s), name="health"
             )
             runner = _job_runner(stores, inference, gateway_id, settings, observer, catalog)
             jobs = tasks.create_task(runner.run(), name="job-runner") if runner else None
@@ -200,11 +203,11 @@ def _names(settings: GatewaySettings) -> ModelNames:
     return ModelNames(settings.models, settings.aliases)
 
 
-async def _show_health(servers: Sequence[RpcServer | HttpServer], scheduler: SchedulerLink, grace_s: float) -> None:
+async def _show_health(servers: Sequence[RpcServer | HttpServer], schedulers: SchedulerLinks, grace_s: float) -> None:
     """Keeps health true: SERVING if a request would be served, or would only wait for a scheduler that takes over."""
     while True:
         for server in servers:
-            await server.set_serving(scheduler.is_present(grace_s))
+            await server.set_serving(schedulers.is_present(grace_s))
         await asyncio.sleep(HEALTH_S)
 
 

@@ -1,4 +1,7 @@
-"""The gateway's stream to the scheduler: runs and cancellations out; admissions, refusals and dispatches in."""
+"""The gateway's streams to the schedulers: runs and cancellations out; admissions, refusals and dispatches in.
+
+Each model has a stream of its own, since another scheduler may lead each.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from bucketserve.core.errors import (
     BucketServeError,
@@ -25,7 +28,7 @@ from bucketserve.rpc.outbox import Outbox
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
 
-__all__ = ["SchedulerLink"]
+__all__ = ["SchedulerLink", "SchedulerLinks"]
 
 OUTBOX_LIMIT = 65_536
 SILENCE_S = 8.0
@@ -42,28 +45,30 @@ Submit = scheduler_pb2.SubmitRequest
 
 
 class SchedulerLink:
-    """Keeps one Submit stream open, reconnecting for ever.
+    """Keeps a model's Submit stream open, reconnecting for ever.
 
-    After every connection all open requests are submitted again under their run ids: the scheduler answers with what it
-    knows of them, and takes those that it does not know.
+    After every connection all open requests of the model are submitted again under their run ids: the scheduler
+    answers with what it knows of them, and takes those that it does not know.
     """
 
     def __init__(
         self,
+        model: str,
         addresses: list[str],
         deployment: Deployment,
         gateway_id: str,
         requests: OpenRequests,
         on_state: Callable[[bool, str], None],
-        on_adapters: Callable[[scheduler_pb2.ServedAdapters], None],
+        on_adapters: Callable[[str, scheduler_pb2.ServedAdapters], None],
     ) -> None:
-        """on_state(connected, detail), on_adapters(all that there are) on every change; addresses are tried in turn."""
+        """on_state(connected, detail), on_adapters(model, all that it has) on every change."""
+        self._model = model
         self._deployment = deployment
         self._gateway_id = gateway_id
         self._instance = uuid.uuid4().hex
         self._requests = requests
         self._on_adapters = on_adapters
-        self._search = LeaderSearch(addresses, deployment.tls, on_state)
+        self._search = LeaderSearch(model, addresses, deployment.tls, on_state)
         self._problem = ""
         self._outbox: Outbox[Submit] | None = None
         self._waiting_for_room: set[str] = set()
@@ -88,10 +93,10 @@ class SchedulerLink:
         if self._outbox is not None:
             self._outbox.send(Submit(run=opened.submission()))
 
-    def cancel(self, model: str, run_id: str) -> None:
+    def cancel(self, run_id: str) -> None:
         """Tells the scheduler to forget an attempt."""
         if self._outbox is not None:
-            self._outbox.send(Submit(cancel=scheduler_pb2.CancelRun(model=model, run_id=run_id)))
+            self._outbox.send(Submit(cancel=scheduler_pb2.CancelRun(run_id=run_id)))
 
     def ask_again(self, now_s: float) -> int:
         """Submits silent requests again, as they are; returns how many.
@@ -102,7 +107,7 @@ class SchedulerLink:
         if not self.is_connected:
             return 0
         most = max(math.ceil(len(self._requests) * LOOK_S / SPREAD_S), FEW)
-        silent = [opened for opened in self._requests if not opened.is_over and now_s - opened.heard_s >= SILENCE_S]
+        silent = [opened for opened in self._open() if now_s - opened.heard_s >= SILENCE_S]
         del silent[most:]
         for opened in silent:
             opened.heard_s = now_s
@@ -119,9 +124,13 @@ class SchedulerLink:
         """Stays connected; ends only by cancellation."""
         await self._search.run(self._converse)
 
+    def _open(self) -> Iterator[OpenRequest]:
+        return (opened for opened in self._requests if opened.model == self._model and not opened.is_over)
+
     async def _converse(self, stub: scheduler_pb2_grpc.SchedulerServiceStub, address: str) -> None:
         outbox: Outbox[Submit] = Outbox(OUTBOX_LIMIT)
-        outbox.send(Submit(hello=scheduler_pb2.GatewayHello(gateway_id=self._gateway_id, instance=self._instance)))
+        hello = scheduler_pb2.GatewayHello(gateway_id=self._gateway_id, instance=self._instance, model=self._model)
+        outbox.send(Submit(hello=hello))
         call = stub.Submit(outbox.messages(), metadata=self._deployment.metadata)
         try:
             async for response in messages_while_alive(call):
@@ -129,13 +138,12 @@ class SchedulerLink:
                 if kind == "heartbeat":
                     self._problem = response.heartbeat.problem
                 elif kind == "adapters":
-                    self._on_adapters(response.adapters)
+                    self._on_adapters(self._model, response.adapters)
                 elif kind == "hello":
                     self._search.welcomed(response.hello, address)
                     self._outbox, self._problem = outbox, ""
-                    for opened in self._requests:
-                        if not opened.is_over:
-                            self.submit(opened)
+                    for opened in self._open():
+                        self.submit(opened)
                 else:
                     self._take(response)
         finally:
@@ -175,6 +183,29 @@ class SchedulerLink:
                 opened.fail(_refusal(opened.model, message))
             case "dropped":
                 _drop(opened, message.reason)
+
+
+class SchedulerLinks:
+    """A link for each model."""
+
+    def __init__(self, models: Iterable[str], new_link: Callable[[str], SchedulerLink]) -> None:
+        """new_link(model) makes one."""
+        self._links = {model: new_link(model) for model in models}
+
+    def of(self, model: str) -> SchedulerLink:
+        """Returns a served model's link."""
+        return self._links[model]
+
+    def is_present(self, grace_s: float) -> bool:
+        """Whether the scheduler of some model is there, or was not long ago."""
+        return any(link.is_present(grace_s) for link in self._links.values())
+
+    async def run(self) -> None:
+        """Keeps every model's stream open and asks again for what is silent; ends only by cancellation."""
+        async with asyncio.TaskGroup() as tasks:
+            for model, link in self._links.items():
+                tasks.create_task(link.run(), name=f"scheduler-link-{model}")
+                tasks.create_task(link.watch(), name=f"silent-requests-{model}")
 
 
 def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:

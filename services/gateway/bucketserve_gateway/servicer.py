@@ -21,7 +21,7 @@ from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.prefixes import prefix_salt
 from bucketserve_gateway.quotas import Quotas
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
-from bucketserve_gateway.scheduler_link import SchedulerLink
+from bucketserve_gateway.scheduler_link import SchedulerLinks
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
 from bucketserve_gateway.tokenizer_pool import TokenizerPool
@@ -60,7 +60,7 @@ class GatewayParts:
     quotas: Quotas
     tokenizers: TokenizerPool
     requests: OpenRequests
-    scheduler: SchedulerLink
+    schedulers: SchedulerLinks
     delivery: DeliveryServicer
     telemetry: GatewayTelemetry
 
@@ -98,8 +98,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             room = end.enter_context(parts.admission.room())
             opened = await self._open(request, remaining_s, span, room)
             end.callback(self._close, opened, span)
-            parts.scheduler.submit(opened)
-            await opened.accepted(parts.settings.scheduler_wait_s, lambda: parts.scheduler.problem)
+            scheduler = parts.schedulers.of(opened.model)
+            scheduler.submit(opened)
+            await opened.accepted(parts.settings.scheduler_wait_s, lambda: scheduler.problem)
             yield inference_pb2.GenerateResponse(started=_started(opened))
             async for chunk in opened.chunks():
                 yield inference_pb2.GenerateResponse(chunk=chunk)
@@ -186,7 +187,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         is_begun = opened.worker_id or opened.tokens
         parts.quotas.settle(opened.charge, len(opened.prompt_ids) + len(opened.tokens) if is_begun else 0)
         if opened.finished is None:
-            parts.scheduler.cancel(opened.model, opened.run_id)
+            parts.schedulers.of(opened.model).cancel(opened.run_id)
             parts.delivery.stop(opened)
         parts.telemetry.closed(opened, span)
 
@@ -197,18 +198,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """
         parts = self._parts
         parts.requests.resumed(opened, former)
-        parts.scheduler.cancel(opened.model, former)
+        scheduler = parts.schedulers.of(opened.model)
+        scheduler.cancel(former)
         parts.telemetry.resumed(opened)
         number = opened.attempt - opened.num_preemptions
         if opened.was_preempted or number <= 2:
-            parts.scheduler.submit(opened)
+            scheduler.submit(opened)
             return
         delay_s = min(RETRY_S * 2.0 ** min(number - 3, 16), MOST_RETRY_S)
         asyncio.get_running_loop().call_later(delay_s, self._submit_if_open, opened, opened.run_id)
 
     def _submit_if_open(self, opened: OpenRequest, run_id: str) -> None:
         if self._parts.requests.get(run_id) is opened and not opened.is_over:
-            self._parts.scheduler.submit(opened)
+            self._parts.schedulers.of(opened.model).submit(opened)
 
     async def _tokenize(self, valid: ValidRequest) -> Sequence[int]:
         if valid.token_ids is not None:

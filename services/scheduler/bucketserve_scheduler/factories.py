@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import fields
+from typing import NamedTuple
 
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import BatchOrder, CoreSettings, Placement
 from bucketserve.ports import QueueStore
 from bucketserve.store.memory import MemoryStore
 from bucketserve.store.redis import RedisStore, connect
+from bucketserve.store.roster import Roster
 from bucketserve_scheduler.settings import SchedulerSettings
 
-__all__ = ["core_settings", "new_core", "stores"]
+__all__ = ["Stores", "core_settings", "new_core", "stores"]
 
 
 def new_core(settings: SchedulerSettings, context_tokens: int) -> SchedulerCore:
@@ -36,14 +38,23 @@ def core_settings(settings: SchedulerSettings) -> CoreSettings:
             return chosen.as_a_load_balancer(Placement(placement))
 
 
-async def stores(url: str, deployment: str, stack: AsyncExitStack) -> Callable[[str], QueueStore]:
-    """Returns a function that gives a model's store; connections close with the stack.
+class Stores(NamedTuple):
+    """What is kept in the store that the URL names."""
+
+    of_model: Callable[[str], QueueStore]
+    """Gives a model's store."""
+    roster: Roster | None
+    """None: no other scheduler can be there."""
+
+
+async def stores(url: str, deployment: str, stack: AsyncExitStack) -> Stores:
+    """Connections close with the stack.
 
     Raises:
         SettingsError: the URL names no store that we know.
     """
     if url.startswith("memory://"):
-        return lambda model: MemoryStore()
+        return Stores(lambda model: MemoryStore(), None)
     client = connect(url)
     stack.push_async_callback(client.aclose)
-    return lambda model: RedisStore(client, model, deployment)
+    return Stores(lambda model: RedisStore(client, model, deployment), Roster(client, deployment))

@@ -68,7 +68,6 @@ class LoopDeps:
 
     settings: SchedulerSettings
     scheduler_id: str
-    gateways: GatewayPeers
     telemetry: LoopTelemetry
     clock: Callable[[], float]
     """Seconds, never going back."""
@@ -79,7 +78,9 @@ class LoopDeps:
 class SchedulingLoop:
     """Owns one model's core, tickets and workers."""
 
-    def __init__(self, model: str, context_tokens: int, store: QueueStore, deps: LoopDeps) -> None:
+    def __init__(
+        self, model: str, context_tokens: int, store: QueueStore, gateways: GatewayPeers, deps: LoopDeps
+    ) -> None:
         """Starts with nothing; run() does the work."""
         self.model = model
         self.core = deps.new_core(context_tokens)
@@ -87,14 +88,15 @@ class SchedulingLoop:
         self.workers: dict[WorkerId, WorkerPeer] = {}
         self._context_tokens = context_tokens
         self._store = store
+        self._gateways = gateways
         self._deps = deps
         self._inbox: asyncio.Queue[Event | scheduler_pb2.SubmitRun | WorkerPeer] = asyncio.Queue(INBOX_LIMIT)
         """What has happened; a peer has joined."""
-        self._tickets = TicketTable(deps.gateways)
+        self._tickets = TicketTable(gateways)
         self._own_events: list[Event] = []
         """What came of telling peers, for the next turn."""
         self._announcer = Announcer(
-            self._tickets, deps.gateways, self.workers, deps.telemetry, on_undeliverable=self._own_events.append
+            self._tickets, gateways, self.workers, deps.telemetry, on_undeliverable=self._own_events.append
         )
         self._expected: dict[WorkerId, float] = {}
         """Workers that should come back -> when they count as lost."""
@@ -185,7 +187,7 @@ class SchedulingLoop:
                 peer.held.pop(run_id, None)
                 if reason is FinishReason.ERROR and self._tickets.get(run_id) is None:
                     # It had ended, and its output could not be brought to the gateway.
-                    self._deps.gateways.tell_end(run_id)
+                    self._gateways.tell_end(run_id)
                 await self._inbox.put(
                     RequestFinished(
                         request_id=run_id,
@@ -311,7 +313,7 @@ class SchedulingLoop:
         if entry is not None and not entry.is_parked:
             self._announcer.repeat(entry)
             return None
-        if entry is None and self._deps.gateways.tell_end(run_id):
+        if entry is None and self._gateways.tell_end(run_id):
             # The gateway had not heard of it. To start the same attempt again could be to run it twice.
             return None
         if entry is None:
@@ -419,7 +421,7 @@ class SchedulingLoop:
             worker.outbox.close()
         self.workers.clear()
         self._expected.clear()
-        self._deps.gateways.cut_all()
+        self._gateways.cut_all()
         self._tickets.clear()
         self._own_events.clear()
         self.core = self._deps.new_core(self._context_tokens)
@@ -445,6 +447,6 @@ class SchedulingLoop:
                 self._deps.telemetry.worker_lost(self.model, worker_id, "did not come back")
                 events.append(WorkerLost(worker_id))
         events += [RequestCancelled(rid) for rid in self._tickets.parked_since(now_s - PARKED_S)]
-        expired = self._deps.gateways.expire(self.model, self._deps.settings.gateway_lease_s, now_s)
+        expired = self._gateways.expire(self._deps.settings.gateway_lease_s, now_s)
         events += [RequestCancelled(request_id) for request_id in expired]
         return events

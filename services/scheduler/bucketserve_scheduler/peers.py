@@ -52,14 +52,14 @@ class _End:
 
 @dataclass(slots=True)
 class GatewayPeers:
-    """Gateways by id, and the requests that each has open.
+    """Gateways by id, and a model's requests that each has open.
 
     A gateway that reconnects within its lease finds its requests as they were.
     """
 
     _connected: dict[str, GatewayPeer] = field(default_factory=dict)
-    _requests: dict[str, dict[RequestId, str]] = field(default_factory=dict)
-    """gateway id -> open run -> model."""
+    _requests: dict[str, set[RequestId]] = field(default_factory=dict)
+    """gateway id -> open runs."""
     _absent_since: dict[str, float] = field(default_factory=dict)
     """Of those that have open runs and are not connected."""
     _ended: dict[str, _End] = field(default_factory=dict)
@@ -87,9 +87,9 @@ class GatewayPeers:
             if peer.gateway_id in self._requests:
                 self._absent_since[peer.gateway_id] = now_s
 
-    def open(self, gateway_id: str, request_id: RequestId, model: str, now_s: float) -> None:
+    def open(self, gateway_id: str, request_id: RequestId, now_s: float) -> None:
         """Notes a request; a gateway known only from the store starts as absent."""
-        self._requests.setdefault(gateway_id, {})[request_id] = model
+        self._requests.setdefault(gateway_id, set()).add(request_id)
         if gateway_id not in self._connected:
             self._absent_since.setdefault(gateway_id, now_s)
 
@@ -98,21 +98,19 @@ class GatewayPeers:
         requests = self._requests.get(gateway_id)
         if requests is None:
             return
-        requests.pop(request_id, None)
+        requests.discard(request_id)
         if not requests:
             del self._requests[gateway_id]
             self._absent_since.pop(gateway_id, None)
 
-    def expire(self, model: str, lease_s: float, now_s: float) -> list[RequestId]:
-        """Returns a model's requests of gateways that have been away for longer than lease_s seconds, once."""
+    def expire(self, lease_s: float, now_s: float) -> list[RequestId]:
+        """Returns the requests of gateways that have been away for longer than lease_s seconds, once."""
         expired: list[RequestId] = []
         for gateway_id, since_s in list(self._absent_since.items()):
             if now_s - since_s < lease_s:
                 continue
-            gone = [run_id for run_id, of_model in self._requests[gateway_id].items() if of_model == model]
-            for request_id in gone:
-                self.close(gateway_id, request_id)
-            expired += gone
+            expired += self._requests.pop(gateway_id)
+            del self._absent_since[gateway_id]
         return expired
 
     def send(self, gateway_id: str, message: scheduler_pb2.SubmitResponse) -> None:
@@ -148,7 +146,7 @@ class GatewayPeers:
             del self._ended[oldest]
         self._ended[dropped.run_id] = _End(now_s, gateway_id, dropped)
 
-    def tell_adapters(self, adapters: Iterable[scheduler_pb2.ServedAdapter]) -> None:
+    def tell_adapters(self, adapters: Iterable[scheduler_pb2.Adapter]) -> None:
         """Tells every gateway which adapters there are, if that has changed."""
         served = scheduler_pb2.ServedAdapters(adapters=adapters)
         if served != self.adapters:

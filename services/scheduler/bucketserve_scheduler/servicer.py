@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import grpc
 
-from bucketserve.core.errors import FieldViolation, InvalidRequestError, UnavailableError
+from bucketserve.core.errors import FieldViolation, InvalidRequestError
 from bucketserve.core.types import RequestId
 from bucketserve.rpc.convert import role_from_pb, role_to_pb
 from bucketserve.rpc.deployment import Deployment
@@ -17,7 +17,8 @@ from bucketserve.rpc.outbox import Outbox
 from bucketserve.rpc.tasks import end_task
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_scheduler.loop import SchedulingLoop
-from bucketserve_scheduler.peers import GatewayPeer, GatewayPeers, WorkerPeer
+from bucketserve_scheduler.models import ServedModel, ServedModels
+from bucketserve_scheduler.peers import GatewayPeer, WorkerPeer
 from bucketserve_scheduler.settings import SchedulerSettings
 
 __all__ = ["SchedulerServicer"]
@@ -45,48 +46,39 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         settings: SchedulerSettings,
         deployment: Deployment,
         scheduler_id: str,
-        gateways: GatewayPeers,
-        loop_of: Callable[[str, int], SchedulingLoop],
-        loops: Callable[[], list[SchedulingLoop]],
-        is_leading: Callable[[], bool],
-        problem: Callable[[], str],
-        epoch: Callable[[], int],
+        models: ServedModels,
         clock: Callable[[], float],
     ) -> None:
-        """loop_of(model, context_tokens) returns the model's loop and starts it if there is none yet."""
-        self._is_leading = is_leading
-        self._problem = problem
-        self._epoch = epoch
+        """clock: seconds, never going back."""
         self._settings = settings
         self._deployment = deployment
         self._scheduler_id = scheduler_id
-        self._gateways = gateways
-        self._loop_of = loop_of
-        self._loops = loops
+        self._models = models
         self._clock = clock
 
     async def Submit(
         self, request_iterator: SubmitRequests, context: SubmitContext
     ) -> AsyncIterator[scheduler_pb2.SubmitResponse]:
-        """One stream per gateway."""
+        """One stream per gateway and model."""
         self._deployment.check(context.invocation_metadata())
-        self._refuse_on_standby()
-        first = await first_message(request_iterator)
-        _check("hello", gateway_id=first.hello.gateway_id)
-        peer = GatewayPeer(first.hello.gateway_id, Outbox(GATEWAY_OUTBOX_LIMIT), first.hello.instance)
-        self._gateways.connect(peer)
-        reader = asyncio.create_task(self._read_gateway(request_iterator, peer))
+        hello = (await first_message(request_iterator)).hello
+        _check("hello", gateway_id=hello.gateway_id, model=hello.model)
+        model = self._models.of(hello.model)
+        await model.check_led_here()
+        peer = GatewayPeer(hello.gateway_id, Outbox(GATEWAY_OUTBOX_LIMIT), hello.instance)
+        model.gateways.connect(peer)
+        reader = asyncio.create_task(_read_gateway(request_iterator, model, peer))
         beat = asyncio.create_task(
-            _beat(peer.outbox, lambda: scheduler_pb2.SubmitResponse(heartbeat=self._heartbeat()))
+            _beat(peer.outbox, lambda: scheduler_pb2.SubmitResponse(heartbeat=_heartbeat(model)))
         )
         try:
-            yield scheduler_pb2.SubmitResponse(hello=self._hello())
-            yield scheduler_pb2.SubmitResponse(adapters=self._gateways.adapters)
+            yield scheduler_pb2.SubmitResponse(hello=model.hello())
+            yield scheduler_pb2.SubmitResponse(adapters=model.gateways.adapters)
             async for message in peer.outbox.messages():
                 yield message
         finally:
             beat.cancel()
-            self._gateways.disconnect(peer, self._clock())
+            model.gateways.disconnect(peer, self._clock())
             await end_task(reader, grpc.RpcError)
 
     async def Work(
@@ -94,19 +86,19 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     ) -> AsyncIterator[scheduler_pb2.WorkResponse]:
         """One stream per worker."""
         self._deployment.check(context.invocation_metadata())
-        self._refuse_on_standby()
-        first = await first_message(request_iterator)
-        hello = first.hello
+        hello = (await first_message(request_iterator)).hello
         _check("hello", worker_id=hello.worker_id, model=hello.model, context_tokens=hello.context_tokens)
         role_from_pb(hello.role)
-        loop = self._loop_of(first.hello.model, first.hello.context_tokens)
-        peer = await loop.connect(first.hello)
+        model = self._models.of(hello.model)
+        await model.check_led_here()
+        loop = model.loop_for(hello.context_tokens)
+        peer = await loop.connect(hello)
         reader = asyncio.create_task(self._read_worker(request_iterator, loop, peer))
-        beat = asyncio.create_task(_beat(peer.outbox, lambda: scheduler_pb2.WorkResponse(heartbeat=self._heartbeat())))
+        beat = asyncio.create_task(_beat(peer.outbox, lambda: scheduler_pb2.WorkResponse(heartbeat=_heartbeat(model))))
         try:
             yield scheduler_pb2.WorkResponse(
                 welcome=scheduler_pb2.WorkerWelcome(
-                    scheduler=self._hello(),
+                    scheduler=model.hello(),
                     report_interval_ms=round(self._settings.report_interval_s * 1e3),
                 )
             )
@@ -124,46 +116,20 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     ) -> scheduler_pb2.GetStatusResponse:
         """What the scheduler sees."""
         return scheduler_pb2.GetStatusResponse(
-            scheduler=self._hello(), models=[self._model_status(loop) for loop in self._loops()]
+            scheduler_id=self._scheduler_id,
+            models=[
+                self._model_status(model, model.loop)
+                for model in self._models.all()
+                if model.is_led_here and model.loop is not None
+            ],
         )
 
     async def tell_adapters(self) -> None:
         """Tells gateways which adapters there are, for ever."""
         while True:
-            self._gateways.tell_adapters(
-                [
-                    scheduler_pb2.ServedAdapter(model=loop.model, adapter=adapter)
-                    for loop in self._loops()
-                    for peer in loop.workers.values()
-                    if not peer.is_draining
-                    for adapter in peer.hello.adapters.adapters
-                ]
-            )
+            for model in self._models.all():
+                model.tell_adapters()
             await asyncio.sleep(HEARTBEAT_S)
-
-    async def _read_gateway(self, requests: SubmitRequests, peer: GatewayPeer) -> None:
-        try:
-            async for message in requests:
-                if message.WhichOneof("message") == "run":
-                    ticket = message.run.ticket
-                    _check(
-                        "run.ticket",
-                        run_id=ticket.run_id,
-                        model=ticket.model,
-                        prompt_tokens=ticket.prompt_tokens,
-                        max_new_tokens=ticket.max_new_tokens,
-                        gateway_id=ticket.gateway_id,
-                        context_tokens=ticket.context_tokens,
-                    )
-                    _check("run", spec=message.run.spec)
-                    await self._loop_of(ticket.model, ticket.context_tokens).submit(message.run)
-                elif message.WhichOneof("message") == "cancel":
-                    cancel = message.cancel
-                    for loop in self._loops():
-                        if loop.model == cancel.model:
-                            await loop.cancel(RequestId(cancel.run_id))
-        finally:
-            peer.outbox.close()
 
     async def _read_worker(self, requests: WorkRequests, loop: SchedulingLoop, peer: WorkerPeer) -> None:
         try:
@@ -172,24 +138,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         finally:
             peer.outbox.close()
 
-    def _refuse_on_standby(self) -> None:
-        """Sends a peer on to the scheduler that leads; it tries the next address.
-
-        Raises:
-            UnavailableError: this one does not lead.
-        """
-        if not self._is_leading():
-            problem = self._problem()
-            detail = f"no scheduler leads: {problem}" if problem else "standby: another scheduler leads"
-            raise UnavailableError(detail, reason="STANDBY")
-
-    def _heartbeat(self) -> scheduler_pb2.Heartbeat:
-        return scheduler_pb2.Heartbeat(problem=self._problem())
-
-    def _hello(self) -> scheduler_pb2.SchedulerHello:
-        return scheduler_pb2.SchedulerHello(scheduler_id=self._scheduler_id, epoch=self._epoch())
-
-    def _model_status(self, loop: SchedulingLoop) -> scheduler_pb2.ModelStatus:
+    def _model_status(self, model: ServedModel, loop: SchedulingLoop) -> scheduler_pb2.ModelStatus:
         now_s = self._clock()
         view = loop.core.status()
         return scheduler_pb2.ModelStatus(
@@ -219,7 +168,30 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
             policy=self._settings.policy,
             num_finished=loop.num_finished,
             num_batches=loop.num_batches,
+            scheduler=model.hello(),
         )
+
+
+async def _read_gateway(requests: SubmitRequests, model: ServedModel, peer: GatewayPeer) -> None:
+    try:
+        async for message in requests:
+            if message.WhichOneof("message") == "run":
+                ticket = message.run.ticket
+                _check(
+                    "run.ticket",
+                    run_id=ticket.run_id,
+                    model=ticket.model == model.name,
+                    prompt_tokens=ticket.prompt_tokens,
+                    max_new_tokens=ticket.max_new_tokens,
+                    gateway_id=ticket.gateway_id,
+                    context_tokens=ticket.context_tokens,
+                )
+                _check("run", spec=message.run.spec)
+                await model.loop_for(ticket.context_tokens).submit(message.run)
+            elif message.WhichOneof("message") == "cancel" and model.loop is not None:
+                await model.loop.cancel(RequestId(message.cancel.run_id))
+    finally:
+        peer.outbox.close()
 
 
 def _check(message: str, *, context_tokens: int = 1, **required: object) -> None:
@@ -233,6 +205,10 @@ def _check(message: str, *, context_tokens: int = 1, **required: object) -> None
         bad.append(FieldViolation(f"{message}.context_tokens", f"1 to {MOST_CONTEXT_TOKENS:,}"))
     if bad:
         raise InvalidRequestError(bad)
+
+
+def _heartbeat(model: ServedModel) -> scheduler_pb2.Heartbeat:
+    return scheduler_pb2.Heartbeat(problem=model.seat.problem)
 
 
 async def _beat(outbox: Outbox[M], heartbeat: Callable[[], M]) -> None:

@@ -59,7 +59,7 @@ class TicketTable:
         """Takes a new ticket."""
         run_id = RequestId(ticket.run_id)
         entry = self._entries[run_id] = Entry(ticket, arrival_s)
-        self._gateways.open(ticket.gateway_id, run_id, ticket.model, now_s)
+        self._gateways.open(ticket.gateway_id, run_id, now_s)
         return entry
 
     def get(self, run_id: RequestId) -> Entry | None:

@@ -34,6 +34,7 @@ class SchedulerLink:
 
     def __init__(
         self,
+        model: str,
         addresses: list[str],
         deployment: Deployment,
         *,
@@ -47,9 +48,9 @@ class SchedulerLink:
         on_heard: Callable[[], None],
         on_state: Callable[[bool, str], None],
     ) -> None:
-        """on_state(connected, detail) on every change, on_heard() on every message; addresses are tried in turn."""
+        """on_state(connected, detail) on every change, on_heard() on every message."""
         self._deployment = deployment
-        self._search = LeaderSearch(addresses, deployment.tls, on_state)
+        self._search = LeaderSearch(model, addresses, deployment.tls, on_state)
         self._hello = hello
         self._new_report = report
         self._on_batch = on_batch

@@ -68,6 +68,7 @@ class Worker:
         self.running = RunningTable(self.delivery, time.monotonic)
         self.holder = KvHolder(settings.kv_lease_s, time.monotonic)
         self.link = SchedulerLink(
+            settings.model_name,
             settings.scheduler_address.split(","),
             deployment,
             hello=self._hello,

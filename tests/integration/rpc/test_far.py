@@ -34,7 +34,7 @@ async def test_a_scheduler_behind_a_slow_way_is_found_again_each_time_the_way_br
     await server.start()
     await relay.start()
     states: list[bool] = []
-    search = LeaderSearch([relay.address], None, lambda is_connected, detail: states.append(is_connected))
+    search = LeaderSearch("m", [relay.address], None, lambda is_connected, detail: states.append(is_connected))
 
     async def talk(stub: scheduler_pb2_grpc.SchedulerServiceStub, address: str) -> None:
         outbox: Outbox[scheduler_pb2.SubmitRequest] = Outbox(10)

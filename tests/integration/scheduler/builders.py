@@ -32,12 +32,11 @@ def a_loop(store: QueueStore, gateways: GatewayPeers | None = None, **settings) 
         deps = LoopDeps(
             settings=configured,
             scheduler_id="s",
-            gateways=gateways,
             telemetry=LoopTelemetry(outlets.log, outlets.metrics, outlets.tracing),
             clock=time.monotonic,
             new_core=lambda context_tokens: new_core(configured, context_tokens),
         )
-        yield SchedulingLoop("m", CONTEXT, store, deps)
+        yield SchedulingLoop("m", CONTEXT, store, gateways, deps)
 
 
 @contextlib.asynccontextmanager

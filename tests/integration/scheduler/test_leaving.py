@@ -21,7 +21,7 @@ from tests.integration.scheduler.builders import CONTEXT, a_loop, a_run, report
 async def loop_over_valkey() -> AsyncIterator[SchedulingLoop]:
     async with contextlib.AsyncExitStack() as stack:
         server = stack.enter_context(EmbeddedServer())
-        store = (await stores(server.url, "default", stack))("m")
+        store = (await stores(server.url, "default", stack)).of_model("m")
         yield stack.enter_context(a_loop(store))
 
 

@@ -55,7 +55,7 @@ async def play(number: int, cached: int) -> list[tuple[str, int]]:
     """Returns where each of so many like prompts went, one after the other, and what was to be computed of it."""
     async with contextlib.AsyncExitStack() as stack:
         server = stack.enter_context(EmbeddedServer())
-        loop = stack.enter_context(a_loop((await stores(server.url, "default", stack))("m")))
+        loop = stack.enter_context(a_loop((await stores(server.url, "default", stack)).of_model("m")))
         await stack.enter_async_context(running(loop))
         taken: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
         tasks = []
@@ -89,7 +89,7 @@ async def test_a_worker_that_says_it_had_nothing_is_not_believed_to_have_much_fo
 async def test_what_waits_is_stored_without_hashes() -> None:
     async with contextlib.AsyncExitStack() as stack:
         server = stack.enter_context(EmbeddedServer())
-        store = (await stores(server.url, "default", stack))("m")
+        store = (await stores(server.url, "default", stack)).of_model("m")
         loop = stack.enter_context(a_loop(store))
         async with running(loop):
             run = a_prompt(1)

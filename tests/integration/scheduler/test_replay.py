@@ -123,12 +123,11 @@ async def test_a_log_of_the_service_replays_in_the_simulator_s_policy() -> None:
         deps = LoopDeps(
             settings=settings,
             scheduler_id="s",
-            gateways=gateways,
             telemetry=LoopTelemetry(outlets.log, outlets.metrics, outlets.tracing),
             clock=lambda: time.monotonic() + 1e-6 * next(ticks),
             new_core=new_core,
         )
-        loop = SchedulingLoop("m", CONTEXT, (await stores(server.url, "default", stack))("m"), deps)
+        loop = SchedulingLoop("m", CONTEXT, (await stores(server.url, "default", stack)).of_model("m"), gateways, deps)
         running = asyncio.create_task(loop.run())
         workers = [asyncio.create_task(play_worker(loop, name)) for name in ("w0", "w1")]
         rng = random.Random(5)

@@ -55,6 +55,7 @@ async def listening(
 
 def a_link(address: str, ordered: list[tuple[str, list[str]]], states: asyncio.Queue[bool]) -> SchedulerLink:
     return SchedulerLink(
+        "m",
         [address],
         Deployment(),
         hello=scheduler_pb2.WorkerHello,

@@ -37,12 +37,9 @@ HOSTILE = [
 ]
 
 
-def served(*entries: tuple[str, str, str]) -> scheduler_pb2.ServedAdapters:
+def served(*entries: tuple[str, str]) -> scheduler_pb2.ServedAdapters:
     return scheduler_pb2.ServedAdapters(
-        adapters=[
-            scheduler_pb2.ServedAdapter(model=model, adapter=scheduler_pb2.Adapter(name=name, fingerprint=fingerprint))
-            for model, name, fingerprint in entries
-        ]
+        adapters=[scheduler_pb2.Adapter(name=name, fingerprint=fingerprint) for name, fingerprint in entries]
     )
 
 
@@ -60,7 +57,8 @@ def test_a_name_is_split_at_its_last_colon_or_not_at_all(model: str, adapter: st
 
 def test_an_adapter_is_its_model_under_another_name() -> None:
     models = catalog("demo")
-    models.adapters.announced(served(("demo", "x", "F1"), ("demo", "a", "F2"), ("gone", "x", "F3")))
+    models.adapters.announced("demo", served(("x", "F1"), ("a", "F2")))
+    models.adapters.announced("gone", served(("x", "F3")))
     base, found = models.get("demo"), models.get("demo:x")
     assert (found.card.name, found.card.parent, found.base_name, found.adapter) == ("demo:x", "demo", "demo", "F1")
     assert (base.card.parent, base.base_name, base.adapter) == ("", "demo", "")
@@ -73,14 +71,15 @@ def test_an_adapter_is_its_model_under_another_name() -> None:
 @pytest.mark.parametrize("name", HOSTILE, ids=lambda name: ascii(name)[:20])
 def test_what_is_no_adapter_is_refused_with_what_is_served(name: str) -> None:
     models = catalog("demo")
-    models.adapters.announced(served(("demo", "x", "F1")))
+    models.adapters.announced("demo", served(("x", "F1")))
     with pytest.raises(UnknownModelError, match=r"served: demo, demo:x$"):
         models.get(name)
 
 
 def test_a_model_of_that_very_name_is_what_is_meant() -> None:
     models = catalog("llama", "llama:8b")
-    models.adapters.announced(served(("llama", "8b", "F1"), ("llama:8b", "x", "F2")))
+    models.adapters.announced("llama", served(("8b", "F1")))
+    models.adapters.announced("llama:8b", served(("x", "F2")))
     assert models.get("llama:8b").adapter == ""
     assert models.get("llama:8b:x").adapter == "F2"
     assert [card.name for card in models.cards()] == ["llama", "llama:8b", "llama:8b:x"]
@@ -91,7 +90,7 @@ def test_a_model_of_that_very_name_is_what_is_meant() -> None:
 def test_an_alias_has_the_adapters_of_its_model_and_comes_before_them() -> None:
     names = ModelNames(["demo"], {"chat": "demo", "demo:y": "demo"})
     models = ModelCatalog({"demo": builders.catalog("demo").get("demo")}, names)
-    models.adapters.announced(served(("demo", "x", "F1"), ("demo", "y", "F2")))
+    models.adapters.announced("demo", served(("x", "F1"), ("y", "F2")))
     found = models.get("chat:x")
     assert (found.card.name, found.card.aliases, found.adapter) == ("demo:x", (), "F1")
     assert models.get("demo:y").adapter == ""
@@ -103,18 +102,18 @@ def test_an_alias_has_the_adapters_of_its_model_and_comes_before_them() -> None:
 def test_an_adapter_that_is_not_announced_any_more_is_known_for_a_while() -> None:
     now = [100.0]
     book = AdapterBook(lambda: now[0])
-    book.announced(served(("demo", "x", "F1"), ("demo", "y", "F2")))
+    book.announced("demo", served(("x", "F1"), ("y", "F2")))
     now[0] += 1000
     assert book.fingerprint("demo", "x") == "F1"
-    book.announced(served(("demo", "y", "F3")))
+    book.announced("demo", served(("y", "F3")))
     now[0] += ABSENT_S - 1
     # Said again, that does not begin anew.
-    book.announced(served(("demo", "y", "F3")))
+    book.announced("demo", served(("y", "F3")))
     assert (book.fingerprint("demo", "x"), book.fingerprint("demo", "y")) == ("F1", "F3")
     now[0] += 2
     assert book.fingerprint("demo", "x") == ""
     assert book.names("demo") == ["y"]
-    book.announced(served(("demo", "x", "F1"), ("demo", "x", "F4")))
+    book.announced("demo", served(("x", "F1"), ("x", "F4")))
     # Of two the one whose worker came last.
     assert book.fingerprint("demo", "x") == "F4"
 

@@ -15,10 +15,12 @@ from bucketserve_gateway.scheduler_link import FEW, LOOK_S, SILENCE_S, SPREAD_S,
 from bucketserve_gateway.validation import validate
 from tests.unit.gateway.builders import an_open_request, catalog
 
+MODEL = "demo"
+
 
 async def test_silent_requests_are_asked_for_again() -> None:
     requests, served = OpenRequests(), catalog()
-    link = SchedulerLink(["127.0.0.1:1"], Deployment(), "gateway", requests, lambda *_: None, lambda _: None)
+    link = SchedulerLink(MODEL, ["127.0.0.1:1"], Deployment(), "gateway", requests, lambda *_: None, lambda *_: None)
 
     def opened(name: str, *, runs: bool) -> OpenRequest:
         valid = validate(inference_pb2.GenerateRequest(request_id=name, prompt="the"), served, max_prompt_bytes=1000)
@@ -66,7 +68,7 @@ async def test_silent_requests_are_asked_for_again() -> None:
 
 async def test_many_that_are_silent_are_asked_for_bit_by_bit_and_soon_enough() -> None:
     requests, served = OpenRequests(), catalog()
-    link = SchedulerLink(["127.0.0.1:1"], Deployment(), "gateway", requests, lambda *_: None, lambda _: None)
+    link = SchedulerLink(MODEL, ["127.0.0.1:1"], Deployment(), "gateway", requests, lambda *_: None, lambda *_: None)
     valid = validate(inference_pb2.GenerateRequest(prompt="the"), served, max_prompt_bytes=1000)
     number = 10 * FEW
     for _ in range(number):
@@ -86,7 +88,7 @@ async def test_many_that_are_silent_are_asked_for_bit_by_bit_and_soon_enough() -
 
 async def test_a_request_that_was_stopped_while_its_gateway_was_away_goes_on_with_the_next_attempt() -> None:
     requests, resumed = OpenRequests(), []
-    link = SchedulerLink(["127.0.0.1:1"], Deployment(), "gateway", requests, lambda *_: None, lambda _: None)
+    link = SchedulerLink(MODEL, ["127.0.0.1:1"], Deployment(), "gateway", requests, lambda *_: None, lambda *_: None)
     valid = validate(inference_pb2.GenerateRequest(prompt="the"), catalog(), max_prompt_bytes=1000)
     request = an_open_request(valid, [5, 6], 8, lambda opened, former: resumed.append((opened.attempt, former)))
     requests.add(request)
@@ -104,7 +106,7 @@ def full_of(opened: OpenRequest) -> scheduler_pb2.RunRefused:
 async def test_a_full_store_refuses_what_is_new_and_delays_what_was_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_link, "FULL_S", 0.0)
     requests, served = OpenRequests(), catalog()
-    link = SchedulerLink(["127.0.0.1:1"], Deployment(), "gateway", requests, lambda *_: None, lambda _: None)
+    link = SchedulerLink(MODEL, ["127.0.0.1:1"], Deployment(), "gateway", requests, lambda *_: None, lambda *_: None)
     outbox: Outbox[scheduler_pb2.SubmitRequest] = Outbox(10)
     link._outbox = outbox
     valid = validate(inference_pb2.GenerateRequest(prompt="the"), served, max_prompt_bytes=1000)

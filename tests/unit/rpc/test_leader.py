@@ -20,7 +20,7 @@ def hello(epoch: int) -> scheduler_pb2.SchedulerHello:
 def test_who_has_heard_a_newer_leader_does_not_listen_to_an_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
     monkeypatch.setattr(leader.time, "monotonic", lambda: now_s)
-    search = LeaderSearch(["a", "b"], None, lambda is_connected, detail: None)
+    search = LeaderSearch("m", ["a", "b"], None, lambda is_connected, detail: None)
     assert not search.is_present(1e9)
     search.welcomed(hello(5), "a")
     search.welcomed(hello(7), "b")
@@ -39,7 +39,7 @@ async def test_a_scheduler_that_waits_for_its_store_may_lead_again(monkeypatch: 
     monkeypatch.setattr(leader.time, "monotonic", lambda: now_s)
     turns: asyncio.Queue[Exception | None] = asyncio.Queue()
     states: asyncio.Queue[bool] = asyncio.Queue()
-    search = LeaderSearch(["127.0.0.1:1"], None, lambda is_connected, detail: states.put_nowait(is_connected))
+    search = LeaderSearch("m", ["127.0.0.1:1"], None, lambda is_connected, detail: states.put_nowait(is_connected))
 
     async def talk(stub: object, address: str) -> None:
         turn = await turns.get()

@@ -27,25 +27,25 @@ def test_a_gateway_without_runs_is_never_away() -> None:
     peers = GatewayPeers()
     peer = _peer()
     peers.connect(peer)
-    peers.open("gateway", RUN, "model", 0.0)
+    peers.open("gateway", RUN, 0.0)
     peers.close("gateway", RUN)
     peers.disconnect(peer, 1.0)
-    peers.open("gateway", RUN, "model", 100.0)
-    assert peers.expire("model", LEASE_S, 100.0 + LEASE_S - 1) == []
-    assert peers.expire("model", LEASE_S, 100.0 + LEASE_S + 1) == [RUN]
-    assert peers.expire("model", LEASE_S, 200.0) == []
+    peers.open("gateway", RUN, 100.0)
+    assert peers.expire(LEASE_S, 100.0 + LEASE_S - 1) == []
+    assert peers.expire(LEASE_S, 100.0 + LEASE_S + 1) == [RUN]
+    assert peers.expire(LEASE_S, 200.0) == []
 
 
 def test_runs_lost_while_the_gateway_is_away_end_its_absence() -> None:
-    """The seat was lost with a run open and comes back later: the lease starts with the takeover."""
+    """The lead was lost with a run open and comes back later: the lease starts with the takeover."""
     peers = GatewayPeers()
     peer = _peer()
     peers.connect(peer)
-    peers.open("gateway", RUN, "model", 0.0)
+    peers.open("gateway", RUN, 0.0)
     peers.disconnect(peer, 1.0)
     peers.close("gateway", RUN)
-    peers.open("gateway", RUN, "model", 100.0)
-    assert peers.expire("model", LEASE_S, 101.0) == []
+    peers.open("gateway", RUN, 100.0)
+    assert peers.expire(LEASE_S, 101.0) == []
 
 
 @pytest.mark.parametrize(
@@ -79,18 +79,18 @@ async def test_a_run_that_was_served_but_never_arrived_is_tried_again() -> None:
 
 
 async def test_gateways_are_told_which_adapters_there_are_when_that_has_changed() -> None:
-    def adapter(name: str) -> scheduler_pb2.ServedAdapter:
-        return scheduler_pb2.ServedAdapter(model="m", adapter=scheduler_pb2.Adapter(name=name, fingerprint=name))
+    def adapter(name: str) -> scheduler_pb2.Adapter:
+        return scheduler_pb2.Adapter(name=name, fingerprint=name)
 
     peers, early, late = GatewayPeers(), _peer(), GatewayPeer("late", Outbox(10), "another process")
     peers.connect(early)
     for names in ("", "a", "a", "ab"):
         peers.tell_adapters(adapter(name) for name in names)
     peers.connect(late)
-    assert [at.adapter.name for at in peers.adapters.adapters] == ["a", "b"]
+    assert [at.name for at in peers.adapters.adapters] == ["a", "b"]
     peers.tell_adapters([])
     told = {
-        peer.gateway_id: [[at.adapter.name for at in message.adapters.adapters] for message in await _waiting(peer)]
+        peer.gateway_id: [[at.name for at in message.adapters.adapters] for message in await _waiting(peer)]
         for peer in (early, late)
     }
     assert told == {"gateway": [["a"], ["a", "b"], []], "late": [[]]}

@@ -42,6 +42,7 @@ def seat(store: MemoryStore, name: str, said: list[str]) -> Seat:
         store,
         name,
         LEASE_S,
+        has_rival=lambda: False,
         on_taken=lambda epoch: said.append(f"{name} taken"),
         on_lost=lambda why: said.append(f"{name} lost: {why}"),
         on_store=lambda problem: None,
