@@ -12,12 +12,17 @@ from dataclasses import dataclass
 
 from bucketserve.core.types import RequestId
 
-__all__ = ["MAX_SEQUENCES", "STEP_TOKENS", "PrefillPiece", "plan_prefill"]
+__all__ = ["CPU_STEP_TOKENS", "MAX_SEQUENCES", "STEP_TOKENS", "PrefillPiece", "cpu_step_tokens", "plan_prefill"]
 
 MAX_SEQUENCES = 256
 """Sequences that a worker runs at once unless it is told otherwise, simulated ones as well."""
 STEP_TOKENS = 2048
 """Most tokens of any kind in one of its steps."""
+CPU_STEP_TOKENS = 256
+"""The same on a CPU, at least."""
+CPU_STEP_S = 0.5
+"""A CPU is nearly as fast with steps of 256 tokens as with 2,048, and whoever comes waits for one to end: its size is
+what takes about this long, within bounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,19 @@ class PrefillPiece:
 
     request_id: RequestId
     num_tokens: int
+
+
+def cpu_step_tokens(token_s: float, most_tokens: float = STEP_TOKENS) -> int:
+    """Returns the most tokens of a step, a power of two, so that it takes about CPU_STEP_S on a CPU.
+
+    Args:
+        token_s: seconds that a prompt token takes.
+        most_tokens: for how many there is memory.
+    """
+    tokens = CPU_STEP_TOKENS
+    while 2 * tokens <= min(most_tokens, STEP_TOKENS) and 1.5 * tokens * token_s < CPU_STEP_S:
+        tokens *= 2
+    return tokens
 
 
 def plan_prefill(

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from bucketserve.core.errors import ModelLoadError
-from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS
+from bucketserve.core.stepping import CPU_STEP_TOKENS, MAX_SEQUENCES, STEP_TOKENS, cpu_step_tokens
 from bucketserve.engine.attention import AttentionCall, Planner, Segment, StepPlan
 from bucketserve.engine.device_memory import CPU_KV_MOST_BYTES, CPU_KV_SHARE, device_memory, seldom
 from bucketserve.engine.fingerprint import HAND_OVER, model_fingerprint, tokenizer_fingerprint
@@ -44,10 +44,6 @@ ENGINE = "transformers"
 DECLARED_REACHES = {"sliding_window": "sliding", "attention_chunk_size": "chunked"}
 """How far a model says that its layers look back, with the word for them in its layer_types."""
 CUDA_KV_SHARE = 0.85
-CPU_STEP_TOKENS = (256, STEP_TOKENS)
-CPU_STEP_S = 0.5
-"""A CPU is nearly as fast with steps of 256 tokens as with 2,048, and whoever comes waits for one to end: its size is
-what takes about this long, within bounds."""
 CPU_STEP_SHARE = 0.25
 """Of the memory that is left, for the activations of the largest step."""
 
@@ -65,7 +61,7 @@ class LoadSettings:
     context_tokens: int = 0
     max_sequences: int = MAX_SEQUENCES
     max_step_tokens: int = 0
-    """0: STEP_TOKENS, on CPU what takes CPU_STEP_S."""
+    """0: STEP_TOKENS, on CPU cpu_step_tokens()."""
     quantization: str = "none"
     """none, or int8: weights of linear layers rounded to 8 bits (CPU)."""
     prefix_cache: bool = True
@@ -406,17 +402,13 @@ def _cpu_step(warm_up: Callable[[int], int], context: int) -> tuple[int, int]:
 
     Both by the smallest step.
     """
-    smallest, largest = CPU_STEP_TOKENS
-    trial = min(smallest, context)
+    trial = min(CPU_STEP_TOKENS, context)
     activation = warm_up(trial)
     start_s = time.perf_counter()
     warm_up(trial)
     token_s = (time.perf_counter() - start_s) / trial
-    tokens = smallest
     room = machine_memory().available * CPU_STEP_SHARE
-    while tokens < largest and 1.5 * tokens * token_s < CPU_STEP_S and 2 * tokens * activation < room:
-        tokens *= 2
-    return tokens, activation
+    return cpu_step_tokens(token_s, room / max(activation, 1)), activation
 
 
 def _peak_bytes(device: torch.device, reset: bool = False) -> int:

@@ -19,7 +19,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -28,7 +28,7 @@ from vllm.lora.request import LoRARequest
 from bucketserve.core.errors import EngineError, NoAdapterError
 from bucketserve.core.pace import StepPace
 from bucketserve.core.preemption import SPARE_SHARE
-from bucketserve.core.stepping import plan_prefill
+from bucketserve.core.stepping import CPU_STEP_TOKENS, cpu_step_tokens, plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId
 from bucketserve.engine.device_memory import DeviceMemory
 from bucketserve.engine.model_source import first_line
@@ -109,15 +109,32 @@ class VllmEngine:
         self._num_decode_steps = 0
         self._num_prefix_asked = self._num_prefix_reused = 0
 
-    def warm_up(self) -> None:
-        """Runs a request of each kind, so that no client's first one waits for what is compiled then."""
+    def warm_up(self, *, is_step_measured: bool) -> None:
+        """Runs a request of each kind, so that no client's first one waits for what is compiled then.
+
+        is_step_measured: whether steps hold as much as takes about as long as a step on a CPU should.
+        """
         for i, sampling in enumerate((Sampling(), Sampling(temperature=1.0, top_p=0.9))):
-            name = RequestId(f"warm up {i}")
-            spec = SequenceSpec(request_id=name, token_ids=(0, 0), max_new_tokens=2, sampling=sampling, num_logprobs=1)
-            self.add([spec])
+            self._run(
+                SequenceSpec(
+                    request_id=RequestId(f"{i}"), token_ids=(0, 0), max_new_tokens=2, sampling=sampling, num_logprobs=1
+                )
+            )
+        if is_step_measured:
+            number = max(min(CPU_STEP_TOKENS, self._most_tokens - 1), 1)
+            for i in range(2):
+                # Another prompt: its KV is not there yet.
+                start_s = time.perf_counter()
+                self._run(SequenceSpec(request_id=RequestId(f"{i}"), token_ids=(i,) * number, max_new_tokens=1))
+            token_s = (time.perf_counter() - start_s) / number
+            most = min(cpu_step_tokens(token_s), self._limits.max_step_tokens)
+            self._limits = replace(self._limits, max_step_tokens=most)
+        self._num_decode_steps = self._num_prefix_asked = self._num_prefix_reused = 0
+
+    def _run(self, spec: SequenceSpec) -> None:
+        self.add([spec])
         while self.has_work():
             self.step()
-        self._num_decode_steps = self._num_prefix_asked = 0
 
     @property
     def info(self) -> EngineInfo:

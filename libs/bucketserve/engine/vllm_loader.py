@@ -101,7 +101,7 @@ class VllmSettings:
     context_tokens: int = 0
     max_sequences: int = MAX_SEQUENCES
     max_step_tokens: int = 0
-    """0: STEP_TOKENS."""
+    """0: STEP_TOKENS, on CPU cpu_step_tokens()."""
     prefix_cache: bool = True
     max_logprobs: int = 20
     max_adapters: int = 0
@@ -141,7 +141,7 @@ def load_vllm(settings: VllmSettings, on_progress: Callable[[str], None] = lambd
     engine = _start(arguments, settings, directory)
     around = _around(engine, settings, directory)
     on_progress("warming up")
-    around.warm_up()
+    around.warm_up(is_step_measured=around.info.device == "cpu" and not settings.max_step_tokens)
     return around
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bucketserve.core.stepping import PrefillPiece, plan_prefill
+from bucketserve.core.stepping import STEP_TOKENS, PrefillPiece, cpu_step_tokens, plan_prefill
 from bucketserve.core.types import RequestId
 
 
@@ -66,3 +67,22 @@ def test_a_piece_says_whose_it_is() -> None:
     assert plan_prefill([(RequestId("a"), 3)], num_decoding=0, max_step_tokens=8, max_chunk_tokens=0) == [
         PrefillPiece(RequestId("a"), 3)
     ]
+
+
+@pytest.mark.parametrize(
+    ("token_s", "most_tokens", "tokens"),
+    [
+        (1e-6, STEP_TOKENS, 2048),
+        (5e-4, STEP_TOKENS, 1024),
+        (1e-3, STEP_TOKENS, 512),
+        (3e-3, STEP_TOKENS, 256),
+        (1.0, STEP_TOKENS, 256),
+        (1e-6, 1000, 512),
+        (1e-6, 10, 256),
+        (1e-6, float("inf"), 2048),
+    ],
+)
+def test_a_step_on_a_cpu_takes_about_half_a_second_within_bounds(
+    token_s: float, most_tokens: float, tokens: int
+) -> None:
+    assert cpu_step_tokens(token_s, most_tokens) == tokens
