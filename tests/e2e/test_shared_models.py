@@ -15,7 +15,7 @@ from bucketserve_cli.plan import StackSpec
 from bucketserve_cli.pools import Pool
 from bucketserve_cli.stack import LocalStack
 from tests.e2e.conftest import DEMO_MODEL
-from tests.e2e.observe import answer, events, eventually
+from tests.e2e.observe import answer, events, eventually, metric
 from tests.e2e.test_stack import SLOW, run
 
 pytestmark = pytest.mark.e2e
@@ -50,8 +50,13 @@ async def test_models_are_shared_and_one_that_is_back_gets_its_part_again(
     stack: LocalStack, how: signal.Signals
 ) -> None:
     async def is_even() -> bool:
-        led = (await led_by(stack)).values()
-        return sorted(map(len, led)) == [1, 2] and {model for names in led for model in names} == set(MODELS)
+        led = await led_by(stack)
+        shown = {name: metric(stack, name, "bucketserve_scheduler_leading") for name in led}
+        return (
+            sorted(map(len, led.values())) == [1, 2]
+            and set().union(*led.values()) == set(MODELS)
+            and shown == {name: len(models) for name, models in led.items()}
+        )
 
     async with BucketServeClient(stack.gateway_address) as client:
         wanted = {model: (await run(client, 40, 5, model=model))[0] for model in MODELS}

@@ -257,6 +257,7 @@ class SchedulingLoop:
                     return
                 self._step_down()
         finally:
+            self._deps.telemetry.leads_no_more(self.model)
             if self.leadership is not None:
                 with contextlib.suppress(UnavailableError, StaleEpochError):
                     await self._store.resign(self.leadership)
@@ -425,6 +426,7 @@ class SchedulingLoop:
         self._tickets.clear()
         self._own_events.clear()
         self.core = self._deps.new_core(self._context_tokens)
+        self._deps.telemetry.leads_no_more(self.model)
         while not self._inbox.empty():
             self._inbox.get_nowait()
 

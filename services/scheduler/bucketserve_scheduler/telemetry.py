@@ -19,6 +19,13 @@ from bucketserve_scheduler.tickets import Entry
 __all__ = ["LoopTelemetry"]
 
 GAUGE_INTERVAL_S = 0.5
+QUEUE_GAUGES = (
+    "bucketserve_scheduler_waiting_requests",
+    "bucketserve_scheduler_deferred_requests",
+    "bucketserve_scheduler_waiting_tokens",
+    "bucketserve_scheduler_running_requests",
+    "bucketserve_scheduler_buckets",
+)
 
 
 class LoopTelemetry:
@@ -43,17 +50,19 @@ class LoopTelemetry:
             return
         self._gauges_s[model] = end_s
         view = core.status()
-        self._metrics.set("bucketserve_scheduler_waiting_requests", view.num_waiting, model=model)
-        self._metrics.set("bucketserve_scheduler_deferred_requests", view.num_deferred, model=model)
         for source, waste in (("predicted", view.predicted_waste), ("observed", view.observed_waste)):
             for reading, value in (("relative", waste.relative), ("tokens", waste.padded_share)):
                 self._metrics.set(
                     "bucketserve_scheduler_padding_waste_ratio", value, model=model, source=source, reading=reading
                 )
         waiting_tokens = sum(bucket.waiting_tokens for bucket in view.buckets)
-        self._metrics.set("bucketserve_scheduler_waiting_tokens", waiting_tokens, model=model)
-        self._metrics.set("bucketserve_scheduler_running_requests", view.num_running, model=model)
-        self._metrics.set("bucketserve_scheduler_buckets", len(view.buckets), model=model)
+        self._show_queue(
+            model, view.num_waiting, view.num_deferred, waiting_tokens, view.num_running, len(view.buckets)
+        )
+
+    def _show_queue(self, model: str, *values: int) -> None:
+        for name, value in zip(QUEUE_GAUGES, values, strict=True):
+            self._metrics.set(name, value, model=model)
 
     @contextlib.contextmanager
     def store_round_trip(self) -> Iterator[None]:
@@ -84,8 +93,12 @@ class LoopTelemetry:
 
     def stepped_down(self, model: str) -> None:
         """When it loses the lead."""
-        self._metrics.set("bucketserve_scheduler_leading", 0, model=model)
         self._log.warning("leader.lost", model=model)
+
+    def leads_no_more(self, model: str) -> None:
+        """When it has stopped leading, whatever for: what waits and runs is in the gauges of whoever leads next."""
+        self._metrics.set("bucketserve_scheduler_leading", 0, model=model)
+        self._show_queue(model, *[0] * len(QUEUE_GAUGES))
 
     def worker_joined(self, model: str, worker_id: str, num_running: int) -> None:
         """When a worker's stream begins."""
