@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from bucketserve_cli.pools import Pool
 from bucketserve_cli.stack import LocalStack
 from tests.e2e.conftest import DEMO_MODEL
 from tests.e2e.observe import answer, events, eventually, metric
+from tests.e2e.test_cli import bucketserve
 from tests.e2e.test_stack import SLOW, run
 
 pytestmark = pytest.mark.e2e
@@ -61,6 +63,10 @@ async def test_models_are_shared_and_one_that_is_back_gets_its_part_again(
     async with BucketServeClient(stack.gateway_address) as client:
         wanted = {model: (await run(client, 40, 5, model=model))[0] for model in MODELS}
         await eventually(is_even)
+        both = [word for address in stack.scheduler_addresses for word in ("--address", address)]
+        out, _ = await asyncio.to_thread(bucketserve, "status", "--json", *both)
+        assert [model["model"] for model in json.loads(out)["models"]] == sorted(MODELS)
+        assert len({model["scheduler"]["scheduler_id"] for model in json.loads(out)["models"]}) == 2
         running = {model: asyncio.create_task(run(client, 40, 400, model=model)) for model in MODELS}
         led = await led_by(stack)
         (ends,) = [name for name, names in led.items() if len(names) == 2]

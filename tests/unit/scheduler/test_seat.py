@@ -37,12 +37,12 @@ class Far(MemoryStore):
         return await super().lead(owner, ttl_s, epoch)
 
 
-def seat(store: MemoryStore, name: str, said: list[str]) -> Seat:
+def seat(store: MemoryStore, name: str, said: list[str], *, has_rival: bool = False) -> Seat:
     return Seat(
         store,
         name,
         LEASE_S,
-        has_rival=lambda: False,
+        has_rival=lambda: has_rival,
         on_taken=lambda epoch: said.append(f"{name} taken"),
         on_lost=lambda why: said.append(f"{name} lost: {why}"),
         on_store=lambda problem: None,
@@ -89,3 +89,46 @@ async def test_a_store_that_is_far_away_is_waited_for_each_time_the_connection_b
     await until(lambda: only.is_held and not only.problem)
     task.cancel()
     await asyncio.wait([task])
+
+
+async def test_what_is_handed_on_is_left_to_others_and_taken_back_if_there_is_none() -> None:
+    state, said = MemoryState(), list[str]()
+    first = seat(MemoryStore(state), "first", said)
+    tasks = [asyncio.create_task(first.run())]
+    await until(lambda: first.is_held)
+    # With a renewal under way as well, which would take it again.
+    for _ in range(6):
+        await asyncio.sleep(LEASE_S / 20)
+        await first.hand_on()
+        assert not first.is_held
+        handed_on_s = asyncio.get_running_loop().time()
+        await until(lambda: first.is_held)
+        assert asyncio.get_running_loop().time() - handed_on_s > 1.5 * LEASE_S
+    second = seat(MemoryStore(state), "second", said)
+    tasks.append(asyncio.create_task(second.run()))
+    await asyncio.sleep(LEASE_S / 3)
+    await first.hand_on()
+    await until(lambda: second.is_held)
+    await asyncio.sleep(4 * LEASE_S)
+    assert (first.is_held, second.is_held) == (False, True)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+async def test_whoever_has_more_to_do_leaves_a_free_seat_to_another_and_else_takes_it() -> None:
+    state, said = MemoryState(), list[str]()
+    busy = seat(MemoryStore(state), "busy", said, has_rival=True)
+    tasks = [asyncio.create_task(busy.run())]
+    # It answers a peer that asks, and the peer goes on to the next one.
+    await asyncio.wait_for(busy.looked(), 5)
+    assert not busy.is_held
+    await until(lambda: busy.is_held)
+    idle = seat(MemoryStore(state), "idle", said)
+    tasks.append(asyncio.create_task(idle.run()))
+    await idle.looked()
+    await busy.hand_on()
+    await until(lambda: idle.is_held)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
