@@ -25,8 +25,10 @@ MODES = {
     "bfloat16": {"BUCKETSERVE_WORKER_DTYPE": "bfloat16"},
     "int8": {"BUCKETSERVE_WORKER_DTYPE": "float32", "BUCKETSERVE_WORKER_QUANTIZATION": "int8"},
     "int8-bfloat16": {"BUCKETSERVE_WORKER_DTYPE": "bfloat16", "BUCKETSERVE_WORKER_QUANTIZATION": "int8"},
+    "vllm-float32": {"BUCKETSERVE_WORKER_ENGINE": "vllm", "BUCKETSERVE_WORKER_DTYPE": "float32"},
 }
-"""How a worker runs: 8-bit weights are with float32 KV, or with bfloat16 KV."""
+"""How a worker runs: 8-bit weights are with float32 KV, or with bfloat16 KV. vLLM's engine needs an environment of its
+own, on which all of the stack runs then: PEERS/vllm/bin/python benchmarks/compare.py ..."""
 OURS = "bucketserve"
 KV_BUDGET_TOKENS = 40_000
 RECOVER_S = 120.0

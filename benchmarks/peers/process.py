@@ -59,6 +59,7 @@ class PeerProcess:
         """Starts it."""
         self.name = name
         self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 [str(word) for word in command],
