@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -136,24 +138,39 @@ def _stops_an_answer(stack: LocalStack, at: tuple[str, ...], *, is_terminal: boo
         stderr=subprocess.PIPE,
     )
     os.close(theirs)
+    with process, contextlib.ExitStack() as ends:
+        ends.callback(process.kill)
+        _stops(stack, process, ours)
+    os.close(ours)
+
+
+def _stops(stack: LocalStack, process: subprocess.Popen[bytes], keyboard: int) -> None:
     assert process.stdout is not None
+    out = process.stdout.fileno()
+
+    def num_open() -> float:
+        return metric(stack, "gateway", "bucketserve_gateway_open_requests")
 
     def read_answer() -> None:
-        """Waits for some of it; a prompt is none."""
+        """Waits for some of it; a prompt is none. One may end by itself with hardly a letter: then more is asked."""
+        asyncio.run(eventually(lambda: num_open() == 1))
         seen = b""
         while len(seen.replace(b"> ", b"")) < 3:
-            seen += process.stdout.read1(1)
+            if select.select([out], [], [], 1.0)[0]:
+                letter = os.read(out, 1)
+                assert letter, "it has ended"
+                seen += letter
+            elif not num_open():
+                os.write(keyboard, b"more\n")
 
-    os.write(ours, b"one\n")
+    os.write(keyboard, b"one\n")
     read_answer()
     process.send_signal(signal.SIGINT)
-    os.write(ours, b"two\n")
-    asyncio.run(eventually(lambda: metric(stack, "gateway", "bucketserve_gateway_open_requests") == 1))
+    os.write(keyboard, b"two\n")
     read_answer()
     process.send_signal(signal.SIGINT)
-    os.write(ours, b"/quit\n")
+    os.write(keyboard, b"/quit\n")
     _, err = process.communicate(timeout=60)
-    os.close(ours)
     assert (process.returncode, b"Traceback" in err) == (0, False), err
 
 

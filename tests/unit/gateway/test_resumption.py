@@ -18,11 +18,11 @@ from tests.unit.gateway.builders import an_open_request, catalog
 
 def a_servicer(requests: OpenRequests, submitted: list[str]) -> InferenceServicer:
     """Returns one that names the runs which it submits."""
-    scheduler = SimpleNamespace(
-        cancel=lambda model, run_id: None, submit=lambda opened: submitted.append(opened.run_id)
-    )
+    scheduler = SimpleNamespace(cancel=lambda run_id: None, submit=lambda opened: submitted.append(opened.run_id))
     parts: Any = SimpleNamespace(
-        requests=requests, scheduler=scheduler, telemetry=SimpleNamespace(resumed=lambda opened: None)
+        requests=requests,
+        schedulers=SimpleNamespace(of=lambda model: scheduler),
+        telemetry=SimpleNamespace(resumed=lambda opened: None),
     )
     return InferenceServicer(parts)
 
