@@ -151,10 +151,14 @@ def _stops(stack: LocalStack, process: subprocess.Popen[bytes], keyboard: int) -
     def num_open() -> float:
         return metric(stack, "gateway", "bucketserve_gateway_open_requests")
 
-    def read_answer() -> None:
+    def num_asked() -> float:
+        return metric(stack, "gateway", "bucketserve_gateway_requests_total") + num_open()
+
+    def read_answer(line: bytes) -> None:
         """Waits for some of it; a prompt is none. One may end by itself with hardly a letter: then more is asked."""
-        asyncio.run(eventually(lambda: num_open() == 1))
-        seen = b""
+        before, seen = num_asked(), b""
+        os.write(keyboard, line)
+        asyncio.run(eventually(lambda: num_asked() > before))
         while len(seen.replace(b"> ", b"")) < 3:
             if select.select([out], [], [], 1.0)[0]:
                 letter = os.read(out, 1)
@@ -163,12 +167,9 @@ def _stops(stack: LocalStack, process: subprocess.Popen[bytes], keyboard: int) -
             elif not num_open():
                 os.write(keyboard, b"more\n")
 
-    os.write(keyboard, b"one\n")
-    read_answer()
-    process.send_signal(signal.SIGINT)
-    os.write(keyboard, b"two\n")
-    read_answer()
-    process.send_signal(signal.SIGINT)
+    for line in (b"one\n", b"two\n"):
+        read_answer(line)
+        process.send_signal(signal.SIGINT)
     os.write(keyboard, b"/quit\n")
     _, err = process.communicate(timeout=60)
     assert (process.returncode, b"Traceback" in err) == (0, False), err
