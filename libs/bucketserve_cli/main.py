@@ -339,7 +339,7 @@ def status(
     *,
     connection: Connection,
 ) -> None:
-    """Show workers, headroom, buckets and queues, as the scheduler that leads sees them."""
+    """Show workers, headroom, buckets and queues, of each model as the scheduler that leads it sees them."""
     addresses = [an_address(each) for each in address or ["127.0.0.1:50052"]]
     asyncio.run(show_status(addresses, connection, watch, console, is_json=is_json))
 

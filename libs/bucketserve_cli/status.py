@@ -1,4 +1,4 @@
-"""`bucketserve status`: what the scheduler that leads sees, as tables."""
+"""`bucketserve status`: what the schedulers that lead see, as tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIMEOUT_S = 5.0
 async def show_status(
     addresses: Sequence[str], connection: Connection, watch_s: float, console: Console, *, is_json: bool = False
 ) -> None:
-    """Prints the leading scheduler's state once, or again every watch_s seconds; as JSON one line each time.
+    """Prints what the leading schedulers see once, or again every watch_s seconds; as JSON one line each time.
 
     Raises:
         UnavailableError: no scheduler at these addresses answers, or one does and is a standby.

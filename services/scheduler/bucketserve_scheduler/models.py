@@ -165,7 +165,7 @@ class ServedModels:
         if self._is_leaving:
             raise UnavailableError("standby: this scheduler leaves", reason="STANDBY")
         if name not in self._models:
-            has_rival = self._shares.has_less_to_do if self._shares is not None else lambda: False
+            has_rival = self._shares.has_rival if self._shares is not None else lambda: False
             self._models[name] = ServedModel(name, self._tasks, self._deps, self._stores, self._log, has_rival)
         return self._models[name]
 

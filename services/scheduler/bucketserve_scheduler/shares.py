@@ -53,7 +53,7 @@ class Shares:
         """Models of the other scheduler that leads the fewest; None: there is no other."""
         return min((at.word.num_led for at in self._others.values() if at.num_same < LOOKS_ALIVE), default=None)
 
-    def has_less_to_do(self) -> bool:
+    def has_rival(self) -> bool:
         """Whether another scheduler would be a better place for one more model."""
         return self.fewest is not None and self.fewest < self._num_led()
 

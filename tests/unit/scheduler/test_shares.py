@@ -78,7 +78,7 @@ async def test_nothing_is_handed_on_to_one_that_has_ended_and_it_is_forgotten() 
     assert {name: world.shares[name].fewest for name in "ac"} == {"a": 1, "c": 1}
     # It took over what b had led: more than a, but less than what b had would make it less.
     world.led["a"] = 2
-    assert not world.shares["c"].has_less_to_do()
+    assert not world.shares["c"].has_rival()
     await world.look(LOOKS_KEPT)
     assert world.handed_on == 0
     assert "b" not in world.board.words
@@ -94,10 +94,10 @@ async def test_words_of_before_this_one_was_started_are_nobodys() -> None:
 async def test_while_the_store_is_away_nobody_is_known() -> None:
     world = World(a=1, b=0)
     await world.look(3)
-    assert world.shares["a"].has_less_to_do()
+    assert world.shares["a"].has_rival()
     world.board.is_away = True
     await world.look(1)
-    assert not world.shares["a"].has_less_to_do()
+    assert not world.shares["a"].has_rival()
     world.board.is_away = False
     await world.look(2)
-    assert world.shares["a"].has_less_to_do()
+    assert world.shares["a"].has_rival()
