@@ -68,6 +68,9 @@ async def test_models_are_shared_and_one_that_is_back_gets_its_part_again(
         assert [model["model"] for model in json.loads(out)["models"]] == sorted(MODELS)
         assert len({model["scheduler"]["scheduler_id"] for model in json.loads(out)["models"]}) == 2
         running = {model: asyncio.create_task(run(client, 40, 400, model=model)) for model in MODELS}
+        # What was dispatched and has not reached its worker would rightly begin again.
+        workers = stack.worker_names()
+        await eventually(lambda: sum(metric(stack, name, "vllm:num_requests_running") for name in workers) == 3)
         led = await led_by(stack)
         (ends,) = [name for name, names in led.items() if len(names) == 2]
         (stays,) = [name for name in led if name != ends]
