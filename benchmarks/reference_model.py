@@ -3,8 +3,10 @@
 llama: 110 million weights; hidden 768, 12 layers, 12 heads, 4 KV heads, intermediate 3,072, vocabulary 4,096.
 gemma: 268 million, as Gemma 3 270M, 168 million of them in an embedding that is the head as well; hidden 640,
 18 layers, 4 heads of 256, 1 KV head, intermediate 2,048, vocabulary 262,144, windows of 512 in five layers of six.
-Context 2,048. Speed doesn't depend on what the weights say. Llama's count: after token t comes t + 1, by a wide margin
-in every precision, so that a stop token ends an output at a length that is known.
+llama-8b: 8.0 billion, as Llama 3 8B, for GPUs; hidden 4,096, 32 layers, 32 heads of 128, 8 KV heads,
+intermediate 14,336, vocabulary 128,256.
+Context 2,048, of the last 8,192. Speed doesn't depend on what the weights say. Llamas count: after token t comes t + 1,
+by a wide margin in every precision, so that a stop token ends an output at a length that is known.
 """
 
 from __future__ import annotations
@@ -29,6 +31,17 @@ MODELS = {
         tie_word_embeddings=False,
         **TOKENS,
     ),
+    "llama-8b": LlamaConfig(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        vocab_size=128_256,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        **TOKENS,
+    ),
     "gemma": Gemma3TextConfig(
         hidden_size=640,
         num_hidden_layers=18,
@@ -48,9 +61,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kind", choices=MODELS, default="llama")
+    parser.add_argument("--device", default="cpu", help="where weights are drawn; what is drawn differs")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[arguments.kind]).to(torch.bfloat16)
+    with torch.device(arguments.device):
+        model = AutoModelForCausalLM.from_config(MODELS[arguments.kind]).to(torch.bfloat16)
     if not model.config.tie_word_embeddings:
         # What layers of small random weights add to an embedding this large stays small beside it.
         embedding = torch.nn.init.normal_(model.get_input_embeddings().weight.data)

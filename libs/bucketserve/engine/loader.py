@@ -19,6 +19,7 @@ from bucketserve.core.errors import ModelLoadError
 from bucketserve.core.stepping import CPU_STEP_TOKENS, MAX_SEQUENCES, STEP_TOKENS, cpu_step_tokens
 from bucketserve.engine.attention import AttentionCall, Planner, Segment, StepPlan
 from bucketserve.engine.device_memory import CPU_KV_MOST_BYTES, CPU_KV_SHARE, device_memory, seldom
+from bucketserve.engine.drawing import Race
 from bucketserve.engine.fingerprint import HAND_OVER, model_fingerprint, tokenizer_fingerprint
 from bucketserve.engine.forward import EagerForward, Forward, run_model
 from bucketserve.engine.grammars import GrammarError, GrammarTokenizer
@@ -32,6 +33,7 @@ from bucketserve.engine.native.products import KernelProducts, Products, choose_
 from bucketserve.engine.packed import PackedEngine, PackedLimits
 from bucketserve.engine.pretrained import load_model
 from bucketserve.engine.probe import Probed, decoder_layers, probe
+from bucketserve.engine.races import race_of
 from bucketserve.engine.sampling import SampleRow, sample
 from bucketserve.engine.self_check import SelfCheck
 from bucketserve.machine import memory as machine_memory
@@ -182,6 +184,7 @@ def build_engine(
         raise ModelLoadError(f"{settings.model!r} ({type(model).__name__}) can't be served: {error}") from error
     layouts = [calls[layer].layout for layer in sorted(calls)]
     weights_bytes = placed_bytes + sum(p.numel() * p.element_size() for p in model.parameters())
+    race = race_of(kernels, is_by_triton=is_by_triton)
     warm_up = partial(
         _warm_up,
         model,
@@ -190,6 +193,7 @@ def build_engine(
         dtype=dtype,
         device=device,
         planner=planner,
+        race=race,
         max_sequences=settings.max_sequences,
     )
     max_step_tokens, activation = settings.max_step_tokens or STEP_TOKENS, 0
@@ -228,10 +232,16 @@ def build_engine(
             tokenizer=tokenizer,
             has_grammars=grammar_tokenizer is not None,
         ),
-        PackedLimits(context_tokens=context, max_sequences=settings.max_sequences, max_step_tokens=max_step_tokens),
+        PackedLimits(
+            context_tokens=context,
+            max_sequences=settings.max_sequences,
+            max_step_tokens=max_step_tokens,
+            vocabulary=vocabulary_of(text_config),
+        ),
         weights_bytes=weights_bytes,
         activation_bytes_per_token=activation,
         device_memory=seldom(lambda: device_memory(device)),
+        race=race,
         keeps_prefixes=settings.prefix_cache,
         grammar_tokenizer=grammar_tokenizer,
     )
@@ -379,6 +389,7 @@ def _warm_up(
     dtype: torch.dtype,
     device: torch.device,
     planner: Planner,
+    race: Race,
     max_sequences: int,
 ) -> int:
     """Runs the largest step once; returns the activation bytes that it took per token."""
@@ -393,7 +404,9 @@ def _warm_up(
     # On CUDA all but some of what is left becomes KV, and the tokens of many sequences are chosen at once.
     rows = min(num_tokens, max_sequences) if device.type == "cuda" else 1
     logits = run_model(model, plan, ids, positions, rows)
-    sample(logits.float(), [SampleRow(Sampling(temperature=1.0), 0, ())] * rows)
+    # Drawn both from logits and from scores that a penalty has changed: nothing is compiled later.
+    for sampling in (Sampling(temperature=1.0), Sampling(temperature=1.0, presence_penalty=1.0)):
+        sample(logits.float(), [SampleRow(sampling, 0, ())] * rows, race)
     return max(_peak_bytes(device) - before, 0) // num_tokens
 
 

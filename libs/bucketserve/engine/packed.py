@@ -20,6 +20,7 @@ from bucketserve.core.preemption import SPARE_SHARE
 from bucketserve.core.stepping import plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId
 from bucketserve.engine.device_memory import DeviceMemory
+from bucketserve.engine.drawing import Race, race
 from bucketserve.engine.forward import Forward, PackedTokens
 from bucketserve.engine.grammar_compiler import GrammarCompiler
 from bucketserve.engine.grammars import GrammarTokenizer
@@ -32,6 +33,7 @@ from bucketserve.ports import Adapter, EngineInfo, SequenceFailure, SequenceSpec
 __all__ = ["PackedEngine", "PackedLimits"]
 
 NO_ADAPTERS = "this engine has no adapters"
+NO_TOKEN = "it has a token that is not in the model's vocabulary"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,8 @@ class PackedLimits:
     context_tokens: int
     max_sequences: int
     max_step_tokens: int
+    vocabulary: int
+    """Token ids that the model knows. Any other would be the last one on a GPU: its device is lost with it."""
 
 
 class PackedEngine:
@@ -56,6 +60,7 @@ class PackedEngine:
         weights_bytes: int,
         activation_bytes_per_token: int,
         device_memory: Callable[[], DeviceMemory],
+        race: Race = race,
         keeps_prefixes: bool = True,
         grammar_tokenizer: GrammarTokenizer | None = None,
     ) -> None:
@@ -68,6 +73,7 @@ class PackedEngine:
         self._activation_bytes_per_token = activation_bytes_per_token
         self._device_memory = device_memory
         self._device = torch.device(info.device)
+        self._race = race
         self._pressure = MemoryPressure(limits.max_step_tokens, memory.num_tokens)
         self._pace = StepPace()
         self._num_prefix_asked = self._num_prefix_reused = 0
@@ -76,6 +82,8 @@ class PackedEngine:
         self._running: dict[RequestId, EngineSequence] = {}
         self._preempted: list[RequestId] = []
         """Let go since the last step."""
+        self._unfit: list[EngineSequence] = []
+        """Added since the last step, with tokens that the model doesn't know."""
         self._compiler = None if grammar_tokenizer is None else GrammarCompiler(grammar_tokenizer)
 
     @property
@@ -129,7 +137,10 @@ class PackedEngine:
         for spec in sequences:
             sequence = EngineSequence(spec, max_chunk_tokens, list(spec.token_ids))
             self._waiting[spec.request_id] = sequence
-            self._compile(sequence)
+            if self._are_tokens(spec.token_ids):
+                self._compile(sequence)
+            else:
+                self._unfit.append(sequence)
 
     def load_adapter(self, adapter: Adapter) -> None:
         """Always refused (EngineInfo.max_adapters)."""
@@ -171,6 +182,8 @@ class PackedEngine:
         """See ports.Engine."""
         if spec.request_id in self._waiting or spec.request_id in self._running:
             raise EngineError(f"sequence {spec.request_id} is already here")
+        if not self._are_tokens((*spec.token_ids, *generated)):
+            raise EngineError(NO_TOKEN)
         sequence = EngineSequence(
             spec,
             0,
@@ -211,6 +224,9 @@ class PackedEngine:
         """Has what its output must be compiled, meanwhile; it has no part in steps until that is done."""
         if self._compiler is not None and sequence.spec.structured_output is not None:
             self._compiler.begin(sequence)
+
+    def _are_tokens(self, token_ids: Sequence[int]) -> bool:
+        return min(token_ids) >= 0 and max(token_ids) < self._limits.vocabulary
 
     def _check_length(self, num_tokens: int, data: memoryview) -> None:
         if len(data) != num_tokens * self._info.kv_bytes_per_token:
@@ -253,6 +269,10 @@ class PackedEngine:
         self._make_room(lambda: self._growth() <= self._space.num_free_pages)
         preempted, self._preempted = tuple(self._preempted), []
         failures: list[SequenceFailure] = []
+        for sequence in self._unfit:
+            if self._waiting.get(sequence.spec.request_id) is sequence:
+                self._fail(sequence, NO_TOKEN, failures, is_retryable=False)
+        self._unfit.clear()
         for sequence, message in self._compiler.done() if self._compiler is not None else ():
             self._fail(sequence, message, failures, is_retryable=False)
         entries = self._compose()
@@ -414,7 +434,7 @@ class PackedEngine:
             logits = self._run_model(entries)
             if logits is None:
                 return Success()
-            return choose(logits, [entry.sequence for entry in entries if entry.completes])
+            return choose(logits, [entry.sequence for entry in entries if entry.completes], self._race)
         except torch.AcceleratorError:
             raise
         except Exception as error:

@@ -3,8 +3,6 @@
 Parameters are applied in the order of vLLM and transformers: logit bias, repetition penalty, frequency and presence
 penalty, temperature, top_k, top_p, min_p; in float64, in which no parameter of the documented ranges overflows or
 vanishes. Of equal logits the lower token id comes first.
-Randomness is a function of (seed, position, token id) alone, computed by SplitMix64 (Steele, Lea, Flood 2014), so that
-a row's choice does not depend on its batch, its worker or its device; the Gumbel-max trick turns it into a draw.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bucketserve.engine.drawing import Race, draw, pick, race
 from bucketserve.ports import Logprob, Sampling, TokenLogprobs
 
 __all__ = [
@@ -23,33 +22,33 @@ __all__ = [
     "choose",
     "sample",
     "token_logprobs",
-    "uniform_noise",
     "unpacked",
 ]
 
 
 class TokenCounts:
-    """How often a growing sequence contains each token of the vocabulary. Each of its tokens is looked at once."""
+    """How often a growing sequence contains each token. Each of its tokens is looked at once."""
 
     def __init__(self) -> None:
         """Starts with none."""
-        self._counts: torch.Tensor | None = None
-        self._end = 0
+        self._ids = self._counts = torch.empty(0)
+        self._end = -1
 
-    def of(self, tokens: Sequence[int], start: int, like: torch.Tensor) -> torch.Tensor:
-        """Returns how often `tokens`, which begin as last time, contain each from `start` on.
+    def of(self, tokens: Sequence[int], start: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns ids and how often `tokens`, which begin as last time, contain them from `start` on.
 
         Returns:
-            float64, shaped and placed as `like`, [vocabulary].
+            int64 and float64, [n], placed as `like`, [vocabulary]; an id may be there more than once.
         """
-        if self._counts is None:
-            self._counts, self._end = torch.zeros_like(like, dtype=torch.float64), start
+        if self._end < 0:
+            self._counts = torch.zeros_like(like, dtype=torch.float64)
+            self._ids, self._end = torch.empty(0, dtype=torch.int64, device=like.device), start
         if len(tokens) > self._end:
-            new = torch.tensor(tokens[self._end :], dtype=torch.long, device=like.device)
-            new = new[new < like.shape[0]]
+            new = torch.tensor([i for i in tokens[self._end :] if i < like.shape[0]], dtype=torch.int64)
+            new = new.to(like.device)
             self._counts.index_add_(0, new, torch.ones_like(new, dtype=torch.float64))
-            self._end = len(tokens)
-        return self._counts
+            self._ids, self._end = torch.cat((self._ids, new)), len(tokens)
+        return self._ids, self._counts[self._ids]
 
 
 @dataclass(slots=True)
@@ -95,40 +94,30 @@ class SampleRow:
         return bool(self.sampling.presence_penalty or self.sampling.frequency_penalty)
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
+def sample(logits: torch.Tensor, rows: Sequence[SampleRow], race: Race = race) -> list[int | None]:
     """Returns a token id for each row; None where logits are NaN or plus infinity, or exclude every token allowed.
 
     Args:
         logits: [rows, vocabulary], float32; minus infinity excludes a token.
         rows: one for each row of logits.
+        race: as drawing.draw has it.
     """
-    both: list[list[int]] = torch.stack(choose(logits, rows)).tolist()
+    both: list[list[int]] = torch.stack(choose(logits, rows, race)).tolist()
     return [token_id if is_sound else None for token_id, is_sound in zip(*both, strict=True)]
 
 
-def choose(logits: torch.Tensor, rows: Sequence[SampleRow]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns what `sample` chooses without waiting for the device: token ids and whether to go by them, [rows] int64.
-
-    Args:
-        logits: [rows, vocabulary], float32; minus infinity excludes a token.
-        rows: one for each row of logits.
-    """
+def choose(logits: torch.Tensor, rows: Sequence[SampleRow], race: Race = race) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what `sample` chooses, on the device: token ids and whether to go by them, [rows] int64."""
     sound = logits.amax(dim=-1).isfinite()
-    adjusted = [i for i, row in enumerate(rows) if row.is_adjusted]
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
-    scores = logits
-    if adjusted:
-        scores = logits.double()
-        scores[adjusted] = _adjust(scores[adjusted], [rows[i] for i in adjusted])
-    masked = [i for i, row in enumerate(rows) if row.allowed is not None]
-    if masked:
-        allowed = torch.stack([row.allowed for row in rows if row.allowed is not None])
-        scores = scores.clone() if scores is logits else scores
-        scores[masked] = scores[masked].masked_fill(~allowed, float("-inf"))
-        sound &= scores.amax(dim=-1).isfinite()
-    chosen = torch.argmax(scores, dim=-1)
-    if drawn:
-        chosen[drawn] = _draw(scores[drawn].double(), [rows[i] for i in drawn])
+    chosen = torch.zeros_like(sound, dtype=torch.int64)
+    changed = [i for i, row in enumerate(rows) if row.is_adjusted or row.allowed is not None]
+    if changed:
+        scores = _adjusted(logits[changed].double(), [rows[i] for i in changed])
+        sound[changed] &= scores.amax(dim=-1).isfinite()
+        chosen[changed] = _choose(scores, [rows[i] for i in changed], race)
+    if len(changed) < len(rows):
+        as_they_are = [i for i in range(len(rows)) if i not in set(changed)]
+        chosen[as_they_are] = _choose(pick(logits, as_they_are), [rows[i] for i in as_they_are], race)
     return chosen, sound.long()
 
 
@@ -187,108 +176,36 @@ def unpacked(mask: bytearray, like: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(allowed, (0, size - len(allowed)))
 
 
-def uniform_noise(seeds: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
-    """Returns [rows, size] numbers in (0, 1), float64, each a function of (seed, position, column).
-
-    Args:
-        seeds: [rows] int64.
-        positions: [rows] int64.
-        size: columns.
-    """
-    start = _mix(_mix(seeds) ^ positions)
-    columns = torch.arange(size, device=seeds.device, dtype=torch.int64)
-    bits = _mix(start[:, None] + columns[None, :] * _GOLDEN)
-    # The largest would be rounded up to 1.
-    return ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-53)
+def _choose(scores: torch.Tensor, rows: Sequence[SampleRow], race: Race) -> torch.Tensor:
+    """Returns the best token of each row, or one drawn, [rows] int64."""
+    chosen = torch.zeros(len(rows), dtype=torch.int64, device=scores.device)
+    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
+    if drawn:
+        chosen[drawn] = draw(pick(scores, drawn), [rows[i] for i in drawn], race)
+    if len(drawn) < len(rows):
+        greedy = [i for i, row in enumerate(rows) if row.sampling.temperature <= 0]
+        chosen[greedy] = torch.argmax(pick(scores, greedy), dim=-1)
+    return chosen
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_FIRST = _signed(0xBF58476D1CE4E5B9)
-_SECOND = _signed(0x94D049BB133111EB)
-
-
-def _mix(value: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser on int64, whose multiplication wraps; shifts are made logical by masks."""
-    value = value + _GOLDEN
-    value = (value ^ ((value >> 30) & ((1 << 34) - 1))) * _FIRST
-    value = (value ^ ((value >> 27) & ((1 << 37) - 1))) * _SECOND
-    return value ^ ((value >> 31) & ((1 << 33) - 1))
-
-
-def _adjust(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """Returns scores, float64, with biases added and tokens penalised that are in the history."""
+def _adjusted(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """Returns scores, float64: biases added, tokens of the history penalised, minus infinity where none is allowed."""
     for score, row in zip(scores, rows, strict=True):
-        if row.sampling.logit_bias:
-            score.index_add_(0, *row.state.bias(row.sampling.logit_bias, score))
-    repeated = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
-    if repeated:
-        scores[repeated] = _penalise_repeated(scores[repeated], [rows[i] for i in repeated])
-    counted = [i for i, row in enumerate(rows) if row.counts_generated]
-    if counted:
-        scores[counted] = _penalise_generated(scores[counted], [rows[i] for i in counted])
+        sampling = row.sampling
+        if sampling.logit_bias:
+            score.index_add_(0, *row.state.bias(sampling.logit_bias, score))
+        if sampling.repetition_penalty != 1.0:
+            ids, _ = row.state.all.of(row.history, 0, score)
+            seen, penalty = score[ids], sampling.repetition_penalty
+            score[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+        if row.counts_generated:
+            # Whatever attempts generated them: what comes before is the prompt.
+            start = max(len(row.history) - row.position, 0)
+            ids, counts = row.state.generated.of(row.history, start, score)
+            # No count is 0.
+            score[ids] = score[ids] - sampling.frequency_penalty * counts - sampling.presence_penalty
+    masked = [i for i, row in enumerate(rows) if row.allowed is not None]
+    if masked:
+        allowed = torch.stack([row.allowed for row in rows if row.allowed is not None])
+        scores[masked] = scores[masked].masked_fill(~allowed, float("-inf"))
     return scores
-
-
-def _penalise_repeated(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """Returns scores, those of seen tokens divided by the penalty if positive, else multiplied."""
-    seen = torch.stack([row.state.all.of(row.history, 0, scores[0]) for row in rows]) > 0
-    penalty = _column([row.sampling.repetition_penalty for row in rows], scores)
-    return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
-
-
-def _penalise_generated(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """Returns scores, those of generated tokens less the presence penalty, and the frequency penalty for each time."""
-    # Whatever attempts generated them: what comes before is the prompt.
-    starts = [max(len(row.history) - row.position, 0) for row in rows]
-    counts = torch.stack(
-        [row.state.generated.of(row.history, start, scores[0]) for row, start in zip(rows, starts, strict=True)]
-    )
-    frequency = _column([row.sampling.frequency_penalty for row in rows], scores)
-    presence = _column([row.sampling.presence_penalty for row in rows], scores)
-    return scores - frequency * counts - presence * (counts > 0)
-
-
-def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    device = logits.device
-    # The best score is 0, so that no temperature makes it infinite.
-    scores = logits - logits.amax(dim=-1, keepdim=True)
-    scores = _filter(scores / _column([row.sampling.temperature for row in rows], scores), rows)
-    seeds = torch.tensor([_signed(row.sampling.seed & ((1 << 64) - 1)) for row in rows], device=device)
-    positions = torch.tensor([row.position for row in rows], device=device)
-    gumbel = -torch.log(-torch.log(uniform_noise(seeds, positions, logits.shape[1])))
-    return torch.argmax(scores + gumbel, dim=-1)
-
-
-def _filter(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """Returns scores, the best of each row 0, with what top_k, top_p and min_p exclude at minus infinity."""
-    size = scores.shape[1]
-    # Only these rows pay for being sorted.
-    ordered = [i for i, row in enumerate(rows) if 0 < row.sampling.top_k < size or row.sampling.top_p < 1]
-    if ordered:
-        scores[ordered] = _keep_best(scores[ordered], [rows[i] for i in ordered])
-    if any(row.sampling.min_p for row in rows):
-        # Relative to the best, whose logarithm is 0.
-        floor = torch.log(_column([row.sampling.min_p for row in rows], scores))
-        scores = scores.masked_fill(scores < floor, float("-inf"))
-    return scores
-
-
-def _keep_best(scores: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    size = scores.shape[1]
-    ordered, indices = torch.sort(scores, dim=-1, descending=True, stable=True)
-    top_k = _column([float(min(row.sampling.top_k or size, size)) for row in rows], scores)
-    ordered = ordered.masked_fill(torch.arange(size, device=scores.device) >= top_k, float("-inf"))
-    probabilities = torch.softmax(ordered, dim=-1)
-    top_p = _column([row.sampling.top_p for row in rows], scores)
-    # A token is out when those before it already reach top_p; the first one always stays.
-    out = (probabilities.cumsum(dim=-1) - probabilities >= top_p) & (top_p < 1)
-    out[:, 0] = False
-    return torch.empty_like(scores).scatter(1, indices, ordered.masked_fill(out, float("-inf")))
-
-
-def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]

@@ -9,6 +9,7 @@ import torch
 
 from bucketserve.core.preemption import loss
 from bucketserve.core.types import MAX_PREEMPTIONS, StepSample
+from bucketserve.engine.drawing import Race
 from bucketserve.engine.grammars import GrammarError, Matcher
 from bucketserve.engine.kv_space import KvTable
 from bucketserve.engine.sampling import RowState, SampleRow, sample, token_logprobs, unpacked
@@ -120,8 +121,8 @@ def sample_row(sequence: EngineSequence, logits: torch.Tensor) -> SampleRow:
     return SampleRow(spec.sampling, position, sequence.tokens, sequence.sampling_state, allowed)
 
 
-def choose(logits: torch.Tensor, sequences: Sequence[EngineSequence]) -> Success:
-    """Returns the next token of each sequence, from logits [sequences, vocabulary]."""
+def choose(logits: torch.Tensor, sequences: Sequence[EngineSequence], race: Race) -> Success:
+    """Returns the next token of each sequence, from logits [sequences, vocabulary]; see drawing.draw."""
     rows: list[SampleRow] = []
     refused: dict[int, str] = {}
     for i, sequence in enumerate(sequences):
@@ -130,7 +131,7 @@ def choose(logits: torch.Tensor, sequences: Sequence[EngineSequence]) -> Success
         except GrammarError as error:
             refused[i] = f"its output can't be constrained any further: {error}"
             rows.append(SampleRow(Sampling(), 0, ()))
-    chosen = [None if i in refused else token_id for i, token_id in enumerate(sample(logits, rows))]
+    chosen = [None if i in refused else token_id for i, token_id in enumerate(sample(logits, rows, race))]
     logprobs = token_logprobs(logits, chosen, [sequence.spec.num_logprobs for sequence in sequences])
     found = list(zip(sequences, rows, chosen, logprobs, strict=True))
     return Success(

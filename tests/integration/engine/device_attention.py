@@ -1,4 +1,4 @@
-"""Random steps through CUDA's attention and through torch's: on a GPU, or by Triton's interpreter without one.
+"""Random steps and draws, by CUDA's kernels and by torch: on a GPU, or by Triton's interpreter without one.
 
     TRITON_INTERPRET=1 python -m tests.integration.engine.device_attention cpu
 
@@ -8,14 +8,19 @@ Triton reads that variable when it is imported, so that tests without a GPU need
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import random
 from array import array
+from collections.abc import Sequence
 
 import torch
 
 from bucketserve.engine import loader
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan
 from bucketserve.engine.cuda.plan import plan_step
+from bucketserve.engine.cuda.race import race as device_race
+from bucketserve.engine.drawing import noise_starts, race
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory, num_pages
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -83,6 +88,20 @@ def difference(seed: int, device: torch.device, dtypes: list[torch.dtype]) -> tu
     return told, float(shares.max()) / TOLERANCE[dtype]
 
 
+def check_draws(device: torch.device, sizes: Sequence[int]) -> None:
+    """Compares the device's draws with torch's."""
+    for size, dtype in itertools.product(sizes, (torch.float32, torch.float64)):
+        scores = (3 * torch.randn(20, size)).to(dtype)
+        scores[:5, torch.randperm(size)[: size // 2]] = -math.inf
+        temperatures = torch.tensor([1.0, 0.7, 3.0, 1e-45, 100.0], dtype=torch.float64).repeat(4)[:, None]
+        given = scores, temperatures, noise_starts(range(20), range(7, 27))
+        found = device_race(*(each.to(device) for each in given))
+        assert torch.equal(found.cpu(), race(*given)), f"{size} {dtype}"
+    for bad in (math.nan, math.inf, -math.inf):
+        given = torch.full((2, 100), bad), torch.ones(2, 1, dtype=torch.float64), noise_starts([1, 2], [3, 4])
+        assert all(0 <= winner < 100 for winner in device_race(*(each.to(device) for each in given)).tolist())
+
+
 def serve_by_device_plans() -> None:
     """Has engines in this process attend as they would on CUDA, whatever their device."""
     loader._is_by_triton = lambda *given: True
@@ -103,6 +122,7 @@ def main() -> None:
     for seed in range(options.cases):
         told, share = difference(seed, device, dtypes)
         assert share <= 1, f"case {seed}: {told}: {share:.3g} x what is tolerated"
+    check_draws(device, (1, 50, 2048, 5000) if device.type == "cpu" else (1, 50, 2048, 5000, 128_256))
     if options.model:
         from tests.integration.engine.models import engine, generate
         from tests.integration.engine.test_equality import drain, prompt, spec
@@ -117,7 +137,7 @@ def main() -> None:
                 drain(under_test, outputs, steps=1)
             drain(under_test, outputs)
             assert outputs == {f"r{length}": generate(name, prompt(length), 4) for length in lengths}, name
-    print(f"{options.cases} cases and {len(options.model)} models are right")
+    print(f"{options.cases} cases, draws and {len(options.model)} models are right")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,13 @@ def test_kernels() -> None:
 
 
 @pytest.mark.gpu
+def test_draws() -> None:
+    from tests.integration.engine.device_attention import check_draws
+
+    check_draws(torch.device("cuda", 0), (1, 50, 2048, 5000, 128_256))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "compiles"),
     [*((name, False) for name in CONFIGS), *((name, True) for name in ("llama", "gpt2", "gemma2"))],

@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from bucketserve.engine.sampling import RowState, SampleRow, sample, token_logprobs, uniform_noise
+from bucketserve.engine.drawing import noise_starts, uniform_noise
+from bucketserve.engine.sampling import RowState, SampleRow, sample, token_logprobs
 from bucketserve.ports import Sampling
 
 pytestmark = pytest.mark.engine
@@ -223,8 +224,60 @@ def test_of_equal_alternatives_the_lower_id_comes_first_whatever_others_ask_for(
             assert torch.equal(torch.tensor([one.logprob for one in of_row.top]), wanted)
 
 
+def plain_draw(row: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """Returns the token by the definitions, from all tokens in order."""
+    size = len(row)
+    ids = sorted(range(size), key=[-value for value in row.tolist()].__getitem__)[: sampling.top_k or size]
+    scores = (row.double()[ids] - row.double().max()) / sampling.temperature
+    shares = torch.softmax(scores, dim=0)
+    before = shares.cumsum(0) - shares
+    kept = [
+        i == 0 or (bool(before[i] < sampling.top_p) and scores[i] >= math.log(sampling.min_p or 1e-300))
+        for i in range(len(ids))
+    ]
+    noise = uniform_noise(noise_starts([sampling.seed], [position]), size)[0][ids]
+    values = scores - torch.log(-torch.log(noise))
+    return ids[max((i for i in range(len(ids)) if kept[i]), key=values.tolist().__getitem__)]
+
+
+@pytest.mark.parametrize("size", [255, 256, 257, 300, 5000, 20_000])
+@pytest.mark.parametrize("kind", ["peaked", "flat", "equal", "of few numbers", "mostly excluded"])
+def test_draws_are_those_of_a_plain_reference(kind: str, size: int) -> None:
+    """What is kept: one token, as many as are looked at first, one more, or nearly all; equal ones are divided."""
+    rng, generator = random.Random(size), torch.Generator().manual_seed(size)
+    rows = torch.randn(12, size, generator=generator) * {"peaked": 6.0, "equal": 0.0}.get(kind, 0.5)
+    if kind == "of few numbers":
+        rows = (4 * rows).round() / 4
+    if kind == "mostly excluded":
+        rows[:, torch.randperm(size, generator=generator)[3:]] = -math.inf
+    samplings = [
+        Sampling(
+            temperature=rng.choice([0.5, 1.0, 2.0]),
+            top_k=rng.choice([0, 0, 1, 40, 255, 256, 257, 4096, 4097, 2**32 - 1]),
+            top_p=rng.choice([1.0, 0.999, 0.9, 0.3]),
+            min_p=rng.choice([0.0, 0.0, 0.01, 0.6]),
+            seed=rng.randrange(2**64),
+        )
+        for _ in range(12)
+    ]
+    for position in range(3):
+        chosen = sample(rows, [SampleRow(sampling, position, ()) for sampling in samplings])
+        assert chosen == [plain_draw(row, s, position) for row, s in zip(rows, samplings, strict=True)]
+
+
+def test_the_vocabulary_is_not_sorted_for_what_is_among_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = []
+    plain = torch.Tensor.sort
+    monkeypatch.setattr(torch.Tensor, "sort", lambda self, **how: widths.append(self.shape[-1]) or plain(self, **how))
+    monkeypatch.setattr(torch, "sort", lambda *given, **how: pytest.fail("all of it is sorted"))
+    rows = 6 * torch.randn(8, 128_256, generator=torch.Generator().manual_seed(1))
+    for sampling in (Sampling(temperature=0.7, top_p=0.95), Sampling(temperature=1.0, top_k=50, min_p=0.1)):
+        sample(rows, [SampleRow(sampling, position, ()) for position in range(8)])
+    assert max(widths) == 256
+
+
 def test_noise_is_never_0_or_1() -> None:
-    noise = uniform_noise(torch.arange(50), torch.arange(50), 2000)
+    noise = uniform_noise(noise_starts(range(50), range(50)), 2000)
     assert 0 < float(noise.min()) < float(noise.max()) < 1
 
 

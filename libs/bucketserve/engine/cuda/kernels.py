@@ -1,4 +1,4 @@
-"""Triton kernels over KV pages: store new keys and values, attend, put parts of one token's attention together.
+"""Triton kernels over KV pages: store new keys and values, attend, put parts of one token's attention together; draws.
 
 One kernel serves prompts and decodes. Its programs have a tile each: tokens of one sequence beside each other, with the
 heads that share a KV head, as rows of a matrix product with that head's keys (as FlashAttention's pack_gqa and vLLM's
@@ -13,7 +13,7 @@ Everything that changes from step to step is read from device memory, so that a 
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "combine", "store"]
+__all__ = ["attend", "combine", "race", "store"]
 
 
 @triton.jit
@@ -154,3 +154,36 @@ def combine(
         result = tl.sum(total * share[:, None], 0) / tl.sum(weight * share, 0)
         place = output + first * output_token_stride + head * output_head_stride
         tl.store(place + at_value, result.to(output.dtype.element_ty), at_value < VALUE_DIM)
+
+
+@triton.jit
+def mixed(value):
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014), of uint64."""
+    value = value + 0x9E3779B97F4A7C15
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB
+    return value ^ (value >> 31)
+
+
+@triton.jit
+def race(scores, tops, temperatures, starts, winners, row_stride, size, BLOCK: tl.constexpr):
+    """The token of a row with the highest sum of scaled score and noise, see drawing.race; grid (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    top, temperature = tl.load(tops + row).to(tl.float64), tl.load(temperatures + row)
+    start = tl.load(starts + row).to(tl.uint64, bitcast=True)
+    best = tl.full([BLOCK], float("-inf"), tl.float64)
+    best_at = tl.zeros([BLOCK], tl.int64)
+    for first in range(0, size, BLOCK):
+        at = first + tl.arange(0, BLOCK).to(tl.int64)
+        score = tl.load(scores + row * row_stride + at, at < size, other=float("-inf")).to(tl.float64)
+        bits = mixed(start + at.to(tl.uint64) * 0x9E3779B97F4A7C15)
+        uniform = ((bits >> 11).to(tl.float64) + 0.5) * 1.1102230246251565e-16
+        # The largest would be rounded up to 1.
+        uniform = tl.minimum(uniform, 0.9999999999999999)
+        value = (score - top) / temperature - tl.log(-tl.log(uniform))
+        is_better = value > best
+        best = tl.where(is_better, value, best)
+        best_at = tl.where(is_better, at, best_at)
+    # Of equal ones the lowest id.
+    is_winner = best == tl.max(best, 0)
+    tl.store(winners + row, tl.min(tl.where(is_winner, best_at, size), 0))

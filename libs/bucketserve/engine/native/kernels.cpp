@@ -1,5 +1,5 @@
 // CPU kernels of the transformers engine: matrix product with weights laid out once, attention over packed steps, and
-// the small operations between them. Compiled where they run (build.py), for the instructions of that machine.
+// the small operations between them; draws of tokens. Compiled where they run (build.py), for the instructions of that machine.
 //
 // Conventions: T is the type of activations in memory, S that of keys and values (float or bf16); arithmetic is in
 // float, or in int32 for 8-bit weights. Rows are tokens. Every function is one parallel region of the OpenMP runtime
@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "between.h"
 #include "product.h"
+#include "race.h"
 
 extern "C" {
 
@@ -84,6 +85,15 @@ void bs_gate(const void* both, void* out, long rows, long size, int epilogue, in
                 store(static_cast<float*>(out) + row * size + i, activate(epilogue, load(gate)) * load(gate + size));
             }
         }
+    }
+}
+
+// is_double: scores are double, else float.
+void bs_race(const Race* at, int is_double, int threads) {
+    if (is_double) {
+        race<double>(*at, threads);
+    } else {
+        race<float>(*at, threads);
     }
 }
 

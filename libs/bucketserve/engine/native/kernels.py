@@ -1,4 +1,4 @@
-"""The compiled kernels as functions of tensors. They write into tensors that the caller gives; nothing is allocated."""
+"""The compiled kernels as functions of tensors. All but race write into tensors that the caller gives."""
 
 from __future__ import annotations
 
@@ -85,6 +85,19 @@ class _Rotation(ctypes.Structure):
         ("heads", ctypes.c_int),
         ("kv_heads", ctypes.c_int),
         ("dim", ctypes.c_int),
+    )
+
+
+class _Race(ctypes.Structure):
+    _fields_ = (
+        ("scores", ctypes.c_void_p),
+        ("ld", ctypes.c_long),
+        ("rows", ctypes.c_long),
+        ("size", ctypes.c_long),
+        ("tops", ctypes.c_void_p),
+        ("temperatures", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
     )
 
 
@@ -322,6 +335,24 @@ class Kernels:
             both.dtype is _HALF,
             torch.get_num_threads(),
         )
+
+    def race(self, scores: torch.Tensor, temperatures: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """Returns the winner of each row; see drawing.race."""
+        scores = scores if scores.stride(1) == 1 else scores.contiguous()
+        tops = scores.amax(dim=-1).double()
+        temperatures, starts = temperatures.contiguous(), starts.contiguous()
+        out = torch.empty(scores.shape[0], dtype=torch.int64)
+        call = _Race(
+            scores.data_ptr(),
+            scores.stride(0),
+            *scores.shape,
+            tops.data_ptr(),
+            temperatures.data_ptr(),
+            starts.data_ptr(),
+            out.data_ptr(),
+        )
+        self._library.bs_race(ctypes.byref(call), scores.dtype is torch.float64, torch.get_num_threads())
+        return out
 
 
 def load_kernels(instruction_set: str = "auto", on_progress: Callable[[str], None] = lambda text: None) -> Kernels:
