@@ -184,7 +184,7 @@ def build_engine(
         raise ModelLoadError(f"{settings.model!r} ({type(model).__name__}) can't be served: {error}") from error
     layouts = [calls[layer].layout for layer in sorted(calls)]
     weights_bytes = placed_bytes + sum(p.numel() * p.element_size() for p in model.parameters())
-    race = race_of(kernels, is_by_triton=is_by_triton)
+    race = race_of(kernels, device, is_by_triton=is_by_triton, on_progress=on_progress)
     warm_up = partial(
         _warm_up,
         model,

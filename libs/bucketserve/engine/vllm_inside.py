@@ -20,6 +20,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from bucketserve.core.types import StepSample
+from bucketserve.engine.races import race_on
 from bucketserve.engine.sampling import RowState, SampleRow, choose
 from bucketserve.ports import Sampling
 
@@ -91,6 +92,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         """As vLLM makes it."""
+        self._race = race_on(device)
         self._rows: dict[int, _Row] = {}
         self._expected: dict[int, _Expected] = {}
 
@@ -120,7 +122,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
             return logits
         indices = torch.tensor(list(self._rows), device=logits.device)
         ours = logits[indices].float()
-        chosen, sound = choose(ours, [row.sample_row() for row in self._rows.values()])
+        chosen, sound = choose(ours, [row.sample_row() for row in self._rows.values()], self._race)
         only = torch.full_like(ours, float("-inf")).scatter_(1, chosen[:, None], 0.0)
         logits[indices] = torch.where(sound[:, None].bool(), only, ours).to(logits.dtype)
         return logits

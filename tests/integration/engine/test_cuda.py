@@ -8,10 +8,15 @@ import sys
 
 import pytest
 import torch
+import triton
 from transformers import AutoModelForCausalLM, MixtralConfig, PhimoeConfig
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from bucketserve.core.types import RequestId
 from bucketserve.engine.attention import NAME
+from bucketserve.engine.cuda import kernels
+from bucketserve.engine.cuda.race import BLOCK, WARPS
 from bucketserve.engine.loader import LoadSettings, build_engine
 from bucketserve.ports import Sampling
 from tests.integration.engine.models import COMMON, CONFIGS, engine, generate
@@ -24,6 +29,16 @@ def test_kernels_and_models_by_the_interpreter() -> None:
     subprocess.run(
         [*command, "--model", "llama"], check=True, env={**os.environ, "TRITON_INTERPRET": "1", "ENGINE_DEVICE": "cpu"}
     )
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("scores", ["*fp32", "*fp64"])
+def test_draws_compile_for_a_gpu_that_is_not_here(scores: str, capability: int) -> None:
+    pointers = {"scores": scores, "tops": scores, "temperatures": "*fp64", "starts": "*i64", "winners": "*i64"}
+    signature = {**pointers, "row_stride": "i32", "size": "i32", "BLOCK": "constexpr"}
+    source = ASTSource(fn=kernels.race, signature=signature, constexprs={"BLOCK": BLOCK})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
+    assert compiled.asm["cubin"]
 
 
 @pytest.mark.gpu

@@ -178,8 +178,8 @@ def race(scores, tops, temperatures, starts, winners, row_stride, size, BLOCK: t
         score = tl.load(scores + row * row_stride + at, at < size, other=float("-inf")).to(tl.float64)
         bits = mixed(start + at.to(tl.uint64) * 0x9E3779B97F4A7C15)
         uniform = ((bits >> 11).to(tl.float64) + 0.5) * 1.1102230246251565e-16
-        # The largest would be rounded up to 1.
-        uniform = tl.minimum(uniform, 0.9999999999999999)
+        # The largest is rounded up to 1. Constants are float32 here.
+        uniform -= tl.where(uniform == 1.0, 1.1102230246251565e-16, 0.0)
         value = (score - top) / temperature - tl.log(-tl.log(uniform))
         is_better = value > best
         best = tl.where(is_better, value, best)
