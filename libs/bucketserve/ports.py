@@ -336,6 +336,8 @@ class EngineInfo:
     """Fingerprint of what its token ids mean; empty if it does not know."""
     kv_page_tokens: int = 1
     """Tokens of a page, in which KV is found again, handed over as bytes and checked."""
+    step_tokens: int = 0
+    """Prompt tokens of a step at most; 0: it does not say."""
     has_grammars: bool = False
     """Whether it takes sequences with a structured_output."""
     max_adapters: int = 0

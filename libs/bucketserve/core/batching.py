@@ -273,7 +273,15 @@ class BatchFormer:
             return False
         tokens, most = request.prefill_tokens, self._settings.max_chunk_tokens
         able = [worker for worker in self._fleet if _could_take(worker, request)]
-        takes_s = min((w.prefill_in_s(tokens, tokens * request.prompt_tokens, most) for w in able), default=0.0)
+        # It comes after the step under way.
+        takes_s = min(
+            (
+                w.prefill_in_s(tokens, tokens * request.prompt_tokens, most)
+                + w.times.prefill_token_s() * min(w.backlog_tokens(), w.step_tokens)
+                for w in able
+            ),
+            default=0.0,
+        )
         due_s = request.arrival_s + (request.ttft_slo_s or self._settings.default_ttft_s)
         beside_s = due_s - takes_s - BESIDE_S
         if beside_s <= now_s:
@@ -298,9 +306,9 @@ class BatchFormer:
         self, lane: Lane, bucket: Bucket, first: Request, worker: WorkerState, now_s: float
     ) -> tuple[_Cut, LimitedBy]:
         """Takes requests from the bucket in order, from `first` on, until something stops it; that one fits."""
-        cut, most_tokens = _Cut(tpot_s=self._lives.tpot_s(worker)), self._settings.small_batch_tokens
+        cut, most_tokens = _Cut(tpot_s=self._lives.tpot_s(worker)), worker.most_small_tokens(self._settings)
         if worker.has_place(self._settings, small=False):
-            cut.due_s, most_tokens = self._due_there(worker, now_s), self._settings.max_batch_tokens
+            cut.due_s, most_tokens = self._due_there(worker, now_s), worker.most_batch_tokens(self._settings)
             most_tokens -= worker.backlog_tokens()
         alone_s = worker.times.decode_s(worker.num_sequences() + 1, worker.context_tokens_held())
         safe_tokens = worker.safe_tokens(self._settings.memory_reserve)

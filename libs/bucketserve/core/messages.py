@@ -159,6 +159,8 @@ class WorkerJoined:
     """Of weights, number type and engine: workers with the same generate the same."""
     tokenizer: str = ""
     """Fingerprint of its model's tokenizer; empty: it knows of none."""
+    step_tokens: int = 0
+    """Prompt tokens of a step of its engine at most; 0: it does not say."""
     has_grammars: bool = False
     """Whether its engine can constrain output."""
     adapters: frozenset[str] = frozenset()

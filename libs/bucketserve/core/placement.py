@@ -18,7 +18,7 @@ def can_take(request: Request, prefill_tokens: int, worker: WorkerState, setting
     # What fails most often, and costs least to ask, comes first.
     if worker.kv_tokens(request) > worker.room or worker.free_sequences() < 1:
         return False
-    is_small = prefill_tokens <= settings.small_batch_tokens
+    is_small = prefill_tokens <= worker.most_small_tokens(settings)
     if not (worker.has_place(settings, small=False) or (is_small and worker.has_place(settings, small=True))):
         return False
     return worker.could_serve(request)

@@ -69,7 +69,8 @@ class CoreSettings:
     """Share of a worker's free KV that is never planned with (paper, formula 5): more than an engine keeps for growth
     (core/preemption.py), so that what is sent begins at once."""
     max_batch_tokens: int = 2048
-    """Most prompt tokens in a batch, about what one step computes: what is not sent yet can still be overtaken."""
+    """Most prompt tokens in a batch, or a worker's step if that computes fewer: what is not sent yet can
+    still be overtaken."""
     small_batch_tokens: int = 1024
     """A batch of up to so many prompt tokens goes to a worker that has a long prompt to do, where a short one would be
     late if it waited. For engines that share their steps (core/stepping.py); 0: no."""

@@ -52,6 +52,8 @@ class WorkerState:
     """What its sequences are likely to need."""
     fingerprint: str = ""
     tokenizer: str = ""
+    step_tokens: int = 0
+    """Prompt tokens of its steps at most; 0: it did not say."""
     has_grammars: bool = False
     adapters: frozenset[str] = frozenset()
     """Fingerprints of those that it has."""
@@ -112,6 +114,7 @@ class WorkerState:
             fingerprint=event.fingerprint,
             tokenizer=event.tokenizer,
             is_delivering=event.is_delivering,
+            step_tokens=event.step_tokens,
             has_grammars=event.has_grammars,
             adapters=event.adapters,
             num_assigned=event.headroom.last_assignment,
@@ -317,9 +320,17 @@ class WorkerState:
     def has_place(self, settings: CoreSettings, *, small: bool) -> bool:
         """Whether it may be given another batch, a small one or one of any size."""
         if small:
-            is_long = self.backlog_tokens() > settings.max_batch_tokens
+            is_long = self.backlog_tokens() > self.most_batch_tokens(settings)
             return is_long and bool(settings.small_batch_tokens) and len(self.outstanding) < 2
         return self.backlog_tokens() < settings.fill_tokens
+
+    def most_batch_tokens(self, settings: CoreSettings) -> int:
+        """Returns the prompt tokens of a batch at most: no more than a step, or others would wait for the rest."""
+        return min(settings.max_batch_tokens, self.step_tokens or settings.max_batch_tokens)
+
+    def most_small_tokens(self, settings: CoreSettings) -> int:
+        """Returns the same of a batch beside a long prompt."""
+        return min(settings.small_batch_tokens, self.most_batch_tokens(settings))
 
     def num_sequences(self) -> int:
         """Sequences there or on their way."""

@@ -132,6 +132,7 @@ class FakeEngine:
             fingerprint=settings_fingerprint(
                 {"engine": "fake", "vocab_size": self.settings.vocab_size, "hand_over": HAND_OVER}
             ),
+            step_tokens=self.settings.max_step_tokens,
             max_adapters=self.settings.max_adapters,
         )
 

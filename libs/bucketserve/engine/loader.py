@@ -230,6 +230,7 @@ def build_engine(
             kv_page_tokens=PAGE_TOKENS,
             fingerprint=fingerprint,
             tokenizer=tokenizer,
+            step_tokens=max_step_tokens,
             has_grammars=grammar_tokenizer is not None,
         ),
         PackedLimits(

@@ -129,6 +129,7 @@ class VllmEngine:
             token_s = (time.perf_counter() - start_s) / number
             most = min(cpu_step_tokens(token_s), self._limits.max_step_tokens)
             self._limits = replace(self._limits, max_step_tokens=most)
+            self._info = replace(self._info, step_tokens=most)
         self._num_decode_steps = self._num_prefix_asked = self._num_prefix_reused = 0
 
     def _run(self, spec: SequenceSpec) -> None:

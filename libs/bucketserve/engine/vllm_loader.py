@@ -330,11 +330,12 @@ def _around(engine: Any, settings: VllmSettings, directory: Path) -> VllmEngine:
             quantization="none",
         ),
         tokenizer=tokenizer_fingerprint(directory),
+        step_tokens=int(config.scheduler_config.max_num_batched_tokens),
         max_adapters=settings.max_adapters,
     )
     limits = VllmLimits(
         max_sequences=settings.max_sequences,
-        max_step_tokens=int(config.scheduler_config.max_num_batched_tokens),
+        max_step_tokens=info.step_tokens,
         vocab_size=int(model.get_vocab_size()),
         weights_bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
     )

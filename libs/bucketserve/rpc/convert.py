@@ -131,6 +131,7 @@ def joined_from_pb(hello: scheduler_pb2.WorkerHello) -> WorkerJoined:
         fingerprint=hello.fingerprint,
         tokenizer=hello.tokenizer,
         is_delivering=hello.report.is_delivering,
+        step_tokens=hello.step_tokens,
         has_grammars=hello.has_grammars,
         adapters=adapters_from_pb(hello.adapters),
         running=tuple(

@@ -229,6 +229,7 @@ class Simulation:
             role=worker.role,
             headroom=worker.headroom(),
             context_tokens=self._device.context_tokens,
+            step_tokens=worker.spec.mode.max_step_tokens,
         )
 
     def _happen(self, entry: tuple[float, int, SimWorker | _Move | None], events: list[Event]) -> None:

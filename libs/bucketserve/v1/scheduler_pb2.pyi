@@ -271,7 +271,7 @@ class WorkRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., prefilled: _Optional[_Union[BatchPrefilled, _Mapping]] = ..., finished: _Optional[_Union[RunFinished, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ..., kv_pulled: _Optional[_Union[KvPulled, _Mapping]] = ..., adapters: _Optional[_Union[WorkerAdapters, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "model", "role", "address", "engine", "context_tokens", "report", "running", "is_draining", "fingerprint", "tokenizer", "instance", "has_grammars", "keeps_kv", "adapters")
+    __slots__ = ("worker_id", "model", "role", "address", "engine", "context_tokens", "report", "running", "is_draining", "fingerprint", "tokenizer", "instance", "has_grammars", "keeps_kv", "adapters", "step_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +287,7 @@ class WorkerHello(_message.Message):
     HAS_GRAMMARS_FIELD_NUMBER: _ClassVar[int]
     KEEPS_KV_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     role: _common_pb2.WorkerRole
@@ -302,7 +303,8 @@ class WorkerHello(_message.Message):
     has_grammars: bool
     keeps_kv: bool
     adapters: WorkerAdapters
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ..., has_grammars: _Optional[bool] = ..., keeps_kv: _Optional[bool] = ..., adapters: _Optional[_Union[WorkerAdapters, _Mapping]] = ...) -> None: ...
+    step_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., engine: _Optional[str] = ..., context_tokens: _Optional[int] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., running: _Optional[_Iterable[_Union[RunningRun, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., tokenizer: _Optional[str] = ..., instance: _Optional[str] = ..., has_grammars: _Optional[bool] = ..., keeps_kv: _Optional[bool] = ..., adapters: _Optional[_Union[WorkerAdapters, _Mapping]] = ..., step_tokens: _Optional[int] = ...) -> None: ...
 
 class WorkerAdapters(_message.Message):
     __slots__ = ("adapters",)

@@ -303,6 +303,7 @@ class Worker:
             is_draining=self.link.is_draining,
             fingerprint=self._info.fingerprint,
             tokenizer=self._info.tokenizer,
+            step_tokens=self._info.step_tokens,
             has_grammars=self._info.has_grammars,
             instance=self._instance,
             keeps_kv=not self._info.kv_layout,

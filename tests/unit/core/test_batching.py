@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bucketserve.core.messages import (
@@ -109,6 +111,27 @@ def test_small_batches_are_for_long_prompts_only() -> None:
     under_test.step([joined(free=9000), *submitted("a", prompt_tokens=1500)], 0.0)
     waits = under_test.step(submitted("b", ttft_slo_s=0.01), 0.1)
     assert (batches(waits), waits.wake_s) == ([], None)
+
+
+def test_where_a_step_holds_less_than_a_batch_it_is_the_measure_of_both() -> None:
+    """On a CPU: a step of 256 tokens takes half a second."""
+    under_test = core(fill_tokens=1, small_batch_tokens=1024)
+    slow = replace(joined(free=9000), step_tokens=256)
+    speed = reported(free=9000, total=9000, steps=prefill_steps(0.002))
+    names = ("a", "b", "c")
+    # Of three that fit a batch of 2,048 tokens two fit a step.
+    (first,) = batches(under_test.step([slow, speed, *submitted(*names, prompt_tokens=120, ttft_slo_s=9.0)], 0.0))
+    assert first.request_ids == ("a", "b")
+    (third,) = batches(under_test.step([prefilled(first)], 0.5))
+    assert third.request_ids == ("c",)
+    # One of 600 tokens is more than a step: a short one goes beside it in time for that, itself and a step under way.
+    under_test.step([prefilled(third), *submitted("long", prompt_tokens=600)], 1.0)
+    waits = under_test.step(submitted("short", prompt_tokens=50, ttft_slo_s=4.0, arrival_s=1.0), 1.0)
+    assert batches(waits) == []
+    assert waits.wake_s is not None and 2.3 < waits.wake_s < 2.5
+    # No batch beside it is longer than a step either.
+    assert batches(under_test.step(submitted("other", prompt_tokens=300, ttft_slo_s=0.1, arrival_s=1.1), 1.1)) == []
+    assert batches(under_test.step([], waits.wake_s))[0].request_ids == ("short",)
 
 
 def test_first_come_first_served_holds_whatever_a_short_first_one_waits_for() -> None:
