@@ -116,7 +116,7 @@ def choose(logits: torch.Tensor, rows: Sequence[SampleRow], race: Race = race) -
         sound[changed] &= scores.amax(dim=-1).isfinite()
         chosen[changed] = _choose(scores, [rows[i] for i in changed], race)
     if len(changed) < len(rows):
-        as_they_are = [i for i in range(len(rows)) if i not in set(changed)]
+        as_they_are = sorted({*range(len(rows))}.difference(changed))
         chosen[as_they_are] = _choose(pick(logits, as_they_are), [rows[i] for i in as_they_are], race)
     return chosen, sound.long()
 
