@@ -5,7 +5,7 @@ gemma: 268 million, as Gemma 3 270M, 168 million of them in an embedding that is
 18 layers, 4 heads of 256, 1 KV head, intermediate 2,048, vocabulary 262,144, windows of 512 in five layers of six.
 llama-8b: 8.0 billion, as Llama 3 8B, for GPUs; hidden 4,096, 32 layers, 32 heads of 128, 8 KV heads,
 intermediate 14,336, vocabulary 128,256.
-Context 2,048, of the last 8,192. Speed doesn't depend on what the weights say. Llamas count: after token t comes t + 1,
+Context 2,048, of llama-8b 8,192. Speed doesn't depend on what the weights say. Llamas count: after token t comes t + 1,
 by a wide margin in every precision, so that a stop token ends an output at a length that is known.
 """
 

@@ -3,8 +3,8 @@
     python benchmarks/reference_model.py MODEL --kind gemma      once
     python benchmarks/sampled_decode.py --model MODEL --jsonl OUT
 
-Ways take turns, step by step of one run, so that all see the same machine. A vocabulary is what drawing costs by:
-the models of random weights have flat distributions, of which top_p alone leaves nearly all, as none that was trained.
+Ways take turns, some steps each, so that all see the same machine. What drawing costs goes by the vocabulary. The
+models of random weights have flat distributions, of which top_p alone leaves nearly all, as none that was trained.
 """
 
 from __future__ import annotations
