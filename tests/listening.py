@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+from bucketserve_gateway.openai.server import stop_listening
+
 __all__ = ["num_connections", "until_closed"]
 
 END_S = 30.0
@@ -27,7 +29,7 @@ async def until_closed(server: asyncio.Server) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        server.close()
+        await stop_listening(server)
         async with asyncio.timeout(END_S):
             while num_connections(server):
                 await asyncio.sleep(0.01)

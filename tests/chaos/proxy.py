@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 
+from bucketserve_gateway.openai.server import stop_listening
 from tests.listening import num_connections
 
 __all__ = ["Relay", "kernel_address"]
@@ -57,7 +58,7 @@ class Relay:
         """Ends everything."""
         self.resume()
         if self._server is not None:
-            self._server.close()
+            await stop_listening(self._server)
             # What has just been accepted or is on its way ends within this loop, or its sockets would be left open.
             while self._open or num_connections(self._server):
                 self.cut()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator, Mapping
 from types import SimpleNamespace
 
@@ -382,6 +383,33 @@ async def test_what_runs_when_it_ends_is_cut_and_leaves_nothing() -> None:
         await reader.readline()
         await served.http.stop(0.1)
         assert served.is_quiet()
+
+
+@pytest.mark.parametrize("num_turns", range(5))
+async def test_what_was_accepted_as_listening_ends_begins(num_turns: int) -> None:
+    made: list[asyncio.Protocol] = []
+    begun: list[asyncio.BaseTransport] = []
+
+    class Connection(asyncio.Protocol):
+        def __init__(self) -> None:
+            made.append(self)
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            begun.append(transport)
+
+    listening = await asyncio.get_running_loop().create_server(Connection, "127.0.0.1", 0)
+    with contextlib.ExitStack() as clients:
+        for _ in range(3):
+            clients.enter_context(socket.create_connection(listening.sockets[0].getsockname()))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        await server.stop_listening(listening)
+        await asyncio.sleep(0.01)
+        assert len(begun) == len(made)
+        assert listening.sockets == ()
+        for transport in begun:
+            transport.close()
+        await asyncio.sleep(0)
 
 
 async def test_what_is_written_in_a_turn_of_the_loop_is_sent_together() -> None:

@@ -26,7 +26,7 @@ from bucketserve.rpc.tls import Tls
 from bucketserve_gateway.openai.errors import CLOSE, HttpError, body_of
 from bucketserve_gateway.openai.facade import OpenAIFacade
 
-__all__ = ["HttpServer"]
+__all__ = ["HttpServer", "stop_listening"]
 
 SILENT_S = 5.0
 """For a new connection to begin its first request."""
@@ -106,18 +106,18 @@ class HttpServer:
         # Who is answered meanwhile leaves by itself: no request of its crosses the closing of its connection.
         self._state.default_headers.append(CLOSE)
         await asyncio.sleep(lame_duck_s)
-        self._close()
+        await self._close()
 
-    def _close(self) -> None:
+    async def _close(self) -> None:
         """Takes no more connections; closes idle ones, and the others as soon as they have answered."""
         if self._server is not None:
-            self._server.close()
+            await stop_listening(self._server)
         for connection in list(self._state.connections):
             connection.shutdown()
 
     async def stop(self, grace_s: float) -> None:
         """Lets running exchanges finish for at most grace_s seconds, then cuts them."""
-        self._close()
+        await self._close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 while self._state.connections:
@@ -127,6 +127,18 @@ class HttpServer:
         if self._state.tasks:
             # They notice that their clients are gone.
             await asyncio.wait(self._state.tasks, timeout=CUT_S)
+
+
+async def stop_listening(server: asyncio.Server) -> None:
+    """Accepts no more connections, lets those that were accepted begin, and closes the server.
+
+    asyncio drops, without closing it, what was accepted but has no transport yet when its server is closed
+    (base_events.Server._attach).
+    """
+    for listening in server.sockets:
+        server.get_loop().remove_reader(listening.fileno())
+    await asyncio.sleep(0)
+    server.close()
 
 
 async def _listen(
