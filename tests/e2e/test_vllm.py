@@ -248,8 +248,10 @@ async def test_prefill_and_decode_apart_give_the_tokens_of_one_worker_that_does_
 async def test_either_side_may_die_while_kv_goes_from_vllm_to_vllm(
     new_stack: NewStack, tmp_path: Path, victim: str
 ) -> None:
+    # What was to be fetched by one that died is let go when the connector's lease is over.
+    environ = apart(tmp_path / "kv", lease_s=10.0)
     # A third one goes on, for vLLM takes longer to start than requests wait.
-    stack = new_stack(engine="vllm", roles=("prefill", "decode", "both"), environ=apart(tmp_path / "kv"))
+    stack = new_stack(engine="vllm", roles=("prefill", "decode", "both"), environ=environ)
     async with BucketServeClient(stack.gateway_address) as client:
         wanted = [(await run(client, number, 150))[0] for number in range(6)]
         running = [asyncio.create_task(run(client, number, 150)) for number in range(6)]

@@ -34,15 +34,20 @@ class Orders(KVConnectorMetadata):
 
 
 class FolderConnector(KVConnectorBase_V1):
-    """kv_connector_extra_config: folder; wait_s, after which loads fail; fails_every, of which one fails anyway."""
+    """kv_connector_extra_config: the folder, and what of it is not as usual.
+
+    wait_s: after which loads fail; fails_every: of so many loads one fails anyway; lease_s: after which what nobody has
+    fetched is let go (NIXL's is 30 s; usually none here, for no test is to depend on time).
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         extra = self._kv_transfer_config.kv_connector_extra_config
         self._folder, self._wait_s = Path(extra["folder"]), float(extra.get("wait_s", 20.0))
+        self._lease_s = float(extra.get("lease_s", "inf"))
         self._fails_every, self._num_loads = int(extra.get("fails_every", 0)), 0
         self._orders = Orders()
-        self._saved: dict[str, Path] = {}
+        self._saved: dict[str, tuple[Path, float]] = {}
         self._loading: dict[str, tuple[str, list[int], int, float]] = {}
 
     # --- the scheduler's side ----------------------------------------------------------------------------------
@@ -94,7 +99,8 @@ class FolderConnector(KVConnectorBase_V1):
         assert isinstance(orders, Orders)
         layers = self._layers()
         for request_id, blocks in orders.saves.items():
-            path = self._saved[request_id] = self._folder / request_id
+            path = self._folder / request_id
+            self._saved[request_id] = path, time.monotonic() + self._lease_s
             torch.save({name: layer[blocks].clone() for name, layer in layers.items()}, path.with_suffix(".part"))
             path.with_suffix(".part").rename(path)
         for name in orders.refusals:
@@ -113,7 +119,9 @@ class FolderConnector(KVConnectorBase_V1):
 
     def get_transfer_results(self, finished_req_ids: Iterable[str]) -> KVConnectorTransferResults:
         results = KVConnectorTransferResults()
-        for request_id, path in list(self._saved.items()):
+        for request_id, (path, until_s) in list(self._saved.items()):
+            if time.monotonic() > until_s:
+                path.unlink(missing_ok=True)
             if not path.exists():
                 del self._saved[request_id]
                 results.finished_sending.add(request_id)
