@@ -39,14 +39,16 @@ SETTLE_S = 1.0
 class ReferenceStack:
     """A gateway, a scheduler, a worker and Valkey. It runs between go and halt, else it is stopped by SIGSTOP."""
 
-    def __init__(self, model: Path, mode: str, kv_tokens: int | None = None) -> None:
-        """Starts nothing yet. Without kv_tokens it has room for all of the reference work."""
+    def __init__(self, model: Path, mode: str, kv_tokens: int | None = None, *, keeps_prefixes: bool = False) -> None:
+        """Starts nothing yet. Without kv_tokens it has room for all of the reference work.
+
+        keeps_prefixes: not beside peers, which keep none either: the same requests come in every round.
+        """
         self.name = f"{OURS} {mode}"
         self._environ = {
             **MODES[mode],
             "BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": str(kv_tokens or KV_BUDGET_TOKENS),
-            # The same requests come in every round, and the peers keep no prefixes either.
-            "BUCKETSERVE_WORKER_PREFIX_CACHE": "false",
+            "BUCKETSERVE_WORKER_PREFIX_CACHE": str(keeps_prefixes).lower(),
         }
         self._model = str(model)
         self._exit = ExitStack()

@@ -15,6 +15,7 @@ from bucketserve.core.errors import EngineError
 from bucketserve.core.types import BatchId, FinishReason, Headroom, RequestId, StepSample, WorkerId
 
 __all__ = [
+    "UNKNOWN_TOKEN",
     "Adapter",
     "Admit",
     "Dispatch",
@@ -208,6 +209,10 @@ class StructuredOutput:
     text: str
 
 
+UNKNOWN_TOKEN = "the prompt has a token that is not in the model's vocabulary"
+"""Why an engine gives a sequence up."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSpec:
     """A request as the engine runs it."""
@@ -248,6 +253,14 @@ class SequenceSpec:
             raise EngineError("a sequence has a prompt, and at least one token to generate")
         if self.reserved_tokens > most_tokens:
             raise EngineError(f"{self.reserved_tokens} tokens can never fit: the context is {most_tokens} tokens here")
+
+    def is_known(self, vocabulary: int, generated: Sequence[int] = ()) -> bool:
+        """Returns whether a model of so many tokens has all of the sequence's, and those generated since.
+
+        One that it has not ends the step for all sequences, and on a GPU the process.
+        """
+        tokens = (*self.token_ids, *generated)
+        return min(tokens) >= 0 and max(tokens) < vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

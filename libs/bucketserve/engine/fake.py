@@ -20,6 +20,7 @@ from bucketserve.core.stepping import MAX_SEQUENCES, STEP_TOKENS, plan_prefill
 from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, Headroom, RequestId, StepSample
 from bucketserve.engine.fingerprint import HAND_OVER, settings_fingerprint
 from bucketserve.ports import (
+    UNKNOWN_TOKEN,
     Adapter,
     EngineInfo,
     Logprob,
@@ -33,7 +34,6 @@ from bucketserve.ports import (
 __all__ = ["FakeEngine", "FakeSettings", "next_token"]
 
 MASK = (1 << 64) - 1
-NO_TOKEN = "the prompt has a token that is in no vocabulary"
 KV_BYTES = 8
 """A token's KV is the hash of all tokens up to the last one that has any."""
 PAGE_TOKENS = 32
@@ -384,7 +384,9 @@ class FakeEngine:
                 del self._waiting[piece.request_id]
                 if min(sequence.spec.token_ids) < 0:
                     # As in a model, which has no such row in its embedding.
-                    failed.append(SequenceFailure(request_id=piece.request_id, message=NO_TOKEN, is_retryable=False))
+                    failed.append(
+                        SequenceFailure(request_id=piece.request_id, message=UNKNOWN_TOKEN, is_retryable=False)
+                    )
                     continue
                 self._running[piece.request_id] = sequence
                 done.append(sequence)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from typing import TypeAlias
 
 from bucketserve.core.errors import EngineError
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory, num_pages
@@ -20,12 +21,15 @@ from bucketserve.engine.kv_memory import PAGE_TOKENS, KvMemory, num_pages
 __all__ = ["KvSpace", "KvTable"]
 
 
+_Key: TypeAlias = "tuple[_Block | bytes, tuple[int, ...]]"
+"""What a full page is found by: the block before it, or the salt of its prompt, and its own tokens."""
+
+
 @dataclass(eq=False, slots=True)
 class _Block:
     """What a full page is found by. Its object stands for all tokens up to its end, and is never used for others."""
 
-    key: tuple[_Block | bytes, tuple[int, ...]]
-    """The block before it, or the salt of its prompt, and its own tokens."""
+    key: _Key
     page: int
 
 
@@ -50,7 +54,7 @@ class KvSpace:
         self._free = list(range(memory.num_pages))
         """Pages with nothing in them, a heap: the first one goes first, so that a sequence's often lie side by side."""
         self._num_users = [0] * memory.num_pages
-        self._blocks: dict[tuple[_Block | bytes, tuple[int, ...]], _Block] = {}
+        self._blocks: dict[_Key, _Block] = {}
         self._block_of: list[_Block | None] = [None] * memory.num_pages
         self._kept: OrderedDict[int, None] = OrderedDict()
         """Pages that can be found and that no sequence has, the one used longest ago first."""
@@ -124,16 +128,25 @@ class KvSpace:
         if not self._keeps_prefixes:
             return
         while table.num_full < len(tokens) // PAGE_TOKENS:
-            own, key = table.pages[table.num_full], (table.last, _piece(tokens, table.num_full))
+            page, key = table.pages[table.num_full], (table.last, _piece(tokens, table.num_full))
             block = self._blocks.get(key)
             if block is None:
-                block = self._blocks[key] = self._block_of[own] = _Block(key, own)
+                block = self._blocks[key] = self._block_of[page] = _Block(key, page)
+                self._append(table, block)
             else:
-                self._use(block.page)
-                table.pages[table.num_full] = block.page
-                self._leave(own)
-            table.last = block
-            table.num_full += 1
+                self._adopt(table, block)
+
+    def adopt(self, table: KvTable, tokens: Sequence[int], end: int) -> None:
+        """Gives a table, in place of its own pages, what others know by now of these tokens after its full ones."""
+        while (key := _next_key(table, tokens, end)) is not None and (block := self._blocks.get(key)) is not None:
+            self._adopt(table, block)
+
+    def next_page(self, table: KvTable, tokens: Sequence[int], end: int) -> Hashable | None:
+        """Returns the same for all tables that lack the same page of these tokens next.
+
+        None if others could not find it, or if there are no more full pages up to the end.
+        """
+        return _next_key(table, tokens, end) if self._keeps_prefixes else None
 
     def release(self, table: KvTable, tokens: Sequence[int] = ()) -> None:
         """Gives a table back; full pages of `tokens`, with which its KV begins, are kept while nobody wants them."""
@@ -171,6 +184,18 @@ class KvSpace:
         if known.keys() & set(self._free):
             raise EngineError("KV memory is inconsistent: free pages can be found")
 
+    def _adopt(self, table: KvTable, block: _Block) -> None:
+        """Gives a table a known page in place of the first one that is not full, which nobody else has."""
+        own, table.pages[table.num_full] = table.pages[table.num_full], block.page
+        self._use(block.page)
+        self._leave(own)
+        self._append(table, block)
+
+    def _append(self, table: KvTable, block: _Block) -> None:
+        """Counts the next page of a table among the full ones."""
+        table.last = block
+        table.num_full += 1
+
     def _use(self, page: int) -> None:
         """Gives a known page one user more."""
         if not self._num_users[page]:
@@ -198,6 +223,12 @@ class KvSpace:
         if block is not None:
             del self._blocks[block.key]
             self._block_of[page] = None
+
+
+def _next_key(table: KvTable, tokens: Sequence[int], end: int) -> _Key | None:
+    """Returns what the first page that a table has not in full is found by; None if it is not full at the end."""
+    is_full = (table.num_full + 1) * PAGE_TOKENS <= end
+    return (table.last, _piece(tokens, table.num_full)) if is_full else None
 
 
 def _piece(tokens: Sequence[int], number: int) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ from bucketserve.engine.vllm_handover import TO_HAND_OVER, Handle
 from bucketserve.engine.vllm_inside import DoneStep, FirstToken, StepOrder, clear_blocks
 from bucketserve.engine.vllm_sequences import VllmSequence, token_logprobs, vllm_prompt, vllm_sampling
 from bucketserve.ports import (
+    UNKNOWN_TOKEN,
     Adapter,
     EngineInfo,
     Sampling,
@@ -53,7 +54,6 @@ NO_BYTES = "vLLM hands KV over by a connector of its own, not as bytes"
 OTHER_KV = "the KV that came is not this prompt's: its first token has another probability by it"
 TOLERANCE, COARSE = {"float32": 0.01}, 0.5
 """How far log-probabilities of a token may differ by KV that is the same, by number type; in others COARSE."""
-NO_TOKEN = "the prompt has a token that is not in the model's vocabulary"
 IDLE_S = 0.001
 """Between two steps while vLLM only waits for KV to come or to be fetched, as its own loop does."""
 NOT_FINITE = "the model's output is not finite (NaN in its logits): no token can be chosen"
@@ -65,7 +65,7 @@ class VllmLimits:
 
     max_sequences: int
     max_step_tokens: int
-    vocab_size: int
+    vocabulary: int
     weights_bytes: int = 0
 
 
@@ -195,8 +195,10 @@ class VllmEngine:
             raise EngineError(f"sequence {spec.request_id} is already here")
         self._check_adapter(spec)
         found = Handle.for_sequence(handle, spec)
-        if len(generated) != 1 or not self._are_tokens((*spec.token_ids, *generated)):
-            raise EngineError(NO_TOKEN if len(generated) == 1 else "KV comes with one token")
+        if len(generated) != 1:
+            raise EngineError("KV comes with one token")
+        if not spec.is_known(self._limits.vocabulary, generated):
+            raise EngineError(UNKNOWN_TOKEN)
         sequence = VllmSequence(spec, 0, is_prefilled=True, num_generated=1, first_token_s=time.perf_counter())
         sequence.expected = FirstToken(generated[0], found.logprob, TOLERANCE.get(self._info.dtype, COARSE))
         needed = self._kv.missing("", max(sequence.kv_tokens, len(spec.token_ids) + 1))
@@ -322,10 +324,6 @@ class VllmEngine:
         if spec.adapter and spec.adapter not in self._adapters:
             raise NoAdapterError("the adapter is not here any more")
 
-    def _are_tokens(self, token_ids: Sequence[int]) -> bool:
-        """Whether the model has them: vLLM would look up a row that there is not, for all sequences of the step."""
-        return all(0 <= token_id < self._limits.vocab_size for token_id in token_ids)
-
     # --- KV memory ----------------------------------------------------------------------------------------------
 
     def _outstanding(self, begun: Iterable[VllmSequence]) -> int:
@@ -356,8 +354,8 @@ class VllmEngine:
             if self._kv.tokens_of(free) < spare:
                 return
             del self._waiting[name]
-            if not self._are_tokens(sequence.spec.token_ids):
-                brought.fail(name, NO_TOKEN)
+            if not sequence.spec.is_known(self._limits.vocabulary):
+                brought.fail(name, UNKNOWN_TOKEN)
                 continue
             try:
                 self._start(sequence, TO_HAND_OVER if sequence.hands_over else None)

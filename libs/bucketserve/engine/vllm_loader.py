@@ -336,7 +336,7 @@ def _around(engine: Any, settings: VllmSettings, directory: Path) -> VllmEngine:
     limits = VllmLimits(
         max_sequences=settings.max_sequences,
         max_step_tokens=info.step_tokens,
-        vocab_size=int(model.get_vocab_size()),
+        vocabulary=int(model.get_vocab_size()),
         weights_bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
     )
     return VllmEngine(engine, info, limits, seldom(partial(device_memory, device)))

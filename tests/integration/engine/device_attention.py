@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import random
 from array import array
 from collections.abc import Sequence
@@ -19,9 +18,9 @@ import torch
 from bucketserve.engine import loader
 from bucketserve.engine.attention import AttentionCall, Segment, StepPlan
 from bucketserve.engine.cuda.plan import plan_step
-from bucketserve.engine.cuda.race import race as device_race
-from bucketserve.engine.drawing import noise_starts, race
+from bucketserve.engine.cuda.race import race
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory, num_pages
+from tests.race_cases import check_not_finite, check_race
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 NUM_TOKENS = 6000
@@ -91,15 +90,8 @@ def difference(seed: int, device: torch.device, dtypes: list[torch.dtype]) -> tu
 def check_draws(device: torch.device, sizes: Sequence[int]) -> None:
     """Compares the device's draws with torch's."""
     for size, dtype in itertools.product(sizes, (torch.float32, torch.float64)):
-        scores = (3 * torch.randn(20, size)).to(dtype)
-        scores[:5, torch.randperm(size)[: size // 2]] = -math.inf
-        temperatures = torch.tensor([1.0, 0.7, 3.0, 1e-45, 100.0], dtype=torch.float64).repeat(4)[:, None]
-        given = scores, temperatures, noise_starts(range(20), range(7, 27))
-        found = device_race(*(each.to(device) for each in given))
-        assert torch.equal(found.cpu(), race(*given)), f"{size} {dtype}"
-    for bad in (math.nan, math.inf, -math.inf):
-        given = torch.full((2, 100), bad), torch.ones(2, 1, dtype=torch.float64), noise_starts([1, 2], [3, 4])
-        assert all(0 <= winner < 100 for winner in device_race(*(each.to(device) for each in given)).tolist())
+        check_race(race, size, 3.0, dtype, device)
+    check_not_finite(race, device)
 
 
 def serve_by_device_plans() -> None:

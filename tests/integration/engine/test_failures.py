@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bucketserve.core.types import RequestId
-from bucketserve.engine import pressure, sequences
+from bucketserve.engine import pressure, step_runner
 from bucketserve.engine.packed import PackedEngine
 from bucketserve.ports import Sampling, SequenceFailure
 from tests.integration.engine.models import VOCAB, engine, generate
@@ -58,7 +58,7 @@ def test_out_of_memory_splits_the_step_loses_nothing_and_is_got_over(
     under_test = engine("llama", prefix_cache=False)
     before = under_test.headroom()
     if where == "model":
-        run = under_test._run_model
+        run = under_test._runner._run_model
 
         def limited(entries):
             # As a device would that has room for the activations of 50 tokens.
@@ -66,16 +66,16 @@ def test_out_of_memory_splits_the_step_loses_nothing_and_is_got_over(
                 run_out(kind)
             return run(entries)
 
-        monkeypatch.setattr(under_test, "_run_model", limited)
+        monkeypatch.setattr(under_test._runner, "_run_model", limited)
     else:
-        plain = getattr(sequences, where)
+        plain = getattr(step_runner, where)
 
         def few_rows(logits, *more):
             if len(logits) > 2:
                 run_out(kind)
             return plain(logits, *more)
 
-        monkeypatch.setattr(sequences, where, few_rows)
+        monkeypatch.setattr(step_runner, where, few_rows)
     add_all(under_test)
     outputs: dict[str, list[int]] = {}
     assert failures_of(drain(under_test, outputs)) == []
@@ -94,7 +94,7 @@ def test_out_of_memory_splits_the_step_loses_nothing_and_is_got_over(
 
 def test_the_failed_try_s_tensors_are_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     under_test = engine("llama")
-    run = under_test._run_model
+    run = under_test._runner._run_model
     alive: list[weakref.ref] = []
 
     def limited(entries):
@@ -105,7 +105,7 @@ def test_the_failed_try_s_tensors_are_gone_before_the_next(monkeypatch: pytest.M
             raise torch.OutOfMemoryError("injected")
         return run(entries)
 
-    monkeypatch.setattr(under_test, "_run_model", limited)
+    monkeypatch.setattr(under_test._runner, "_run_model", limited)
     gc.disable()
     try:
         add_all(under_test)
@@ -118,14 +118,14 @@ def test_the_failed_try_s_tensors_are_gone_before_the_next(monkeypatch: pytest.M
 
 def test_one_that_never_fits_is_given_up_to_be_tried_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     under_test = engine("llama")
-    run = under_test._run_model
+    run = under_test._runner._run_model
 
     def limited(entries):
         if any(entry.sequence.spec.request_id == "r60" for entry in entries):
             raise torch.OutOfMemoryError("injected")
         return run(entries)
 
-    monkeypatch.setattr(under_test, "_run_model", limited)
+    monkeypatch.setattr(under_test._runner, "_run_model", limited)
     add_all(under_test)
     outputs: dict[str, list[int]] = {}
     failures = failures_of(drain(under_test, outputs))
@@ -141,23 +141,23 @@ def test_an_exception_fails_the_sequence_that_causes_it_and_no_other(
 ) -> None:
     under_test = engine("llama")
     if where == "model":
-        run = under_test._run_model
+        run = under_test._runner._run_model
 
         def broken(entries):
             if any(e.sequence.spec.request_id == "r60" and e.sequence.num_generated >= at_step for e in entries):
                 raise IndexError("injected")
             return run(entries)
 
-        monkeypatch.setattr(under_test, "_run_model", broken)
+        monkeypatch.setattr(under_test._runner, "_run_model", broken)
     else:
-        plain = sequences.sample_row
+        plain = step_runner._sample_row
 
         def broken_row(sequence, logits):
             if sequence.spec.request_id == "r60" and sequence.num_generated >= at_step:
                 raise IndexError("injected")
             return plain(sequence, logits)
 
-        monkeypatch.setattr(sequences, "sample_row", broken_row)
+        monkeypatch.setattr(step_runner, "_sample_row", broken_row)
     add_all(under_test)
     outputs: dict[str, list[int]] = {}
     (failure,) = failures_of(drain(under_test, outputs))
@@ -176,7 +176,7 @@ def test_a_sequence_whose_logits_are_not_finite_fails_alone_and_leaves_no_kv(
     monkeypatch: pytest.MonkeyPatch, value: float, sampling: Sampling
 ) -> None:
     under_test = engine("llama")
-    run = under_test._run_model
+    run = under_test._runner._run_model
 
     def poisoned(entries):
         logits = run(entries)
@@ -187,7 +187,7 @@ def test_a_sequence_whose_logits_are_not_finite_fails_alone_and_leaves_no_kv(
                     logits[row, VOCAB // 2] = value
         return logits
 
-    monkeypatch.setattr(under_test, "_run_model", poisoned)
+    monkeypatch.setattr(under_test._runner, "_run_model", poisoned)
     under_test.add([spec(f"r{n}", prompt(n), 8, sampling=sampling, num_logprobs=1) for n in LENGTHS])
     outputs: dict[str, list[int]] = {}
     (failure,) = failures_of(drain(under_test, outputs))
@@ -207,7 +207,7 @@ def test_kv_that_can_not_be_copied_in_is_refused_and_nothing_stays(monkeypatch: 
     from bucketserve.core.errors import EngineError
 
     under_test = engine("llama")
-    monkeypatch.setattr(under_test._space.memory, "copy_in", lambda *arguments: run_out("cuda"))
+    monkeypatch.setattr(under_test._table.space.memory, "copy_in", lambda *arguments: run_out("cuda"))
     kv = memoryview(bytearray(10 * under_test.info.kv_bytes_per_token))
     with pytest.raises(EngineError, match="can't be copied"):
         under_test.import_kv(spec(RequestId("x"), prompt(10), 5), [3], kv)
@@ -223,7 +223,7 @@ def test_kv_that_can_not_be_copied_out_stays_where_it_is(monkeypatch: pytest.Mon
     outputs: dict[str, list[int]] = {}
     drain(under_test, outputs, steps=1)
     into = memoryview(bytearray(40 * under_test.info.kv_bytes_per_token))
-    monkeypatch.setattr(under_test._space.memory, "copy_out", lambda *arguments: run_out(kind))
+    monkeypatch.setattr(under_test._table.space.memory, "copy_out", lambda *arguments: run_out(kind))
     with pytest.raises(EngineError, match="can't be copied"):
         under_test.export_kv(RequestId("x"), into)
     monkeypatch.undo()
@@ -240,7 +240,7 @@ def test_a_broken_device_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(entries):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(under_test, "_run_model", broken)
+    monkeypatch.setattr(under_test._runner, "_run_model", broken)
     add_all(under_test)
     with pytest.raises(torch.AcceleratorError):
         under_test.step()

@@ -85,14 +85,14 @@ class Load:
         """What the engine says of its memory is what its sequences have."""
         self.engine.check_integrity()
         headroom = self.engine.headroom()
-        tables = [sequence.kv.pages for sequence in self.engine._begun() if sequence.kv is not None]
+        tables = [sequence.kv.pages for sequence in self.engine._table.begun() if sequence.kv is not None]
         used = len({page for pages in tables for page in pages})
-        waiting = [sequence for sequence in self.engine._waiting.values() if sequence.kv is None]
+        waiting = [sequence for sequence in self.engine._table.waiting.values() if sequence.kv is None]
         to_come = sum(num_pages(sequence.first_tokens) for sequence in waiting)
         free = headroom.kv_total_tokens - (used + to_come) * PAGE_TOKENS
         assert headroom.kv_free_tokens == max(free, 0)
         assert headroom.kv_kept_tokens <= headroom.kv_total_tokens - used * PAGE_TOKENS
-        for sequence in self.engine._begun():
+        for sequence in self.engine._table.begun():
             # No more than what is there, what the next step needs, and what may not be taken away.
             needed = max(sequence.num_cached + 1, sequence.first_tokens)
             assert sequence.kv is not None

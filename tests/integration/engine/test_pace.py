@@ -40,7 +40,7 @@ def fake(clock: Clock, _: pytest.MonkeyPatch) -> Engine:
 def transformers(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Engine:
     under_test = engine("llama", prefix_cache=False)
     monkeypatch.setattr(packed, "time", SimpleNamespace(perf_counter=clock))
-    compute = under_test._run_model
+    compute = under_test._runner._run_model
 
     def timed(entries):
         prefill_tokens = sum(entry.num_tokens for entry in entries if entry.sequence.remaining > 0)
@@ -48,7 +48,7 @@ def transformers(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Engine:
         clock.pass_s(STEP_S + TOKEN_S * prefill_tokens + DECODE_S * num_decoding)
         return compute(entries)
 
-    monkeypatch.setattr(under_test, "_run_model", timed)
+    monkeypatch.setattr(under_test._runner, "_run_model", timed)
     return under_test
 
 

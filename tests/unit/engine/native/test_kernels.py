@@ -9,10 +9,10 @@ import random
 import pytest
 import torch
 
-from bucketserve.engine.drawing import noise_starts, race
 from bucketserve.engine.native.kernels import Epilogue, Kernels, load_kernels
 from bucketserve.engine.native.products import ACTIVATIONS
 from tests.kernel_paths import INSTRUCTION_SETS
+from tests.race_cases import check_not_finite, check_race
 
 pytestmark = pytest.mark.engine
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -287,19 +287,8 @@ def test_threads_change_nothing(kernels: Kernels) -> None:
 @pytest.mark.parametrize("size", [1, 2, 50, 5000, 128_256])
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0, 30.0])
 def test_race(kernels: Kernels, size: int, scale: float, dtype: torch.dtype) -> None:
-    scores = (scale * torch.randn(20, size)).to(dtype)
-    scores[:5, torch.randperm(size)[: size // 2]] = -math.inf
-    temperatures = torch.tensor([1.0, 0.7, 3.0, 1e-45, 100.0], dtype=torch.float64).repeat(4)[:, None]
-    starts = noise_starts(range(20), range(7, 27))
-    assert torch.equal(kernels.race(scores, temperatures, starts), race(scores, temperatures, starts))
-    every_other = scores[::2]
-    assert torch.equal(
-        kernels.race(every_other, temperatures[::2], starts[::2]), race(every_other, temperatures[::2], starts[::2])
-    )
+    check_race(kernels.race, size, scale, dtype)
 
 
 def test_a_race_of_what_is_not_finite_has_some_winner(kernels: Kernels) -> None:
-    for bad in (math.nan, math.inf, -math.inf):
-        scores = torch.full((2, 100), bad)
-        winners = kernels.race(scores, torch.ones(2, 1, dtype=torch.float64), noise_starts([1, 2], [3, 4]))
-        assert all(0 <= winner < 100 for winner in winners.tolist())
+    check_not_finite(kernels.race)
