@@ -144,9 +144,11 @@ def _choose(logits: torch.Tensor, sequences: Sequence[EngineSequence], race: Rac
     for i, (sequence, row, token_id, own) in enumerate(zip(sequences, rows, chosen, logprobs, strict=True)):
         if token_id is not None:
             outcome.rows.append(Row(sequence, token_id, own))
+        elif i in refused or (row.allowed is not None and not row.allowed.any()):
+            outcome.refusals.append(Refusal(sequence, refused.get(i, NOTHING_ALLOWED)))
         else:
-            why = NOT_FINITE if row.allowed is None or row.allowed.any() else NOTHING_ALLOWED
-            outcome.refusals.append(Refusal(sequence, refused.get(i) or why))
+            # It may be due to KV that others computed: the next attempt finds none of that.
+            outcome.refusals.append(Refusal(sequence, NOT_FINITE, is_retryable=sequence.num_reused > 0))
     return outcome
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from bucketserve.core.types import RequestId
 from bucketserve.engine.kv_memory import PAGE_TOKENS
 from bucketserve.ports import Sampling, StepOutput
 from tests.integration.engine.models import engine, generate
-from tests.integration.engine.test_equality import one_thread, prompt, spec  # noqa: F401
+from tests.integration.engine.test_equality import drain, one_thread, prompt, spec  # noqa: F401
 from tests.integration.engine.test_growth import Load
 
 pytestmark = pytest.mark.engine
@@ -95,6 +96,23 @@ def test_others_go_on_when_whoever_computed_for_them_is_gone(how: str) -> None:
     else:
         load.order_to_go([RequestId("r0")])
     assert 96 + num_computed(finish(load)) == len(SHARED) + (3 if how == "cancelled" else 4)
+
+
+def test_who_took_kv_that_is_not_finite_is_computed_anew() -> None:
+    under_test = engine("llama", max_step_tokens=48)
+    requests = [spec(f"r{i}", [*SHARED, 5 + i], 6) for i in range(3)]
+    under_test.add(requests)
+    under_test.step()
+    memory = under_test._table.space.memory
+    memory.values[0][:, :PAGE_TOKENS] = math.nan
+    failures = [failure for output in drain(under_test, {}) for failure in output.failures]
+    # The first one, which computed it, has itself to blame.
+    assert {failure.request_id: failure.is_retryable for failure in failures} == {"r0": False, "r1": True, "r2": True}
+    under_test.check_integrity()
+    outputs: dict[str, list[int]] = {}
+    under_test.add(requests[1:])
+    drain(under_test, outputs)
+    assert outputs == {one.request_id: generate("llama", list(one.token_ids), 6) for one in requests[1:]}
 
 
 @pytest.mark.parametrize("seed", range(4))
