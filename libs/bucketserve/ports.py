@@ -312,7 +312,7 @@ class SequenceFailure:
 
     request_id: RequestId
     message: str
-    is_retryable: bool
+    is_retryable: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,12 +7,24 @@ targets of what decodes (core/pace.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import TypeVar
 
 from bucketserve.core.types import RequestId
 
-__all__ = ["CPU_STEP_TOKENS", "MAX_SEQUENCES", "STEP_TOKENS", "PrefillPiece", "cpu_step_tokens", "plan_prefill"]
+__all__ = [
+    "CPU_STEP_TOKENS",
+    "MAX_SEQUENCES",
+    "STEP_TOKENS",
+    "PrefillPiece",
+    "by_turn",
+    "cpu_step_tokens",
+    "plan_prefill",
+]
+
+T = TypeVar("T")
 
 MAX_SEQUENCES = 256
 """Sequences that a worker runs at once unless it is told otherwise, simulated ones as well."""
@@ -46,6 +58,16 @@ def cpu_step_tokens(token_s: float, most_tokens: float = STEP_TOKENS) -> int:
     return tokens
 
 
+def by_turn(waiting: Sequence[T], remaining: Callable[[T], int]) -> list[T]:
+    """Returns prompts in the order in which a shared step gives them tokens: the first that came, then the shortest.
+
+    Args:
+        waiting: in the order in which they came.
+        remaining: prompt tokens of one that are still to compute.
+    """
+    return [*waiting[:1], *sorted(waiting[1:], key=remaining)]
+
+
 def plan_prefill(
     waiting: Iterable[tuple[RequestId, int]],
     *,
@@ -75,11 +97,11 @@ def plan_prefill(
     queue = list(waiting)
     given: dict[RequestId, int] = {}
     if is_shared and len(queue) > 1:
-        (first, remaining), *others = queue
+        (first, remaining), *others = by_turn(queue, itemgetter(1))
         given[first] = min(remaining, (budget + 1) // 2)
         budget -= given[first]
         # What the others leave goes to the first again.
-        queue = [*sorted(others, key=lambda one: one[1]), (first, remaining - given[first])]
+        queue = [*others, (first, remaining - given[first])]
     for request_id, remaining in queue:
         if budget <= 0:
             break

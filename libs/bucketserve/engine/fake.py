@@ -384,9 +384,7 @@ class FakeEngine:
                 del self._waiting[piece.request_id]
                 if min(sequence.spec.token_ids) < 0:
                     # As in a model, which has no such row in its embedding.
-                    failed.append(
-                        SequenceFailure(request_id=piece.request_id, message=UNKNOWN_TOKEN, is_retryable=False)
-                    )
+                    failed.append(SequenceFailure(request_id=piece.request_id, message=UNKNOWN_TOKEN))
                     continue
                 self._running[piece.request_id] = sequence
                 done.append(sequence)

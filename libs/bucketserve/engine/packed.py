@@ -27,7 +27,7 @@ from bucketserve.engine.kv_space import KvSpace
 from bucketserve.engine.pressure import MemoryPressure
 from bucketserve.engine.sequence_table import SequenceTable
 from bucketserve.engine.sequences import EngineSequence, Entry, measure
-from bucketserve.engine.step_runner import Refusal, Row, StepRunner
+from bucketserve.engine.step_runner import Row, StepRunner
 from bucketserve.ports import UNKNOWN_TOKEN, Adapter, EngineInfo, SequenceFailure, SequenceSpec, StepOutput, TokenOutput
 
 __all__ = ["PackedEngine", "PackedLimits"]
@@ -261,7 +261,7 @@ class PackedEngine:
         # Those that may not be let go have all that they may use: what lacks is lacking to others.
         self._make_room(lambda: self._table.num_missing_pages <= self._table.space.num_free_pages)
         preempted, self._preempted = tuple(self._preempted), []
-        failures = [self._fail(refusal) for refusal in self._never_to_run()]
+        failures = [*map(self._give_up, self._never_to_run())]
         entries = self._compose()
         if not entries:
             if self._compiler is not None:
@@ -270,7 +270,7 @@ class PackedEngine:
         start_s = time.perf_counter()
         sample_of = measure(entries)
         outcome = self._runner.run(entries)
-        failures += map(self._fail, outcome.refusals)
+        failures += map(self._give_up, outcome.failures)
         for entry in entries:
             if entry.sequence.spec.request_id in self._table.waiting:
                 self._table.publish(entry.sequence)
@@ -326,21 +326,20 @@ class PackedEngine:
             self.cancel([request_id])
             self._preempted.append(request_id)
 
-    def _never_to_run(self) -> Iterator[Refusal]:
-        """Yields those added of which it turned out that they can't run."""
+    def _never_to_run(self) -> Iterator[SequenceFailure]:
+        """Yields failures of those added of which it turned out that they can't run."""
         for sequence in self._unfit:
             if self._table.waiting.get(sequence.spec.request_id) is sequence:
-                yield Refusal(sequence, UNKNOWN_TOKEN)
+                yield SequenceFailure(request_id=sequence.spec.request_id, message=UNKNOWN_TOKEN)
         self._unfit.clear()
         for sequence, message in self._compiler.done() if self._compiler is not None else ():
-            yield Refusal(sequence, message)
+            yield SequenceFailure(request_id=sequence.spec.request_id, message=message)
 
-    def _fail(self, refusal: Refusal) -> SequenceFailure:
-        """Gives a sequence up."""
-        request_id = refusal.sequence.spec.request_id
-        self._table.discard(refusal.sequence)
-        self.cancel([request_id])
-        return SequenceFailure(request_id=request_id, message=refusal.message, is_retryable=refusal.is_retryable)
+    def _give_up(self, failure: SequenceFailure) -> SequenceFailure:
+        """Takes a sequence out; nobody finds anything of its KV, which may be what is wrong with it."""
+        self._table.discard(failure.request_id)
+        self.cancel([failure.request_id])
+        return failure
 
     def _take(self, row: Row) -> TokenOutput:
         """Adds a token to its sequence, or ends it."""

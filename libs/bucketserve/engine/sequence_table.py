@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Sequence
+from operator import attrgetter
 
 from bucketserve.core.preemption import SPARE_SHARE
+from bucketserve.core.stepping import by_turn
 from bucketserve.core.types import RequestId
 from bucketserve.engine.kv_memory import PAGE_TOKENS, num_pages
 from bucketserve.engine.kv_space import KvSpace, KvTable
@@ -89,10 +91,9 @@ class SequenceTable:
 
     def _apart(self, ready: Sequence[EngineSequence]) -> list[EngineSequence]:
         """Leaves out those that lack a page which another one of them computes."""
-        # Who comes first in a step (core/stepping.py): so none waits for one that is not computed.
-        by_turn = [*ready[:1], *sorted(ready[1:], key=lambda sequence: sequence.remaining)]
         computes: dict[Hashable, EngineSequence] = {}
-        for sequence in by_turn:
+        # So none waits for one that is not computed.
+        for sequence in by_turn(ready, attrgetter("remaining")):
             if sequence.kv is not None:
                 page = self.space.next_page(sequence.kv, sequence.tokens, _most_reused(sequence.spec))
                 computes.setdefault(sequence if page is None else page, sequence)
@@ -139,8 +140,9 @@ class SequenceTable:
             sequence.kv = None
         return sequence
 
-    def discard(self, sequence: EngineSequence) -> None:
-        """Frees the KV of a sequence, which may be what is wrong with it: nobody finds anything of it from now on."""
+    def discard(self, request_id: RequestId) -> None:
+        """Frees the KV of a sequence that is here; nobody finds anything of it from now on."""
+        sequence = self.waiting.get(request_id) or self.running[request_id]
         if sequence.kv is not None:
             self.space.discard(sequence.kv)
             sequence.kv = None

@@ -13,9 +13,9 @@ from bucketserve.engine.grammars import GrammarError
 from bucketserve.engine.pressure import MemoryPressure, is_out_of_memory
 from bucketserve.engine.sampling import SampleRow, sample, token_logprobs, unpacked
 from bucketserve.engine.sequences import EngineSequence, Entry
-from bucketserve.ports import Sampling, TokenLogprobs
+from bucketserve.ports import Sampling, SequenceFailure, TokenLogprobs
 
-__all__ = ["Outcome", "Refusal", "Row", "StepRunner"]
+__all__ = ["Outcome", "Row", "StepRunner"]
 
 NOT_FINITE = "the model's output is not finite (NaN or infinity in its logits): no token can be chosen"
 NOTHING_ALLOWED = (
@@ -33,20 +33,12 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """A sequence that can't go on."""
-
-    sequence: EngineSequence
-    message: str
-    is_retryable: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a step, or a part of it, brought."""
 
     rows: list[Row] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
+    failures: list[SequenceFailure] = field(default_factory=list)
+    """Of sequences that can't go on; they have their KV still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +78,17 @@ class StepRunner:
                 ran_out = ran_out or attempt.is_out_of_memory
                 halves = _halve(part) if attempt.is_out_of_memory or len(part) > 1 else None
                 if halves is None:
-                    sequence = part[0].sequence
-                    given_up.add(sequence)
-                    outcome.refusals.append(Refusal(sequence, attempt.message, is_retryable=attempt.is_out_of_memory))
+                    given_up.add(part[0].sequence)
+                    outcome.failures.append(
+                        _failure(part[0].sequence, attempt.message, is_retryable=attempt.is_out_of_memory)
+                    )
                 else:
                     parts += reversed(halves)
                 continue
             for entry in part:
                 entry.sequence.num_cached += entry.num_tokens
             outcome.rows.extend(attempt.rows)
-            outcome.refusals.extend(attempt.refusals)
+            outcome.failures.extend(attempt.failures)
         self._pressure.note(ran_out=ran_out)
         return outcome
 
@@ -145,11 +138,15 @@ def _choose(logits: torch.Tensor, sequences: Sequence[EngineSequence], race: Rac
         if token_id is not None:
             outcome.rows.append(Row(sequence, token_id, own))
         elif i in refused or (row.allowed is not None and not row.allowed.any()):
-            outcome.refusals.append(Refusal(sequence, refused.get(i, NOTHING_ALLOWED)))
+            outcome.failures.append(_failure(sequence, refused.get(i, NOTHING_ALLOWED)))
         else:
             # It may be due to KV that others computed: the next attempt finds none of that.
-            outcome.refusals.append(Refusal(sequence, NOT_FINITE, is_retryable=sequence.num_reused > 0))
+            outcome.failures.append(_failure(sequence, NOT_FINITE, is_retryable=sequence.num_reused > 0))
     return outcome
+
+
+def _failure(sequence: EngineSequence, message: str, *, is_retryable: bool = False) -> SequenceFailure:
+    return SequenceFailure(request_id=sequence.spec.request_id, message=message, is_retryable=is_retryable)
 
 
 def _sample_row(sequence: EngineSequence, logits: torch.Tensor) -> SampleRow:
