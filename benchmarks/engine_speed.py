@@ -5,7 +5,9 @@ model's layers with 2,048 rows, measured before and after each run, since a shar
 to minute. The share is how much of it the weights' arithmetic of the run got, 2 FLOPs a weight and token, as if there
 were nothing else to compute; in prefill, that of a run that computes all prompts and one token each. "With attention"
 adds attention's own FLOPs, 4 x hidden size for each layer and each pair of a token and one that it sees (MFU as in PaLM
-appendix B, causal half only). --mode may be given several times: the runs alternate.
+appendix B, causal half only). --mode may be given several times: the runs alternate. With --stack the same requests go
+through gateway, scheduler and a worker as well, right before each run of the engine alone, and the table has the share
+of its speed that is left; whoever is not measured is stopped.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ import json
 import os
 import platform
 import pstats
-import random
 import statistics
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from compare import run_ours
 from conditions import Records, Row, conditions, cpu
+from reference_requests import Request, read_requests
+from reference_stack import ReferenceStack
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -40,35 +45,26 @@ MODES = {
     "int8": {"dtype": "bfloat16", "quantization": "int8"},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+STACKS = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8-bfloat16"}
+"""The same as modes of reference_stack.py."""
 
 
-def read_requests(path: Path | None) -> list[tuple[list[int], int]]:
-    """Prompt ids and output length of each request; without a file, a mix like the reference work's."""
-    if path is not None:
-        rows = json.loads(path.read_text())["requests"]
-        return [(row["prompt_ids"], int(row["output_len"])) for row in rows]
-    rng = random.Random(1)
-    requests = []
-    for _ in range(64):
-        length = rng.randint(400, 1500) if rng.random() < 0.3 else max(int(rng.lognormvariate(3.7, 0.6)), 1)
-        requests.append(([rng.randrange(100, 4000) for _ in range(length)], rng.randint(16, 128)))
-    return requests
-
-
-def run(engine: PackedEngine, requests: list[tuple[list[int], int]], name: str) -> tuple[float, int, list[float]]:
-    """Returns (seconds, output tokens, seconds of each step)."""
+def run(engine: PackedEngine, requests: list[Request], name: str) -> tuple[float, int]:
+    """Returns (seconds, output tokens)."""
     specs = [
-        SequenceSpec(request_id=RequestId(f"{name}-{i}"), token_ids=tuple(prompt), max_new_tokens=output)
-        for i, (prompt, output) in enumerate(requests)
+        SequenceSpec(
+            request_id=RequestId(f"{name}-{i}"),
+            token_ids=tuple(request.prompt_ids),
+            max_new_tokens=request.output_tokens,
+        )
+        for i, request in enumerate(requests)
     ]
-    tokens, steps = 0, []
+    tokens = 0
     start = time.perf_counter()
     engine.add(specs)
     while engine.has_work():
-        before = time.perf_counter()
         tokens += len(engine.step().tokens)
-        steps.append(time.perf_counter() - before)
-    return time.perf_counter() - start, tokens, steps
+    return time.perf_counter() - start, tokens
 
 
 def gemm_flops(mode: str, hidden: int, wide: int) -> float:
@@ -115,12 +111,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-step-tokens", type=int, default=0)
+    parser.add_argument("--stack", action="store_true", help="the whole stack beside it")
     parser.add_argument("--profile", action="store_true", help="one run under cProfile, and nothing else")
     parser.add_argument("--jsonl", type=Path)
     arguments = parser.parse_args()
     console = Console()
     requests = read_requests(arguments.requests)
-    num_prompt = sum(len(prompt) for prompt, _ in requests)
+    num_prompt = sum(len(request.prompt_ids) for request in requests)
     engines = {
         name: load_engine(
             LoadSettings(
@@ -128,7 +125,7 @@ def main() -> None:
                 prefix_cache=False,
                 **MODES[name],
                 num_threads=arguments.threads,
-                kv_budget_tokens=sum(len(prompt) + output for prompt, output in requests) + 1000,
+                kv_budget_tokens=num_prompt + sum(r.output_tokens for r in requests) + 1000,
                 max_step_tokens=arguments.max_step_tokens,
             )
         )
@@ -145,17 +142,22 @@ def main() -> None:
     shape = (config["hidden_size"], config["intermediate_size"])
     per_token = 2 * linear_weights(arguments.model)
     # A prompt of n tokens has n (n + 1) / 2 pairs of a token and one that it sees.
-    pairs = sum(len(prompt) * (len(prompt) + 1) // 2 for prompt, _ in requests)
+    pairs = sum(len(request.prompt_ids) * (len(request.prompt_ids) + 1) // 2 for request in requests)
     attention = 4 * config["hidden_size"] * config["num_hidden_layers"] * pairs
-    prompts = [(prompt, 1) for prompt, _ in requests]
+    prompts = [Request(request.prompt_ids, 1) for request in requests]
     first = conditions(threads=arguments.threads, requests=len(requests), prompt_tokens=num_prompt)
-    with Records(arguments.jsonl, first) as records:
+    with ExitStack() as stack, Records(arguments.jsonl, first) as records:
+        stacks = {
+            name: stack.enter_context(ReferenceStack(Path(arguments.model), STACKS[name]))
+            for name in (engines if arguments.stack else ())
+        }
         for number in range(arguments.rounds + 1):
             for name, engine in engines.items():
+                stack_s, stack_tokens, _ = run_ours(stacks[name], requests) if stacks else (0.0, 0, [])
                 limits = [gemm_flops(name, *shape)]
-                seconds, tokens, _ = run(engine, requests, f"{name}{number}")
+                seconds, tokens = run(engine, requests, f"{name}{number}")
                 limits.append(gemm_flops(name, *shape))
-                prefill_s, _, _ = run(engine, prompts, f"{name}{number}p")
+                prefill_s, _ = run(engine, prompts, f"{name}{number}p")
                 limits.append(gemm_flops(name, *shape))
                 if not number:
                     continue  # to warm up
@@ -168,9 +170,12 @@ def main() -> None:
                         "share": per_token * (num_prompt + tokens) / seconds / whole,
                         "share_in_prefill": per_token * num_prompt / prefill_s / prefill,
                         "share_in_prefill_with_attention": (per_token * num_prompt + attention) / prefill_s / prefill,
+                        "share_in_stack": stack_tokens / stack_s * seconds / tokens if stacks else None,
                     }
                 )
-    table = Table("mode", "output tok/s", "GEMM limit, GFLOP/s", "share of it", "in prefill", "with attention")
+    table = Table(
+        "mode", "output tok/s", "GEMM limit, GFLOP/s", "share of it", "in prefill", "with attention", "whole stack"
+    )
     for name in engines:
         of_mode = [row for row in records.rows if row["mode"] == name]
         table.add_row(
@@ -180,6 +185,7 @@ def main() -> None:
             _spread(of_mode, "share", ".0%"),
             _spread(of_mode, "share_in_prefill", ".0%"),
             _spread(of_mode, "share_in_prefill_with_attention", ".0%"),
+            _spread(of_mode, "share_in_stack", ".0%") if arguments.stack else "",
         )
     console.print(f"{len(requests)} requests, {num_prompt} prompt tokens, {arguments.threads} threads")
     console.print(table)

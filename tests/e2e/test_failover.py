@@ -268,6 +268,8 @@ async def test_sigterm_anywhere_a_rolling_restart_of_the_whole_stack_fails_no_st
             tokens, finished = await run(client, 5, 1)
             assert len(tokens) == 1
             done.append(finished)
+            # Without a pause they would take all of the machine, also from the services that start.
+            await asyncio.sleep(0.02)
 
     # A client that knows both gateways, as behind one DNS name.
     async with BucketServeClient("ipv4:" + ",".join(stack.gateway_addresses)) as client:

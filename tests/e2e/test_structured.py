@@ -235,16 +235,16 @@ async def test_tritons_client_has_constraints(stack: LocalStack) -> None:
 
 @pytest.mark.stack(**TWO)
 async def test_an_output_is_what_was_asked_for_though_its_worker_dies(stack: LocalStack) -> None:
-    schema = {"type": "array", "items": PERSON, "minItems": 12, "maxItems": 12}
+    schema = {"type": "array", "items": PERSON, "minItems": 8, "maxItems": 8}
     wanted = Wanted(json_schema=json.dumps(schema))
 
     async def one(seed: int) -> tuple[str, Finished]:
         sampling = common_pb2.SamplingParams(temperature=0.7, seed=seed)
         return await by_grpc(stack, wanted, max_tokens=900, sampling=sampling)
 
-    alone = await asyncio.gather(*map(one, range(6)))
+    alone = await asyncio.gather(*map(one, range(4)))
     so_far = {name: metric(stack, name, "vllm:generation_tokens_total") for name in stack.worker_names()}
-    runs = [asyncio.create_task(one(seed)) for seed in range(6)]
+    runs = [asyncio.create_task(one(seed)) for seed in range(4)]
 
     def busy() -> list[str]:
         # All may be at one worker: whoever has some will do, once they have come some way.
