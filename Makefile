@@ -36,7 +36,7 @@ demo: $(READY) ## Start the whole stack, send a mix of prompts at once, show the
 up: $(READY) ## Start the whole stack and keep it running until Ctrl-C
 	$(BIN)/bucketserve up
 
-test: check ## All checks and tests that CI runs (about 20 minutes on 2 cores): make test JOBS=3
+test: check ## All checks and tests that CI runs (20 to 35 minutes on 2 cores): make test JOBS=3
 	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow and not gpu and not clients and not vllm'
 
 test-fast: $(READY) ## Unit and property tests only
