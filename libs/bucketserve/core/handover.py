@@ -70,7 +70,7 @@ class Handover:
         while self._ready and full != self._fleet.fingerprints:
             entry = heapq.heappop(self._ready)
             _, request_id, source_id, _ = entry
-            if self._waiting.get(request_id) is not entry:
+            if self._waiting.get(request_id) != entry:
                 continue
             self.forget(request_id)
             request = still_at(request_id, source_id)

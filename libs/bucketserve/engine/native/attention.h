@@ -97,7 +97,7 @@ template <int R>
 inline void scores_tile(const float* q, const float* panel, int dim, float* out, long ldo) {
     vf acc[R][2];
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = vf{};
-    tile<R>(q, dim, panel, NR, dim, acc);
+    tile<R>(q, dim, 1, panel, NR, dim, acc);
     for (int r = 0; r < R; ++r) {
         store(out + r * ldo, acc[r][0]);
         store(out + r * ldo + VL, acc[r][1]);

@@ -1,6 +1,8 @@
 // Matrix product with weights laid out once in panels.
 #pragma once
 
+#include <unistd.h>
+
 #include "tiles.h"
 
 namespace {
@@ -22,155 +24,169 @@ struct Product {
     int epilogue;
 };
 
-constexpr long BLOCK_BYTES = 256 * 1024;  // of rows of the left side, in L2
-constexpr long SLICE = 1024;  // of depth: a slice of a panel stays in L2, and in L1 as far as it goes
+const long BLOCK_BYTES = std::max(sysconf(_SC_LEVEL2_CACHE_SIZE), 512L * 1024) / 2;  // of rows of the left side, in L2
+constexpr long SLICE = 256;  // of depth: a slice of a panel stays in L1 while the rows of a block go by
 
-template <int R, class A, class B>
-inline void add_tile(const A* a, long lda, const B* b, long ldb, long depth, bool is_first, float* sums) {
-    vf acc[R][2];
-    for (int r = 0; r < R; ++r) {
-        acc[r][0] = is_first ? vf{} : load(sums + r * NR);
-        acc[r][1] = is_first ? vf{} : load(sums + r * NR + VL);
-    }
-    tile<R>(a, lda, b, ldb, depth, acc);
-    for (int r = 0; r < R; ++r) {
-        store(sums + r * NR, acc[r][0]);
-        store(sums + r * NR + VL, acc[r][1]);
-    }
-}
+// How rows of the left side are held for weights of type W: as Numbers, each of per_number columns; what they add up to
+// is a Sum. fill() makes them of a row, and gives what its sums are to be multiplied by.
+template <class W>
+struct Left {
+    using Number = float;
+    using Sum = vf;
+    static constexpr int per_number = 1;
 
-// Adds a slice of a panel, `depth` rows of B `ldb` apart, to the sums of all rows.
-template <class A, class B>
-inline void add_slice(const A* a, long lda, const B* b, long ldb, long depth, long rows, bool is_first, float* sums) {
-    for (long r = 0; r < rows; r += MR)
-        for_rows<MR>(rows - r, [&](auto number) {
-            add_tile<number>(a + r * lda, lda, b, ldb, depth, is_first, sums + r * NR);
-        });
-}
-
-// A block of rows as the tiles want it, and the sums of one panel for all of its rows, [rows][NR] floats.
-template <class T, class W>
-struct Block {  // weights multiplied as floats
-    const float* a;
-    long lda;
-
-    void prepare(const Product& p, long first, long rows) {
-        const T* x = static_cast<const T*>(p.x) + first * p.ldx;
-        if constexpr (sizeof(T) == 4) {
-            a = x, lda = p.ldx;
-        } else {
-            float* wide = reinterpret_cast<float*>(scratch<0>(rows * p.depth * 4));
-            for (long r = 0; r < rows; ++r) widen(x + r * p.ldx, p.depth, wide + r * p.depth);
-            a = wide, lda = p.depth;
-        }
-    }
-    static void widen(const T* from, long number, float* to) {
-        long i = 0;
-        for (; i + VL <= number; i += VL) store(to + i, load(from + i));
-        for (; i < number; ++i) to[i] = get(from + i);
-    }
-    void sum_panel(const Product& p, long panel, long rows, float* sums) const {
-        const W* b = static_cast<const W*>(p.packed) + panel * p.depth * NR;
-        for (long k = 0; k < p.depth; k += SLICE) {
-            long depth = std::min(SLICE, p.depth - k);
-            if (sizeof(W) == 2 && rows > MR) {
-                // Widened once for all rows.
-                float* wide = reinterpret_cast<float*>(scratch<2>(SLICE * NR * 4));
-                for (long i = 0; i < depth * NR; i += VL) store(wide + i, load(b + k * NR + i));
-                add_slice(a + k, lda, wide, NR, depth, rows, k == 0, sums);
-            } else {
-                add_slice(a + k, lda, b + k * NR, NR, depth, rows, k == 0, sums);
-            }
-        }
+    template <class T>
+    static float fill(const T* x, long depth, float* out) {
+        long k = 0;
+        for (; k + VL <= depth; k += VL) store(out + k, load(x + k));
+        for (; k < depth; ++k) out[k] = get(x + k);
+        return 1.0f;
     }
 };
 #if defined(__AVX512BF16__)
-template <class T>
-struct Block<T, bf16> {  // rows become bf16 as well, the sums are floats
-    const int32_t* a;
-    long pairs;
+template <>
+struct Left<bf16> {
+    using Number = int32_t;
+    using Sum = vf;
+    static constexpr int per_number = 2;
 
-    void prepare(const Product& p, long first, long rows) {
-        pairs = (p.depth + 1) / 2;
-        bf16* to = reinterpret_cast<bf16*>(scratch<0>(rows * pairs * 4));
-        a = reinterpret_cast<const int32_t*>(to);
-        for (long r = 0; r < rows; ++r, to += 2 * pairs) {
-            const T* x = static_cast<const T*>(p.x) + (first + r) * p.ldx;
-            long k = 0;
-            for (; k + VL <= p.depth; k += VL) store(to + k, load(x + k));
-            for (; k < p.depth; ++k) put(to + k, get(x + k));
-            if (p.depth % 2) put(to + p.depth, 0.0f);
-        }
-    }
-    void sum_panel(const Product& p, long panel, long rows, float* sums) const {
-        const bf16* b = static_cast<const bf16*>(p.packed) + panel * pairs * 2 * NR;
-        for (long k = 0; k < pairs; k += SLICE)
-            add_slice(a + k, pairs, b + k * 2 * NR, 2 * NR, std::min(SLICE, pairs - k), rows, k == 0, sums);
+    template <class T>
+    static float fill(const T* x, long depth, int32_t* numbers) {
+        bf16* out = reinterpret_cast<bf16*>(numbers);
+        long k = 0;
+        for (; k + VL <= depth; k += VL) store(out + k, load(x + k));
+        for (; k < depth; ++k) put(out + k, get(x + k));
+        if (depth % 2) put(out + depth, 0.0f);
+        return 1.0f;
     }
 };
 #endif
-template <class T>
-struct Block<T, int8_t> {
-    const int32_t* a;
-    const float* row_scales;
-    long pairs;
+template <>
+struct Left<int8_t> {
+    using Number = int32_t;
+    using Sum = vi;
+    static constexpr int per_number = 2;
 
-    // Rows become 16-bit integers of at most `most`, so that depth products with 8-bit weights fit 31 bits.
-    void prepare(const Product& p, long first, long rows) {
-        pairs = (p.depth + 1) / 2;
-        float most = float(std::min<long>(4095, 0x7fffffffL / (127 * (p.depth + 1))));
-        char* memory = scratch<0>(rows * (pairs * 4 + 4));
-        float* scales = reinterpret_cast<float*>(memory + rows * pairs * 4);
-        for (long r = 0; r < rows; ++r) {
-            const T* x = static_cast<const T*>(p.x) + (first + r) * p.ldx;
-            int16_t* out = reinterpret_cast<int16_t*>(memory + r * pairs * 4);
-            vf highest = vf{}, nothing = vf{};
-            long k = 0;
-            for (; k + VL <= p.depth; k += VL) {
-                vf value = load(x + k);
-                highest = max(highest, max(value, -value));
-                nothing += value * 0.0f;
-            }
-            float peak = largest(highest), zero = sum(nothing);
-            for (long rest = k; rest < p.depth; ++rest) {
-                peak = std::max(peak, std::fabs(get(x + rest)));
-                zero += get(x + rest) * 0.0f;
-            }
-            float factor = peak > 0 ? most / peak : 0.0f;
-            // No integer is NaN or infinite: of a row that is not finite the scale is NaN, and so are its products.
-            scales[r] = peak / most + zero;
-            typedef int16_t vs_unaligned __attribute__((vector_size(VL * 2), aligned(2)));
-            for (k = 0; k + VL <= p.depth; k += VL) {
-                // Adding 1.5 x 2^23 leaves the nearest integer in the low bits.
-                vf shifted = load(x + k) * factor + 12582912.0f;
-                vi whole = reinterpret_cast<vi>(shifted) - 0x4b400000;
-                *reinterpret_cast<vs_unaligned*>(out + k) = __builtin_convertvector(whole, vs_unaligned);
-            }
-            for (; k < p.depth; ++k) out[k] = int16_t(std::lrintf(get(x + k) * factor));
-            if (p.depth % 2) out[p.depth] = 0;
+    // 16-bit integers of at most `most`, so that depth products with 8-bit weights fit 31 bits.
+    template <class T>
+    static float fill(const T* x, long depth, int32_t* numbers) {
+        float most = float(std::min<long>(4095, 0x7fffffffL / (127 * (depth + 1))));
+        int16_t* out = reinterpret_cast<int16_t*>(numbers);
+        vf highest = vf{}, nothing = vf{};
+        long k = 0;
+        for (; k + VL <= depth; k += VL) {
+            vf value = load(x + k);
+            highest = max(highest, max(value, -value));
+            nothing += value * 0.0f;
         }
-        a = reinterpret_cast<const int32_t*>(memory);
-        row_scales = scales;
-    }
-    template <int R>
-    static void rows_of(const int32_t* a, const float* row_scales, long pairs, const int8_t* b, const float* scales, float* sums) {
-        vi acc[R][2];
-        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = vi{};
-        tile<R>(a, pairs, b, pairs, acc);
-        vf s0 = load(scales), s1 = load(scales + VL);
-        for (int r = 0; r < R; ++r) {
-            store(sums + r * NR, __builtin_convertvector(acc[r][0], vf) * (s0 * row_scales[r]));
-            store(sums + r * NR + VL, __builtin_convertvector(acc[r][1], vf) * (s1 * row_scales[r]));
+        float peak = largest(highest), zero = sum(nothing);
+        for (; k < depth; ++k) {
+            peak = std::max(peak, std::fabs(get(x + k)));
+            zero += get(x + k) * 0.0f;
         }
-    }
-    void sum_panel(const Product& p, long panel, long rows, float* sums) const {
-        const int8_t* b = static_cast<const int8_t*>(p.packed) + panel * pairs * 2 * NR;
-        for (long r = 0; r < rows; r += MR)
-            for_rows<MR>(rows - r, [&](auto number) {
-                rows_of<number>(a + r * pairs, row_scales + r, pairs, b, p.scales + panel * NR, sums + r * NR);
-            });
+        float factor = peak > 0 ? most / peak : 0.0f;
+        typedef int16_t vs_unaligned __attribute__((vector_size(VL * 2), aligned(2)));
+        for (k = 0; k + VL <= depth; k += VL) {
+            // Adding 1.5 x 2^23 leaves the nearest integer in the low bits.
+            vf shifted = load(x + k) * factor + 12582912.0f;
+            vi whole = reinterpret_cast<vi>(shifted) - 0x4b400000;
+            *reinterpret_cast<vs_unaligned*>(out + k) = __builtin_convertvector(whole, vs_unaligned);
+        }
+        for (; k < depth; ++k) out[k] = int16_t(std::lrintf(get(x + k) * factor));
+        if (depth % 2) out[depth] = 0;
+        // No integer is NaN or infinite: of a row that is not finite the scale is NaN, and so are its products.
+        return peak / most + zero;
     }
 };
+
+// The left side: tiles of MR rows, each [length][rows of the tile], so that a tile is read from front to back.
+template <class W>
+struct Rows {
+    typename Left<W>::Number* numbers;
+    float* scales;  // of each row
+    long length;  // of a row
+
+    static long length_of(long depth) { return (depth + Left<W>::per_number - 1) / Left<W>::per_number; }
+
+    template <class T>
+    void fill_tile(const Product& p, long first) {
+        for_rows<MR>(p.rows - first, [&](auto number) {
+            constexpr int R = number;
+            const T* x = static_cast<const T*>(p.x) + first * p.ldx;
+            if constexpr (R == 1) {
+                scales[first] = Left<W>::fill(x, p.depth, numbers + first * length);
+            } else if constexpr (std::is_same_v<typename Left<W>::Number, T>) {
+                interleave<R>(x, p.ldx, length, numbers + first * length);
+            } else {
+                auto* apart = reinterpret_cast<typename Left<W>::Number*>(scratch<0>(R * length * 4));
+                for (int r = 0; r < R; ++r) scales[first + r] = Left<W>::fill(x + r * p.ldx, p.depth, apart + r * length);
+                interleave<R>(apart, length, length, numbers + first * length);
+            }
+        });
+    }
+};
+
+// A tile of the left side times a slice of a panel, added to the tile's sums, [R][NR].
+template <class W, int R, class B, class F>
+inline void add_tile(const typename Left<W>::Number* a, const B* b, long depth, bool is_first, float* sums, F ahead) {
+    using Sum = typename Left<W>::Sum;
+    Sum acc[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < 2; ++c) acc[r][c] = is_first ? Sum{} : reinterpret_cast<Sum>(load(sums + r * NR + c * VL));
+    tile<R>(a, b, depth, acc, ahead);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < 2; ++c) store(sums + r * NR + c * VL, reinterpret_cast<vf>(acc[r][c]));
+}
+
+// The sums of one panel for `rows` rows from `first` on, [rows][NR]. Panels up to `end` are asked for next.
+template <class W>
+void sum_panel(const Product& p, const Rows<W>& left, long first, long rows, long panel, long end, float* sums) {
+    constexpr long width = NR * Left<W>::per_number;
+    const W* b = static_cast<const W*>(p.packed) + panel * left.length * width;
+    for (long k = 0; k < left.length; k += SLICE) {
+        long depth = std::min(SLICE, left.length - k);
+        bool is_last = k + SLICE >= left.length && panel + 1 == end;
+        Ahead<width * sizeof(W)> ahead{is_last ? 0 : long(SLICE * width * sizeof(W))};
+        auto add = [&](const auto* slice, auto ahead) {
+            for (long r = 0; r < rows; r += MR)
+                for_rows<MR>(rows - r, [&](auto number) {
+                    constexpr int R = number;
+                    const auto* a = left.numbers + (first + r) * left.length + k * R;
+                    if (r == 0) {
+                        add_tile<W, R>(a, slice, depth, k == 0, sums, ahead);
+                    } else {
+                        add_tile<W, R>(a, slice, depth, k == 0, sums + r * NR, Nothing{});
+                    }
+                });
+        };
+        const W* slice = b + k * width;
+        if constexpr (sizeof(W) == 2 && !IN_PAIRS<W>) {
+            if (rows > MR) {
+                // Made floats once for all rows.
+                float* wide = reinterpret_cast<float*>(scratch<2>(SLICE * NR * 4));
+                for (long i = 0; i < depth; ++i) {
+                    ahead(slice + i * NR);
+                    for (int c = 0; c < NR; c += VL) store(wide + i * NR + c, load(slice + i * NR + c));
+                }
+                add(wide, Nothing{});
+                continue;
+            }
+        }
+        add(slice, ahead);
+    }
+    if constexpr (std::is_same_v<W, int8_t>) {
+        vf s0 = load(p.scales + panel * NR), s1 = load(p.scales + panel * NR + VL);
+        for (long r = 0; r < rows; ++r, sums += NR) {
+            float scale = left.scales[first + r];
+            store(sums, __builtin_convertvector(reinterpret_cast<vi>(load(sums)), vf) * (s0 * scale));
+            store(sums + VL, __builtin_convertvector(reinterpret_cast<vi>(load(sums + VL)), vf) * (s1 * scale));
+        }
+    }
+}
 
 // Writes one panel's columns, or of a pair of panels the product silu(gate) x up.
 template <class T>
@@ -203,9 +219,13 @@ template <class T, class W>
 void product(const Product& p, int threads) {
     long step = p.epilogue >= SILU_MUL ? 2 : 1;
     long panels = (p.columns + NR - 1) / NR * step;
+    Rows<W> left;
+    left.length = Rows<W>::length_of(p.depth);
+    // Of the thread that calls: all others read it.
+    left.numbers = reinterpret_cast<typename Left<W>::Number*>(scratch<4>(p.rows * (left.length + 1) * 4));
+    left.scales = reinterpret_cast<float*>(left.numbers + p.rows * left.length);
     // A block of rows stays in L2 while the panels go by.
-    long row_bytes = p.depth * (IN_PAIRS<W> ? 2 : 4);
-    long block_rows = std::max<long>(2 * MR, std::min<long>(96, BLOCK_BYTES / row_bytes) / MR * MR);
+    long block_rows = std::max<long>(2 * MR, std::min<long>(96, BLOCK_BYTES / (left.length * 4)) / MR * MR);
     // Even blocks: a last one of few rows would have the weights read for little.
     long blocks = (p.rows + block_rows - 1) / block_rows;
     block_rows = ((p.rows + blocks - 1) / blocks + MR - 1) / MR * MR;
@@ -214,19 +234,27 @@ void product(const Product& p, int threads) {
     chunks = std::max<long>(1, std::min(chunks, panels / step / 2));
     long chunk_panels = (panels / step + chunks - 1) / chunks * step;
     chunks = (panels + chunk_panels - 1) / chunk_panels;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (long task = 0; task < blocks * chunks; ++task) {
-        // Blocks of one chunk follow each other: threads share the panels in L3.
-        long first = task % blocks * block_rows, rows = std::min(block_rows, p.rows - first);
-        long begin = task / blocks * chunk_panels, end = std::min(begin + chunk_panels, panels);
-        Block<T, W> block;
-        block.prepare(p, first, rows);
-        float* gate = reinterpret_cast<float*>(scratch<3>(2 * rows * NR * 4));
-        float* sums = gate + rows * NR;
-        for (long panel = begin; panel < end; panel += step) {
-            if (step == 2) block.sum_panel(p, panel, rows, gate);
-            block.sum_panel(p, panel + step - 1, rows, sums);
-            finish<T>(p, first, rows, panel, sums, gate);
+    // One tile takes less than for the threads to wait for each other.
+    bool is_one_tile = p.rows <= MR;
+    if (is_one_tile) left.template fill_tile<T>(p, 0);
+#pragma omp parallel num_threads(threads)
+    {
+        if (!is_one_tile) {
+#pragma omp for schedule(static)
+            for (long first = 0; first < p.rows; first += MR) left.template fill_tile<T>(p, first);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (long task = 0; task < blocks * chunks; ++task) {
+            // Blocks of one chunk follow each other: threads share the panels in L3.
+            long first = task % blocks * block_rows, rows = std::min(block_rows, p.rows - first);
+            long begin = task / blocks * chunk_panels, end = std::min(begin + chunk_panels, panels);
+            float* gate = reinterpret_cast<float*>(scratch<3>(2 * rows * NR * 4));
+            float* sums = gate + rows * NR;
+            for (long panel = begin; panel < end; panel += step) {
+                if (step == 2) sum_panel(p, left, first, rows, panel, end, gate);
+                sum_panel(p, left, first, rows, panel + step - 1, end, sums);
+                finish<T>(p, first, rows, panel, sums, gate);
+            }
         }
     }
 }

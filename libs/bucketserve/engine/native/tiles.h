@@ -126,14 +126,61 @@ inline void for_rows(long rows, F&& f) {
     }
 }
 
-// acc[r][0..C) += A[r, 0..depth) x B[0..depth, 0..C vectors), B of float or bf16; C is 2, or 1 for what is left
-template <int R, int C, class W>
-inline void tile(const float* a, long lda, const W* b, long ldb, long depth, vf (&acc)[R][C]) {
-    for (long k = 0; k < depth; ++k, b += ldb) {
+// Exchanges bit S of the vectors' numbers with that of their lanes': all bits in turn transpose VL x VL numbers.
+template <int S>
+inline void exchange(vi (&v)[VL]) {
+    vi low, high;
+    for (int i = 0; i < VL; ++i) {
+        low[i] = i & S ? VL + i - S : i;
+        high[i] = i & S ? VL + i : i + S;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i)
+        if (!(i & S)) {
+            vi a = v[i], b = v[i + S];
+            v[i] = __builtin_shuffle(a, b, low);
+            v[i + S] = __builtin_shuffle(a, b, high);
+        }
+    if constexpr (S > 1) exchange<S / 2>(v);
+}
+
+// out[length][R] = in[R][length], rows of `in` ldi apart; numbers of 4 bytes
+template <int R, class N>
+inline void interleave(const N* in, long ldi, long length, N* out) {
+    long k = 0;
+    for (; k + VL <= length; k += VL) {
+        vi v[VL];
+#pragma GCC unroll 16
+        for (int r = 0; r < VL; ++r) v[r] = r < R ? *reinterpret_cast<const vi_unaligned*>(in + r * ldi + k) : vi{};
+        exchange<VL / 2>(v);
+        for (int i = 0; i < VL; ++i) std::memcpy(out + (k + i) * R, &v[i], R * 4);
+    }
+    for (; k < length; ++k)
+        for (int r = 0; r < R; ++r) out[k * R + r] = in[r * ldi + k];
+}
+
+struct Nothing {
+    void operator()(const void*) const {}
+};
+// Fetches what lies `distance` bytes behind two vectors into L2.
+template <int Bytes>
+struct Ahead {
+    long distance;
+    void operator()(const void* b) const {
+        for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(static_cast<const char*>(b) + distance + i, 0, 2);
+    }
+};
+
+// acc[r][0..C) += A[r, 0..depth) x B[0..depth, 0..C vectors), B of float or bf16; C is 2, or 1 for what is left.
+// The rows of A are `row` apart, its columns `column`.
+template <int R, int C, class W, class F = Nothing>
+inline void tile(const float* a, long row, long column, const W* b, long ldb, long depth, vf (&acc)[R][C], F ahead = {}) {
+    for (long k = 0; k < depth; ++k, a += column, b += ldb) {
+        ahead(b);
         vf b0 = load(b), b1 = C == 2 ? load(b + VL) : b0;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            float value = a[r * lda + k];
+            float value = a[r * row];
             acc[r][0] += b0 * value;
             if (C == 2) acc[r][C - 1] += b1 * value;
         }
@@ -146,24 +193,25 @@ inline void tile_onto(const float* a, long lda, const W* b, long ldb, long depth
     vf acc[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) acc[r][c] = load(out + r * ldo + c * VL);
-    tile<R>(a, lda, b, ldb, depth, acc);
+    tile<R>(a, lda, 1, b, ldb, depth, acc);
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) store(out + r * ldo + c * VL, acc[r][c]);
 }
 
 // Weights that are multiplied in pairs along the depth: pairs of rows of B lie side by side, [depth / 2][NR][2], and A
-// holds pairs of 16 bits.
+// holds pairs of 16 bits, [depth / 2][R].
 
 #if defined(__AVX512BF16__)
 // Numbers too small for a normal float count as zero.
-template <int R>
-inline void tile(const int32_t* a, long lda, const bf16* b, long ldb, long pairs, vf (&acc)[R][2]) {
-    for (long k = 0; k < pairs; ++k, b += ldb) {
+template <int R, class F>
+inline void tile(const int32_t* a, const bf16* b, long pairs, vf (&acc)[R][2], F ahead) {
+    for (long k = 0; k < pairs; ++k, a += R, b += 2 * NR) {
+        ahead(b);
         __m512bh b0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
         __m512bh b1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + 2 * VL));
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            __m512bh value = reinterpret_cast<__m512bh>(_mm512_set1_epi32(a[r * lda + k]));
+            __m512bh value = reinterpret_cast<__m512bh>(_mm512_set1_epi32(a[r]));
             acc[r][0] = _mm512_dpbf16_ps(acc[r][0], b0, value);
             acc[r][1] = _mm512_dpbf16_ps(acc[r][1], b1, value);
         }
@@ -171,16 +219,23 @@ inline void tile(const int32_t* a, long lda, const bf16* b, long ldb, long pairs
 }
 #endif
 
+// Floats that are laid out the same way, [depth][R].
+template <int R, class W, class F>
+inline void tile(const float* a, const W* b, long depth, vf (&acc)[R][2], F ahead) {
+    tile<R>(a, 1, R, b, NR, depth, acc, ahead);
+}
+
 // 8-bit weights and 16-bit integers.
-template <int R>
-inline void tile(const int32_t* a, long lda, const int8_t* b, long pairs, vi (&acc)[R][2]) {
-    for (long k = 0; k < pairs; ++k, b += 2 * NR) {
+template <int R, class F>
+inline void tile(const int32_t* a, const int8_t* b, long pairs, vi (&acc)[R][2], F ahead) {
+    for (long k = 0; k < pairs; ++k, a += R, b += 2 * NR) {
+        ahead(b);
 #if defined(__AVX512VNNI__)
         __m512i b0 = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
         __m512i b1 = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 2 * VL)));
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            __m512i value = _mm512_set1_epi32(a[r * lda + k]);
+            __m512i value = _mm512_set1_epi32(a[r]);
             acc[r][0] = reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(acc[r][0]), b0, value));
             acc[r][1] = reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(acc[r][1]), b1, value));
         }
@@ -189,7 +244,7 @@ inline void tile(const int32_t* a, long lda, const int8_t* b, long pairs, vi (&a
         __m512i b1 = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 2 * VL)));
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            __m512i value = _mm512_set1_epi32(a[r * lda + k]);
+            __m512i value = _mm512_set1_epi32(a[r]);
             acc[r][0] += reinterpret_cast<vi>(_mm512_madd_epi16(b0, value));
             acc[r][1] += reinterpret_cast<vi>(_mm512_madd_epi16(b1, value));
         }
@@ -198,13 +253,13 @@ inline void tile(const int32_t* a, long lda, const int8_t* b, long pairs, vi (&a
         __m256i b1 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 2 * VL)));
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            __m256i value = _mm256_set1_epi32(a[r * lda + k]);
+            __m256i value = _mm256_set1_epi32(a[r]);
             acc[r][0] += reinterpret_cast<vi>(_mm256_madd_epi16(b0, value));
             acc[r][1] += reinterpret_cast<vi>(_mm256_madd_epi16(b1, value));
         }
 #else
         for (int r = 0; r < R; ++r) {
-            int32_t pair = a[r * lda + k];
+            int32_t pair = a[r];
             int32_t low = int16_t(pair & 0xffff), high = int16_t(pair >> 16);
             for (int i = 0; i < NR; ++i) acc[r][i / VL][i % VL] += low * b[2 * i] + high * b[2 * i + 1];
         }
