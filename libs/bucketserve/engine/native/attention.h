@@ -24,6 +24,7 @@ struct Attention {
 };
 
 constexpr int KEYS = 128;  // keys of a block, a multiple of NR
+constexpr int AHEAD = 16;  // keys: what lies a page or two behind the one that is read
 constexpr int ROWS = 192;  // query rows (tokens x heads of a group) of a block, about
 constexpr float NEVER = -1e30f;
 
@@ -215,6 +216,12 @@ void attend(const Attention& at, const int64_t* segment, int kv_head, long token
     }
 }
 
+// Asks for a row of keys or values that is read later.
+template <class S>
+inline void fetch(const S* row, int dim) {
+    for (int d = 0; d < dim; d += 64 / sizeof(S)) __builtin_prefetch(row + d, 0, 2);
+}
+
 // One token: scores are dot products with the keys as they lie, so that each key is read once for the whole group.
 template <class T, class S, int G>
 void attend_one(const Attention& at, const int64_t* segment, int kv_head) {
@@ -235,12 +242,15 @@ void attend_one(const Attention& at, const int64_t* segment, int kv_head) {
     for (long first = low; first < context; first += KEYS) {
         long count = std::min<long>(KEYS, context - first);
         for_runs(at, segment[2] + first, count, [&](long i, long number, long place) {
-            for (const S* key = keys + place * dim; number > 0; --number, ++i, key += dim) {
+            const S* value = values + place * dim;
+            for (const S* key = keys + place * dim; number > 0; --number, ++i, key += dim, value += dim) {
+                fetch(key + AHEAD * dim, dim);
+                fetch(value, dim);
                 vf acc[G];
                 for (int g = 0; g < G; ++g) acc[g] = vf{};
                 for (int d = 0; d < dim; d += VL) {
-                    vf value = load(key + d);
-                    for (int g = 0; g < G; ++g) acc[g] += value * load(q + g * dim + d);
+                    vf part = load(key + d);
+                    for (int g = 0; g < G; ++g) acc[g] += part * load(q + g * dim + d);
                 }
                 for (int g = 0; g < G; ++g) scores[g * KEYS + i] = sum(acc[g]);
             }

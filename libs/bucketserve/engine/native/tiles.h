@@ -68,16 +68,25 @@ inline void put(bf16* p, float value) {
     p->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// Lane i of the result: lane i + S of the value.
+template <int S>
+inline vf shifted(vf value) {
+    vi lanes;
+    for (int i = 0; i < VL; ++i) lanes[i] = (i + S) % VL;
+    return __builtin_shuffle(value, lanes);
+}
+template <int S = VL / 2>
 inline float sum(vf value) {
-    float total = 0;
-    for (int i = 0; i < VL; ++i) total += value[i];
-    return total;
+    value += shifted<S>(value);
+    if constexpr (S > 1) return sum<S / 2>(value);
+    return value[0];
 }
 inline vf max(vf a, vf b) { return a > b ? a : b; }
+template <int S = VL / 2>
 inline float largest(vf value) {
-    float most = value[0];
-    for (int i = 1; i < VL; ++i) most = std::max(most, value[i]);
-    return most;
+    value = max(value, shifted<S>(value));
+    if constexpr (S > 1) return largest<S / 2>(value);
+    return value[0];
 }
 
 // e^x for x <= 88, relative error below 2e-7: Cephes' expf (S. Moshier), argument reduction in two parts.
