@@ -16,6 +16,7 @@ from types import TracebackType
 import grpc
 
 from bucketserve.rpc.channel import UNARY_TIMEOUT_S, key_metadata, open_channel
+from bucketserve.rpc.listening import messages_of
 from bucketserve.rpc.status import FailedCall, error_from_call, errors_named, is_answered
 from bucketserve.rpc.tls import Tls
 from bucketserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
@@ -141,7 +142,7 @@ class BucketServeClient:
             call = self.stub.Generate(request, timeout=attempts.begin(), metadata=(*self._metadata, *metadata))
             is_heard = False
             try:
-                async for response in call:
+                async for response in messages_of(call):
                     is_heard = True
                     yield getattr(response, response.WhichOneof("event"))
                 return

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import grpc
 
 from bucketserve.rpc.channel import UNARY_TIMEOUT_S, key_metadata, open_channel
+from bucketserve.rpc.listening import messages_of
 from bucketserve.rpc.status import error_from_call, errors_named
 from bucketserve.rpc.tls import Tls
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2, job_pb2_grpc
@@ -98,7 +99,7 @@ class JobClient:
             metadata=self._metadata,
         )
         try:
-            async for result in call:
+            async for result in messages_of(call):
                 yield result
         except grpc.aio.AioRpcError as error:
             raise error_from_call(error) or error from None

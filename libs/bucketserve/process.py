@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import os
 import secrets
@@ -43,6 +44,8 @@ T = TypeVar("T")
 
 EXIT_FAILED = 1
 EXIT_MISCONFIGURED = 2
+END_S = 20.0
+"""For what comes after draining: last messages, leases given back, spans exported, the interpreter's own end."""
 YOUNG_OBJECTS = 5000
 """The garbage collector looks through new objects when there are so many more; requests under way are hundreds each."""
 
@@ -82,8 +85,12 @@ def service_main(
     section: str,
     model: type[S],
     serve: Callable[[S, Deployment, TelemetrySettings, asyncio.Event], Awaitable[None]],
+    drain_s: Callable[[S], float],
 ) -> int:
-    """Reads a service's settings from the environment and its file, runs it, returns the exit status."""
+    """Reads a service's settings from the environment and its file, runs it, returns the exit status.
+
+    drain_s: what the settings allow it for finishing what it has, seconds.
+    """
     try:
         sections: dict[str, type[Section]] = {
             section: model,
@@ -101,7 +108,7 @@ def service_main(
         return EXIT_MISCONFIGURED
     settings = section_of(loaded, section, model)
     telemetry = section_of(loaded, "telemetry", TelemetrySettings)
-    return run_service(lambda stop: serve(settings, deployment, telemetry, stop))
+    return run_service(lambda stop: serve(settings, deployment, telemetry, stop), drain_s(settings))
 
 
 def tls_of(settings: TlsSettings) -> Tls | None:
@@ -117,14 +124,15 @@ def tls_of(settings: TlsSettings) -> Tls | None:
     return Tls(**settings.model_dump())
 
 
-def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+def run_service(main: Callable[[asyncio.Event], Awaitable[None]], drain_s: float) -> int:
     """Runs main(stop) to its end and returns the process's exit status.
 
-    A signal to stop sets `stop`: main drains and returns. A second one cancels main. Settings or a model that can't be
-    used end the process with a message that says what to do, not with a traceback.
+    A signal to stop sets `stop`: main drains and returns. A second one cancels main. Whatever main waits for, the
+    process ends within drain_s + END_S. Settings or a model that can't be used end the process with a message that says
+    what to do, not with a traceback.
     """
     try:
-        uvloop.run(_with_signals(main))
+        uvloop.run(_with_signals(main, drain_s))
     except asyncio.CancelledError:
         return EXIT_FAILED
     except (SettingsError, ModelLoadError) as error:
@@ -140,17 +148,32 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     return 0
 
 
-async def _with_signals(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+async def _with_signals(main: Callable[[asyncio.Event], Awaitable[None]], drain_s: float) -> None:
     stop = asyncio.Event()
     task = asyncio.ensure_future(main(stop))
+    loop = asyncio.get_running_loop()
 
-    def on_signal() -> None:
+    def end() -> None:
         if stop.is_set():
             task.cancel()
         stop.set()
 
-    loop = asyncio.get_running_loop()
+    def on_signal(*_: object) -> None:
+        _end_within(END_S if stop.is_set() else drain_s + END_S)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(end)
+
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            loop.add_signal_handler(number, on_signal)
+            # Not loop.add_signal_handler: a loop that hangs would never hear of it.
+            signal.signal(number, on_signal)
     await task
+
+
+def _end_within(limit_s: float) -> None:
+    """Has the kernel end the process, after it has said where each of its threads is, if it still runs by then.
+
+    Whoever told it to stop may be gone, and with it whoever would kill what does not.
+    """
+    faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)

@@ -97,4 +97,4 @@ if __name__ == "__main__":
     engines._LOADERS["fake"] = _engine
     if os.environ.get("CHAOS_REMOTE"):
         kv_holder.locality = lambda: ""
-    sys.exit(service_main("worker", WorkerSettings, serve))
+    sys.exit(service_main("worker", WorkerSettings, serve, lambda settings: settings.drain_s))

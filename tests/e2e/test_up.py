@@ -53,6 +53,10 @@ class Up:
     def said(self) -> str:
         return self.log.read_text()
 
+    def services_said(self) -> str:
+        """Returns the ends of its services' logs."""
+        return "\n".join(f"{log.name}:\n{log.read_text()[-4000:]}" for log in sorted(self.services.glob("*.log")))
+
     def children(self) -> dict[int, str]:
         """Returns its children that run, and their command lines."""
         found = {}
@@ -98,7 +102,10 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Up]]:
         children = up.children()
         up.process.kill()
         up.process.wait()
-        until(lambda children=children: are_gone(children))
+        try:
+            until(lambda children=children: are_gone(children))
+        except AssertionError:
+            pytest.fail(f"of {children} some are left\n{up.services_said()}")
 
 
 def ready(up: Up) -> Up:

@@ -1,4 +1,4 @@
-"""Listening to a stream whose other side says something now and then as long as it lives, and leaving it."""
+"""Listening to a stream call, and leaving it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,26 @@ from typing import Any
 import grpc
 
 from bucketserve.core.errors import UnavailableError
+from bucketserve.tasks import heeded
 
-__all__ = ["SILENCE_S", "hang_up", "messages_while_alive"]
+__all__ = ["SILENCE_S", "hang_up", "messages_of", "messages_while_alive"]
 
 SILENCE_S = 2.5
 """Several heartbeats: a scheduler that is busy for a moment is not given up."""
 
 
-async def messages_while_alive(call: Any, silence_s: float = SILENCE_S) -> AsyncIterator[Any]:
+async def messages_of(call: Any) -> AsyncIterator[Any]:
     """Yields the messages of a stream call until it ends.
+
+    Raises:
+        grpc.aio.AioRpcError: the stream failed.
+    """
+    while (message := await heeded(call.read())) is not grpc.aio.EOF:
+        yield message
+
+
+async def messages_while_alive(call: Any, silence_s: float = SILENCE_S) -> AsyncIterator[Any]:
+    """Yields the messages of a stream call, whose other side says something now and then as long as it lives.
 
     Raises:
         UnavailableError: nothing came for silence_s seconds.
@@ -26,7 +37,7 @@ async def messages_while_alive(call: Any, silence_s: float = SILENCE_S) -> Async
     while True:
         try:
             async with asyncio.timeout(silence_s):
-                message = await call.read()
+                message = await heeded(call.read())
         except TimeoutError:
             raise UnavailableError(f"silent for {silence_s:g} s", reason="SILENT") from None
         if message is grpc.aio.EOF:

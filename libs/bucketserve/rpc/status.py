@@ -42,6 +42,7 @@ from bucketserve.core.errors import (
     UnavailableError,
     UnknownModelError,
 )
+from bucketserve.tasks import heeded
 
 __all__ = ["DOMAIN", "FailedCall", "error_from_call", "errors_named", "is_answered", "status_of"]
 
@@ -144,7 +145,7 @@ async def errors_named(call: Awaitable[T]) -> T:
         grpc.aio.AioRpcError: any other failure.
     """
     try:
-        return await call
+        return await heeded(call)
     except grpc.aio.AioRpcError as error:
         raise error_from_call(error) or error from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Sequence, Set
 from importlib import resources
 from typing import Any, TypeVar, cast
@@ -30,6 +29,7 @@ from bucketserve.ports import (
 )
 from bucketserve.store.keys import Keys
 from bucketserve.store.url import SentinelUrl, check_store_url
+from bucketserve.tasks import heeded
 
 __all__ = ["RedisStore", "connect", "guard"]
 
@@ -248,27 +248,14 @@ def _split(numbers: bytes | None) -> tuple[int, ...]:
 
 
 async def guard(call: Awaitable[T]) -> T:
-    """Awaits a call, turns the library's errors into ours, and sees to it that cancelling its caller works.
-
-    The library sends by asyncio.wait_for, which on Python 3.11 swallows a cancellation that comes as the sending is
-    done: a task that goes on for ever would miss its only one, and its process could not end.
+    """Awaits a call, heeds its caller's cancellation, and turns the library's errors into ours.
 
     Raises:
         StaleEpochError: a script refused the epoch.
         UnavailableError: the server can't be reached, is loading, is a replica, or does not have a script.
     """
-    task = asyncio.current_task()
-    before = task.cancelling() if task is not None else 0
     try:
-        return await _in_our_terms(call)
-    finally:
-        if task is not None and task.cancelling() > before:
-            raise asyncio.CancelledError
-
-
-async def _in_our_terms(call: Awaitable[T]) -> T:
-    try:
-        return await call
+        return await heeded(call)
     except ResponseError as error:
         if str(error).startswith("STALE"):
             raise StaleEpochError(str(error)) from error

@@ -17,4 +17,4 @@ if __name__ == "__main__":
     from bucketserve_gateway.app import serve
     from bucketserve_gateway.settings import GatewaySettings
 
-    sys.exit(service_main("gateway", GatewaySettings, serve))
+    sys.exit(service_main("gateway", GatewaySettings, serve, lambda settings: settings.lame_duck_s + settings.drain_s))

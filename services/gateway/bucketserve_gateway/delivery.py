@@ -10,7 +10,7 @@ import grpc
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.interceptors import first_message
 from bucketserve.rpc.outbox import Outbox
-from bucketserve.rpc.tasks import end_task
+from bucketserve.tasks import end_task
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
 from bucketserve_gateway.requests import OpenRequest, OpenRequests
 

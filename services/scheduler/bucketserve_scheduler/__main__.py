@@ -15,4 +15,4 @@ if __name__ == "__main__":
     from bucketserve_scheduler.app import serve
     from bucketserve_scheduler.settings import SchedulerSettings
 
-    sys.exit(service_main("scheduler", SchedulerSettings, serve))
+    sys.exit(service_main("scheduler", SchedulerSettings, serve, lambda _: 0.0))

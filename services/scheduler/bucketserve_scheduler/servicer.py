@@ -14,7 +14,7 @@ from bucketserve.rpc.convert import role_from_pb, role_to_pb
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.interceptors import first_message
 from bucketserve.rpc.outbox import Outbox
-from bucketserve.rpc.tasks import end_task
+from bucketserve.tasks import end_task
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 from bucketserve_scheduler.loop import SchedulingLoop
 from bucketserve_scheduler.models import ServedModel, ServedModels

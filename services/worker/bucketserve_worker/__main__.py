@@ -15,4 +15,4 @@ if __name__ == "__main__":
     from bucketserve_worker.app import serve
     from bucketserve_worker.settings import WorkerSettings
 
-    sys.exit(service_main("worker", WorkerSettings, serve))
+    sys.exit(service_main("worker", WorkerSettings, serve, lambda settings: settings.drain_s))

@@ -13,7 +13,7 @@ from bucketserve.ports import Engine
 from bucketserve.process import default_instance_id, keep_loaded, unless_stopped
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.server import RpcServer
-from bucketserve.rpc.tasks import end_task
+from bucketserve.tasks import end_task
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import worker_pb2, worker_pb2_grpc

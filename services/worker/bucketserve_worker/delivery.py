@@ -18,8 +18,8 @@ import grpc
 from bucketserve.addresses import AddressError
 from bucketserve.rpc.channel import open_channel
 from bucketserve.rpc.deployment import Deployment
-from bucketserve.rpc.listening import hang_up
-from bucketserve.rpc.tasks import end_task
+from bucketserve.rpc.listening import hang_up, messages_of
+from bucketserve.tasks import end_task
 from bucketserve.v1 import delivery_pb2, delivery_pb2_grpc
 
 __all__ = ["DeliveryPool"]
@@ -295,7 +295,7 @@ class _GatewayStream:
                 await call.write(message)
 
     async def _read(self, call: AsyncIterator[delivery_pb2.DeliverResponse]) -> None:
-        async for response in call:
+        async for response in messages_of(call):
             # It is there: what breaks later is another absence.
             self._away_since_s, self._heard_s = None, self._clock()
             while self._num_acknowledged < response.num_received and self._unacknowledged:

@@ -22,6 +22,7 @@ from bucketserve.core.errors import BucketServeError
 from bucketserve.engine.kv_staging import MEMFD_NAME, KvStaging, StagedKv, checksum, locality, page_checksums
 from bucketserve.rpc.channel import open_channel
 from bucketserve.rpc.deployment import Deployment
+from bucketserve.rpc.listening import messages_of
 from bucketserve.v1 import scheduler_pb2, worker_pb2, worker_pb2_grpc
 from bucketserve_worker.kv_holder import KvHolder
 
@@ -183,7 +184,7 @@ class KvSources:
         call = stub.FetchKv(request, metadata=self._deployment.metadata, wait_for_ready=True)
         try:
             async with asyncio.timeout(SILENCE_S) as silence:
-                async for response in call:
+                async for response in messages_of(call):
                     silence.reschedule(clock.time() + SILENCE_S)
                     start, num_bytes = num_bytes, num_bytes + len(response.piece)
                     if num_bytes > len(into):

@@ -12,7 +12,7 @@ from bucketserve.rpc.deployment import Deployment
 from bucketserve.rpc.leader import LeaderSearch
 from bucketserve.rpc.listening import hang_up, messages_while_alive
 from bucketserve.rpc.outbox import Outbox
-from bucketserve.rpc.tasks import end_task
+from bucketserve.tasks import end_task
 from bucketserve.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 __all__ = ["SchedulerLink"]
