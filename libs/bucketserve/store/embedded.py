@@ -194,10 +194,9 @@ class ReservedPorts:
             self._sockets.pop().close()
 
 
+_OURS = ReservedPorts()
+
+
 def free_port() -> int:
-    """Returns a port of 127.0.0.1 that is free now, as ReservedPorts does, but does not keep it."""
-    ports = ReservedPorts()
-    try:
-        return ports.take()
-    finally:
-        ports.close()
+    """Returns a port as ReservedPorts does, which is ours until this process ends."""
+    return _OURS.take()

@@ -17,8 +17,9 @@ def test_a_port_in_hand_is_given_to_nobody_else_and_a_server_can_listen_there(mo
     ours, others = ReservedPorts(), ReservedPorts()
     try:
         mine = {ours.take() for _ in range(15)}
-        theirs = {others.take() for _ in range(15)} | {free_port() for _ in range(50)}
+        theirs = {others.take() for _ in range(10)} | {free_port() for _ in range(10)}
         assert len(mine) == 15
+        assert len(theirs) == 20
         assert not mine & theirs
         port = mine.pop()
         for _ in range(2):

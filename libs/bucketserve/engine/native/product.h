@@ -27,6 +27,13 @@ struct Product {
 const long BLOCK_BYTES = std::max(sysconf(_SC_LEVEL2_CACHE_SIZE), 512L * 1024) / 2;  // of rows of the left side, in L2
 constexpr long SLICE = 256;  // of depth: a slice of a panel stays in L1 while the rows of a block go by
 
+template <class T, class U>
+void store_row(const T* x, long depth, U* out) {
+    long k = 0;
+    for (; k + VL <= depth; k += VL) store(out + k, load(x + k));
+    for (; k < depth; ++k) put(out + k, get(x + k));
+}
+
 // How rows of the left side are held for weights of type W: as Numbers, each of per_number columns; what they add up to
 // is a Sum. fill() makes them of a row, and gives what its sums are to be multiplied by.
 template <class W>
@@ -36,10 +43,8 @@ struct Left {
     static constexpr int per_number = 1;
 
     template <class T>
-    static float fill(const T* x, long depth, float* out) {
-        long k = 0;
-        for (; k + VL <= depth; k += VL) store(out + k, load(x + k));
-        for (; k < depth; ++k) out[k] = get(x + k);
+    static float fill(const T* x, long depth, float* numbers) {
+        store_row(x, depth, numbers);
         return 1.0f;
     }
 };
@@ -53,9 +58,7 @@ struct Left<bf16> {
     template <class T>
     static float fill(const T* x, long depth, int32_t* numbers) {
         bf16* out = reinterpret_cast<bf16*>(numbers);
-        long k = 0;
-        for (; k + VL <= depth; k += VL) store(out + k, load(x + k));
-        for (; k < depth; ++k) put(out + k, get(x + k));
+        store_row(x, depth, out);
         if (depth % 2) put(out + depth, 0.0f);
         return 1.0f;
     }
