@@ -297,7 +297,7 @@ class BatchFormer:
 
         By the earliest target among that, and soon in any case: until then it is open to nobody else.
         """
-        if not worker.batch_of:
+        if not worker.left_tokens():
             return INFINITY
         lives = (self._lives.get(request_id) for request_id in worker.batch_of)
         return min([now_s + SHARED_S, *(_due_s(life.request, now_s) for life in lives if life is not None)])
@@ -309,7 +309,7 @@ class BatchFormer:
         cut, most_tokens = _Cut(tpot_s=self._lives.tpot_s(worker)), worker.most_small_tokens(self._settings)
         if worker.has_place(self._settings, small=False):
             cut.due_s, most_tokens = self._due_there(worker, now_s), worker.most_batch_tokens(self._settings)
-            most_tokens -= worker.backlog_tokens()
+            most_tokens -= worker.left_tokens()
         alone_s = worker.times.decode_s(worker.num_sequences() + 1, worker.context_tokens_held())
         safe_tokens = worker.safe_tokens(self._settings.memory_reserve)
         sequences = worker.free_sequences()

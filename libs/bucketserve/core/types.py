@@ -188,6 +188,8 @@ class Headroom:
     num_running: int = 0
     num_waiting: int = 0
     waiting_prefill_tokens: int = 0
+    computing_prefill_tokens: int = 0
+    """Those of them that the step under way computes, as far as is known: what is sent in answer comes after it."""
     last_assignment: int = 0
     """Of the last batch that this report accounts for; of a worker that joins, of the last order that it received."""
     kv_bytes_per_token: int = 0

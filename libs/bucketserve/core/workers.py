@@ -322,7 +322,7 @@ class WorkerState:
         if small:
             is_long = self.backlog_tokens() > self.most_batch_tokens(settings)
             return is_long and bool(settings.small_batch_tokens) and len(self.outstanding) < 2
-        return self.backlog_tokens() < settings.fill_tokens
+        return self.left_tokens() < settings.fill_tokens
 
     def most_batch_tokens(self, settings: CoreSettings) -> int:
         """Returns the prompt tokens of a batch at most: no more than a step, or others would wait for the rest."""
@@ -356,6 +356,10 @@ class WorkerState:
     def context_tokens_held(self) -> int:
         """KV tokens in use or reserved, by its report."""
         return self.headroom.kv_total_tokens - self.headroom.kv_free_tokens
+
+    def left_tokens(self) -> int:
+        """Those of its backlog that are left when a batch that is sent now can begin: after the step under way."""
+        return max(self.backlog_tokens() - self.headroom.computing_prefill_tokens, 0)
 
     def prefill_in_s(
         self, num_tokens: int, attention: int, max_chunk_tokens: int, *, shares_steps: bool = False

@@ -259,6 +259,7 @@ def headroom_to_pb(
         num_running=headroom.num_running,
         num_waiting=headroom.num_waiting,
         waiting_prefill_tokens=headroom.waiting_prefill_tokens,
+        computing_prefill_tokens=headroom.computing_prefill_tokens,
         last_assignment=last_assignment,
         steps=[
             scheduler_pb2.StepSample(
@@ -284,6 +285,7 @@ def headroom_from_pb(report: scheduler_pb2.WorkerReport) -> Headroom:
         num_running=report.num_running,
         num_waiting=report.num_waiting,
         waiting_prefill_tokens=report.waiting_prefill_tokens,
+        computing_prefill_tokens=report.computing_prefill_tokens,
         last_assignment=report.last_assignment,
         kv_bytes_per_token=report.kv_bytes_per_token,
         device_total_bytes=report.device_total_bytes,

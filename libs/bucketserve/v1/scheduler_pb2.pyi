@@ -355,7 +355,7 @@ class SharedMemory(_message.Message):
     def __init__(self, locality: _Optional[str] = ..., path: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("kv_total_tokens", "kv_free_tokens", "kv_bytes_per_token", "device_total_bytes", "device_reserved_bytes", "device_free_bytes", "weights_bytes", "activation_bytes_per_token", "max_sequences", "num_running", "num_waiting", "waiting_prefill_tokens", "last_assignment", "steps", "num_out_of_memory", "num_decode_steps", "is_delivering")
+    __slots__ = ("kv_total_tokens", "kv_free_tokens", "kv_bytes_per_token", "device_total_bytes", "device_reserved_bytes", "device_free_bytes", "weights_bytes", "activation_bytes_per_token", "max_sequences", "num_running", "num_waiting", "waiting_prefill_tokens", "last_assignment", "steps", "num_out_of_memory", "num_decode_steps", "is_delivering", "computing_prefill_tokens")
     KV_TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_FREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -373,6 +373,7 @@ class WorkerReport(_message.Message):
     NUM_OUT_OF_MEMORY_FIELD_NUMBER: _ClassVar[int]
     NUM_DECODE_STEPS_FIELD_NUMBER: _ClassVar[int]
     IS_DELIVERING_FIELD_NUMBER: _ClassVar[int]
+    COMPUTING_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     kv_total_tokens: int
     kv_free_tokens: int
     kv_bytes_per_token: int
@@ -390,7 +391,8 @@ class WorkerReport(_message.Message):
     num_out_of_memory: int
     num_decode_steps: int
     is_delivering: bool
-    def __init__(self, kv_total_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., device_total_bytes: _Optional[int] = ..., device_reserved_bytes: _Optional[int] = ..., device_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., activation_bytes_per_token: _Optional[int] = ..., max_sequences: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., last_assignment: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., num_out_of_memory: _Optional[int] = ..., num_decode_steps: _Optional[int] = ..., is_delivering: _Optional[bool] = ...) -> None: ...
+    computing_prefill_tokens: int
+    def __init__(self, kv_total_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., device_total_bytes: _Optional[int] = ..., device_reserved_bytes: _Optional[int] = ..., device_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., activation_bytes_per_token: _Optional[int] = ..., max_sequences: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., last_assignment: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., num_out_of_memory: _Optional[int] = ..., num_decode_steps: _Optional[int] = ..., is_delivering: _Optional[bool] = ..., computing_prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class StepSample(_message.Message):
     __slots__ = ("prefill_tokens", "prefill_attention", "decode_sequences", "decode_context_tokens", "duration_us")

@@ -150,8 +150,11 @@ class Worker:
 
     def on_turn(self, turn: EngineTurn) -> None:
         """Takes what one turn of the engine brought."""
-        self._headroom, self._last_accounted = turn.headroom, turn.last_assignment
         output = turn.output
+        # While prompts are left the engine has begun the next step by now, which is like this one.
+        computing = min(turn.headroom.waiting_prefill_tokens, output.sample.prefill_tokens if output.sample else 0)
+        self._headroom = replace(turn.headroom, computing_prefill_tokens=computing)
+        self._last_accounted = turn.last_assignment
         if turn.resumed:
             # The report that counts them comes first: there is no moment in which nobody does.
             self.link.report(self._report())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from bucketserve.core.types import MAX_PREEMPTIONS, WorkerRole
 from bucketserve.engine.fake import FakeEngine, FakeSettings
@@ -97,6 +98,21 @@ async def test_the_numbers_of_orders_go_on_over_streams() -> None:
         assert worker._report().last_assignment == 5
         worker._on_cancel(["a.1"])
         await eventually(lambda: not len(worker.running), 10)
+
+
+async def test_a_report_says_what_the_step_under_way_computes() -> None:
+    turns: list[EngineTurn] = []
+    said: list[tuple[int, int]] = []
+    async with a_worker(turns, replace(SLOW, max_step_tokens=64)) as worker:
+
+        def note() -> None:
+            report = worker._report()
+            said.append((report.waiting_prefill_tokens, report.computing_prefill_tokens))
+
+        worker.link.report_soon = note  # type: ignore[method-assign]
+        worker._on_batch(a_batch(5, "a.1", 4, token_ids=[*range(150)]))
+        await eventually(lambda: len(turns) >= 6, 10)
+    assert said[:3] == [(86, 64), (22, 22), (0, 0)]
 
 
 async def test_what_is_said_of_a_run_names_the_order_that_brought_it() -> None:

@@ -175,6 +175,34 @@ def test_a_batch_joins_the_end_of_another_one_if_both_are_soon_done_and_in_time(
     assert not batches(under_test.step([], 4.02))
 
 
+@pytest.mark.parametrize(
+    ("waiting", "computing", "is_sent"),
+    [
+        (400, 0, False),
+        (400, 100, False),
+        # The step under way takes 0.4 s. Nothing that is sent now has a part in it.
+        (400, 400, True),
+        (60, 60, True),
+        # Both together take too long for what is left after it.
+        (400, 340, False),
+    ],
+)
+def test_the_next_batch_is_sent_while_the_last_step_of_the_one_before_is_under_way(
+    waiting: int, computing: int, is_sent: bool
+) -> None:
+    under_test = core(fill_tokens=100)
+    steps = prefill_steps(0.001)
+    under_test.step([joined(free=100_000), reported(free=100_000, total=100_000, steps=steps)], 0.0)
+    under_test.step(submitted("long", prompt_tokens=800, ttft_slo_s=30.0), 0.0)
+    assert not batches(under_test.step(submitted("a", "b", prompt_tokens=80, ttft_slo_s=30.0), 0.1))
+    left = {"waiting_prefill_tokens": waiting, "computing_prefill_tokens": computing}
+    step = reported(free=99_000, total=100_000, last_assignment=1, num_waiting=1, **left)
+    found = [batch.request_ids for batch in batches(under_test.step([step], 0.4))]
+    assert found == ([("a", "b")] if is_sent else [])
+    # One batch waits behind it, not more.
+    assert not batches(under_test.step(submitted("c", prompt_tokens=80, ttft_slo_s=30.0), 0.41))
+
+
 def test_an_empty_worker_may_be_filled_by_one_request() -> None:
     under_test = core()
     (batch,) = batches(under_test.step([joined(free=100), *submitted("a", max_new_tokens=90)], 0.0))
