@@ -25,7 +25,7 @@ struct Product {
 };
 
 const long BLOCK_BYTES = std::max(sysconf(_SC_LEVEL2_CACHE_SIZE), 512L * 1024) / 2;  // of rows of the left side, in L2
-constexpr long SLICE = 256;  // of depth: a slice of a panel stays in L1 while the rows of a block go by
+constexpr long SLICE = 96;  // of depth: a slice of a panel stays in L1 while the rows and sums of a block go by
 
 template <class T, class U>
 void store_row(const T* x, long depth, U* out) {
@@ -233,7 +233,8 @@ void product(const Product& p, int threads) {
     long blocks = (p.rows + block_rows - 1) / block_rows;
     block_rows = ((p.rows + blocks - 1) / blocks + MR - 1) / MR * MR;
     blocks = (p.rows + block_rows - 1) / block_rows;
-    long chunks = blocks >= 8 * threads ? 1 : (8 * threads + blocks - 1) / blocks;
+    // So many tasks that threads end together.
+    long chunks = (16 * threads + blocks - 1) / blocks;
     chunks = std::max<long>(1, std::min(chunks, panels / step / 2));
     long chunk_panels = (panels / step + chunks - 1) / chunks * step;
     chunks = (panels + chunk_panels - 1) / chunk_panels;
