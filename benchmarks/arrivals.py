@@ -34,7 +34,7 @@ from conditions import Records, Row, conditions, peer_versions, read_records
 from peers.client import Outcome, open_loop
 from peers.process import PeerError, VllmClient, VllmServer
 from reference_requests import Request, read_requests
-from reference_stack import MODES, OURS, ReferenceStack, send
+from reference_stack import MODES, OURS, ReferenceStack, end_on_signals, send
 from rich.console import Console
 from rich.table import Table
 
@@ -89,6 +89,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measures and reports, or draws."""
     options = parse()
+    end_on_signals()
     console = Console(width=140)
     if options.plot:
         source, image = options.plot

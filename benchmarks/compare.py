@@ -27,7 +27,7 @@ from pathlib import Path
 from conditions import Records, Row, conditions, peer_versions
 from peers.process import OfflinePeer, PeerError
 from reference_requests import Request, read_requests, write_requests
-from reference_stack import MODES, OURS, ReferenceStack, send
+from reference_stack import MODES, OURS, ReferenceStack, end_on_signals, send
 from rich.console import Console
 from rich.table import Table
 
@@ -103,6 +103,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measures and reports."""
     options = parse()
+    end_on_signals()
     console = Console(width=140)
     requests = [request.limited(options.max_tokens) for request in read_requests(options.requests)[:: options.every]]
     output_tokens = sum(request.output_tokens for request in requests)

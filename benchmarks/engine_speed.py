@@ -27,7 +27,7 @@ import torch
 from compare import run_ours
 from conditions import Records, Row, conditions, cpu
 from reference_requests import Request, read_requests
-from reference_stack import ReferenceStack
+from reference_stack import ReferenceStack, end_on_signals
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -146,6 +146,7 @@ def main() -> None:
     attention = 4 * config["hidden_size"] * config["num_hidden_layers"] * pairs
     prompts = [Request(request.prompt_ids, 1) for request in requests]
     first = conditions(threads=arguments.threads, requests=len(requests), prompt_tokens=num_prompt)
+    end_on_signals()
     with ExitStack() as stack, Records(arguments.jsonl, first) as records:
         stacks = {
             name: stack.enter_context(ReferenceStack(Path(arguments.model), STACKS[name]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +35,15 @@ KV_BUDGET_TOKENS = 40_000
 RECOVER_S = 120.0
 SETTLE_S = 1.0
 """Between waking a system and measuring it: threads and heartbeats find their feet again."""
+
+
+def end_on_signals() -> None:
+    """From now on SIGTERM and SIGHUP raise SystemExit, so that all that was started is ended too.
+
+    Who is stopped by SIGSTOP would otherwise be left, and no signal but SIGKILL would end it.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 class ReferenceStack:

@@ -19,7 +19,7 @@ from arrivals import arrival_times
 from conditions import Records, conditions
 from peers.client import open_loop
 from reference_requests import VOCABULARY, Request
-from reference_stack import ReferenceStack, send
+from reference_stack import ReferenceStack, end_on_signals, send
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--jsonl", type=Path, help="where the raw figures go, as they come")
     options = parser.parse_args()
     console = Console()
+    end_on_signals()
     with ExitStack() as stack:
         settings = {name: value for name, value in vars(options).items() if name not in {"model", "jsonl"}}
         records = stack.enter_context(Records(options.jsonl, conditions(**settings)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import shutil
@@ -195,6 +196,7 @@ class ReservedPorts:
 
 
 _OURS = ReservedPorts()
+atexit.register(_OURS.close)
 
 
 def free_port() -> int:
