@@ -64,8 +64,8 @@ class Up:
             with contextlib.suppress(OSError, ValueError):
                 pid = int(entry.name)
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                if int(parent) == self.process.pid and state != "Z":
-                    found[pid] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if int(parent) == self.process.pid and state != "Z" and (command := command_of(pid)):
+                    found[pid] = command
         return found
 
     def child(self, name: str) -> int:
@@ -79,13 +79,17 @@ def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+def command_of(pid: int) -> str:
+    """Returns the command line of a process; nothing of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
 def are_gone(pids: dict[int, str]) -> bool:
     # By command too: a number may be used again.
-    return not any(
-        command and command == Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-        for pid, command in pids.items()
-        if Path(f"/proc/{pid}/cmdline").exists()
-    )
+    return not any(command and command == command_of(pid) for pid, command in pids.items())
 
 
 @pytest.fixture
