@@ -10,6 +10,7 @@ import secrets
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -136,16 +137,25 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]], drain_s: float
     except asyncio.CancelledError:
         return EXIT_FAILED
     except (SettingsError, ModelLoadError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         return EXIT_MISCONFIGURED
     except ExceptionGroup as group:
         expected, unexpected = group.split((SettingsError, ModelLoadError))
         if unexpected is not None or expected is None:
             raise
         for problem in expected.exceptions:
-            print(f"error: {problem}", file=sys.stderr)
+            _tell(problem)
         return EXIT_MISCONFIGURED
     return 0
+
+
+def _tell(error: Exception) -> None:
+    """Prints it as the last line, and lets go of what its frames hold.
+
+    A server of gRPC that went with the interpreter would write lines of its own after it.
+    """
+    print(f"error: {error}", file=sys.stderr)
+    traceback.clear_frames(error.__traceback__)
 
 
 async def _with_signals(main: Callable[[asyncio.Event], Awaitable[None]], drain_s: float) -> None:
