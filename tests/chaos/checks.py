@@ -133,7 +133,7 @@ async def _reach_all(stack: LocalStack, gateway: str, client: BucketServeClient,
     """
     num_prefill = stack.spec.roles.count("prefill")
     # A prefill worker that has done its part is as idle as the others: all of them are given as much as one takes.
-    num_tokens = CoreSettings().fill_tokens if num_prefill else 1
+    num_tokens = CoreSettings().min_batch_tokens if num_prefill else 1
     async with asyncio.timeout(20), contextlib.AsyncExitStack() as streams:
 
         async def send(token_id: int) -> None:

@@ -12,7 +12,7 @@ nothing whose key is later than that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -86,10 +86,14 @@ class Affinity:
             return False
         most, holders = self.index.holders(request.block_hashes)
         gain = most - self.index.tokens_at(worker.worker_id, request.block_hashes)
-        return gain > self._settings.fill_tokens and bool(self._serving(request, holders))
+        return gain > self._settings.min_batch_tokens and bool(self._serving(request, holders))
 
     def pick(
-        self, waiting: Iterable[tuple[float, Request]], candidates: Sequence[WorkerState], now_s: float
+        self,
+        waiting: Iterable[tuple[float, Request]],
+        candidates: Sequence[WorkerState],
+        now_s: float,
+        may_join: Callable[[Request, WorkerState], bool],
     ) -> tuple[Pick | None, float | None]:
         """Returns who goes next, if anybody should, and when to look again at what waits for a worker.
 
@@ -97,13 +101,14 @@ class Affinity:
             waiting: keys and requests of a bucket, in order.
             candidates: workers that may be given a batch.
             now_s: the time.
+            may_join: whether a request may go to a worker beside what that has.
         """
         best: Pick | None = None
         best_s, wake_s = float("inf"), None
         for number, (key_s, request) in enumerate(islice(waiting, MAX_LOOKED_AT)):
             if key_s >= best_s:
                 break
-            worker, wait_s = self._choose(request, candidates)
+            worker, wait_s = self._choose(request, candidates, may_join)
             if worker is None:
                 # What is behind one that fits nowhere would take the room that it needs, each time.
                 best = Pick(request, None) if not number else best
@@ -117,7 +122,12 @@ class Affinity:
                 best, best_s = Pick(request, worker), key_s + wait_s
         return best, wake_s
 
-    def _choose(self, request: Request, candidates: Sequence[WorkerState]) -> tuple[WorkerState | None, float]:
+    def _choose(
+        self,
+        request: Request,
+        candidates: Sequence[WorkerState],
+        may_join: Callable[[Request, WorkerState], bool],
+    ) -> tuple[WorkerState | None, float]:
         """Returns the best of the workers that can take a request, and for how many seconds a better one is awaited."""
         most, names = self.index.holders(request.block_hashes)
         if not most:
@@ -130,12 +140,16 @@ class Affinity:
         # First who may take it at best: most workers have no room at all.
         able = [worker for worker in able if can_take(request, least, worker, self._settings)]
         lacking = {worker.worker_id: self._lacking(request, worker) for worker in able}
-        able = [w for w in able if can_take(request, lacking[w.worker_id], w, self._settings)]
+        able = [
+            w
+            for w in able
+            if can_take(request, lacking[w.worker_id], w, self._settings) and may_join(self.at(request, w.worker_id), w)
+        ]
         if not able:
             return None, 0.0
         best = min(able, key=lambda w: (-w.generation, _load(w, lacking[w.worker_id]), -w.load, w.worker_id))
         lacks = lacking[best.worker_id]
-        if lacks - least <= self._settings.fill_tokens:
+        if lacks - least <= self._settings.min_batch_tokens:
             return best, 0.0
         load = _load(best, lacks)
         if not any(worker not in able and _load(worker, least) < load for worker in holders):

@@ -15,18 +15,16 @@ from bucketserve.core.lifecycle import Lifecycle
 from bucketserve.core.messages import DispatchBatch, PreemptAtWorker
 from bucketserve.core.order import latest_start_s
 from bucketserve.core.placement import place
-from bucketserve.core.reclaim import Reclaimer
+from bucketserve.core.reclaim import Reclaimer, leaves_enough
 from bucketserve.core.settings import CoreSettings, QueueOrder
 from bucketserve.core.types import Bucket, LimitedBy, Request, RequestClass, RequestId, WorkerRole
-from bucketserve.core.workers import WorkerState
+from bucketserve.core.workers import SHARED_S, WorkerState
 
 __all__ = ["BatchFormer", "Formed", "Former"]
 
 INFINITY = float("inf")
 RECLAIM_S = 0.2
 """Batch-class requests go so long before one in time would be too late: until then others may end by themselves."""
-SHARED_S = 0.15
-"""Most time that a batch which joins the end of another one takes with it."""
 BESIDE_S = 0.1
 """A request goes beside a long prompt so long before it would be too late."""
 
@@ -130,7 +128,8 @@ class BatchFormer:
             # What is behind it in the lane could go before it for ever, each time that one of them fits.
             is_overdue = lane is Lane.DEFERRED and due_s + self._settings.batch_patience_s <= now_s
             may_save = lane is Lane.DEFERRED and is_its_turn and due_s <= now_s
-            placed = self._placed(lane, bucket, first, candidates, now_s, may_save=may_save)
+            able = [worker for worker in candidates if may_save or leaves_enough(first, worker)]
+            placed = self._placed(lane, bucket, first, able, now_s, may_save=may_save) if able else None
             if placed is None:
                 continue
             first, worker = placed
@@ -173,10 +172,14 @@ class BatchFormer:
     ) -> tuple[Request, WorkerState | None] | None:
         """Returns who goes next out of a bucket that begins with `first`, and where; None if all should wait."""
         if self._affinity.knows(first):
+
+            def may_join(request: Request, worker: WorkerState) -> bool:
+                return (may_save or leaves_enough(request, worker)) and self._may_share(request, worker, now_s)
+
             cells = self._lanes.of(lane)
             with closing(cells.in_order(bucket)) as ordered:
                 keyed = ((key[0], request) for request in ordered if (key := cells.key(request.request_id)))
-                picked, wake_s = self._affinity.pick(keyed, candidates, now_s)
+                picked, wake_s = self._affinity.pick(keyed, candidates, now_s, may_join)
             if wake_s is not None:
                 self._wake_at(wake_s)
             if picked is None:
@@ -186,7 +189,8 @@ class BatchFormer:
             worker = self._place(first, candidates, now_s)
         if worker is None and _is_bound(first, candidates):
             # Those that may serve it are not among the least loaded.
-            worker = self._place(first, [able for able in self._fleet if able.could_serve(first)], now_s)
+            able = [w for w in self._fleet if w.could_serve(first) and (may_save or leaves_enough(first, w))]
+            worker = self._place(first, able, now_s)
         if worker is None and _is_bound(first, candidates):
             if may_save:
                 self._save_for(first, list(self._fleet))
@@ -330,7 +334,7 @@ class BatchFormer:
                         return cut, LimitedBy.SUPPLY
                     if len(cut.chosen) >= sequences:
                         return cut, LimitedBy.COUNT
-                    if kv_tokens > safe_tokens:
+                    if kv_tokens > safe_tokens or not leaves_enough(request, worker, cut.kv_tokens, len(cut.chosen)):
                         return cut, LimitedBy.MEMORY
                     if cut.prefill_tokens + request.prefill_tokens > most_tokens:
                         return cut, LimitedBy.TIME
@@ -348,12 +352,12 @@ class BatchFormer:
     def _fair_tokens(self, lane: Lane, bucket: Bucket) -> float:
         """Returns this batch's part of what waits in the bucket, so that idle workers share it.
 
-        At least fill_tokens: below that a smaller batch is hardly faster.
+        At least min_batch_tokens: below that a smaller batch is hardly faster.
         """
         if self._fleet.num_open <= 1:
             return INFINITY
         _, tokens = self._lanes.of(lane).count(bucket)
-        return max(tokens / self._fleet.num_open, self._settings.fill_tokens)
+        return max(tokens / self._fleet.num_open, self._settings.min_batch_tokens)
 
     def _is_in_time(self, cut: _Cut, request: Request, worker: WorkerState, now_s: float, tpot_s: float) -> bool:
         """Whether the batch with one more request still meets its tightest TTFT, and that TPOT once it decodes."""

@@ -1,6 +1,8 @@
-"""Memory and places that batch-class requests give back: they may use all that is idle, and go when it is wanted.
+"""What batch class leaves to interactive requests, and what it gives back: it may use all that is idle.
 
-An interactive request that can still meet its target and finds no room anywhere takes it from those: at the worker
+Beside interactive requests it takes a part of a worker's memory and of its steps, or their prompts would wait for the
+one and be computed in slivers beside all that decodes. What it had before they came it keeps until it is wanted: an
+interactive request that can still meet its target and finds no room anywhere takes it from those: at the worker
 where least has to be computed again for it. Whoever was let go twice stays (core/preemption.py). HyGen (arXiv
 2501.14808) and ConServe (arXiv 2410.01228) share workers so between both classes.
 """
@@ -13,10 +15,43 @@ from collections.abc import Iterable, Mapping, Sequence
 from bucketserve.core.lifecycle import Life, Lifecycle, State
 from bucketserve.core.messages import PreemptAtWorker
 from bucketserve.core.preemption import loss
-from bucketserve.core.types import Request, RequestId, WorkerRole
+from bucketserve.core.types import Request, RequestClass, RequestId, WorkerRole
 from bucketserve.core.workers import WorkerState
 
-__all__ = ["Reclaimer"]
+__all__ = ["Reclaimer", "leaves_enough"]
+
+LEFT_SHARE = 0.5
+"""Of a worker's KV, and of the least TPOT promised there: batch class leaves so much beside interactive requests."""
+
+
+def leaves_enough(request: Request, worker: WorkerState, kv_tokens: int = 0, number: int = 0) -> bool:
+    """Whether a request may go to a worker as far as interactive ones are concerned; one of these always may.
+
+    Batch class shares no step with prompts that are left there: whoever comes next would wait for a longer one. Beside
+    interactive requests memory stays free as well, and decodes leave time to prompts.
+
+    Args:
+        request: who may go.
+        worker: where.
+        kv_tokens: what others need that go with it.
+        number: how many these are.
+    """
+    if request.request_class is RequestClass.INTERACTIVE:
+        return True
+    if worker.left_tokens():
+        return False
+    if len(worker.requests) == len(worker.batch_class):
+        return True
+    spare_tokens = worker.room - kv_tokens - LEFT_SHARE * worker.headroom.kv_total_tokens
+    # Most workers have none, and what a request needs costs more to ask.
+    if spare_tokens <= 0 or worker.kv_tokens(request) > spare_tokens:
+        return False
+    context_tokens = worker.context_tokens_held() + kv_tokens + worker.kv_tokens(request)
+    decode_s = worker.times.decode_s(worker.num_sequences() + number + 1, context_tokens)
+    least_s = worker.times.decode_s(0, 0)
+    # A target that nobody could keep asks for nothing.
+    tpot_s = min((tpot_s for tpot_s in worker.promised.values() if tpot_s > least_s), default=float("inf"))
+    return decode_s - least_s <= (1 - LEFT_SHARE) * (tpot_s - least_s)
 
 
 class Reclaimer:

@@ -79,10 +79,12 @@ class CoreSettings:
 
     is_time_aware: bool = True
     """Batches end where a larger one would miss its tightest TTFT, or a running decode's TPOT."""
-    fill_tokens: int = 256
+    fill_tokens: int = 2048
+    """A worker is given the next batch when fewer prompt tokens are left there than these, or than its step computes:
+    they share a step."""
+    min_batch_tokens: int = 256
     """Prompt tokens up to which a step takes hardly longer, since reading the weights takes most of the time. A batch
-    is not divided among idle workers below it, and a worker is given the next one when fewer are left there: they
-    share a step."""
+    is not divided among idle workers below it."""
 
     queue_order: QueueOrder = QueueOrder.SLACK
     cost_weight: float = 2.0
@@ -130,6 +132,7 @@ class CoreSettings:
                 ("small_batch_tokens", "at least 0", self.small_batch_tokens >= 0),
                 ("max_chunk_tokens", "at least 0", self.max_chunk_tokens >= 0),
                 ("fill_tokens", "at least 1", self.fill_tokens >= 1),
+                ("min_batch_tokens", "at least 1", self.min_batch_tokens >= 1),
                 ("cost_weight", "at least 0", self.cost_weight >= 0),
                 ("deferred_share", "in (0, 1)", 0 < self.deferred_share < 1),
                 ("late_kv_share", "in (0, 1]", 0 < self.late_kv_share <= 1),

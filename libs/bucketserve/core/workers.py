@@ -13,7 +13,10 @@ from bucketserve.core.settings import CoreSettings
 from bucketserve.core.step_times import StepTimes
 from bucketserve.core.types import Batch, BatchId, Headroom, Request, RequestClass, RequestId, WorkerId, WorkerRole
 
-__all__ = ["WorkerState", "serves"]
+__all__ = ["SHARED_S", "WorkerState", "serves"]
+
+SHARED_S = 0.15
+"""Most time that a batch which joins the end of another one takes with it."""
 
 
 def serves(request: Request, fingerprint: str, tokenizer: str, has_grammars: bool, adapters: frozenset[str]) -> bool:
@@ -322,7 +325,10 @@ class WorkerState:
         if small:
             is_long = self.backlog_tokens() > self.most_batch_tokens(settings)
             return is_long and bool(settings.small_batch_tokens) and len(self.outstanding) < 2
-        return self.left_tokens() < settings.fill_tokens
+        left = self.left_tokens()
+        if left and settings.is_time_aware and left * self.times.prefill_token_s() > SHARED_S:
+            return False
+        return left < min(settings.fill_tokens, self.most_batch_tokens(settings))
 
     def most_batch_tokens(self, settings: CoreSettings) -> int:
         """Returns the prompt tokens of a batch at most: no more than a step, or others would wait for the rest."""

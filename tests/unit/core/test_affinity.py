@@ -223,7 +223,7 @@ def test_first_come_first_served_stays_so() -> None:
     under_test.step(fleet(2), 0.0)
     homes = warm(under_test, 1, 2)
     assert places(submit(under_test, known("a", tail=300))) == {"a": homes[1]}
-    # It does not wait, and nothing behind it goes first.
+    # It does not wait for a worker whose step it may not join, and nothing behind it goes first.
     (batch,) = batches(submit(under_test, known("b", tail=300), known("c", 2, tail=300)))
     assert (batch.worker_id, batch.request_ids) == (homes[2], ("b", "c"))
 

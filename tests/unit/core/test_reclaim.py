@@ -26,12 +26,20 @@ from bucketserve.core.outputs import FEW, SAVE_S
 from bucketserve.core.preemption import loss
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule
-from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, RequestClass, RequestId, WorkerId, WorkerRole
+from bucketserve.core.types import (
+    MAX_PREEMPTIONS,
+    FinishReason,
+    RequestClass,
+    RequestId,
+    StepSample,
+    WorkerId,
+    WorkerRole,
+)
 from tests.builders import a_request, at, finished, joined, reported
 
 pytestmark = pytest.mark.usefixtures("all_that_may_be_is_expected")
 
-BATCH = RequestClass.BATCH
+BATCH, INTERACTIVE = RequestClass.BATCH, RequestClass.INTERACTIVE
 
 
 def core(**settings) -> SchedulerCore:
@@ -248,6 +256,94 @@ def test_one_whose_client_has_gone_is_on_its_way_out_already() -> None:
     under_test = busy(("a", 400), ("b", 400))
     under_test.step([RequestCancelled(RequestId("a"))], 0.15)
     assert let_go(under_test.step(urgent(), 0.2)) == [("w", "b")]
+
+
+# --- what it leaves ------------------------------------------------------------------------------------------------
+
+STEPS = tuple(
+    StepSample(
+        prefill_tokens=tokens,
+        decode_sequences=sequences,
+        decode_context_tokens=100 * sequences,
+        duration_s=0.01 + 0.001 * sequences + 0.0001 * tokens,
+    )
+    for sequences in range(1, 40)
+    for tokens in (0, 50, 100)
+)
+"""Of a worker that decodes n sequences in 10 + n ms."""
+
+
+def beside(
+    *, number: int = 1, tpot_slo_s: float | None = None, request_class: RequestClass = INTERACTIVE
+) -> SchedulerCore:
+    """A worker of 4,000 tokens that decodes that many requests of a hundred tokens."""
+    under_test = core()
+    names = tuple(f"i{i:02}" for i in range(number))
+    more = {"request_class": request_class, "tpot_slo_s": tpot_slo_s}
+    under_test.step([growing(free=4000), *submitted(*names, prompt_tokens=50, max_new_tokens=50, **more)], 0.0)
+    free = 4000 - 100 * number
+    under_test.step(begun("w", names, free=free, total=4000, steps=STEPS), 0.1)
+    return under_test
+
+
+@pytest.mark.parametrize(
+    ("tokens", "others", "is_sent"),
+    [
+        (1900, {}, True),
+        (2000, {}, False),
+        # All that is idle is theirs while nobody interactive is there.
+        (2000, {"request_class": BATCH}, True),
+        (3800, {"request_class": BATCH}, True),
+        (100, {"number": 21}, False),
+        # 16 sequences decode in 26 ms, of which 10 are any step's.
+        (100, {"number": 15}, True),
+        (100, {"number": 15, "tpot_slo_s": 0.045}, True),
+        (100, {"number": 15, "tpot_slo_s": 0.040}, False),
+        (100, {"number": 15, "tpot_slo_s": 0.040, "request_class": BATCH}, True),
+        # A target that is broken already is no leave to break it further; one that nobody could keep asks for nothing.
+        (100, {"number": 15, "tpot_slo_s": 0.020}, False),
+        (100, {"number": 15, "tpot_slo_s": 0.005}, True),
+    ],
+)
+def test_half_of_memory_and_of_a_tpot_is_left_to_interactive_ones(tokens: int, others: dict, is_sent: bool) -> None:
+    under_test = beside(**others)
+    decision = under_test.step(patient("a", prompt_tokens=tokens - 50, output=50), 0.2)
+    assert sent(decision) == ([("w", ("a",))] if is_sent else [])
+    # Whoever is interactive may go in any case.
+    assert ("w", ("u",)) in sent(under_test.step(urgent(), 0.2)) or is_sent
+
+
+def test_what_goes_together_leaves_as_much() -> None:
+    under_test = beside()
+    names = [f"b{i}" for i in range(9)]
+    decision = under_test.step(patient(*names, prompt_tokens=350, output=50), 0.2)
+    assert [len(batch) for _, batch in sent(decision)] == [4]
+    # The rest follows as soon as nobody interactive is there.
+    events = [finished("i00"), reported(free=2400, total=4000, last_assignment=2)]
+    assert [len(batch) for _, batch in sent(under_test.step(events, 0.3))] == [5]
+
+
+def test_batch_class_joins_no_step_of_prompts() -> None:
+    under_test = core()
+    under_test.step([growing(free=4000), *submitted("i", prompt_tokens=50, max_new_tokens=50)], 0.0)
+    assert sent(under_test.step(patient("a", prompt_tokens=50, output=50), 0.1)) == []
+    assert sent(under_test.step(urgent(arrival_s=0.1, ttft_slo_s=9.0), 0.1)) == [("w", ("u",))]
+    assert sent(under_test.step(begun("w", ("i",), free=3900, total=4000), 0.2)) == []
+    assert sent(under_test.step(begun("w", ("u",), 2, free=3800, total=4000), 0.3)) == [("w", ("a",))]
+
+
+def test_who_has_waited_for_its_patience_goes_in_its_turn_whatever_is_left() -> None:
+    for now_s, is_sent in ((10.0, False), (700.0, True)):
+        under_test = beside(number=15, tpot_slo_s=0.020)
+        under_test.step(patient("a", prompt_tokens=50, output=50, arrival_s=0.2), 0.2)
+        assert (sent(under_test.step([], now_s)) == [("w", ("a",))]) is is_sent
+
+
+def test_behind_a_late_interactive_one_it_leaves_as_much() -> None:
+    under_test = beside(number=15, tpot_slo_s=0.040)
+    late = submitted("late", prompt_tokens=50, max_new_tokens=50, ttft_slo_s=0.001, arrival_s=0.0)
+    decision = under_test.step([*patient("a", prompt_tokens=50, output=50), *late], 0.2)
+    assert sent(decision) == [("w", ("late",))]
 
 
 # --- the way back -------------------------------------------------------------------------------------------------

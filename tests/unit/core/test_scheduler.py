@@ -32,7 +32,7 @@ from bucketserve.core.types import (
     WorkerId,
 )
 from tests.builders import a_request, at, finished, joined, reported
-from tests.unit.core.cores import W, batches, core, of_kind, prefill_steps, resumed, submitted
+from tests.unit.core.cores import W, batches, core, of_kind, prefill_steps, prefilled, resumed, submitted
 
 pytestmark = pytest.mark.usefixtures("all_that_may_be_is_expected")
 
@@ -67,8 +67,9 @@ def test_least_slack_first_and_batch_class_last() -> None:
     under_test.step(submitted("relaxed", ttft_slo_s=5.0), 0.0)
     under_test.step(submitted("urgent", ttft_slo_s=0.5, arrival_s=1.0), 1.0)
     under_test.step(submitted("batch", request_class=RequestClass.BATCH), 1.0)
-    formed = batches(under_test.step([joined()], 1.0))
-    assert [batch.request_ids for batch in formed] == [("urgent", "relaxed"), ("batch",)]
+    (formed,) = batches(under_test.step([joined()], 1.0))
+    assert formed.request_ids == ("urgent", "relaxed")
+    assert [batch.request_ids for batch in batches(under_test.step([prefilled(formed)], 1.1))] == [("batch",)]
 
 
 def test_cancelling_in_the_queue_and_at_a_worker() -> None:

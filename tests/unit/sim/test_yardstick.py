@@ -216,8 +216,9 @@ def test_routing_by_prefix_spares_work_that_routing_without_does() -> None:
 
 def test_edges_give_back_what_padding_takes_where_prefill_is_the_bottleneck() -> None:
     def run(edges: str, cost: CostMode) -> Report:
+        # An engine that pads computes one batch at a time, and is given no more.
         experiment = Experiment(
-            policy=with_settings(find_policy("adaptive"), {"edges": edges}),
+            policy=with_settings(find_policy("adaptive"), {"edges": edges, "fill_tokens": "1"}),
             source="mixed",
             source_name="mixed",
             device=H100,
@@ -228,7 +229,7 @@ def test_edges_give_back_what_padding_takes_where_prefill_is_the_bottleneck() ->
             arrivals=Arrivals.GAMMA,
             burstiness_cv=3.0,
         )
-        return run_experiment(experiment, aggregated(4), 42.0)
+        return run_experiment(experiment, aggregated(4), 51.0)
 
     packed, apart, mixed = (
         run(edges, cost)
