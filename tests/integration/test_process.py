@@ -102,3 +102,25 @@ def test_what_is_ignored_stays_ignored() -> None:
     service.send_signal(signal.SIGTERM)
     assert service.wait(60) == 0
     service.communicate()
+
+
+def test_what_a_failed_start_held_goes_before_the_interpreter() -> None:
+    code = """
+import sys
+from bucketserve import process
+from bucketserve.core.errors import ModelLoadError
+
+class Server:
+    # As one of gRPC, which has lines of its own to say where it goes with the interpreter.
+    def __del__(self):
+        if sys.is_finalizing():
+            print("I was forgotten", file=sys.stderr)
+
+async def main(stop):
+    server = Server()
+    raise ModelLoadError("no such model")
+
+sys.exit(process.run_service(main, 0.0))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "error: no such model\n")
