@@ -238,7 +238,8 @@ class BatchFormer:
         if now_s < until_s:
             self._wake_at(until_s)
         else:
-            self.preemptions = self._reclaimer.room_for(request, self._fleet, self._settings.memory_reserve)
+            able = [worker for worker in self._fleet if worker.role is WorkerRole.BOTH]
+            self.preemptions = self._reclaimer.room_for(request, able, self._settings.memory_reserve)
 
     def _is_served(self, request: Request) -> bool:
         """Whether some worker here could be given the request: one that may only come, or leaves, holds nobody up."""

@@ -28,7 +28,8 @@ def leaves_enough(request: Request, worker: WorkerState, kv_tokens: int = 0, num
     """Whether a request may go to a worker as far as interactive ones are concerned; one of these always may.
 
     Batch class shares no step with prompts that are left there: whoever comes next would wait for a longer one. Beside
-    interactive requests memory stays free as well, and decodes leave time to prompts.
+    interactive requests memory stays free as well, and decodes leave time to prompts. Where only prompts are computed
+    memory stays free in any case, since what waits there for a decode worker can't be let go.
 
     Args:
         request: who may go.
@@ -40,12 +41,15 @@ def leaves_enough(request: Request, worker: WorkerState, kv_tokens: int = 0, num
         return True
     if worker.left_tokens():
         return False
-    if len(worker.requests) == len(worker.batch_class):
+    decodes = worker.role is not WorkerRole.PREFILL
+    if len(worker.requests) == len(worker.batch_class) and (decodes or not (worker.requests or number)):
         return True
     spare_tokens = worker.room - kv_tokens - LEFT_SHARE * worker.headroom.kv_total_tokens
     # Most workers have none, and what a request needs costs more to ask.
     if spare_tokens <= 0 or worker.kv_tokens(request) > spare_tokens:
         return False
+    if not decodes:
+        return True
     context_tokens = worker.context_tokens_held() + kv_tokens + worker.kv_tokens(request)
     decode_s = worker.times.decode_s(worker.num_sequences() + number + 1, context_tokens)
     least_s = worker.times.decode_s(0, 0)
@@ -65,7 +69,7 @@ class Reclaimer:
         """Returns whom to let go so that the request fits somewhere; nobody if that is not possible, or under way."""
         best: tuple[int, list[Life], WorkerState] | None = None
         for worker in workers:
-            if worker.role is not WorkerRole.BOTH or not worker.could_serve(request):
+            if not worker.could_serve(request):
                 continue
             if worker.kv_tokens(request) <= worker.room and worker.free_sequences() > 0:
                 return []

@@ -52,6 +52,7 @@ from bucketserve.core.messages import (
 )
 from bucketserve.core.patience import Patience
 from bucketserve.core.queue import Queue
+from bucketserve.core.reclaim import Reclaimer
 from bucketserve.core.roles import RoleBalancer
 from bucketserve.core.routing import Router
 from bucketserve.core.settings import CoreSettings, Placement
@@ -80,7 +81,8 @@ class SchedulerCore:
             if settings.placement is Placement.LATE
             else Router(settings, self._lanes, self._fleet, self._affinity)
         )
-        self._handover = Handover(self._fleet)
+        self._handover = Handover(self._fleet, settings.batch_patience_s)
+        self._reclaimer = Reclaimer(self._lives)
         self._roles = RoleBalancer(settings, self._fleet, self._lanes, self._handover)
         self._tenants = TenantBook()
         self._admission = Admission(settings, self._lanes, self._fleet, self._tenants)
@@ -454,13 +456,15 @@ class SchedulerCore:
         self._commands += self._former.preemptions
 
     def _hand_over(self, now_s: float) -> None:
-        pulls, stuck = self._handover.pulls(self._lives.held_at)
-        for pull in pulls:
+        found = self._handover.pulls(self._lives.held_at, now_s)
+        for pull in found.pulls:
             if life := self._lives.get(pull.request_id):
                 self._lives.pull(life, pull.target_id, pull.assignment)
                 self._patience.pulling(pull.request_id, now_s)
                 self._commands.append(pull)
-        for life, reason in self._patience.stuck(stuck, now_s):
+        if found.blocked is not None:
+            self._commands += self._reclaimer.room_for(*found.blocked, self._settings.memory_reserve)
+        for life, reason in self._patience.stuck(found.stuck, now_s):
             self._drop(life, reason, now_s)
 
     # --- the end ------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_requests_that_have_ended_leave_nothing_behind_a_deadline_that_is_near()
 
 
 def test_what_is_no_longer_held_leaves_nothing_behind_one_that_waits() -> None:
-    handover = Handover(Fleet(CoreSettings()))
+    handover = Handover(Fleet(CoreSettings()), 600.0)
     handover.ready(a_request("stays"), WorkerId("p"))
     for number in range(MANY):
         request = a_request(f"r{number}", arrival_s=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,14 @@ import pytest
 from bucketserve.core.messages import (
     BatchPrefilled,
     CancelAtWorker,
+    Command,
     DispatchBatch,
     Drop,
     DropReason,
     ForgetRequest,
     KvPulled,
     PlaceRequest,
+    PreemptAtWorker,
     PullKv,
     RefuseReason,
     RefuseRequest,
@@ -29,12 +32,13 @@ from bucketserve.core.messages import (
 from bucketserve.core.patience import PULL_S
 from bucketserve.core.scheduler import SchedulerCore
 from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
-from bucketserve.core.types import Batch, RequestClass, RequestId, WorkerId, WorkerRole
+from bucketserve.core.types import Batch, FinishReason, RequestClass, RequestId, WorkerId, WorkerRole
 from tests.builders import a_request, at, finished, joined, reported
 
 pytestmark = pytest.mark.usefixtures("all_that_may_be_is_expected")
 
 P, D = WorkerId("p"), WorkerId("d")
+BATCH, INTERACTIVE = RequestClass.BATCH, RequestClass.INTERACTIVE
 
 
 def world(decode_tokens: int = 1000) -> SchedulerCore:
@@ -45,8 +49,10 @@ def world(decode_tokens: int = 1000) -> SchedulerCore:
     return core
 
 
-def start(core: SchedulerCore, *names: str, prompt: int = 100, output: int = 300, now_s: float = 0.1) -> list[Batch]:
-    events = [RequestSubmitted(a_request(name, prompt, output, now_s)) for name in names]
+def start(
+    core: SchedulerCore, *names: str, prompt: int = 100, output: int = 300, now_s: float = 0.1, **more
+) -> list[Batch]:
+    events = [RequestSubmitted(a_request(name, prompt, output, now_s, **more)) for name in names]
     return [c.batch for c in core.step(events, now_s).commands if isinstance(c, DispatchBatch)]
 
 
@@ -376,3 +382,64 @@ def test_what_only_weights_without_a_decode_side_could_hold_holds_nobody_up() ->
             )
         commands = core.step([of("d2", WorkerRole.DECODE, "new", free=3000)], 110.0).commands
         assert [c.batch.worker_id for c in commands if isinstance(c, DispatchBatch)] == ["p2"], order
+
+
+# --- batch class ----------------------------------------------------------------------------------------------------
+
+
+def held(core: SchedulerCore, name: str, request_class: RequestClass, now_s: float) -> list[Command]:
+    """Has a request of 100 and 300 tokens computed at the prefill worker; returns what follows from its end."""
+    events = [RequestSubmitted(a_request(name, 100, 300, now_s, request_class=request_class))]
+    (batch,) = [c.batch for c in core.step(events, now_s).commands if isinstance(c, DispatchBatch)]
+    report = reported("p", free=500, total=500, last_assignment=batch.assignment)
+    return [c for c in core.step([prefilled(batch), report], now_s).commands if not isinstance(c, ForgetRequest)]
+
+
+def pulled(commands: Iterable[Command]) -> list[str]:
+    return [command.request_id for command in commands if isinstance(command, PullKv)]
+
+
+def test_batch_class_lets_interactive_ones_go_first() -> None:
+    core = world(decode_tokens=500)
+    assert pulled(held(core, "x", INTERACTIVE, 0.1)) == ["x"]
+    core.step([moved("x"), reported("d", free=400, total=500, last_assignment=1, num_running=1)], 0.2)
+    assert pulled(held(core, "b", BATCH, 0.3)) == []
+    assert pulled(held(core, "i", INTERACTIVE, 0.4)) == []
+    ends = [finished("x", "d", output_tokens=300), reported("d", free=500, total=500, last_assignment=1)]
+    assert pulled(core.step(ends, 0.5).commands) == ["i"]
+
+
+@pytest.mark.parametrize(("now_s", "names"), [(1.0, []), (700.0, ["b2"])])
+def test_batch_class_leaves_half_of_a_decode_worker_until_it_has_waited_for_its_patience(
+    now_s: float, names: list[str]
+) -> None:
+    core = world(decode_tokens=2000)
+    assert pulled(held(core, "x", INTERACTIVE, 0.1)) == ["x"]
+    core.step([moved("x"), reported("d", free=1900, total=2000, last_assignment=1, num_running=1)], 0.2)
+    assert pulled(held(core, "b1", BATCH, 0.3)) == ["b1"]
+    assert pulled(held(core, "b2", BATCH, 0.4)) == []
+    assert pulled(held(core, "i", INTERACTIVE, 0.5)) == ["i"]
+    assert pulled(core.step([reported("d", free=1900, total=2000, last_assignment=1)], now_s).commands) == names
+
+
+def test_batch_class_that_decodes_gives_way_to_what_waits_for_room() -> None:
+    core = world(decode_tokens=1000)
+    assert pulled([*held(core, "b1", BATCH, 0.1), *held(core, "b2", BATCH, 0.2)]) == ["b1", "b2"]
+    events = [moved("b1"), moved("b2", 2), reported("d", free=800, total=1000, last_assignment=2, num_running=2)]
+    core.step(events, 0.3)
+    gone = [c for c in held(core, "i", INTERACTIVE, 0.4) if isinstance(c, PreemptAtWorker)]
+    assert gone == [PreemptAtWorker(D, RequestId("b1"))]
+    # It is on its way out: nobody else has to go.
+    assert core.step([reported("d", free=800, total=1000, last_assignment=2, num_running=2)], 0.5).commands == ()
+    ended = finished("b1", "d", reason=FinishReason.PREEMPTED)
+    events = [ended, reported("d", free=900, total=1000, last_assignment=2, num_running=1)]
+    assert pulled(core.step(events, 0.6).commands) == ["i"]
+
+
+def test_batch_class_holds_half_of_a_prefill_worker_at_the_most() -> None:
+    core = world(decode_tokens=600)
+    sizes = [len(batch.request_ids) for batch in start(core, *"abcd", prompt=100, output=1, request_class=BATCH)]
+    assert sizes == [2]
+    # Alone, one may be as large as there is room.
+    core = world(decode_tokens=600)
+    assert [batch.request_ids for batch in start(core, "a", prompt=480, output=1, request_class=BATCH)] == [("a",)]
