@@ -97,9 +97,12 @@ class Handover:
             source = self._fleet.get(source_id)
             fingerprint = source.fingerprint if source is not None else ""
             yields = request.request_class is RequestClass.BATCH and key_s > now_s
-            is_full = fingerprint in (full_for_batch if yields else full)
+            if yields and fingerprint in full_for_batch:
+                # Many may wait so, and each would be compared with every worker.
+                passed_over.append(entry)
+                continue
             able = self._fleet.decoders(fingerprint, request.adapter)
-            target = None if is_full else _target(request, source_id, able, yields=yields)
+            target = _target(request, source_id, able, yields=yields) if fingerprint not in full else None
             if target is not None:
                 target.expect(request, _needs(request, source_id, target))
                 self._fleet.changed(target)

@@ -21,7 +21,8 @@ from bucketserve.core.workers import WorkerState
 __all__ = ["Reclaimer", "leaves_enough"]
 
 LEFT_SHARE = 0.5
-"""Of a worker's KV, and of the least TPOT promised there: batch class leaves so much beside interactive requests."""
+"""Of a worker's KV, and of the least TPOT promised there less a step without sequences: batch class leaves so much
+beside interactive requests."""
 
 
 def leaves_enough(request: Request, worker: WorkerState, kv_tokens: int = 0, number: int = 0) -> bool:
