@@ -128,7 +128,8 @@ class BatchFormer:
             # What is behind it in the lane could go before it for ever, each time that one of them fits.
             is_overdue = lane is Lane.DEFERRED and due_s + self._settings.batch_patience_s <= now_s
             may_save = lane is Lane.DEFERRED and is_its_turn and due_s <= now_s
-            able = [worker for worker in candidates if may_save or leaves_enough(first, worker)]
+            yields = first.request_class is RequestClass.BATCH and not may_save
+            able = [worker for worker in candidates if leaves_enough(first, worker)] if yields else candidates
             placed = self._placed(lane, bucket, first, able, now_s, may_save=may_save) if able else None
             if placed is None:
                 continue

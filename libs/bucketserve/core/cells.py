@@ -71,6 +71,8 @@ class WaitingCells:
         self._by_id: dict[RequestId, Waiting] = {}
         self.num_tokens = 0
         self._num_added = 0
+        self._heads: dict[Bucket, Key] = {}
+        """First keys of buckets that were asked for, as long as nothing says otherwise."""
 
     def __len__(self) -> int:
         """Number of waiting requests."""
@@ -101,6 +103,9 @@ class WaitingCells:
         self._by_id[request.request_id] = waiting
         self._cell_of(request.prefill_tokens).add(waiting)
         self.num_tokens += request.prefill_tokens
+        for bucket, head in self._heads.items():
+            if bucket.low <= request.prefill_tokens < bucket.high and waiting.key < head:
+                self._heads[bucket] = waiting.key
 
     def remove(self, request_id: RequestId) -> Request | None:
         """Removes a request, if it waits. Amortised O(log n)."""
@@ -109,6 +114,8 @@ class WaitingCells:
             return None
         self._cell_of(waiting.request.prefill_tokens).remove(request_id)
         self.num_tokens -= waiting.request.prefill_tokens
+        for bucket in [bucket for bucket, head in self._heads.items() if head == waiting.key]:
+            del self._heads[bucket]
         return waiting.request
 
     def extend(self, context_tokens: int) -> None:
@@ -129,6 +136,8 @@ class WaitingCells:
         for waiting in cell.members.values():
             (left if waiting.request.prefill_tokens < edge else right).add(waiting)
         self._cells[index : index + 1] = [left, right]
+        # Of buckets that are no more.
+        self._heads.clear()
         self._lows.insert(index + 1, edge)
 
     def count(self, bucket: Bucket) -> tuple[int, int]:
@@ -147,8 +156,13 @@ class WaitingCells:
         return total
 
     def head(self, bucket: Bucket) -> Key | None:
-        """Returns the key of a bucket's first request."""
-        return min((key for cell in self._of(bucket) if (key := cell.head()) is not None), default=None)
+        """Returns the key of a bucket's first request. O(cells) after that one has left."""
+        head = self._heads.get(bucket)
+        if head is None:
+            head = min((key for cell in self._of(bucket) if (key := cell.head()) is not None), default=None)
+            if head is not None:
+                self._heads[bucket] = head
+        return head
 
     def in_order(self, bucket: Bucket) -> Generator[Request, None, None]:
         """Yields a bucket's requests by key; close the generator before the cells are changed."""

@@ -120,11 +120,16 @@ class KvBook:
             insort(self._lines, line, key=_end_step)
 
     def _highest(self, without: Collection[RequestId]) -> int:
-        highest = base = 0
-        lines = (line for line in reversed(self._lines) if line.request.request_id not in without)
-        for number, line in enumerate(lines, start=1):
+        # Asked after nearly every event, over all that decode at a worker: no generator, no call of max.
+        highest = base = number = 0
+        for line in reversed(self._lines):
+            if without and line.request.request_id in without:
+                continue
+            number += 1
             base += line.request.prompt_tokens - line.join_step
-            highest = max(highest, base + number * line.end_step)
+            tokens = base + number * line.end_step
+            if tokens > highest:  # noqa: PLR1730
+                highest = tokens
         return highest
 
 

@@ -15,8 +15,8 @@ def can_take(request: Request, prefill_tokens: int, worker: WorkerState, setting
     """Whether a worker may be given the request now, of which it has to compute that many prompt tokens."""
     if worker.role is WorkerRole.DECODE or worker.is_saved:
         return False
-    # What fails most often, and costs least to ask, comes first.
-    if worker.kv_tokens(request) > worker.room or worker.free_sequences() < 1:
+    # What fails most often, and costs least to ask, comes first; no worker holds less of a request than its prompt.
+    if request.prompt_tokens > worker.room or worker.kv_tokens(request) > worker.room or worker.free_sequences() < 1:
         return False
     is_small = prefill_tokens <= worker.most_small_tokens(settings)
     if not (worker.has_place(settings, small=False) or (is_small and worker.has_place(settings, small=True))):

@@ -365,6 +365,8 @@ class WorkerState:
 
     def left_tokens(self) -> int:
         """Those of its backlog that are left when a batch that is sent now can begin: after the step under way."""
+        if not self.outstanding:
+            return 0
         return max(self.backlog_tokens() - self.headroom.computing_prefill_tokens, 0)
 
     def prefill_in_s(
