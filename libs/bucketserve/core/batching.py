@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from bucketserve.core.affinity import MAX_LOOKED_AT, Affinity
+from bucketserve.core.cells import Key
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
 from bucketserve.core.lanes import Lane, Lanes
@@ -15,7 +16,7 @@ from bucketserve.core.lifecycle import Lifecycle
 from bucketserve.core.messages import DispatchBatch, PreemptAtWorker
 from bucketserve.core.order import latest_start_s
 from bucketserve.core.placement import place
-from bucketserve.core.reclaim import Reclaimer, leaves_enough
+from bucketserve.core.reclaim import Reclaimer, has_more_than_its_part, leaves_enough
 from bucketserve.core.settings import CoreSettings, QueueOrder
 from bucketserve.core.types import Bucket, LimitedBy, Request, RequestClass, RequestId, WorkerRole
 from bucketserve.core.workers import SHARED_S, WorkerState
@@ -24,7 +25,8 @@ __all__ = ["BatchFormer", "Formed", "Former"]
 
 INFINITY = float("inf")
 RECLAIM_S = 0.2
-"""Batch-class requests go so long before one in time would be too late: until then others may end by themselves."""
+"""Batch-class requests go so long before one in time would be too late: until then others may end by themselves. For
+one that is late already they are looked at once in that time."""
 BESIDE_S = 0.1
 """A request goes beside a long prompt so long before it would be too late."""
 
@@ -49,6 +51,16 @@ class Former(Protocol):
     def form(self, now_s: float) -> Formed | None:
         """Returns the next batch; None if nothing may go now."""
         ...
+
+
+class _Head(NamedTuple):
+    """Whoever goes first out of a bucket of a lane; in order of when they are due."""
+
+    due_s: float
+    key: Key
+    request: Request
+    bucket: Bucket
+    lane: Lane
 
 
 @dataclass(slots=True)
@@ -85,6 +97,8 @@ class BatchFormer:
         self._saved: WorkerState | None = None
         """Takes nothing while this batch is formed (_save_for)."""
         self._reclaimer = Reclaimer(lives)
+        self._late_s = 0.0
+        """When batch-class requests may be let go for a late one."""
         self.preemptions: list[PreemptAtWorker] = []
         """Of this step."""
         self.wake_s: float | None = None
@@ -106,28 +120,39 @@ class BatchFormer:
     def _form(self, now_s: float) -> Formed | None:
         candidates = self._fleet.candidates()
         if not candidates:
-            if (first := self._first_in_time()) is not None:
-                self._reclaim(first, now_s)
+            for lane in (Lane.IN_TIME, Lane.LATE):
+                for head in self._heads([lane])[:1]:
+                    self._reclaim(head.request, lane, now_s)
             return None
-        lanes = self._lanes.in_turn()
-        for lane in lanes:
-            if formed := self._form_from(lane, candidates, now_s, is_its_turn=lane is lanes[0]):
+        groups = self._lanes.in_turn()
+        for lanes in groups:
+            if formed := self._form_from(lanes, candidates, now_s, is_its_turn=lanes is groups[0]):
                 return formed
         return None
 
+    def _heads(self, lanes: Iterable[Lane]) -> list[_Head]:
+        """Returns the first request of each bucket of these lanes, the first to be due before others."""
+        heads: list[_Head] = []
+        for lane in lanes:
+            cells = self._lanes.of(lane)
+            for bucket in self._edges.buckets:
+                if (key := cells.head(bucket)) is None:
+                    continue
+                request, due_s = cells.get(RequestId(key[2])), key[0]
+                assert request is not None  # a head waits
+                if request.is_resumed and lane is Lane.BATCH:
+                    # It is at the head of its lane, which is no reason yet to keep a worker for it.
+                    due_s = request.arrival_s + self._settings.batch_patience_s
+                heads.append(_Head(due_s, key, request, bucket, lane))
+        return sorted(heads)
+
     def _form_from(
-        self, lane: Lane, candidates: Sequence[WorkerState], now_s: float, *, is_its_turn: bool
+        self, lanes: Iterable[Lane], candidates: Sequence[WorkerState], now_s: float, *, is_its_turn: bool
     ) -> Formed | None:
-        cells = self._lanes.of(lane)
-        heads = sorted((key, bucket) for bucket in self._edges.buckets if (key := cells.head(bucket)) is not None)
-        for key, bucket in heads:
-            first = cells.get(RequestId(key[2]))
-            assert first is not None  # a head waits
-            # A resumed one is at the head of its lane, which is no reason yet to keep a worker for it.
-            due_s = first.arrival_s + self._settings.batch_patience_s if first.is_resumed else key[0]
-            # What is behind it in the lane could go before it for ever, each time that one of them fits.
-            is_overdue = lane is Lane.DEFERRED and due_s + self._settings.batch_patience_s <= now_s
-            may_save = lane is Lane.DEFERRED and is_its_turn and due_s <= now_s
+        for due_s, _, first, bucket, lane in self._heads(lanes):
+            # What is behind it could go before it for ever, each time that one of them fits.
+            is_overdue = lane is not Lane.IN_TIME and due_s + self._settings.batch_patience_s <= now_s
+            may_save = lane is not Lane.IN_TIME and is_its_turn and due_s <= now_s
             yields = first.request_class is RequestClass.BATCH and not may_save
             able = [worker for worker in candidates if leaves_enough(first, worker)] if yields else candidates
             placed = self._placed(lane, bucket, first, able, now_s, may_save=may_save) if able else None
@@ -137,15 +162,13 @@ class BatchFormer:
             if worker is None:
                 if self._settings.queue_order is QueueOrder.FCFS and self._is_served(first):
                     return None
-                if lane is Lane.IN_TIME:
-                    self._reclaim(first, now_s)
+                self._reclaim(first, lane, now_s)
                 if may_save:
                     self._save_for(first, candidates)
                 if is_overdue and self._is_served(first):
                     return None
                 continue
-            is_late = lane is Lane.DEFERRED and first.request_class is RequestClass.INTERACTIVE
-            if is_late and not worker.may_take_late(first, self._settings.late_kv_share):
+            if lane is Lane.LATE and not worker.may_take_late(first, self._settings.late_kv_share):
                 continue
             has_place = worker.has_place(self._settings, small=False)
             if not (self._may_share(first, worker, now_s) if has_place else self._would_be_late(first, now_s)):
@@ -156,7 +179,7 @@ class BatchFormer:
                     self._save(worker)
                 continue
             cut, limited_by = self._cut(lane, bucket, first, worker, now_s)
-            if is_late:
+            if lane is Lane.LATE:
                 worker.late.update((request.request_id, worker.kv_tokens(request)) for request in cut.chosen)
             return Formed(self._fleet.give(worker, cut.chosen, bucket, limited_by), cut.chosen, lane)
         return None
@@ -221,26 +244,28 @@ class BatchFormer:
                     return (head if worker is None else request), worker
         return head, None
 
-    def _first_in_time(self) -> Request | None:
-        """Returns the first request of the lane of those in time."""
-        cells = self._lanes.of(Lane.IN_TIME)
-        keys = (key for bucket in self._edges.buckets if (key := cells.head(bucket)) is not None)
-        first = min(keys, default=None)
-        return None if first is None else cells.get(RequestId(first[2]))
+    def _reclaim(self, request: Request, lane: Lane, now_s: float) -> None:
+        """Lets batch-class requests go for an interactive one that fits nowhere and can't wait; for one in a step.
 
-    def _reclaim(self, request: Request, now_s: float) -> None:
-        """Lets batch-class requests go for an interactive one that fits nowhere and can't wait; for one in a step."""
-        if self.preemptions or request.request_class is not RequestClass.INTERACTIVE or request.is_resumed:
+        For one that is late only now and then, and only where batch class has more than its part.
+        """
+        if self.preemptions or request.request_class is not RequestClass.INTERACTIVE:
             return
         if not any(worker.batch_class for worker in self._fleet):
             return
-        prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
-        until_s = latest_start_s(request, self._settings, prefill_s) - RECLAIM_S
-        if now_s < until_s:
-            self._wake_at(until_s)
+        able = [worker for worker in self._fleet if worker.role is WorkerRole.BOTH]
+        if lane is Lane.LATE:
+            if now_s < self._late_s:
+                return
+            self._late_s = now_s + RECLAIM_S
+            able = [worker for worker in able if has_more_than_its_part(worker)]
         else:
-            able = [worker for worker in self._fleet if worker.role is WorkerRole.BOTH]
-            self.preemptions = self._reclaimer.room_for(request, able, self._settings.memory_reserve)
+            prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
+            until_s = latest_start_s(request, self._settings, prefill_s) - RECLAIM_S
+            if now_s < until_s:
+                self._wake_at(until_s)
+                return
+        self.preemptions = self._reclaimer.room_for(request, able, self._settings.memory_reserve)
 
     def _is_served(self, request: Request) -> bool:
         """Whether some worker here could be given the request: one that may only come, or leaves, holds nobody up."""

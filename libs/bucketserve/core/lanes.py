@@ -1,9 +1,10 @@
-"""Two lanes of waiting requests: those that can still meet their target, and the rest.
+"""Lanes of waiting requests: those that can still meet their target, and the deferred ones.
 
 Serving late requests first makes the next ones late as well, until everybody is. So an interactive request that can't
-meet its TTFT any more is deferred, as batch-class requests are from the start. Deferred requests take what the lane in
-time leaves, and are owed a share of all tokens dispatched while both lanes wait: that bounds how long they can be kept
-waiting. If the queue's order is first come, first served, there is one lane.
+meet its TTFT any more is deferred, as batch-class requests are from the start; each of the two kinds has a lane, since
+what holds up the first of one says nothing about the other. Deferred requests take what those in time leave, and are
+owed a share of all tokens dispatched while both wait: that bounds how long they can be kept waiting. If the queue's
+order is first come, first served, there is one lane.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from bucketserve.core.cells import WaitingCells
 from bucketserve.core.due import DueTimes
 from bucketserve.core.types import Bucket, Request, RequestId
 
-__all__ = ["Lane", "Lanes"]
+__all__ = ["DEFERRED", "Lane", "Lanes"]
 
 
 class Lane(enum.Enum):
     """Where a request waits."""
 
     IN_TIME = "in_time"
-    DEFERRED = "deferred"
+    LATE = "late"
+    """Interactive, and can't meet its target any more."""
+    BATCH = "batch"
+
+
+DEFERRED = (Lane.LATE, Lane.BATCH)
 
 
 class Lanes:
@@ -46,6 +52,11 @@ class Lanes:
         return sum(cells.num_tokens for cells in self._cells.values())
 
     @property
+    def num_deferred(self) -> int:
+        """Number of those that wait behind the lane in time."""
+        return sum(len(self._cells[lane]) for lane in DEFERRED)
+
+    @property
     def num_in_time_tokens(self) -> int:
         """Prefill tokens of the requests that can still meet their target."""
         return self._cells[Lane.IN_TIME].num_tokens
@@ -62,8 +73,8 @@ class Lanes:
         return None
 
     def add(self, request: Request, order_key: float, late_s: float | None) -> None:
-        """Adds a request. late_s: when it can't meet its target any more; None: it has none, and is deferred now."""
-        lane = Lane.DEFERRED if late_s is None else Lane.IN_TIME
+        """Adds a request. late_s: when it can't meet its target any more; None: it is of batch class, and has none."""
+        lane = Lane.BATCH if late_s is None else Lane.IN_TIME
         self._cells[lane].add(request, order_key)
         if late_s is not None and late_s < float("inf"):
             self._late.set(request.request_id, late_s)
@@ -77,26 +88,26 @@ class Lanes:
         return None
 
     def defer_late(self, now_s: float) -> None:
-        """Moves requests to the deferred lane that can't meet their target any more. O(log n) for each, once."""
+        """Moves requests to the lane of the late that can't meet their target any more. O(log n) for each, once."""
         in_time = self._cells[Lane.IN_TIME]
         while (late_s := self._late.next_s()) is not None and late_s < now_s:
             request_id = self._late.pop()
             request, key = in_time.get(request_id), in_time.key(request_id)
             if request is not None and key is not None:
                 in_time.remove(request_id)
-                self._cells[Lane.DEFERRED].add(request, key[0])
+                self._cells[Lane.LATE].add(request, key[0])
 
-    def in_turn(self) -> tuple[Lane, ...]:
-        """Returns the lanes that have requests, the one whose turn it is first."""
-        lanes = tuple(lane for lane in Lane if len(self._cells[lane]))
-        return lanes[::-1] if len(lanes) > 1 and self._owed > 0 else lanes
+    def in_turn(self) -> tuple[tuple[Lane, ...], ...]:
+        """Returns the lane in time and the deferred ones, as far as they have requests, whose turn it is first."""
+        groups = tuple(group for group in ((Lane.IN_TIME,), DEFERRED) if any(len(self._cells[lane]) for lane in group))
+        return groups[::-1] if self._owed > 0 else groups
 
     def dispatched(self, lane: Lane, tokens: int) -> None:
-        """Books tokens that went to a worker; what a lane gets while the other is empty costs it nothing."""
-        if lane is Lane.DEFERRED:
+        """Books tokens that went to a worker; what goes while nobody else waits costs nothing."""
+        if lane is not Lane.IN_TIME:
             if len(self._cells[Lane.IN_TIME]):
                 self._owed -= tokens * (1 - self._share)
-        elif len(self._cells[Lane.DEFERRED]):
+        elif self.num_deferred:
             self._owed += tokens * self._share
 
     def extend(self, context_tokens: int) -> None:

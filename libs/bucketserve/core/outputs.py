@@ -22,7 +22,9 @@ BOUNDS = tuple(round(2 ** (cell / 2)) for cell in range(1, NUM_CELLS + 1))
 FEW = 20
 """Below so many samples of a kind all kinds of its class are asked together; below that again nothing is known."""
 UNKNOWN_SHARE = 0.25
-"""Of what it may generate, for a request of a kind of which nothing is known."""
+"""Of what it may generate, for an interactive request of a kind of which nothing is known. Batch class counts in full:
+a job begins all at once, and if it grows beyond what was thought, all of it is let go until nobody may be let go any
+more (core/preemption.py), and nothing is left to give to others."""
 MOST = 1_000
 """At so many samples of a kind its counts are halved: what outputs are like changes."""
 SAVE_S = 10.0
@@ -88,7 +90,9 @@ class OutputBook:
 
         One that is longer than any before counts with twice what it has.
         """
-        most, likely = request.max_new_tokens, int(request.max_new_tokens * UNKNOWN_SHARE)
+        most = likely = request.max_new_tokens
+        if request.request_class is RequestClass.INTERACTIVE:
+            likely = int(most * UNKNOWN_SHARE)
         for kind in (_kind(request), request.request_class.value):
             counts = self._counts.get(kind)
             if counts is not None and counts.total >= FEW:

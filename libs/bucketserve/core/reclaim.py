@@ -1,10 +1,11 @@
 """What batch class leaves to interactive requests, and what it gives back: it may use all that is idle.
 
 Beside interactive requests it takes a part of a worker's memory and of its steps, or their prompts would wait for the
-one and be computed in slivers beside all that decodes. What it had before they came it keeps until it is wanted: an
-interactive request that can still meet its target and finds no room anywhere takes it from those: at the worker
-where least has to be computed again for it. Whoever was let go twice stays (core/preemption.py). HyGen (arXiv
-2501.14808) and ConServe (arXiv 2410.01228) share workers so between both classes.
+one and be computed in slivers beside all that decodes. Of the memory that it had before they came it keeps what nobody
+wants: an interactive request that finds no room anywhere takes it at the worker where least has to be computed again
+for it; one that is late already takes only what is beyond batch class's part. What decodes beyond its part of the steps
+is let go as soon as an interactive request comes there. Whoever was let go twice stays (core/preemption.py). HyGen
+(arXiv 2501.14808) and ConServe (arXiv 2410.01228) share workers so between both classes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bucketserve.core.preemption import loss
 from bucketserve.core.types import Request, RequestClass, RequestId, WorkerRole
 from bucketserve.core.workers import WorkerState
 
-__all__ = ["Reclaimer", "leaves_enough"]
+__all__ = ["Reclaimer", "has_more_than_its_part", "leaves_enough"]
 
 LEFT_SHARE = 0.5
 """Of a worker's KV, and of the least TPOT promised there less a step without sequences: batch class leaves so much
@@ -52,11 +53,21 @@ def leaves_enough(request: Request, worker: WorkerState, kv_tokens: int = 0, num
     if not decodes:
         return True
     context_tokens = worker.context_tokens_held() + kv_tokens + worker.kv_tokens(request)
-    decode_s = worker.times.decode_s(worker.num_sequences() + number + 1, context_tokens)
+    return worker.times.decode_s(worker.num_sequences() + number + 1, context_tokens) <= _most_decode_s(worker)
+
+
+def has_more_than_its_part(worker: WorkerState) -> bool:
+    """Whether batch class holds more of a worker's KV than it leaves to interactive requests."""
+    held = sum(worker.kv.tokens(request_id) for request_id in worker.batch_class)
+    return held > (1 - LEFT_SHARE) * worker.headroom.kv_total_tokens
+
+
+def _most_decode_s(worker: WorkerState) -> float:
+    """Returns how long a step may take that leaves what batch class leaves there."""
     least_s = worker.times.decode_s(0, 0)
     # A target that nobody could keep asks for nothing.
     tpot_s = min((tpot_s for tpot_s in worker.promised.values() if tpot_s > least_s), default=float("inf"))
-    return decode_s - least_s <= (1 - LEFT_SHARE) * (tpot_s - least_s)
+    return least_s + (1 - LEFT_SHARE) * (tpot_s - least_s)
 
 
 class Reclaimer:
@@ -87,10 +98,23 @@ class Reclaimer:
         if best is None:
             return []
         _, victims, worker = best
-        chosen = _needed(request, worker, reserve, victims, self._leaving(worker))
-        for life in chosen:
-            life.is_leaving = True
-        return [PreemptAtWorker(worker.worker_id, life.request.request_id) for life in chosen]
+        return _let_go(worker, _needed(request, worker, reserve, victims, self._leaving(worker)))
+
+    def time_for(self, requests: Iterable[Request], worker: WorkerState) -> list[PreemptAtWorker]:
+        """Returns whom to let go at a worker that was given the requests, so that what decodes leaves them time."""
+        comes = any(request.request_class is RequestClass.INTERACTIVE for request in requests)
+        if not (comes and worker.batch_class) or worker.role is WorkerRole.PREFILL:
+            return []
+        leaving, most_s = self._leaving(worker), _most_decode_s(worker)
+        number = worker.num_sequences() - len(leaving)
+        tokens = worker.context_tokens_held() - sum(worker.tokens_held(request) for request in leaving.values())
+        chosen: list[Life] = []
+        for life in self._movable(worker) if worker.times.decode_s(number, tokens) > most_s else ():
+            number, tokens = number - 1, tokens - worker.tokens_held(life.request)
+            chosen.append(life)
+            if worker.times.decode_s(number, tokens) <= most_s:
+                break
+        return _let_go(worker, chosen)
 
     def _leaving(self, worker: WorkerState) -> dict[RequestId, Request]:
         """Returns the requests there that were told to go."""
@@ -102,6 +126,18 @@ class Reclaimer:
         leaving = self._leaving(worker)
         if _has_room(request, worker, reserve, leaving):
             return []
+        able = self._movable(worker)
+
+        def is_enough(number: int) -> bool:
+            gone = {life.request.request_id: life.request for life in able[:number]}
+            return _has_room(request, worker, reserve, leaving | gone)
+
+        if not able or not is_enough(len(able)):
+            return None
+        return able[: bisect_left(range(len(able)), True, lo=1, key=is_enough)]
+
+    def _movable(self, worker: WorkerState) -> list[Life]:
+        """Returns those of batch class there that may be let go, the cheapest first."""
         able: list[tuple[tuple[bool, int, int], RequestId, Life]] = []
         for request_id in worker.batch_class:
             life = self._lives.in_state(request_id, State.PREFILL, State.DECODE)
@@ -115,15 +151,13 @@ class Reclaimer:
             if cost is not None:
                 able.append((cost, request_id, life))
         able.sort(key=lambda one: one[:2])
+        return [life for _, _, life in able]
 
-        def is_enough(number: int) -> bool:
-            gone = {request_id: life.request for _, request_id, life in able[:number]}
-            return _has_room(request, worker, reserve, leaving | gone)
 
-        if not able or not is_enough(len(able)):
-            return None
-        number = bisect_left(range(len(able)), True, lo=1, key=is_enough)
-        return [life for _, _, life in able[:number]]
+def _let_go(worker: WorkerState, lives: Sequence[Life]) -> list[PreemptAtWorker]:
+    for life in lives:
+        life.is_leaving = True
+    return [PreemptAtWorker(worker.worker_id, life.request.request_id) for life in lives]
 
 
 def _needed(

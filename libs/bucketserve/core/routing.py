@@ -11,7 +11,7 @@ from contextlib import closing
 from bucketserve.core.affinity import Affinity
 from bucketserve.core.batching import Formed
 from bucketserve.core.fleet import Fleet
-from bucketserve.core.lanes import Lanes
+from bucketserve.core.lanes import Lane, Lanes
 from bucketserve.core.messages import PreemptAtWorker
 from bucketserve.core.settings import CoreSettings, Placement
 from bucketserve.core.types import Bucket, LimitedBy, Request, WorkerId, WorkerRole
@@ -37,7 +37,7 @@ class Router:
     def form(self, now_s: float) -> Formed | None:
         """Returns the first request that some worker may serve, and where it goes; None if there is none."""
         everything = Bucket(0, self._lanes.context_tokens + 1)
-        for lane in self._lanes.in_turn():
+        for lane in Lane:
             with closing(self._lanes.of(lane).in_order(everything)) as ordered:
                 for waiting in ordered:
                     if (worker := self._choose(waiting)) is None:

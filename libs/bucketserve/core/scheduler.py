@@ -449,10 +449,11 @@ class SchedulerCore:
             for request in formed.requests:
                 self._dequeue(request.request_id)
             self._lives.dispatch(formed.requests, batch)
-            if worker := self._fleet.get(batch.worker_id):
-                self._lanes.dispatched(formed.lane, worker.share_tokens(formed.requests))
             self._waste.add(batch)
             self._commands.append(formed.command)
+            if worker := self._fleet.get(batch.worker_id):
+                self._lanes.dispatched(formed.lane, worker.share_tokens(formed.requests))
+                self._commands += self._reclaimer.time_for(formed.requests, worker)
         self._commands += self._former.preemptions
 
     def _hand_over(self, now_s: float) -> None:
@@ -462,6 +463,8 @@ class SchedulerCore:
                 self._lives.pull(life, pull.target_id, pull.assignment)
                 self._patience.pulling(pull.request_id, now_s)
                 self._commands.append(pull)
+                if target := self._fleet.get(pull.target_id):
+                    self._commands += self._reclaimer.time_for([life.request], target)
         if found.blocked is not None:
             self._commands += self._reclaimer.room_for(*found.blocked, self._settings.memory_reserve)
         for life, reason in self._patience.stuck(found.stuck, now_s):

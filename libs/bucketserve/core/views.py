@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bucketserve.core.edges import EdgeChooser
 from bucketserve.core.fleet import Fleet
-from bucketserve.core.lanes import Lane, Lanes
+from bucketserve.core.lanes import Lanes
 from bucketserve.core.lifecycle import Lifecycle
 from bucketserve.core.types import Bucket, WorkerId, WorkerRole
 from bucketserve.core.waste import Waste, WasteBook
@@ -45,7 +45,7 @@ def view(lanes: Lanes, edges: EdgeChooser, lives: Lifecycle, fleet: Fleet, waste
     return CoreView(
         buckets=tuple(BucketView(bucket, *lanes.count(bucket)) for bucket in edges.buckets),
         num_waiting=len(lanes),
-        num_deferred=len(lanes.of(Lane.DEFERRED)),
+        num_deferred=lanes.num_deferred,
         num_running=lives.num_at_workers,
         predicted_waste=edges.predicted_waste(),
         observed_waste=waste.observed(),

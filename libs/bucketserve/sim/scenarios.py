@@ -169,6 +169,17 @@ SCENARIOS: Mapping[str, Scenario] = {
             alone="interactive",
         ),
         Scenario(
+            name="job-before-chat",
+            source="vllm#6077",
+            right="interactive requests that come where a batch job has filled everything are served as if it were not",
+            cohorts=(
+                Cohort(name="job", number=300, prompt=400, output=1000, spread=0.5, is_batch=True),
+                Cohort(name="interactive", number=200, prompt=800, output=150, spread=0.5, start_s=60.0, gap_s=0.4),
+            ),
+            alone="interactive",
+            device="a100-80gb-13b",
+        ),
+        Scenario(
             name="costly-client",
             source="vllm#37594",
             right="a client's eight sequences with logprobs leave the neighbours' TTFT as it is (76 to 423 times it); "

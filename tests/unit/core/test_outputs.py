@@ -61,7 +61,8 @@ def test_of_few_samples_those_of_the_class_count_and_of_fewer_none() -> None:
     under_test.ended(a_request(prompt_tokens=5), 8)
     assert under_test.expected(REQUEST) == 8
     batch_class = a_request(request_class=RequestClass.BATCH, max_new_tokens=500)
-    assert under_test.expected(batch_class) == UNKNOWN_SHARE * 500
+    # Of batch class as well; a job begins all at once, and counts in full until then.
+    assert under_test.expected(batch_class) == 500
 
 
 def test_kinds_are_apart_by_length_of_prompt_and_class() -> None:

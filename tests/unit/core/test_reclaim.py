@@ -74,7 +74,7 @@ def running(under_test: SchedulerCore, worker: str = "w", **requests) -> None:
 
 def begun(worker: str, names: tuple[str, ...], assignment: int = 1, **more) -> list[Event]:
     ids = tuple(RequestId(name) for name in names)
-    report = reported(worker, last_assignment=assignment, num_running=len(names), **more)
+    report = reported(worker, last_assignment=assignment, **{"num_running": len(names), **more})
     return [BatchPrefilled(worker_id=WorkerId(worker), assignment=assignment, request_ids=ids), report]
 
 
@@ -148,13 +148,33 @@ def test_nobody_goes_where_that_is_not_enough() -> None:
     assert let_go(under_test.step(urgent(prompt_tokens=200, output=100), 0.2)) == []
 
 
-def test_nobody_goes_for_batch_class_nor_for_what_is_late_already_nor_where_there_is_room() -> None:
+def test_nobody_goes_for_batch_class_nor_where_there_is_room() -> None:
     under_test = busy(("a", 400), ("b", 400))
     assert let_go(under_test.step(patient("c", arrival_s=0.2), 0.2)) == []
-    late = submitted("u", prompt_tokens=100, max_new_tokens=100, ttft_slo_s=0.5)
-    assert let_go(under_test.step(late, 0.6)) == []
     under_test.step([growing("w2")], 0.7)
     assert let_go(under_test.step(urgent("v"), 0.8)) == []
+
+
+@pytest.mark.parametrize(("tokens", "others", "gone"), [(400, 300, ["a"]), (600, 0, ["a"]), (400, 0, [])])
+def test_for_one_that_is_late_goes_only_what_batch_class_has_beyond_its_part(
+    tokens: int, others: int, gone: list[str]
+) -> None:
+    under_test = core()
+    events = [growing(), *patient("a", prompt_tokens=tokens - 100, output=100)]
+    events += patient("b", prompt_tokens=others - 100, output=100) if others else []
+    batches = [c.batch for c in under_test.step(events, 0.0).commands if isinstance(c, DispatchBatch)]
+    under_test.step(begun("w", batches[0].request_ids, free=1000 - tokens, total=1000), 0.1)
+    # What they were still to generate when they began they have by now.
+    report = reported(free=1000 - tokens - others, last_assignment=1, num_decode_steps=99, num_running=2)
+    under_test.step([report], 0.5)
+    late = submitted("u", prompt_tokens=900 - tokens, max_new_tokens=101, ttft_slo_s=0.5)
+    assert let_go(under_test.step(late, 0.6)) == [("w", name) for name in gone]
+
+
+def test_for_a_stream_that_was_broken_off_batch_class_goes() -> None:
+    under_test = busy(("a", 400), ("b", 400))
+    back = a_request("u.2", 100, 100, 0.0, is_resumed=True, ttft_slo_s=0.5)
+    assert let_go(under_test.step([RequestResumed(back)], 30.0)) == [("w", "a")]
 
 
 def test_nobody_else_goes_while_enough_are_going() -> None:
@@ -344,6 +364,47 @@ def test_behind_a_late_interactive_one_it_leaves_as_much() -> None:
     late = submitted("late", prompt_tokens=50, max_new_tokens=50, ttft_slo_s=0.001, arrival_s=0.0)
     decision = under_test.step([*patient("a", prompt_tokens=50, output=50), *late], 0.2)
     assert sent(decision) == [("w", ("late",))]
+
+
+@pytest.mark.parametrize(
+    ("tpot_slo_s", "gone"),
+    [
+        # 31 sequences decode in 41 ms, of which 10 are any step's.
+        (0.080, 0),
+        (0.060, 6),
+        (0.040, 16),
+        (0.012, 30),
+        # Nobody could keep that, or asks for anything.
+        (0.005, 0),
+        (None, 0),
+    ],
+)
+def test_what_decodes_beyond_its_part_goes_when_an_interactive_one_comes(tpot_slo_s: float | None, gone: int) -> None:
+    under_test = beside(number=30, request_class=BATCH)
+    decision = under_test.step(urgent("u", prompt_tokens=100, output=10, tpot_slo_s=tpot_slo_s), 0.2)
+    assert sent(decision) == [("w", ("u",))]
+    # By what is reported each holds more than by what is known of it.
+    assert gone <= len(let_go(decision)) <= 1.2 * gone
+    # Those are on their way: another one more goes for another one.
+    more = let_go(under_test.step(urgent("v", prompt_tokens=10, output=10, tpot_slo_s=tpot_slo_s), 0.2))
+    assert len(more) <= bool(0 < gone < 30)
+
+
+def test_what_decodes_stays_where_only_its_like_comes() -> None:
+    under_test = beside(number=15, tpot_slo_s=0.040)
+    assert sent(under_test.step(patient("a", prompt_tokens=50, output=50), 700.0)) == [("w", ("a",))]
+    under_test.step(begun("w", ("a",), 2, num_running=16, free=2400, total=4000), 700.1)
+    # It is one more than there should be.
+    decision = under_test.step(patient("b", prompt_tokens=50, output=50, arrival_s=1.0), 1400.0)
+    assert (sent(decision), let_go(decision)) == ([("w", ("b",))], [])
+
+
+def test_batch_class_that_was_let_go_and_waits_holds_up_no_late_one() -> None:
+    under_test = beside(number=15, tpot_slo_s=0.040)
+    back = a_request("old.2", 50, 50, 0.0, request_class=BATCH, is_resumed=True, num_preemptions=1)
+    assert sent(under_test.step([RequestResumed(back)], 0.2)) == []
+    late = submitted("late", prompt_tokens=50, max_new_tokens=50, ttft_slo_s=0.001, arrival_s=0.2)
+    assert sent(under_test.step(late, 0.3)) == [("w", ("late",))]
 
 
 # --- the way back -------------------------------------------------------------------------------------------------

@@ -131,6 +131,14 @@ def test_a_batch_job_uses_what_interactive_waves_leave_and_costs_them_little() -
     assert found["adaptive", "job"].tokens_per_s > 1.1 * found["chunked-edf", "job"].tokens_per_s
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_batch_job_that_was_there_first_gives_way(seed: int) -> None:
+    found = {row.cohort: row for row in run_scenario(SCENARIOS["job-before-chat"], ["adaptive"], seed)}
+    assert found["interactive"].slo_attainment >= 0.95
+    assert found["interactive"].ttft_max_s < 3.0
+    assert found["job"].max_evictions <= 2
+
+
 def test_the_command_compares_policies(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     status, out, _ = run_command("sim", "--compare", "adaptive,chunked", *SHORT, "--seeds", "2", "--json", str(file))
