@@ -149,10 +149,11 @@ class BatchFormer:
     def _form_from(
         self, lanes: Iterable[Lane], candidates: Sequence[WorkerState], now_s: float, *, is_its_turn: bool
     ) -> Formed | None:
-        for due_s, _, first, bucket, lane in self._heads(lanes):
+        for head in self._heads(lanes):
+            first, bucket, lane = head.request, head.bucket, head.lane
             # What is behind it could go before it for ever, each time that one of them fits.
-            is_overdue = lane is not Lane.IN_TIME and due_s + self._settings.batch_patience_s <= now_s
-            may_save = lane is not Lane.IN_TIME and is_its_turn and due_s <= now_s
+            is_overdue = lane is not Lane.IN_TIME and head.due_s + self._settings.batch_patience_s <= now_s
+            may_save = lane is not Lane.IN_TIME and is_its_turn and head.due_s <= now_s
             yields = first.request_class is RequestClass.BATCH and not may_save
             able = [worker for worker in candidates if leaves_enough(first, worker)] if yields else candidates
             placed = self._placed(lane, bucket, first, able, now_s, may_save=may_save) if able else None

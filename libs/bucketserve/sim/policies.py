@@ -86,6 +86,9 @@ def as_in_the_table(policy: PolicySpec) -> PolicySpec:
     if policy.settings is None:
         return policy
     settings = replace(policy.settings, **TABLE_SETTINGS)
+    if settings.is_time_aware:
+        # Where no steps are shared, batches sized by time are better one after the other; Algorithm 1's are not.
+        settings = replace(settings, fill_tokens=1)
     return core_policy(
         policy.name, policy.summary, settings, policy.layouts, mode=replace(TABLE_MODE, kv=policy.mode.kv)
     )
