@@ -109,7 +109,9 @@ def jobs_of(seeds: Sequence[int], traces: Path | None) -> list[Job]:
                 jobs.append(Job("capacity", policy, policy, workload, seed))
             jobs.append(Job("capacity-padded", policy, policy, "mixed", seed, cost="padded"))
             jobs.append(Job("capacity-95", policy, policy, "mixed", seed, target=0.95))
-            jobs.append(Job("offline", policy, policy, "mixed", seed, rate=1000.0, num_requests=2000))
+            # Nobody is in time there, and who is late may hold all of the memory.
+            late = (("late_kv_share", "1.0"),) if policy == "adaptive" else ()
+            jobs.append(Job("offline", policy, policy, "mixed", seed, rate=1000.0, num_requests=2000, settings=late))
         for label, settings in ABLATIONS.items():
             for cost in ("packed", "padded"):
                 name = f"ablation-{cost}"

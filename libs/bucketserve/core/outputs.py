@@ -88,9 +88,12 @@ class OutputBook:
     def expected(self, request: Request, generated: int = 0) -> int:
         """Returns how many tokens a request is likely to generate, of which it has that many; at most what it may.
 
-        One that is longer than any before counts with twice what it has.
+        One that is longer than any before counts with twice what it has; one that was let go before in full: it may be
+        let go only once more.
         """
         most = likely = request.max_new_tokens
+        if request.num_preemptions:
+            return most
         if request.request_class is RequestClass.INTERACTIVE:
             likely = int(most * UNKNOWN_SHARE)
         for kind in (_kind(request), request.request_class.value):

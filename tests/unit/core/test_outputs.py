@@ -65,6 +65,12 @@ def test_of_few_samples_those_of_the_class_count_and_of_fewer_none() -> None:
     assert under_test.expected(batch_class) == 500
 
 
+def test_one_that_was_let_go_before_counts_in_full() -> None:
+    under_test = book([8] * FEW)
+    assert under_test.expected(a_request(max_new_tokens=500)) == 8
+    assert under_test.expected(a_request(max_new_tokens=500, num_preemptions=1), generated=3) == 500
+
+
 def test_kinds_are_apart_by_length_of_prompt_and_class() -> None:
     under_test = book([8] * FEW, prompt_tokens=100)
     for _ in range(FEW):
