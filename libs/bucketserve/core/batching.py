@@ -254,18 +254,17 @@ class BatchFormer:
             return
         if not any(worker.batch_class for worker in self._fleet):
             return
+        prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
+        until_s = latest_start_s(request, self._settings, prefill_s) - RECLAIM_S
+        if now_s < until_s:
+            self._wake_at(until_s)
+            return
         able = [worker for worker in self._fleet if worker.role is WorkerRole.BOTH]
         if lane is Lane.LATE:
             if now_s < self._late_s:
                 return
             self._late_s = now_s + RECLAIM_S
             able = [worker for worker in able if has_more_than_its_part(worker)]
-        else:
-            prefill_s = self._fleet.times.prefill_s(request.prefill_tokens)
-            until_s = latest_start_s(request, self._settings, prefill_s) - RECLAIM_S
-            if now_s < until_s:
-                self._wake_at(until_s)
-                return
         self.preemptions = self._reclaimer.room_for(request, able, self._settings.memory_reserve)
 
     def _is_served(self, request: Request) -> bool:

@@ -15,7 +15,7 @@ from bucketserve.core.cells import WaitingCells
 from bucketserve.core.due import DueTimes
 from bucketserve.core.types import Bucket, Request, RequestId
 
-__all__ = ["DEFERRED", "Lane", "Lanes"]
+__all__ = ["Lane", "Lanes"]
 
 
 class Lane(enum.Enum):

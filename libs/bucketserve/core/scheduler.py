@@ -55,7 +55,7 @@ from bucketserve.core.queue import Queue
 from bucketserve.core.reclaim import Reclaimer
 from bucketserve.core.roles import RoleBalancer
 from bucketserve.core.routing import Router
-from bucketserve.core.settings import CoreSettings, Placement
+from bucketserve.core.settings import CoreSettings, Placement, QueueOrder
 from bucketserve.core.tenants import TenantBook
 from bucketserve.core.types import NO_WORKER_RETRY_S, FinishReason, Request, RequestId, RunningRequest, WorkerId
 from bucketserve.core.views import CoreView, view
@@ -453,7 +453,7 @@ class SchedulerCore:
             self._commands.append(formed.command)
             if worker := self._fleet.get(batch.worker_id):
                 self._lanes.dispatched(formed.lane, worker.share_tokens(formed.requests))
-                self._commands += self._reclaimer.time_for(formed.requests, worker)
+                self._make_time(formed.requests, worker)
         self._commands += self._former.preemptions
 
     def _hand_over(self, now_s: float) -> None:
@@ -464,11 +464,16 @@ class SchedulerCore:
                 self._patience.pulling(pull.request_id, now_s)
                 self._commands.append(pull)
                 if target := self._fleet.get(pull.target_id):
-                    self._commands += self._reclaimer.time_for([life.request], target)
+                    self._make_time([life.request], target)
         if found.blocked is not None:
             self._commands += self._reclaimer.room_for(*found.blocked, self._settings.memory_reserve)
         for life, reason in self._patience.stuck(found.stuck, now_s):
             self._drop(life, reason, now_s)
+
+    def _make_time(self, requests: Sequence[Request], worker: WorkerState) -> None:
+        """Lets batch class go where it leaves too little time to interactive requests, unless arrival alone counts."""
+        if self._settings.queue_order is QueueOrder.SLACK:
+            self._commands += self._reclaimer.time_for(requests, worker)
 
     # --- the end ------------------------------------------------------------------------------------------------
 

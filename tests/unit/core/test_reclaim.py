@@ -25,7 +25,7 @@ from bucketserve.core.messages import (
 from bucketserve.core.outputs import FEW, SAVE_S
 from bucketserve.core.preemption import loss
 from bucketserve.core.scheduler import SchedulerCore
-from bucketserve.core.settings import CoreSettings, EdgeRule
+from bucketserve.core.settings import CoreSettings, EdgeRule, QueueOrder
 from bucketserve.core.types import (
     MAX_PREEMPTIONS,
     FinishReason,
@@ -294,10 +294,10 @@ STEPS = tuple(
 
 
 def beside(
-    *, number: int = 1, tpot_slo_s: float | None = None, request_class: RequestClass = INTERACTIVE
+    *, number: int = 1, tpot_slo_s: float | None = None, request_class: RequestClass = INTERACTIVE, **settings
 ) -> SchedulerCore:
     """A worker of 4,000 tokens that decodes that many requests of a hundred tokens."""
-    under_test = core()
+    under_test = core(**settings)
     names = tuple(f"i{i:02}" for i in range(number))
     more = {"request_class": request_class, "tpot_slo_s": tpot_slo_s}
     under_test.step([growing(free=4000), *submitted(*names, prompt_tokens=50, max_new_tokens=50, **more)], 0.0)
@@ -388,6 +388,12 @@ def test_what_decodes_beyond_its_part_goes_when_an_interactive_one_comes(tpot_sl
     # Those are on their way: another one more goes for another one.
     more = let_go(under_test.step(urgent("v", prompt_tokens=10, output=10, tpot_slo_s=tpot_slo_s), 0.2))
     assert len(more) <= bool(0 < gone < 30)
+
+
+def test_nobody_goes_where_only_arrival_counts() -> None:
+    under_test = beside(number=30, request_class=BATCH, queue_order=QueueOrder.FCFS)
+    decision = under_test.step(urgent("u", prompt_tokens=100, output=10, tpot_slo_s=0.012), 0.2)
+    assert (sent(decision), let_go(decision)) == ([("w", ("u",))], [])
 
 
 def test_what_decodes_stays_where_only_its_like_comes() -> None:
