@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 from bucketserve.core.waste import Waste
 
@@ -16,6 +17,10 @@ __all__ = ["LengthHistogram", "best_edges", "edges_cost", "expected_waste"]
 
 BUCKET_PENALTY = 0.02
 """A further bucket must save this share of the whole cost of one bucket: buckets split the supply of batches."""
+
+
+FADED_SHARE = 1e-4
+"""Lengths with less than this share of the weight are forgotten: a long one would count with its length for ever."""
 
 
 class LengthHistogram:
@@ -71,9 +76,8 @@ def best_edges(histogram: LengthHistogram, *, max_buckets: int, min_share: float
     if total <= 0:
         return (histogram.highs[-1],), 0.0
     least = min_share * total
-    used = [i for i in range(n) if histogram.counts[i] > 0]
     # Only the ends of bins in use can be edges worth having.
-    ends = [0, *(i + 1 for i in used[:-1]), n]
+    ends = [0, *(i + 1 for i in prefix.used[:-1]), n]
     whole = prefix.cost(0, n)
     penalty = BUCKET_PENALTY * whole
     infinity = float("inf")
@@ -132,11 +136,15 @@ class _Prefix:
     """Prefix sums, for the cost of a range of bins in O(1)."""
 
     def __init__(self, histogram: LengthHistogram) -> None:
+        least = FADED_SHARE * sum(histogram.counts)
+        self.used = [i for i, count in enumerate(histogram.counts) if count > least]
+        counts, tokens = ([0.0] * len(histogram.counts) for _ in range(2))
         # The longest length below each bin's end: in a range with requests it is the range's longest.
-        self._longest = [0]
-        for longest in histogram.longest:
-            self._longest.append(longest or self._longest[-1])
-        self.count, self._tokens = _sums(histogram.counts), _sums(histogram.tokens)
+        longest = [0] * len(counts)
+        for i in self.used:
+            counts[i], tokens[i], longest[i] = histogram.counts[i], histogram.tokens[i], histogram.longest[i]
+        self._longest = [0, *accumulate(longest, max)]
+        self.count, self._tokens = _sums(counts), _sums(tokens)
 
     def cost(self, start: int, end: int) -> float:
         count = self.count[end] - self.count[start]
@@ -146,7 +154,4 @@ class _Prefix:
 
 
 def _sums(values: Sequence[float]) -> list[float]:
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    return sums
+    return list(accumulate(values, initial=0.0))

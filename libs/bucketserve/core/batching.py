@@ -153,10 +153,12 @@ class BatchFormer:
             first, bucket, lane = head.request, head.bucket, head.lane
             # What is behind it could go before it for ever, each time that one of them fits.
             is_overdue = lane is not Lane.IN_TIME and head.due_s + self._settings.batch_patience_s <= now_s
-            may_save = lane is not Lane.IN_TIME and is_its_turn and head.due_s <= now_s
-            yields = first.request_class is RequestClass.BATCH and not may_save
+            is_due = lane is not Lane.IN_TIME and head.due_s <= now_s
+            may_save = is_due and is_its_turn
+            # Once it is due it goes wherever it fits, or under lasting load it never would.
+            yields = first.request_class is RequestClass.BATCH and not is_due
             able = [worker for worker in candidates if leaves_enough(first, worker)] if yields else candidates
-            placed = self._placed(lane, bucket, first, able, now_s, may_save=may_save) if able else None
+            placed = self._placed(lane, bucket, first, able, now_s, may_save=may_save, yields=yields) if able else None
             if placed is None:
                 continue
             first, worker = placed
@@ -194,12 +196,16 @@ class BatchFormer:
         now_s: float,
         *,
         may_save: bool,
+        yields: bool,
     ) -> tuple[Request, WorkerState | None] | None:
-        """Returns who goes next out of a bucket that begins with `first`, and where; None if all should wait."""
+        """Returns who goes next out of a bucket that begins with `first`, and where; None if all should wait.
+
+        may_save: `first` may have a worker saved for it; yields: they leave to interactive ones what is theirs.
+        """
         if self._affinity.knows(first):
 
             def may_join(request: Request, worker: WorkerState) -> bool:
-                return (may_save or leaves_enough(request, worker)) and self._may_share(request, worker, now_s)
+                return (not yields or leaves_enough(request, worker)) and self._may_share(request, worker, now_s)
 
             cells = self._lanes.of(lane)
             with closing(cells.in_order(bucket)) as ordered:
@@ -214,7 +220,7 @@ class BatchFormer:
             worker = self._place(first, candidates, now_s)
         if worker is None and _is_bound(first, candidates):
             # Those that may serve it are not among the least loaded.
-            able = [w for w in self._fleet if w.could_serve(first) and (may_save or leaves_enough(first, w))]
+            able = [w for w in self._fleet if w.could_serve(first) and (not yields or leaves_enough(first, w))]
             worker = self._place(first, able, now_s)
         if worker is None and _is_bound(first, candidates):
             if may_save:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from bucketserve.core.messages import DispatchBatch
 from bucketserve.core.outputs import OutputBook
@@ -38,8 +38,8 @@ class _Ranking:
             self._heap = [entry for entry in self._heap if self._is_current(entry)]
             heapq.heapify(self._heap)
 
-    def first(self, number: int, fingerprint: str | None = None, adapter: str = "") -> list[WorkerState]:
-        """Returns the first workers whose entry is current, of one fingerprint and with that adapter, or of any."""
+    def first(self, number: int, suits: Callable[[WorkerState], bool] | None = None) -> list[WorkerState]:
+        """Returns the first workers whose entry is current, of those that suit."""
         found: list[WorkerState] = []
         entries = []
         heap = self._heap
@@ -48,8 +48,7 @@ class _Ranking:
             if self._is_current(entry):
                 entries.append(entry)
                 worker = self._workers[entry[1]]
-                is_like = fingerprint is None or worker.fingerprint == fingerprint
-                if is_like and (not adapter or adapter in worker.adapters):
+                if suits is None or suits(worker):
                     found.append(worker)
         for entry in entries:
             heapq.heappush(heap, entry)
@@ -104,7 +103,7 @@ class Fleet:
         self.fingerprints: set[str] = set()
         """Those of its workers."""
         self.is_computing = False
-        """Whether any worker that stays computes prompts."""
+        """Whether any worker computes new prompts: one that stays, and whose KV somebody goes on with."""
         self.num_counted = 0
         """Changes so far of who is there, and in which role."""
 
@@ -215,6 +214,10 @@ class Fleet:
         self._count_all()
         self.changed(worker)
 
+    def resized(self) -> None:
+        """Notes that a worker's memory has another size than before."""
+        self._count_all()
+
     def set_adapters(self, worker: WorkerState, adapters: frozenset[str]) -> None:
         """Notes which adapters a worker has from now on."""
         worker.adapters = adapters
@@ -265,9 +268,7 @@ class Fleet:
 
     def could_decode(self, request: Request, fingerprint: str) -> bool:
         """Whether a worker that takes over what others of its fingerprint prefilled could hold the request if empty."""
-        able = [worker for worker in self if worker.goes_on and worker.fingerprint == fingerprint]
-        if request.adapter:
-            able = [worker for worker in able if request.adapter in worker.adapters]
+        able = [worker for worker in self if worker.goes_on and _takes_over(worker, request, fingerprint)]
         decoders = [worker for worker in able if worker.role is WorkerRole.DECODE]
         others = [worker for worker in able if worker.role is WorkerRole.BOTH]
         return any(worker.could_hold(request) for worker in decoders or others)
@@ -282,22 +283,23 @@ class Fleet:
         found += [worker for worker in roomiest if worker not in found]
         return found + self._for_small.first(CANDIDATES) + self._for_bound.first(CANDIDATES)
 
-    def decoders(self, fingerprint: str, adapter: str = "") -> list[WorkerState]:
-        """Returns a fingerprint's decode workers with the most free KV; where there is none, those that do both.
+    def decoders(self, request: Request, fingerprint: str) -> list[WorkerState]:
+        """Returns the decode workers with the most free KV that could go on with a request prefilled at a fingerprint.
 
-        With an adapter only those that have it.
-
-        The latter take what was prefilled before the roles changed, or they would leave it where it is for ever.
+        Where there is none, those that do both: they take what was prefilled before the roles changed, or they would
+        leave it where it is for ever.
         """
-        found = self._decoders.first(CANDIDATES, fingerprint, adapter)
-        return found or self._all_round.first(CANDIDATES, fingerprint, adapter)
+
+        def suits(worker: WorkerState) -> bool:
+            return _takes_over(worker, request, fingerprint)
+
+        return self._decoders.first(CANDIDATES, suits) or self._all_round.first(CANDIDATES, suits)
 
     def _count_all(self) -> None:
         self.num_counted += 1
         self.fingerprints = {worker.fingerprint for worker in self._workers.values()}
-        self.is_computing = any(w.stays and w.role is not WorkerRole.DECODE for w in self._workers.values())
         self._count_last()
-        self._count_adapters()
+        self._count_decodable()
         self.kv_total_tokens, self._starting = 0, {}
         for worker in self._workers.values():
             size = min(worker.headroom.kv_total_tokens, worker.context_tokens)
@@ -317,19 +319,21 @@ class Fleet:
             if (worker.decodable_tokens, worker.bound_tokens) != tokens:
                 worker.decodable_tokens, worker.bound_tokens = tokens
                 self.changed(worker)
+        self.is_computing = any(worker.takes_new for worker in self._workers.values())
 
-    def _count_adapters(self) -> None:
-        """Finds the adapters of those that decode what others prefilled."""
-        found: dict[WorkerRole, dict[str, frozenset[str]]] = {role: {} for role in WorkerRole}
+    def _count_decodable(self) -> None:
+        """Finds what those can do that decode what others prefilled: their adapters, and whether there are grammars."""
+        adapters: dict[str, frozenset[str]] = {}
+        with_grammars = set[str]()
         for worker in self._workers.values():
-            if worker.goes_on:
-                of_role = found[worker.role]
-                of_role[worker.fingerprint] = of_role.get(worker.fingerprint, frozenset()) | worker.adapters
-        # As in _decoded_by; but one who has it and does both takes over where no decoder has it (decoders).
+            if worker.goes_on and worker.role is not WorkerRole.PREFILL:
+                # One that does both takes over where no decoder could (decoders).
+                adapters[worker.fingerprint] = adapters.get(worker.fingerprint, frozenset()) | worker.adapters
+                if worker.has_grammars:
+                    with_grammars.add(worker.fingerprint)
         for worker in self._workers.values():
-            worker.decodable_adapters = frozenset().union(
-                *(found[role].get(worker.fingerprint, ()) for role in (WorkerRole.DECODE, WorkerRole.BOTH))
-            )
+            worker.decodable_adapters = adapters.get(worker.fingerprint, frozenset())
+            worker.has_decodable_grammars = worker.fingerprint in with_grammars
 
     def _count_last(self) -> None:
         """Finds the workers that leave and do what nobody who stays could do for their fingerprint."""
@@ -342,6 +346,11 @@ class Fleet:
             if worker.is_last != is_last:
                 worker.is_last = is_last
                 self.changed(worker)
+
+
+def _takes_over(worker: WorkerState, request: Request, fingerprint: str) -> bool:
+    """Whether a worker that decodes goes on with a request prefilled at a fingerprint."""
+    return worker.fingerprint == fingerprint and serves(request, *worker.kind)
 
 
 def _replace(role: WorkerRole, roles: Collection[WorkerRole]) -> bool:

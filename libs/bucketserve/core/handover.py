@@ -101,7 +101,7 @@ class Handover:
                 # Many may wait so, and each would be compared with every worker.
                 passed_over.append(entry)
                 continue
-            able = self._fleet.decoders(fingerprint, request.adapter)
+            able = self._fleet.decoders(request, fingerprint)
             target = _target(request, source_id, able, yields=yields) if fingerprint not in full else None
             if target is not None:
                 target.expect(request, _needs(request, source_id, target))

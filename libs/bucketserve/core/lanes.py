@@ -106,7 +106,8 @@ class Lanes:
         """Books tokens that went to a worker; what goes while nobody else waits costs nothing."""
         if lane is not Lane.IN_TIME:
             if len(self._cells[Lane.IN_TIME]):
-                self._owed -= tokens * (1 - self._share)
+                # What was had in advance counts up to a request: after hours of it nobody would be owed anything.
+                self._owed = max(self._owed - tokens * (1 - self._share), -self.context_tokens)
         elif self.num_deferred:
             self._owed += tokens * self._share
 

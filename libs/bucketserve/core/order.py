@@ -20,6 +20,8 @@ from bucketserve.core.types import Request, RequestClass
 
 __all__ = ["latest_start_s", "order_key"]
 
+MOST_COST_S = 60.0
+"""How far a request may be behind others because it is costly: after a burst that could be many minutes."""
 TOKEN_S = 0.002
 """SJF/LJF: how much later or earlier a prompt token makes a batch-class request count."""
 
@@ -41,7 +43,7 @@ def order_key(
         return request.arrival_s
     if request.request_class is RequestClass.INTERACTIVE:
         slack_s = latest_start_s(request, settings, prefill_s) - request.arrival_s
-        return request.arrival_s + slack_s + settings.cost_weight * cost_s + lead_s
+        return request.arrival_s + slack_s + min(settings.cost_weight * cost_s, MOST_COST_S) + lead_s
     length_s = request.prefill_tokens * TOKEN_S
     sign = -1.0 if settings.batch_order is BatchOrder.LJF else 1.0
     # LJF brings long ones forward, but never before their arrival.

@@ -143,8 +143,8 @@ class Reclaimer:
             life = self._lives.in_state(request_id, State.PREFILL, State.DECODE)
             if life is None or life.is_cancelled or life.is_leaving:
                 continue
-            if life.assignment > worker.headroom.last_assignment:
-                # The order could come before the request has.
+            if life.state is State.PREFILL and life.assignment > worker.headroom.last_assignment:
+                # The order could come before the request has; what decodes is there.
                 continue
             held = worker.tokens_held(life.request)
             cost = loss(is_batch=True, num_preemptions=life.request.num_preemptions, num_tokens=held)

@@ -220,6 +220,11 @@ class SchedulerCore:
     def _resume(self, request: Request, now_s: float) -> None:
         life = self._lives.get(request.request_id)
         if life is None or life.state is State.PARKED:
+            if life is not None and (life.request.tenant, life.request.request_class) != (
+                request.tenant,
+                request.request_class,
+            ):
+                raise ValueError("said again as another tenant's or class's")
             self._admit(self._affinity.expected(request), now_s)
 
     def _admit(self, request: Request, now_s: float) -> None:
@@ -294,10 +299,14 @@ class SchedulerCore:
         worker = self._fleet.get(event.worker_id)
         if worker is None:
             return
+        is_same_size = event.headroom.kv_total_tokens == worker.headroom.kv_total_tokens
         worker.report(event.headroom)
         worker.is_delivering = event.is_delivering
         for sample in event.steps:
             self._fleet.learn(worker, sample)
+        if not is_same_size:
+            # After a shortage of memory: what it can't hold any more waits for another, or for that to pass.
+            self._fleet.resized()
         self._fleet.changed(worker)
 
     def _prefilled(self, event: BatchPrefilled) -> None:

@@ -1,7 +1,8 @@
 """Tenants share by tokens that they use, not by requests: virtual token counters, as start tags.
 
 Each tenant has a counter of weighted tokens; one that comes back after a pause starts at the least counter of those
-that wait, so that nobody saves up (Virtual Token Counter, arXiv 2401.00588). Since keys are fixed at admission, the
+that wait, or of who waited last if nobody does, so that nobody saves up (Virtual Token Counter, arXiv 2401.00588,
+algorithm 2). Since keys are fixed at admission, the
 lead of a tenant over the furthest behind of the others that wait becomes part of its request's key (start-time fair
 queueing). A tenant alone has no lead. A request is charged with what its tenant's outputs are like when it enters, and
 with what it really used when it ends; further attempts are free.
@@ -39,6 +40,8 @@ class TenantBook:
         self._tenants: dict[str, _Tenant] = {}
         self._mean_output: float | None = None
         """Of all tenants, for those of which nothing is known."""
+        self._last_counter = 0.0
+        """Of the tenant that was the last to have something waiting, when it had no more."""
         self._charged: dict[RequestId, float] = {}
         """Of each open request that was charged."""
         self._behind: list[tuple[float, str]] = []
@@ -81,6 +84,8 @@ class TenantBook:
         known = self._tenants[request.tenant]
         known.num_waiting -= 1
         known.waiting_tokens -= request.prefill_tokens
+        if not known.num_waiting:
+            self._last_counter = known.counter
 
     def ended(self, request: Request, output_tokens: int | None, *, has_run: bool) -> None:
         """Charges a request that has ended with what it used.
@@ -137,7 +142,7 @@ class TenantBook:
     def _floor(self) -> float:
         """Where a tenant starts that had nothing waiting."""
         least = self._least()
-        return 0.0 if least is None else least
+        return self._last_counter if least is None else least
 
     def _forget_overtaken(self) -> None:
         """Forgets tenants without a request that would start at the others' counter if they came back."""

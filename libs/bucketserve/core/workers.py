@@ -62,6 +62,8 @@ class WorkerState:
     """Fingerprints of those that it has."""
     decodable_adapters: frozenset[str] = frozenset()
     """Those of workers of its fingerprint that decode what others prefilled (core/fleet.py)."""
+    has_decodable_grammars: bool = False
+    """Whether one of those has grammars."""
     generation: int = 0
     """Counts up with each fingerprint that is new to the fleet: new requests prefer the newest."""
     times: StepTimes = field(default_factory=StepTimes)
@@ -130,11 +132,11 @@ class WorkerState:
     @property
     def kind(self) -> tuple[str, str, bool, frozenset[str]]:
         """Fingerprint, tokenizer, whether there are grammars, and adapters: what decides whom it may serve."""
-        adapters = self.adapters
+        has_grammars, adapters = self.has_grammars, self.adapters
         if self.role is WorkerRole.PREFILL:
             # Somebody has to go on with what it computes.
-            adapters &= self.decodable_adapters
-        return self.fingerprint, self.tokenizer, self.has_grammars, adapters
+            has_grammars, adapters = has_grammars and self.has_decodable_grammars, adapters & self.decodable_adapters
+        return self.fingerprint, self.tokenizer, has_grammars, adapters
 
     @property
     def stays(self) -> bool:

@@ -90,6 +90,18 @@ def test_deferred_requests_get_their_share_while_both_lanes_wait(share: float, s
         assert -max(sizes) <= share * sum(tokens.values()) - tokens[Lane.BATCH] <= max(sizes)
 
 
+def test_what_the_deferred_had_in_advance_is_forgotten_but_for_a_request() -> None:
+    lanes = Lanes(1000, 0.02)
+    lanes.add(a_request("urgent"), 1.0, late_s=1.0)
+    lanes.add(a_request("patient"), 1.0, late_s=None)
+    for _ in range(1000):
+        lanes.dispatched(Lane.LATE, 1000)
+    lanes.dispatched(Lane.IN_TIME, 49_000)
+    assert lanes.in_turn()[0] == (Lane.IN_TIME,)
+    lanes.dispatched(Lane.IN_TIME, 2_000)
+    assert Lane.BATCH in lanes.in_turn()[0]
+
+
 seconds = st.floats(0, 100)
 
 
@@ -109,6 +121,9 @@ def test_in_a_lane_nothing_that_arrives_after_a_request_s_key_goes_before_it(
     names = ("prefill_s", "cost_s", "lead_s")
     key = order_key(request, config, **dict(zip(names, own, strict=True)))
     assert key >= request.arrival_s
+    # However many wait, what it costs them puts it off by no more than a minute.
+    dear = order_key(request, config, prefill_s=own[0], cost_s=1e9, lead_s=own[2])
+    assert dear <= order_key(request, config, prefill_s=own[0], lead_s=own[2]) + 60.0
     if other.arrival_s > key:
         assert order_key(other, config, **dict(zip(names, others, strict=True))) > key
 

@@ -226,6 +226,19 @@ def test_a_late_large_request_is_not_starved_by_small_ones() -> None:
     assert [batch.request_ids for batch in batches(done)] == [("large",), ("s3",)]
 
 
+def test_batch_class_that_is_due_goes_whatever_is_left_to_interactive_ones() -> None:
+    under_test = core(batch_patience_s=10.0)
+    under_test.step([joined(free=1000), *submitted("runs", prompt_tokens=500, max_new_tokens=100)], 0.0)
+    busy = reported(free=500, total=1000, last_assignment=1, num_running=1, waiting_prefill_tokens=50)
+    patient = submitted("patient", arrival_s=0.1, request_class=RequestClass.BATCH)
+    # One in time waits for memory all the while: it is never the turn of those that are deferred.
+    large = submitted("large", prompt_tokens=600, arrival_s=0.1, ttft_slo_s=1000.0)
+    assert batches(under_test.step([busy, *patient, *large], 0.1)) == []
+    assert batches(under_test.step([busy], 10.0)) == []
+    (late,) = batches(under_test.step([busy], 10.2))
+    assert late.request_ids == ("patient",)
+
+
 def test_batches_are_cut_from_one_bucket() -> None:
     under_test = core(edges=EdgeRule.ADAPTIVE)
     events = [*submitted("a", "b"), *submitted("long", prompt_tokens=700), joined(free=4000)]

@@ -9,7 +9,7 @@ from bucketserve.core.messages import WorkerJoined
 from bucketserve.core.settings import CoreSettings
 from bucketserve.core.types import WorkerId, WorkerRole
 from bucketserve.core.workers import WorkerState
-from tests.builders import joined
+from tests.builders import a_request, joined
 
 
 def join(fleet: Fleet, event: WorkerJoined) -> None:
@@ -29,15 +29,15 @@ def test_rankings_do_not_grow_with_changes_while_the_best_worker_stays() -> None
     rankings = [value for value in vars(fleet).values() if hasattr(value, "_heap")]
     assert len(rankings) == 6
     assert max(len(ranking._heap) for ranking in rankings) < 100
-    assert [worker.worker_id for worker in fleet.decoders("")] == ["idle-decode", "busy-decode"]
+    assert [worker.worker_id for worker in fleet.decoders(a_request("r"), "")] == ["idle-decode", "busy-decode"]
 
 
 def test_without_decode_workers_those_that_do_both_decode() -> None:
     fleet = Fleet(CoreSettings())
     join(fleet, replace(joined("p", free=500), role=WorkerRole.PREFILL))
-    assert fleet.decoders("") == []
+    assert fleet.decoders(a_request("r"), "") == []
     join(fleet, replace(joined("b", free=500), role=WorkerRole.BOTH))
-    assert [worker.worker_id for worker in fleet.decoders("")] == ["b"]
+    assert [worker.worker_id for worker in fleet.decoders(a_request("r"), "")] == ["b"]
 
 
 def test_a_worker_that_comes_again_is_ranked_by_what_it_is_now() -> None:
@@ -48,7 +48,7 @@ def test_a_worker_that_comes_again_is_ranked_by_what_it_is_now() -> None:
     join(fleet, joined("a", free=1000))
     # Nothing of its earlier life is taken for the present, however often it changes.
     for _ in range(3):
-        assert [worker.worker_id for worker in fleet.decoders("")] == ["b", "a"]
+        assert [worker.worker_id for worker in fleet.decoders(a_request("r"), "")] == ["b", "a"]
         again = fleet.get(WorkerId("a"))
         assert again is not None
         fleet.changed(again)

@@ -333,10 +333,33 @@ def test_without_like_decode_workers_requests_wait_in_the_queue() -> None:
     core = rolling()
     core.step([WorkerLost(P), WorkerLost(D), of("d", WorkerRole.DECODE, "old")], 0.1)
     assert start(core, "a", now_s=0.2) == []
-    # For as long as it takes, with not a token sent.
-    assert not core.step([], 100.0).drops
-    commands = core.step([of("d2", WorkerRole.DECODE, "new")], 101.0).commands
+    # With not a token sent.
+    assert not core.step([], 30.0).drops
+    commands = core.step([of("d2", WorkerRole.DECODE, "new")], 30.05).commands
     assert workers_of([c.batch for c in commands if isinstance(c, DispatchBatch)]) == {"p2"}
+
+
+def test_constrained_output_is_prefilled_only_where_somebody_decodes_it() -> None:
+    plain, able = of("d", WorkerRole.DECODE, "old"), replace(of("d2", WorkerRole.DECODE, "old"), has_grammars=True)
+    core = SchedulerCore(CoreSettings(edges=EdgeRule.NONE, fill_tokens=10_000), 4096)
+    core.step([replace(of("p", WorkerRole.PREFILL, "old"), has_grammars=True), plain], 0.0)
+    refused = core.step([RequestSubmitted(a_request("early", 100, 300, needs_grammar=True))], 0.1).commands
+    assert [c.reason for c in refused if isinstance(c, RefuseRequest)] == [RefuseReason.NO_GRAMMARS]
+    core.step([able], 0.2)
+    (batch,) = start(core, "a", now_s=0.3, needs_grammar=True)
+    (pull,) = [c for c in core.step([prefilled(batch)], 0.4).commands if isinstance(c, PullKv)]
+    assert pull.target_id == "d2"
+
+
+def test_where_nobody_decodes_there_is_no_model() -> None:
+    core = rolling()
+    core.step([WorkerLost(P), WorkerLost(D)], 0.1)
+    assert start(core, "a", now_s=0.2) == []
+    assert core.step([], 31.0).drops == (Drop(RequestId("a"), DropReason.NO_WORKER),)
+    refused = core.step([RequestSubmitted(a_request("b", 100, 300, 32.0))], 32.0).commands
+    assert [(c.request_id, c.reason) for c in refused if isinstance(c, RefuseRequest)] == [
+        ("b", RefuseReason.NO_WORKER)
+    ]
 
 
 def test_what_is_prefilled_waits_for_its_weights_and_ends_with_the_true_reason() -> None:
@@ -425,14 +448,15 @@ def test_batch_class_leaves_half_of_a_decode_worker_until_it_has_waited_for_its_
 def test_batch_class_that_decodes_gives_way_to_what_waits_for_room() -> None:
     core = world(decode_tokens=1000)
     assert pulled([*held(core, "b1", BATCH, 0.1), *held(core, "b2", BATCH, 0.2)]) == ["b1", "b2"]
-    events = [moved("b1"), moved("b2", 2), reported("d", free=800, total=1000, last_assignment=2, num_running=2)]
+    # What a decode worker has was never in a batch sent to it, and its reports name batches alone.
+    events = [moved("b1"), moved("b2", 2), reported("d", free=800, total=1000, num_running=2)]
     core.step(events, 0.3)
     gone = [c for c in held(core, "i", INTERACTIVE, 0.4) if isinstance(c, PreemptAtWorker)]
     assert gone == [PreemptAtWorker(D, RequestId("b1"))]
     # It is on its way out: nobody else has to go.
-    assert core.step([reported("d", free=800, total=1000, last_assignment=2, num_running=2)], 0.5).commands == ()
+    assert core.step([reported("d", free=800, total=1000, num_running=2)], 0.5).commands == ()
     ended = finished("b1", "d", reason=FinishReason.PREEMPTED)
-    events = [ended, reported("d", free=900, total=1000, last_assignment=2, num_running=1)]
+    events = [ended, reported("d", free=900, total=1000, num_running=1)]
     assert pulled(core.step(events, 0.6).commands) == ["i"]
 
 

@@ -85,3 +85,19 @@ def test_old_arrivals_fade() -> None:
         known.add(50, 60.0)
     edges, _ = best_edges(known, max_buckets=4, min_share=0.0)
     assert any(10 < edge <= 50 for edge in edges)
+
+
+def test_a_long_prompt_of_long_ago_decides_nothing() -> None:
+    usual = [16, 40, 90, 300, 700] * 40
+
+    def edges(*early: int) -> tuple[int, ...]:
+        known = LengthHistogram(131_072, half_life_s=30.0)
+        for length in early:
+            known.add(length, 0.0)
+        for i, length in enumerate(usual):
+            known.add(length, 600.0 + i)
+        return best_edges(known, max_buckets=8, min_share=0.05)[0]
+
+    assert len(edges()) > 2
+    assert edges(120_000) == edges()
+    assert edges(120_000, 2_000) == edges()

@@ -321,6 +321,33 @@ def test_what_no_worker_could_ever_hold_waits_for_one_and_ends() -> None:
     assert under_test.step([], 3.0 + PATIENCE_S + 1).drops == (Drop(RequestId("large"), DropReason.TOO_LARGE),)
 
 
+def test_what_a_worker_can_not_hold_any_more_waits_for_another_and_ends() -> None:
+    for grows in (True, False):
+        under_test = core(memory_reserve=0.0)
+        under_test.step([joined(free=1000)], 0.0)
+        # Out of memory: its budget is smaller from now on.
+        under_test.step([reported(free=900, total=900)], 0.1)
+        assert refusals(under_test.step(submitted("new", prompt_tokens=950), 0.2)) == [RefuseReason.TOO_LARGE]
+        assert not batches(under_test.step(resumed("large.2", prompt_tokens=950), 0.3))
+        under_test.step([], 20.0)
+        if grows:
+            assert batches(under_test.step([reported(free=1000, total=1000)], 21.0))[0].request_ids == ("large.2",)
+        else:
+            under_test.step([], 30.0)
+            assert under_test.step([], 70.0).drops == (Drop(RequestId("large.2"), DropReason.TOO_LARGE),)
+
+
+def test_what_is_said_again_of_a_parked_request_is_of_its_tenant_and_class() -> None:
+    for other in ({"tenant": "other"}, {"request_class": RequestClass.BATCH}):
+        under_test = core()
+        under_test.restore(parked=[a_request("p", tenant="t")], running={}, edges=(), outputs={})
+        decision = under_test.step([joined(), *resumed("p", **({"tenant": "t"} | other))], 0.1)
+        assert decision.drops == (Drop(RequestId("p"), DropReason.INTERNAL),)
+        assert len(decision.faults) == 1
+        # Nothing of it is left to fall over later.
+        assert under_test.step(submitted("q", tenant="t"), 100.0).faults == ()
+
+
 def test_a_restored_core_goes_on() -> None:
     under_test = core()
     running = a_request("runs")

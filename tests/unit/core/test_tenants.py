@@ -63,6 +63,22 @@ def test_tenants_that_are_gone_are_forgotten() -> None:
     assert len(book) < 500
 
 
+def test_a_newcomer_is_not_ahead_of_who_was_busy_for_long() -> None:
+    book = TenantBook()
+    for number in range(500):
+        request = a_request(f"a{number}.1", 100, 100, tenant="busy")
+        book.entered(request)
+        book.left(request)
+        if number:
+            # One is always open, so that the tenant is never forgotten.
+            book.ended(a_request(f"a{number - 1}.1", 100, 100, tenant="busy"), 100, has_run=True)
+    for number in range(20):
+        book.entered(a_request(f"b{number}.1", 100, 100, tenant="new"))
+    book.entered(a_request("next.1", 100, 100, tenant="busy"))
+    # No more than what the one request costs.
+    assert book.lead("busy") <= 100 + OUTPUT_WEIGHT * 100
+
+
 class Counting(dict):
     """Counts how often somebody looks."""
 
