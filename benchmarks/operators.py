@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
-from operators_jobs import DEVICES, NUM_REQUESTS, OURS, QUESTIONS, RIVALS, WORLDS, Job, World
+from operators_jobs import DEVICES, MOST, NUM_REQUESTS, OURS, QUESTIONS, RIVALS, WORLDS, Job, World
 from rich.console import Console
 from rich.progress import Progress
 
@@ -226,23 +226,28 @@ def capacities_table(results: Results) -> list[str]:
 
 
 def targets_table(results: Results) -> list[str]:
-    """Answers to the questions, of seed 1."""
+    """Answers to the questions."""
     if not results.workloads("target"):
         return []
     lines = [
         "## What else was aimed at",
         "",
-        paragraph("What each row means is said by its function in `benchmarks/operators_jobs.py`; of seed 1."),
+        paragraph("What each row means is said by its function in `benchmarks/operators_jobs.py`."),
         "",
         "| figure | world | ours | other | over it | wanted | |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, question in QUESTIONS.items():
         for device, arrivals in question.worlds:
-            if row := results.of("target", device, "mixed", arrivals, name).get("1"):
-                figures = f"{row['ours']:.4g} | {row['other']:.4g} {question.other} | {row['ours'] / row['other']:.2f}"
-                where = f"{device}, {arrivals}"
-                lines.append(f"| {question.says} | {where} | {figures} | {question.wanted} | {row.get('remark', '')} |")
+            found = list(results.of("target", device, "mixed", arrivals, name).values())
+            if not found:
+                continue
+            ours, other = (statistics.fmean(row[whose] for row in found) for whose in ("ours", "other"))
+            ratio = shown([row["ours"] / row["other"] for row in found])
+            also = {what: [row["also"][what] for row in found] for what in found[0].get("also", {})}
+            remark = ", ".join(f"{what} {max(v) if what == MOST else shown(v, 3)}" for what, v in also.items())
+            figures = f"{ours:.4g} | {other:.4g} {question.other} | {ratio}"
+            lines.append(f"| {question.says} | {device}, {arrivals} | {figures} | {question.wanted} | {remark} |")
     return [*lines, ""]
 
 

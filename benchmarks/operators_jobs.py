@@ -18,6 +18,8 @@ DEVICES: Mapping[str, float] = {"a100-40gb-13b": 2.0, "a100-80gb-13b": 6.0, "h10
 RIVALS = ("chunked", "chunked-edf", "qoserve")
 OURS = "adaptive"
 NUM_REQUESTS = 600
+MOST = "most of one request"
+"""Name of a figure of which the highest counts, not the mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +90,15 @@ def tail(world: World) -> dict[str, object]:
     return {"ours": ours, "other": other}
 
 
+def preemptions_of(report: Report) -> dict[str, float]:
+    """Returns how many there were."""
+    return {"preemptions per request": report.num_evictions / report.num_requests, MOST: report.max_evictions}
+
+
 def beside_batch_class(world: World) -> dict[str, object]:
     """Capacity at 95% of interactive requests where three of ten are batch class."""
     ours, other = (at_95(world.case(policy, batch_share=0.3)) for policy in (OURS, "chunked-edf"))
-    preempted = ours.num_evictions / ours.num_requests
-    remark = f"{preempted:.1%} preemptions per request, at most {ours.max_evictions} of one"
-    return {"ours": ours.capacity_rps, "other": other.capacity_rps, "remark": remark}
+    return {"ours": ours.capacity_rps, "other": other.capacity_rps, "also": preemptions_of(ours)}
 
 
 def loose_limits(world: World) -> dict[str, object]:
@@ -105,19 +110,14 @@ def loose_limits(world: World) -> dict[str, object]:
 def saturated(world: World) -> dict[str, object]:
     """Capacity at 95%, and what the hardware does at any delay."""
     most_rps = saturation(world.case("chunked"), world.capacity("0.95", "chunked"))
-    remark = f"at 99% {world.capacity('0.99') / most_rps:.2f}"
-    return {"ours": world.capacity("0.95"), "other": most_rps, "remark": remark}
+    return {"ours": world.capacity("0.95"), "other": most_rps, "also": {"at 99%": world.capacity("0.99") / most_rps}}
 
 
 def preempted(world: World) -> dict[str, object]:
     """Preemptions and requests at the capacity at 95%."""
     case = world.case()
     report = run_experiment(experiment_of(case), layouts_of(case)[0], world.capacity("0.95"))
-    return {
-        "ours": report.num_evictions,
-        "other": report.num_requests,
-        "remark": f"at most {report.max_evictions} of one",
-    }
+    return {"ours": report.num_evictions, "other": report.num_requests, "also": preemptions_of(report)}
 
 
 def idle_capacity(world: World) -> dict[str, object]:
@@ -135,8 +135,8 @@ def idle_capacity(world: World) -> dict[str, object]:
     at_once = replace(waves, number=waves.number * waves.waves, waves=1, gap_s=0.0)
     num_tokens = [sum(one.output_tokens for one in cohort.requests(world.job.seed)) for cohort in (job, at_once)]
     alone_s = [number / figures(c)[0].tokens_per_s for number, c in zip(num_tokens, (job, at_once), strict=True)]
-    remark = f"{interactive.slo_attainment or 0.0:.1%} of the interactive ones within SLO"
-    return {"ours": served.tokens_per_s, "other": num_tokens[0] / sum(alone_s), "remark": remark}
+    within = {"interactive ones within SLO": interactive.slo_attainment or 0.0}
+    return {"ours": served.tokens_per_s, "other": num_tokens[0] / sum(alone_s), "also": within}
 
 
 @dataclass(frozen=True, slots=True)
