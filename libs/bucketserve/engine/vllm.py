@@ -15,21 +15,24 @@ is empty). An exception out of vLLM's step ends the worker: its memory and its d
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
-from bucketserve.core.errors import EngineError, NoAdapterError
+from bucketserve.core.errors import EngineError, ModelLoadError, NoAdapterError
 from bucketserve.core.pace import StepPace
 from bucketserve.core.preemption import SPARE_SHARE
 from bucketserve.core.stepping import CPU_STEP_TOKENS, cpu_step_tokens, plan_prefill
 from bucketserve.core.types import FinishReason, Headroom, RequestId
+from bucketserve.engine.adapter_files import check_adapter
 from bucketserve.engine.device_memory import DeviceMemory
 from bucketserve.engine.model_source import first_line
 from bucketserve.engine.vllm_blocks import KvBlocks
@@ -50,10 +53,14 @@ from bucketserve.ports import (
 __all__ = ["VllmEngine", "VllmLimits"]
 
 NO_HANDOVER = "vLLM was given no KV connector (kv_transfer_config): its workers have the role both"
+NO_GRAMMARS = "vLLM is given no grammars: its output can't be constrained here"
 NO_BYTES = "vLLM hands KV over by a connector of its own, not as bytes"
 OTHER_KV = "the KV that came is not this prompt's: its first token has another probability by it"
 TOLERANCE, COARSE = {"float32": 0.01}, 0.5
 """How far log-probabilities of a token may differ by KV that is the same, by number type; in others COARSE."""
+FETCH_S = 30.0
+"""What KV has for its way: a connector may go on waiting for a peer that is gone, for as long as it likes."""
+LATE_KV = f"its KV has not come in {FETCH_S:.0f} s"
 IDLE_S = 0.001
 """Between two steps while vLLM only waits for KV to come or to be fetched, as its own loop does."""
 NOT_FINITE = "the model's output is not finite (NaN in its logits): no token can be chosen"
@@ -175,7 +182,7 @@ class VllmEngine:
             spec.check(self._most_tokens)
             if spec.request_id in seen:
                 raise EngineError(f"sequence {spec.request_id} is already here")
-            self._check_adapter(spec)
+            self._check_served(spec)
             seen.add(spec.request_id)
         for spec in sequences:
             self._waiting[spec.request_id] = VllmSequence(spec, max_chunk_tokens)
@@ -193,7 +200,7 @@ class VllmEngine:
             raise EngineError(NO_HANDOVER)
         if spec.request_id in (*self._waiting, *self._begun, *self._handles):
             raise EngineError(f"sequence {spec.request_id} is already here")
-        self._check_adapter(spec)
+        self._check_served(spec)
         found = Handle.for_sequence(handle, spec)
         if len(generated) != 1:
             raise EngineError("KV comes with one token")
@@ -249,12 +256,20 @@ class VllmEngine:
         if len(self._adapters) >= self._info.max_adapters:
             # One more would take another one's place, and vLLM would load it again when it is wanted.
             raise EngineError(f"there are {len(self._adapters)} adapters here, and max_adapters is no more")
+        try:
+            # vLLM would take a smaller one, and leave the rest of its memory as another one left it.
+            check_adapter(adapter.directory, Path(self._vllm.vllm_config.model_config.model))
+        except ModelLoadError as error:
+            raise EngineError(f"vLLM can't serve it: {error}") from error
         # Numbers are not used twice: of one that fails half of it may be there.
         self._num_loaded += 1
         request = LoRARequest(adapter.fingerprint, self._num_loaded, str(adapter.directory))
         try:
             self._vllm.add_lora(request)
         except Exception as error:  # whatever vLLM makes of files that it did not write
+            # What it was registered as before it failed would push out one that is served.
+            with contextlib.suppress(Exception):
+                self._vllm.remove_lora(request.lora_int_id)
             raise EngineError(f"vLLM can't serve it: {first_line(error)}") from error
         self._adapters[adapter.fingerprint] = request
 
@@ -285,6 +300,7 @@ class VllmEngine:
         brought = _Brought()
         self._make_room()
         preempted, self._preempted = tuple(self._preempted), []
+        self._give_up_late_kv(brought)
         self._begin(brought)
         if not self._begun and not self._transfers:
             return StepOutput(preempted=preempted, failures=tuple(brought.failures))
@@ -320,7 +336,9 @@ class VllmEngine:
         """Whether vLLM has to step for the sake of KV alone: it is being fetched from here, or for what has gone."""
         return bool(self._info.kv_layout) and bool(self._scheduler.has_finished_requests())
 
-    def _check_adapter(self, spec: SequenceSpec) -> None:
+    def _check_served(self, spec: SequenceSpec) -> None:
+        if spec.structured_output is not None:
+            raise EngineError(NO_GRAMMARS)
         if spec.adapter and spec.adapter not in self._adapters:
             raise NoAdapterError("the adapter is not here any more")
 
@@ -413,6 +431,13 @@ class VllmEngine:
             prompt_end=max(s.num_computed + min(s.remaining, self._limits.max_step_tokens) for s in ready),
             now_s=time.perf_counter(),
         )
+
+    def _give_up_late_kv(self, brought: _Brought) -> None:
+        """Fails those whose KV is still on its way; a new attempt computes it."""
+        since_s = time.perf_counter() - FETCH_S
+        for name in [name for name, s in self._begun.items() if s.expected is not None and s.first_token_s < since_s]:
+            self.cancel([name])
+            brought.fail(name, LATE_KV, is_retryable=True)
 
     def _fail_not_finite(self, done: DoneStep, brought: _Brought) -> None:
         """Gives up those whose logits allow no choice, and clears their KV."""

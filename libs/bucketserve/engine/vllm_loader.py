@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -65,6 +66,7 @@ TAKEN = (
     "default_mm_loras",
     "enable_chunked_prefill",
     "logits_processors",
+    "logprobs_mode",
     "max_logprobs",
     "runner",
     "scheduler_cls",
@@ -74,12 +76,25 @@ TAKEN = (
     "watermark",
 )
 """Arguments on which this adapter relies, or which its way of choosing tokens excludes."""
+WITHOUT_EFFECT = (
+    "code_revision",
+    "download_dir",
+    "generation_config",
+    "hf_token",
+    "override_generation_config",
+    "reasoning_parser",
+    "revision",
+    "served_model_name",
+    "tokenizer_mode",
+    "tokenizer_revision",
+    "trust_remote_code",
+)
+"""Arguments for a hub, a tokenizer or a server of vLLM's own: here it gets a directory and token ids."""
 NEUTRAL = (
     "block_size",
+    "device_ids",
     "disable_log_stats",
     "gpu_memory_utilization",
-    "load_format",
-    "download_dir",
     "async_scheduling",
     "kv_transfer_config",
 )
@@ -129,8 +144,9 @@ def load_vllm(settings: VllmSettings, on_progress: Callable[[str], None] = lambd
         ) from error
     if not vllm.__version__.startswith(f"{VLLM_VERSION}."):
         raise ModelLoadError(f"engine vllm needs vLLM {VLLM_VERSION}, and {vllm.__version__} is installed")
-    _check_device(settings.device)
+    device_ids = _device_ids(settings.device)
     arguments = _engine_args(settings.engine_args)
+    arguments.device_ids = device_ids or arguments.device_ids
     on_progress(f"loading weights of {os.path.basename(settings.model.rstrip('/')) or settings.model}")
     try:
         directory = model_directory(settings.model, with_weights=True)
@@ -138,24 +154,29 @@ def load_vllm(settings: VllmSettings, on_progress: Callable[[str], None] = lambd
         raise ModelLoadError(f"model {settings.model!r} can't be loaded: {error}") from error
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    engine = _start(arguments, settings, directory)
-    around = _around(engine, settings, directory)
-    on_progress("warming up")
-    around.warm_up(is_step_measured=around.info.device == "cpu" and not settings.max_step_tokens)
+    try:
+        around = _around(_start(arguments, settings, directory), settings, directory)
+        on_progress("warming up")
+        around.warm_up(is_step_measured=around.info.device == "cpu" and not settings.max_step_tokens)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # whatever vLLM makes of a model, a device and arguments
+        raise ModelLoadError(f"vLLM can't serve model {settings.model!r}: {_said(error)}") from error
     return around
 
 
-def _check_device(device: str) -> None:
-    """Refuses a device that is not that of this vLLM's build.
+def _device_ids(device: str) -> list[int | str] | None:
+    """Returns which of the GPUs that this process sees a worker is to have; None: the first ones.
 
     Raises:
-        ModelLoadError: it is another.
+        ModelLoadError: this vLLM's build is for another kind of device.
     """
     from vllm.platforms import current_platform
 
-    if device not in ("auto", current_platform.device_type):
-        hint = "; choose a GPU with CUDA_VISIBLE_DEVICES" if device.startswith("cuda:") else ""
-        raise ModelLoadError(f"this vLLM is built for {current_platform.device_type}, not for {device}{hint}")
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", current_platform.device_type) or (number and kind == "cpu"):
+        raise ModelLoadError(f"this vLLM is built for {current_platform.device_type}, not for {device}")
+    return [int(number)] if number else None
 
 
 def _engine_args(given: Mapping[str, str]) -> Any:
@@ -169,7 +190,7 @@ def _engine_args(given: Mapping[str, str]) -> Any:
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:
-            raise ModelLoadError(f"vLLM refuses an engine argument: {message}")
+            raise ModelLoadError(f"vLLM refuses an engine argument: {_one_line(message)}")
 
     known = {each.name for each in fields(EngineArgs)}
     parser = EngineArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False))
@@ -180,6 +201,9 @@ def _engine_args(given: Mapping[str, str]) -> Any:
             raise ModelLoadError(f"engine argument {plain} is the worker's setting {OURS[plain]}; set that")
         if plain in TAKEN:
             raise ModelLoadError(f"engine argument {plain} is not to be set: the worker needs it as it is")
+        if plain in WITHOUT_EFFECT:
+            hint = "; the model is a directory, or hf://ORG/NAME with HF_TOKEN and HF_HOME in the environment"
+            raise ModelLoadError(f"engine argument {plain} has no effect in a worker{hint}")
         option = f"--{plain.replace('_', '-')}"
         if plain not in known or option not in parser._option_string_actions:
             raise ModelLoadError(f"vLLM {VLLM_VERSION} has no engine argument {plain}; see `vllm serve --help`")
@@ -207,10 +231,10 @@ def _words(action: argparse.Action, option: str, value: str) -> list[str]:
 
 
 def _start(arguments: Any, settings: VllmSettings, directory: Path) -> Any:
-    """Returns vLLM's engine, loaded.
+    """Returns vLLM's engine, loaded; raises whatever vLLM makes of a model, a device and arguments.
 
     Raises:
-        ModelLoadError: vLLM says why not.
+        ModelLoadError: what was asked for does not fit.
     """
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -218,6 +242,8 @@ def _start(arguments: Any, settings: VllmSettings, directory: Path) -> Any:
 
     if arguments.kv_transfer_config is not None:
         _check_transfer(arguments.kv_transfer_config, settings)
+        # NIXL's workers say at a port who they are; on one machine each needs its own, and a second one would hang.
+        os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_PORT", str(_free_port()))
     arguments.model = str(directory)
     arguments.skip_tokenizer_init = True
     arguments.dtype = _dtype(settings.dtype)
@@ -238,26 +264,27 @@ def _start(arguments: Any, settings: VllmSettings, directory: Path) -> Any:
     arguments.use_tqdm_on_load = False
     # As much context as KV memory and model allow.
     arguments.max_model_len = settings.context_tokens or -1
-    try:
+    config = arguments.create_engine_config()
+    if settings.kv_budget_tokens:
+        block_tokens = int(config.cache_config.block_size)
+        num_blocks = settings.kv_budget_tokens // block_tokens
+        if not num_blocks:
+            raise ModelLoadError(f"{settings.kv_budget_tokens} tokens of KV are less than a block ({block_tokens})")
+        # vLLM keeps one block for itself.
+        arguments.num_gpu_blocks_override = num_blocks + 1
+        if settings.context_tokens:
+            arguments.max_model_len = min(settings.context_tokens, num_blocks * block_tokens)
         config = arguments.create_engine_config()
-        if settings.kv_budget_tokens:
-            block_tokens = int(config.cache_config.block_size)
-            num_blocks = settings.kv_budget_tokens // block_tokens
-            if not num_blocks:
-                raise ModelLoadError(f"{settings.kv_budget_tokens} tokens of KV are less than a block ({block_tokens})")
-            # vLLM keeps one block for itself.
-            arguments.num_gpu_blocks_override = num_blocks + 1
-            if settings.context_tokens:
-                arguments.max_model_len = min(settings.context_tokens, num_blocks * block_tokens)
-            config = arguments.create_engine_config()
-        # Where steps can't overlap (on CPU), vLLM has changed that.
-        steps = config.scheduler_config
-        steps.scheduler_cls = OverlappedScheduler if steps.async_scheduling else PlannedScheduler
-        return LLMEngine.from_vllm_config(config, disable_log_stats=True)
-    except ModelLoadError:
-        raise
-    except Exception as error:  # whatever vLLM makes of a model, a device and arguments
-        raise ModelLoadError(f"vLLM can't serve model {settings.model!r}: {_said(error)}") from error
+    # Where steps can't overlap (on CPU), vLLM has changed that.
+    steps = config.scheduler_config
+    steps.scheduler_cls = OverlappedScheduler if steps.async_scheduling else PlannedScheduler
+    return LLMEngine.from_vllm_config(config, disable_log_stats=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        return int(holder.getsockname()[1])
 
 
 def _check_transfer(transfer: Any, settings: VllmSettings) -> None:
@@ -291,6 +318,12 @@ def _cpu_budget() -> int | None:
     if not current_platform.is_cpu():
         return None
     return min(int(machine_memory().available * CPU_KV_SHARE), CPU_KV_MOST_BYTES)
+
+
+def _one_line(message: str) -> str:
+    """Returns what pydantic writes in several lines, without where to read more."""
+    lines = (line.strip() for line in message.splitlines())
+    return " ".join(line for line in lines if line and not line.startswith("For further information"))
 
 
 def _said(error: BaseException) -> str:

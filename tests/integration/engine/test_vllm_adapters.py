@@ -172,6 +172,8 @@ def test_adapters_are_loaded_and_unloaded(engine: Engine, adapters: dict[str, Ad
     (tmp_path / "empty").mkdir()
     with pytest.raises(EngineError, match="vLLM can't serve it"):
         engine.load_adapter(Adapter(fingerprint="empty", directory=tmp_path / "empty"))
+    manager = engine._vllm.model_executor.driver_worker.worker.model_runner.lora_manager  # type: ignore[attr-defined]
+    assert len(manager.list_adapters()) == 2
     engine.load_adapter(adapters["d"])
     said = tokens(run(engine, of("alone", adapters["d"])), "alone")
     assert len(said) == 24

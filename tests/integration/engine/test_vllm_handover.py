@@ -12,6 +12,7 @@ import pytest
 
 from bucketserve.core.errors import EngineError, ModelLoadError
 from bucketserve.core.types import FinishReason, RequestId
+from bucketserve.engine.vllm import LATE_KV
 from bucketserve.ports import Engine, Sampling, SequenceSpec, StepOutput
 from tests.contract.engine.test_engine import drain, tokens_of
 from tests.integration.engine import connectors
@@ -164,6 +165,29 @@ def test_kv_that_does_not_come_fails_its_sequence_alone(
     assert target.headroom().kv_free_tokens == free
     drain(source)
     # It begins anew, and no trace of what was to come is found.
+    assert alone(target, lost) == alone(together, lost)
+
+
+def test_kv_for_which_a_connector_waits_for_ever_is_given_up(
+    pair: tuple[Engine, Engine], folder: Path, together: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = pair
+    target = load(connectors.folder(folder, wait_s=3.0))
+    free = target.headroom().kv_free_tokens
+    lost, good = spec("waits", 100, 9), spec("comes", 90, 9)
+    came = prefill(source, lost, good)
+    (folder / json.loads(came["waits"][1])["params"]["remote_request_id"]).unlink()
+    monkeypatch.setattr("bucketserve.engine.vllm.FETCH_S", 0.5)
+    for one in (lost, good):
+        target.take_over(one, *came[one.request_id])
+    history = drain(target)
+    failures = [failure for output in history for failure in output.failures]
+    assert [(failure.request_id, failure.message, failure.is_retryable) for failure in failures] == [
+        ("waits", LATE_KV, True)
+    ]
+    assert came["comes"][0] + tokens_of(history)["comes"] == alone(together, good)["comes"]
+    assert target.headroom().kv_free_tokens == free
+    drain(source)
     assert alone(target, lost) == alone(together, lost)
 
 

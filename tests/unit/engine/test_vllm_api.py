@@ -75,11 +75,11 @@ def test_arguments_that_are_set_or_named_are_vllm_s(record: dict[str, Any]) -> N
         target.id: ast.literal_eval(node.value)
         for node in nodes(ast.Assign)
         for target in node.targets
-        if isinstance(target, ast.Name) and target.id in ("OURS", "TAKEN", "NEUTRAL")
+        if isinstance(target, ast.Name) and target.id in ("OURS", "TAKEN", "NEUTRAL", "WITHOUT_EFFECT")
     }
     assert {name for table in tables.values() for name in table} <= set(record["vllm.engine.arg_utils.EngineArgs"])
-    # Nobody else may set what is set here; what steps and logs look like aside.
-    free = {"async_scheduling", "disable_log_stats", "use_tqdm_on_load"}
+    # Nobody else may set what is set here; what steps and logs look like aside, and which of several GPUs.
+    free = {"async_scheduling", "device_ids", "disable_log_stats", "use_tqdm_on_load"}
     assert set_here - free <= {*tables["OURS"], *tables["TAKEN"]}
 
 
