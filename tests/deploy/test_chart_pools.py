@@ -106,6 +106,21 @@ def test_pools_have_workloads_and_budgets_of_their_own() -> None:
     }  # fmt: skip
 
 
+def test_a_worker_has_as_long_to_load_as_its_pool_says() -> None:
+    def seconds(case: str) -> dict[str, int]:
+        probes = {name: container(each)["startupProbe"] for name, each in workloads(case).items() if "-worker" in name}
+        return {
+            name.rpartition("-worker")[2]: probe["periodSeconds"] * probe["failureThreshold"]
+            for name, probe in probes.items()
+        }
+
+    assert seconds("defaults") == {"": 900}
+    # No less than was said.
+    assert seconds("two models") == {"-chat": 7210, "-small-1": 900, "-small-2": 900}
+    # Checked by a command, with TLS.
+    assert seconds("locked") == {"": 900}
+
+
 MODEL_A = {"model": {"name": "a", "source": "/models/a"}}
 
 

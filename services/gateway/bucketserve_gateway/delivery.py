@@ -30,17 +30,20 @@ class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
         """Reads the table; owns only the workers' streams."""
         self._deployment = deployment
         self._requests = requests
-        self._outboxes: dict[str, Outbox[Response]] = {}
+        self._outboxes: dict[str, list[Outbox[Response]]] = {}
+        """By worker id. Workers of two models may have the same; and an older stream may not know yet that it broke."""
 
     def stop(self, opened: OpenRequest) -> None:
         """Tells the worker that runs a request to stop it."""
-        if outbox := self._outboxes.get(opened.worker_id):
+        # Whoever has no such run lets that be.
+        for outbox in self._outboxes.get(opened.worker_id, ()):
             outbox.send(Response(stopped_run_ids=[opened.run_id]))
 
     def close(self) -> None:
         """Ends all streams."""
-        for outbox in self._outboxes.values():
-            outbox.close()
+        for outboxes in self._outboxes.values():
+            for outbox in outboxes:
+                outbox.close()
 
     async def Deliver(self, request_iterator: Deliveries, context: Context) -> AsyncIterator[Response]:
         """One stream per worker."""
@@ -49,15 +52,15 @@ class DeliveryServicer(delivery_pb2_grpc.DeliveryServiceServicer):
         # Answered before there is output: else the worker's call waits for it, with a task, for as long as it is idle.
         await context.send_initial_metadata(())
         outbox: Outbox[Response] = Outbox(OUTBOX_LIMIT)
-        if older := self._outboxes.get(first.worker_id):
-            older.close()
-        self._outboxes[first.worker_id] = outbox
+        self._outboxes.setdefault(first.worker_id, []).append(outbox)
         reader = asyncio.create_task(self._read(request_iterator, first, outbox))
         try:
             async for response in outbox.messages():
                 yield response
         finally:
-            if self._outboxes.get(first.worker_id) is outbox:
+            outboxes = self._outboxes[first.worker_id]
+            outboxes.remove(outbox)
+            if not outboxes:
                 del self._outboxes[first.worker_id]
             await end_task(reader, grpc.RpcError)
 

@@ -84,6 +84,7 @@ async def serve(
                     tasks.create_task(servicer.tell_adapters(), name="adapters"),
                     tasks.create_task(watch.run(), name="store-watch"),
                     tasks.create_task(models.share(), name="shares"),
+                    tasks.create_task(models.tidy(), name="tidy"),
                 ]
                 outlets.log.info("scheduler.ready", listen=settings.listen, policy=settings.policy)
                 await stop.wait()

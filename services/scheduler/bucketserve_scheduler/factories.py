@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import fields
+from functools import cache
 from typing import NamedTuple
 
 from bucketserve.core.scheduler import SchedulerCore
@@ -54,7 +55,8 @@ async def stores(url: str, deployment: str, stack: AsyncExitStack) -> Stores:
         SettingsError: the URL names no store that we know.
     """
     if url.startswith("memory://"):
-        return Stores(lambda model: MemoryStore(), None)
+        # A model's is always the same one: it outlives what it serves, as Redis does.
+        return Stores(cache(lambda model: MemoryStore()), None)
     client = connect(url)
     stack.push_async_callback(client.aclose)
     return Stores(lambda model: RedisStore(client, model, deployment), Roster(client, deployment))

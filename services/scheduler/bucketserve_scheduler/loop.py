@@ -106,6 +106,11 @@ class SchedulingLoop:
         self._tick_s = 0.0
         self._is_leaving = False
 
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._tickets)
+
     # --- what servicers call ------------------------------------------------------------------------------------
 
     async def submit(self, run: scheduler_pb2.SubmitRun) -> None:

@@ -7,6 +7,7 @@ streams that are about it.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 from bucketserve.core.errors import UnavailableError
@@ -22,6 +23,11 @@ __all__ = ["ServedModel", "ServedModels"]
 
 LEAVE_S = 1.0
 """For loops to finish their turn on SIGTERM, which takes longer only while the store is away."""
+LOOK_S = 5.0
+FORGOTTEN_S = 300.0
+"""A model of which no peer has spoken for so long is closed: its name may have been mistyped, or its pool is gone."""
+KEPT_S = 300.0
+"""A model that was handed on and is back is not handed on again for so long: its peers may know no other scheduler."""
 
 
 class ServedModel:
@@ -39,6 +45,9 @@ class ServedModel:
         """Begins to look for the seat; has_rival: see Seat."""
         self.name = name
         self.gateways = GatewayPeers()
+        self.spoken_of_s = deps.clock()
+        """When a peer was last here or asked for it, as far as that was noticed."""
+        self.handed_on_s = -math.inf
         self.loop: SchedulingLoop | None = None
         """Started when the first peer says how long the model's context is."""
         self._tasks = tasks
@@ -62,6 +71,16 @@ class ServedModel:
     def is_led_here(self) -> bool:
         """Whether streams that are about it belong here."""
         return self.seat.is_held and not self._is_leaving
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether a gateway or a worker is connected."""
+        return self.gateways.are_connected or (self.loop is not None and bool(self.loop.workers))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is there and nothing is open. What is open ends with the leases of who has gone."""
+        return not (self._is_leaving or self.has_peers or (self.loop is not None and self.loop.num_open))
 
     async def check_led_here(self) -> None:
         """Sends a peer on to the scheduler that leads the model; it tries the next address.
@@ -112,9 +131,18 @@ class ServedModel:
     async def hand_on(self) -> None:
         """Lets another scheduler lead it, and stands by."""
         self._log.info("seat.handed_on", model=self.name)
+        self.handed_on_s = self._deps.clock()
         await self.leave()
         await self.seat.hand_on()
         self._is_leaving = False
+
+    async def end(self) -> None:
+        """Gives the seat up; nothing of it runs any more then. Whoever comes meanwhile is sent on."""
+        tasks = [task for task in (self._running, self._seating) if task is not None]
+        await self.leave()
+        self._seating.cancel()
+        await asyncio.wait(tasks)
+        self.seat.dismiss()
 
     def close(self) -> None:
         """Gives the seat up and cuts every peer."""
@@ -148,7 +176,7 @@ class ServedModels:
     def __init__(self, tasks: asyncio.TaskGroup, deps: LoopDeps, stores: Stores, log: EventLog) -> None:
         """Knows of none."""
         self._shares = (
-            Shares(stores.roster, deps.scheduler_id, num_led=lambda: len(self._led()), hand_on=self._hand_one_on)
+            Shares(stores.roster, deps.scheduler_id, num_led=lambda: len(self._shared()), hand_on=self._hand_one_on)
             if stores.roster is not None
             else None
         )
@@ -167,7 +195,9 @@ class ServedModels:
         if name not in self._models:
             has_rival = self._shares.has_rival if self._shares is not None else lambda: False
             self._models[name] = ServedModel(name, self._tasks, self._deps, self._stores, self._log, has_rival)
-        return self._models[name]
+        model = self._models[name]
+        model.spoken_of_s = self._deps.clock()
+        return model
 
     def all(self) -> list[ServedModel]:
         """Returns them by name."""
@@ -178,11 +208,32 @@ class ServedModels:
         if self._shares is not None:
             await self._shares.run()
 
-    def _led(self) -> list[ServedModel]:
-        return [model for model in self.all() if model.is_led_here]
+    async def tidy(self) -> None:
+        """Closes models of which nobody speaks any more; ends only by cancellation."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self.look()
+
+    async def look(self) -> None:
+        """Closes those of which nobody has spoken for FORGOTTEN_S; one that comes later begins anew."""
+        for model in self.all():
+            now_s = self._deps.clock()
+            if not model.is_idle:
+                model.spoken_of_s = now_s
+            elif now_s - model.spoken_of_s > FORGOTTEN_S:
+                self._log.info("model.forgotten", model=model.name)
+                await model.end()
+                # Not before: two of one name would be one owner of the seat, and each would give up the other's.
+                del self._models[model.name]
+
+    def _shared(self) -> list[ServedModel]:
+        """Those that are led here for somebody. One without peers is no work, and nobody could take it over."""
+        return [model for model in self.all() if model.is_led_here and model.has_peers]
 
     async def _hand_one_on(self) -> None:
-        await self._led()[-1].hand_on()
+        before_s = self._deps.clock() - KEPT_S
+        if may_go := [model for model in self._shared() if model.handed_on_s < before_s]:
+            await may_go[-1].hand_on()
 
     @property
     def problem(self) -> str:

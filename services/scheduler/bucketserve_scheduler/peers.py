@@ -67,6 +67,11 @@ class GatewayPeers:
     adapters: scheduler_pb2.ServedAdapters = field(default_factory=scheduler_pb2.ServedAdapters)
     """What connected gateways were told last."""
 
+    @property
+    def are_connected(self) -> bool:
+        """Whether one is."""
+        return bool(self._connected)
+
     def connect(self, peer: GatewayPeer) -> None:
         """Registers a stream; an older one of the same process is closed.
 

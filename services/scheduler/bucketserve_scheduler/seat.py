@@ -62,8 +62,8 @@ class Seat:
         self._on_taken = on_taken
         self._on_lost = on_lost
         self._on_store = on_store
-        self.problem = "the store was not reached yet"
-        """Why nobody can schedule; empty if the store answers."""
+        self.problem = ""
+        """Why nobody can schedule; empty if the store answers, or was not asked yet."""
         self._has_looked = asyncio.Event()
         self._num_left_out = 0
         """Looks since the last one, while it is not held."""
@@ -91,8 +91,12 @@ class Seat:
         return time.monotonic() - self._renewed_s > self._lease_s
 
     async def looked(self) -> None:
-        """Waits for the first answer, or the first that does not come."""
+        """Waits for the first answer, or the first that does not come, or for dismiss()."""
         await self._has_looked.wait()
+
+    def dismiss(self) -> None:
+        """Lets nobody wait any longer: nobody looks any more."""
+        self._has_looked.set()
 
     async def run(self) -> None:
         """Goes on until it is cancelled, and gives the seat up then."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from bucketserve.config import ListenAddress, OptionalListen, Section
 from bucketserve.core.settings import CoreSettings
@@ -14,6 +14,8 @@ __all__ = ["SchedulerSettings"]
 
 CORE = CoreSettings()
 """What the core does by default is what is served by default, and what is simulated."""
+REPORTS_IN_LEASE = 3
+"""Of a worker: one report that comes late, or one that is lost with its stream, is no lost worker."""
 
 
 class SchedulerSettings(Section):
@@ -72,8 +74,25 @@ class SchedulerSettings(Section):
         le=60,
         description="a worker whose stream broke has this long to come back before it is lost, seconds",
     )
-    report_interval_s: float = Field(0.5, gt=0.01, le=60, description="most time between a worker's reports, seconds")
+    report_interval_s: float = Field(
+        0.5,
+        gt=0.01,
+        le=60,
+        validate_default=True,
+        description="most time between a worker's reports, seconds; a third of worker_lease_s or less",
+    )
     gateway_lease_s: float = Field(
         10.0, ge=0, le=300, description="requests of a disconnected gateway are cancelled after this, seconds"
     )
     enable_reflection: bool = Field(True, description="answer gRPC reflection")
+
+    @field_validator("report_interval_s")
+    @classmethod
+    def _renews_the_lease(cls, value: float, info: ValidationInfo) -> float:
+        lease_s = info.data.get("worker_lease_s")
+        if lease_s is not None and round(REPORTS_IN_LEASE * value - lease_s, 6) > 0:
+            raise ValueError(
+                f"only reports renew worker_lease_s ({lease_s:g}): "
+                f"raise that to {REPORTS_IN_LEASE} times this, or lower this"
+            )
+        return value

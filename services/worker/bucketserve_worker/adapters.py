@@ -7,8 +7,11 @@ are nobody's: whoever copies an adapter there copies it under such a name, and r
 from __future__ import annotations
 
 import asyncio
+import math
 import re
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bucketserve.core.errors import ModelLoadError
@@ -25,8 +28,21 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Of an adapter. No colon: what is behind the last one in a model's name is the adapter's."""
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 LOOK_S = 1.0
+RETRY_S = 60.0
+"""After files could not be read, which is no word on them."""
 
 Stamp = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(slots=True)
+class _Tried:
+    """What came of an adapter's files as they are."""
+
+    stamp: Stamp
+    again_s: float = math.inf
+    """When to try them again, on the monotonic clock; at the latest when they change."""
+    problems: set[str] = field(default_factory=set)
+    """Why they could not be served, as it was told; empty: they are."""
 
 
 class AdapterDirectory:
@@ -46,8 +62,8 @@ class AdapterDirectory:
         self._telemetry = telemetry
         self._seen: dict[str, Stamp] = {}
         """By name, as of the last look: files that have changed since are still being written."""
-        self._known: dict[str, tuple[Stamp, str]] = {}
-        """By name: what was looked into, and its fingerprint; empty: it can't be served."""
+        self._tried: dict[str, _Tried] = {}
+        """By name."""
         self._served: dict[str, str] = {}
         """Fingerprints by name."""
         self._former: dict[str, str] = {}
@@ -77,14 +93,13 @@ class AdapterDirectory:
         except OSError:
             # Away for a moment, maybe. What is loaded needs it no more.
             return
-        served: dict[str, str] = {}
+        # What was loaded last is served until what is new can be.
+        served = {name: fingerprint for name, fingerprint in self._served.items() if name in stamps}
         for name, stamp in stamps.items():
-            if self._known.get(name, (None, ""))[0] != stamp and (is_first or self._seen.get(name) == stamp):
-                # What was loaded last is served until what is new can be.
-                self._known[name] = stamp, await self._load(name) or self._known.get(name, (stamp, ""))[1]
-            if fingerprint := self._known.get(name, (None, ""))[1]:
+            is_whole = is_first or self._seen.get(name) == stamp
+            if is_whole and self._is_due(name, stamp) and (fingerprint := await self._load(name, stamp)):
                 served[name] = fingerprint
-        self._known = {name: known for name, known in self._known.items() if name in stamps}
+        self._tried = {name: tried for name, tried in self._tried.items() if name in stamps}
         self._seen = stamps
         # What nobody may name since the last look at least: orders may have been on their way.
         needed = {*self._former.values(), *self._served.values(), *served.values()}
@@ -93,16 +108,23 @@ class AdapterDirectory:
                 self._loaded.discard(fingerprint)
                 self._telemetry.adapter_unloaded(fingerprint)
                 # For others there may be room now.
-                self._known = {name: known for name, known in self._known.items() if known[1]}
+                for tried in self._tried.values():
+                    if tried.problems:
+                        tried.again_s = 0.0
         former = {name: older for name, older in self._served.items() if served.get(name, older) != older}
         if (former, served) != (self._former, self._served):
             self._former, self._served = former, served
             self._on_change(self.served())
 
-    async def _load(self, name: str) -> str:
+    def _is_due(self, name: str, stamp: Stamp) -> bool:
+        tried = self._tried.get(name)
+        return tried is None or tried.stamp != stamp or time.monotonic() >= tried.again_s
+
+    async def _load(self, name: str, stamp: Stamp) -> str:
         """Returns the fingerprint of an adapter that the engine has now; empty if it can't be served."""
         assert self._directory is not None
         directory = self._directory / name
+        unread: BaseException | None = None
         try:
             fingerprint = await asyncio.to_thread(adapter_fingerprint, directory)
             problem = await self._engine.load_adapter(Adapter(fingerprint=fingerprint, directory=directory))
@@ -111,14 +133,21 @@ class AdapterDirectory:
                 if await asyncio.to_thread(adapter_fingerprint, directory) != fingerprint:
                     problem = "it changed while it was loaded"
         except ModelLoadError as error:
-            problem = str(error)
+            problem, unread = str(error), error.__cause__
         except Exception as error:  # whatever is in its files, the others are served
-            problem = first_line(error)
-        if problem:
+            problem, unread = first_line(error), error
+        if not problem:
+            self._tried[name] = _Tried(stamp)
+            self._telemetry.adapter_loaded(name, fingerprint)
+            return fingerprint
+        tried = self._tried.get(name)
+        if tried is None or tried.stamp != stamp:
+            tried = self._tried[name] = _Tried(stamp)
+        tried.again_s = time.monotonic() + RETRY_S if isinstance(unread, OSError) else math.inf
+        if problem not in tried.problems:
+            tried.problems.add(problem)
             self._telemetry.adapter_refused(name, problem)
-            return ""
-        self._telemetry.adapter_loaded(name, fingerprint)
-        return fingerprint
+        return ""
 
 
 def _stamps(directory: Path) -> dict[str, Stamp]:

@@ -27,7 +27,7 @@ class WorkerSettings(Section):
         "both", description="prefill: computes prompts and holds their KV; decode: pulls it and generates"
     )
     kv_lease_s: float = Field(
-        30.0, gt=0, description="held KV is freed when no scheduler has been heard of for this long, seconds"
+        30.0, ge=2, description="held KV is freed when no scheduler has been heard of for this long, seconds"
     )
     engine: Literal["transformers", "vllm", "fake"] = Field("transformers", description="engine adapter")
     engine_args: NamedTexts = Field(

@@ -24,19 +24,24 @@ CONTEXT = 2048
 @contextlib.contextmanager
 def a_loop(store: QueueStore, gateways: GatewayPeers | None = None, **settings) -> Iterator[SchedulingLoop]:
     """Returns a loop over a store that does not run yet; gateway g is connected unless others are given."""
-    configured = SchedulerSettings(**settings)
     if gateways is None:
         gateways = GatewayPeers()
         gateways.connect(a_gateway())
+    with loop_deps(**settings) as deps:
+        yield SchedulingLoop("m", CONTEXT, store, gateways, deps)
+
+
+@contextlib.contextmanager
+def loop_deps(scheduler_id: str = "s", **settings) -> Iterator[LoopDeps]:
+    configured = SchedulerSettings(**settings)
     with open_telemetry(Service.SCHEDULER, "s", metrics_address=None) as outlets:
-        deps = LoopDeps(
+        yield LoopDeps(
             settings=configured,
-            scheduler_id="s",
+            scheduler_id=scheduler_id,
             telemetry=LoopTelemetry(outlets.log, outlets.metrics, outlets.tracing),
             clock=time.monotonic,
             new_core=lambda context_tokens: new_core(configured, context_tokens),
         )
-        yield SchedulingLoop("m", CONTEXT, store, gateways, deps)
 
 
 @contextlib.asynccontextmanager

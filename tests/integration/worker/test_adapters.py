@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from bucketserve.engine.fake import FakeEngine, FakeSettings
 from bucketserve.engine.fingerprint import adapter_fingerprint
 from bucketserve.ports import SequenceSpec
 from bucketserve.v1 import scheduler_pb2
+from bucketserve_worker import adapters
 from bucketserve_worker.adapters import AdapterDirectory
 from bucketserve_worker.engine_thread import EngineThread, EngineTurn
 from tests.adapters import write_adapter
@@ -158,6 +160,74 @@ async def test_what_is_too_many_is_told_and_served_when_there_is_room(watched: W
     assert "max_adapters" in watched.refused[0][1]
     shutil.rmtree(watched.directory / "b")
     assert sorted(await watched.look(4)) == ["a", "c", "d"]
+
+
+async def test_new_files_for_which_there_was_no_room_are_served_when_there_is(watched: Watched) -> None:
+    for seed, name in enumerate("abc"):
+        watched.write(name, seed)
+    await watched.adapters.look()
+    shutil.rmtree(watched.directory / "c")
+    new = watched.write("c", 9)
+    former = (await watched.look(4))["c"]
+    assert (former != new, [name for name, _ in watched.refused]) == (True, ["c"])
+    shutil.rmtree(watched.directory / "b")
+    assert (await watched.look(4))["c"] == new
+    assert [name for name, _ in watched.refused] == ["c"]
+
+
+@pytest.mark.parametrize("is_an_update", [False, True])
+async def test_files_that_could_not_be_read_are_tried_again_and_told_once(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, is_an_update: bool
+) -> None:
+    if is_an_update:
+        watched.write("one", 1)
+    await watched.adapters.look()
+    shutil.rmtree(watched.directory / "one", ignore_errors=True)
+    new = watched.write("one", 2)
+    real, num_reads = Path.read_bytes, 0
+
+    def read_bytes(path: Path) -> bytes:
+        nonlocal num_reads
+        if path.parent.name != "one":
+            return real(path)
+        num_reads += 1
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_bytes", read_bytes)
+        before = await watched.look(4)
+        assert (before.get("one") is not None, num_reads) == (is_an_update, 1)
+        broken.setattr(adapters, "RETRY_S", 0.0)
+        # Something else is unloaded: all that failed is tried again.
+        watched.write("other", 3)
+        await watched.look(2)
+        shutil.rmtree(watched.directory / "other")
+        await watched.look(6)
+        assert num_reads > 3
+        assert await watched.look() == before
+    assert [name for name, _ in watched.refused] == ["one"]
+    assert (await watched.look(2))["one"] == new
+
+
+async def test_what_is_wrong_with_files_stays_so_until_they_change(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "RETRY_S", 0.0)
+    watched.write("one", 1)
+    config = watched.directory / "one" / "adapter_config.json"
+    config.write_text("{}")
+    num_looked_into = 0
+
+    def fingerprint(directory: Path) -> str:
+        nonlocal num_looked_into
+        num_looked_into += 1
+        return adapter_fingerprint(directory)
+
+    monkeypatch.setattr(adapters, "adapter_fingerprint", fingerprint)
+    assert await watched.look(6) == {}
+    assert (num_looked_into, len(watched.refused)) == (1, 1)
+    config.write_text('{"peft_type": "LORA"}')
+    assert list(await watched.look(2)) == ["one"]
 
 
 async def test_one_adapter_under_two_names_is_one(watched: Watched) -> None:

@@ -122,7 +122,8 @@ async def test_whoever_has_more_to_do_leaves_a_free_seat_to_another_and_else_tak
     tasks = [asyncio.create_task(busy.run())]
     # It answers a peer that asks, and the peer goes on to the next one.
     await asyncio.wait_for(busy.looked(), 5)
-    assert not busy.is_held
+    # Nobody has asked the store: nothing is known to be wrong with it.
+    assert (busy.is_held, busy.problem) == (False, "")
     await until(lambda: busy.is_held)
     idle = seat(MemoryStore(state), "idle", said)
     tasks.append(asyncio.create_task(idle.run()))
