@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from helm_python.chart import Chart
 from helm_python.errors import HelmError
 
@@ -164,3 +165,30 @@ def settings_of(workload: dict[str, Any]) -> dict[str, str]:
 def test_what_vllm_can_not_do_is_refused(worker: dict[str, Any], said: str) -> None:
     with pytest.raises(HelmError, match=said):
         Chart.load(CHART).render({"worker": worker}, name="rel")
+
+
+def test_connectors_of_vllm_reach_each_other() -> None:
+    transfer = {"engineArgs": {"kv_transfer_config": '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'}}
+    apart = {"engine": "vllm", "disaggregated": {"enabled": True}}
+    own = {
+        "a": {"role": "prefill", "engine": "vllm", **transfer},
+        "b": {"role": "decode", "engine": "vllm", **transfer},
+    }
+    for values in ({"worker": {**apart, **transfer}}, {"pools": own}, {}):
+        values = {**values, "networkPolicy": {"enabled": True}}
+        files = Chart.load(CHART).render(values, name="rel")
+        documents = [d for p, t in files.items() if p.endswith(".yaml") for d in yaml.safe_load_all(t) if d]
+        (policy,) = (d for d in documents if d["kind"] == "NetworkPolicy" and d["metadata"]["name"].endswith("worker"))
+        to_workers, metrics = policy["spec"]["ingress"]
+        assert metrics["ports"] == [{"protocol": "TCP", "port": 9103}]
+        workers = [d for d in documents if d["kind"] == "Deployment" and component_of(d) == "worker"]
+        hosts = {settings_of(each).get("VLLM_NIXL_SIDE_CHANNEL_HOST") for each in workers}
+        if values:
+            # They choose some of their ports as they run.
+            assert "ports" not in to_workers
+            assert hosts == {"10.0.0.1"}
+        else:
+            assert to_workers["ports"] == [{"protocol": "TCP", "port": 50054}]
+            assert hosts == {None}
+        (source,) = to_workers["from"]
+        assert source["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "worker"
