@@ -170,13 +170,9 @@ def test_what_vllm_can_not_do_is_refused(worker: dict[str, Any], said: str) -> N
 def test_connectors_of_vllm_reach_each_other() -> None:
     transfer = {"engineArgs": {"kv_transfer_config": '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'}}
     apart = {"engine": "vllm", "disaggregated": {"enabled": True}}
-    own = {
-        "a": {"role": "prefill", "engine": "vllm", **transfer},
-        "b": {"role": "decode", "engine": "vllm", **transfer},
-    }
-    for values in ({"worker": {**apart, **transfer}}, {"pools": own}, {}):
-        values = {**values, "networkPolicy": {"enabled": True}}
-        files = Chart.load(CHART).render(values, name="rel")
+    pools = {role: {"role": role, "engine": "vllm", **transfer} for role in ("prefill", "decode")}
+    for values in ({"worker": {**apart, **transfer}}, {"pools": pools}, {}):
+        files = Chart.load(CHART).render({**values, "networkPolicy": {"enabled": True}}, name="rel")
         documents = [d for p, t in files.items() if p.endswith(".yaml") for d in yaml.safe_load_all(t) if d]
         (policy,) = (d for d in documents if d["kind"] == "NetworkPolicy" and d["metadata"]["name"].endswith("worker"))
         to_workers, metrics = policy["spec"]["ingress"]
