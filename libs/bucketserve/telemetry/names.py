@@ -79,7 +79,7 @@ METRICS: dict[str, Metric] = {
             kind=Kind.GAUGE,
             service=G,
             unit="bytes",
-            help="Estimate of what the prompts of open requests hold.",
+            help="What open requests hold: prompts, and answers that are collected.",
         ),
         Metric(
             name="bucketserve_gateway_refused_total",

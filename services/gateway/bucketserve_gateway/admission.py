@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
@@ -19,9 +20,11 @@ from bucketserve.core.errors import FieldViolation, InvalidRequestError, Overloa
 from bucketserve.rpc.interceptors import check_readable
 from bucketserve_gateway.reads import Reads
 
-__all__ = ["Admission", "AdmissionInterceptor", "Room"]
+__all__ = ["Admission", "AdmissionInterceptor", "Room", "text_bytes"]
 
 RETRY_S = 1.0
+PLACE_BYTES, WHOLE_COPIES = 8, 3
+"""Of a piece of a text in a list; of a whole text: joined, in a message, as bytes."""
 HEALTH = "/grpc.health.v1.Health/"
 HEALTH_READS = 64
 REFLECTION = "/grpc.reflection."
@@ -43,7 +46,8 @@ class Admission:
         """Calls on_refused(reason) for each refusal."""
         self._max_calls = max_calls
         self._max_calls_per_connection = max_calls_per_connection
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
+        """Most bytes held."""
         self._on_refused = on_refused
         self._by_connection: Counter[str] = Counter()
         self.num_calls = 0
@@ -90,7 +94,7 @@ class Admission:
         Raises:
             OverloadedError: they don't fit beside what others hold. One that is too large for all may be alone.
         """
-        if by > 0 and self.num_bytes and self.num_bytes + by > self._max_bytes:
+        if by > 0 and self.num_bytes and self.num_bytes + by > self.max_bytes:
             raise self.refusal("MAX_HELD_BYTES", f"open requests hold {self.num_bytes} bytes at this gateway")
         self.num_bytes += by
 
@@ -107,6 +111,8 @@ class Room:
         """Holds none yet."""
         self._admission = admission
         self.num_bytes = 0
+        self.is_too_small = False
+        """Whether what was last wanted would not even fit alone."""
 
     def resize(self, num_bytes: int) -> None:
         """Holds that many bytes from now on.
@@ -114,8 +120,17 @@ class Room:
         Raises:
             OverloadedError: there is no room; what was held is held.
         """
+        self.is_too_small = num_bytes > self._admission.max_bytes
         self._admission.change(num_bytes - self.num_bytes)
         self.num_bytes = num_bytes
+
+    def grow(self, by: int) -> None:
+        """Holds so many bytes more, or fewer.
+
+        Raises:
+            OverloadedError: as resize().
+        """
+        self.resize(self.num_bytes + by)
 
 
 class AdmissionInterceptor(grpc.aio.ServerInterceptor):
@@ -194,6 +209,11 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
                 return await answer if inspect.isawaitable(answer) else answer
 
         return grpc.stream_unary_rpc_method_handler(single, handler.request_deserializer, handler.response_serializer)
+
+
+def text_bytes(text: str) -> int:
+    """Returns what a piece of a text that is collected takes, with its part of the whole as that leaves."""
+    return sys.getsizeof(text) + PLACE_BYTES + WHOLE_COPIES * len(text.encode())
 
 
 async def _requests_of(read: Callable[[], Awaitable[Any]]) -> AsyncIterator[Any]:

@@ -129,7 +129,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
         inference = InferenceServicer(parts)
         is_leaving = asyncio.Event()
         submissions = Submissions(stores.jobs, stores.room, settings, admission)
-        jobs_api = JobServicer(submissions, catalog, settings, is_leaving=is_leaving.is_set)
+        jobs_api = JobServicer(submissions, catalog, settings, admission, is_leaving=is_leaving.is_set)
         public, http = (
             grpc_server(parts, ours, inference, jobs_api, is_leaving.is_set),
             http_server(parts, ours, inference, submissions, stores.shelves),
@@ -144,7 +144,7 @@ async def serve(settings: GatewaySettings, ours: Deployment, telemetry: Telemetr
             health = tasks.create_task(
                 _show_health([public, internal, http], schedulers, settings.scheduler_wait_s), name="health"
             )
-            runner = _job_runner(stores, inference, gateway_id, settings, observer, catalog)
+            runner = _job_runner(stores, inference, gateway_id, settings, observer, catalog, admission)
             jobs = tasks.create_task(runner.run(), name="job-runner") if runner else None
             try:
                 for server in (internal, public, http):
@@ -276,9 +276,12 @@ def _job_runner(
     settings: GatewaySettings,
     observer: GatewayTelemetry,
     catalog: ModelCatalog,
+    admission: Admission,
 ) -> JobRunner | None:
     """Returns what runs jobs here; None without a store."""
     if stores.jobs is None:
         return None
     batches = BatchLines(inference.generate, catalog)
-    return JobRunner(stores.jobs, inference.generate, gateway_id, settings, observer, stores.room, batches=batches)
+    return JobRunner(
+        stores.jobs, inference.generate, gateway_id, settings, observer, admission, stores.room, batches=batches
+    )

@@ -26,6 +26,7 @@ from bucketserve.store.job_room import JobRoom
 from bucketserve.store.jobs import JobInfo, JobStore
 from bucketserve.store.sealing import SealedError
 from bucketserve.v1 import inference_pb2, job_pb2
+from bucketserve_gateway.admission import Admission, Room, text_bytes
 from bucketserve_gateway.servicer import Generate
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
@@ -42,6 +43,8 @@ KEPT_AT_ONCE = 64
 """Results that are on their way to the store together."""
 MAX_RUNNING_BYTES = 64 << 20
 """Of requests that run here; however large one is, it may run alone."""
+ID_BYTES = 16
+"""Of a token's id in a result: in the message, whose array grows by doubling, and as bytes."""
 GIVE_BACK_S = 2.0
 """Most that giving back may take: a store that does not answer must not keep a gateway that is to end."""
 FOREVER = ("ATTEMPTS_EXHAUSTED", "TOO_LARGE")
@@ -51,8 +54,8 @@ FOREVER = ("ATTEMPTS_EXHAUSTED", "TOO_LARGE")
 class Work(Protocol):
     """What the requests of a kind of job are, and their results."""
 
-    async def run(self, job: JobInfo, index: int, item: bytes) -> bytes:
-        """Returns the result of a request.
+    async def run(self, job: JobInfo, index: int, item: bytes, room: Room) -> bytes:
+        """Returns the result of a request. What is collected for it counts in a room, where nothing is before.
 
         Raises:
             BucketServeError: it has none, now or ever.
@@ -68,22 +71,22 @@ class _NativeWork:
     def __init__(self, generate: Generate) -> None:
         self._generate = generate
 
-    async def run(self, job: JobInfo, index: int, item: bytes) -> bytes:
+    async def run(self, job: JobInfo, index: int, item: bytes, room: Room) -> bytes:
         request = inference_pb2.GenerateRequest.FromString(item)
         result = job_pb2.FetchJobResultsResponse(index=index, request_id=request.request_id)
         # A name of its own: the scheduler may still know the run of a runner that is gone.
         request.request_id = f"{job.job_id}/{index}/{uuid.uuid4().hex[:8]}"
-        text, token_ids = [], list[int]()
+        texts = list[str]()
         async with contextlib.aclosing(self._generate(request, {}, None)) as responses:  # type: ignore[type-var]
             async for response in responses:
                 match response.WhichOneof("event"):
                     case "chunk":
-                        text.append(response.chunk.text)
-                        token_ids += response.chunk.token_ids
+                        room.grow(text_bytes(response.chunk.text) + len(response.chunk.token_ids) * ID_BYTES)
+                        texts.append(response.chunk.text)
+                        result.token_ids.extend(response.chunk.token_ids)
                     case "finished":
                         result.finished.CopyFrom(response.finished)
-        result.text = "".join(text)
-        result.token_ids.extend(token_ids)
+        result.text = "".join(texts)
         return result.SerializeToString()
 
     def failed(self, job: JobInfo, index: int, item: bytes, error: BucketServeError | None) -> bytes:
@@ -104,6 +107,7 @@ class JobRunner:
         gateway_id: str,
         settings: GatewaySettings,
         telemetry: GatewayTelemetry,
+        admission: Admission,
         room: JobRoom | None = None,
         *,
         batches: Work | None = None,
@@ -115,6 +119,7 @@ class JobRunner:
         self._owner = f"{gateway_id}/{uuid.uuid4().hex[:8]}"
         self._settings = settings
         self._telemetry = telemetry
+        self._admission = admission
         self._room = room
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._running: dict[tuple[str, int], tuple[str, int]] = {}
@@ -217,16 +222,28 @@ class JobRunner:
             )
 
     async def _run_item(self, job: JobInfo, index: int, item: bytes) -> None:
+        # Until the result is stored.
+        with self._admission.room() as room:
+            await self._run_in(room, job, index, item)
+
+    async def _run_in(self, room: Room, job: JobInfo, index: int, item: bytes) -> None:
         work, is_error = self._work_of(job), True
         while True:
             try:
-                result, is_error = await work.run(job, index, item), False
+                room.resize(0)
+                result, is_error = await work.run(job, index, item, room), False
             except (OverloadedError, UnavailableError) as error:
-                if error.reason not in FOREVER:
+                if room.is_too_small:
+                    never = UnavailableError("its result is too large for this gateway", reason="TOO_LARGE")
+                    result = work.failed(job, index, item, never)
+                elif error.reason in FOREVER:
+                    result = work.failed(job, index, item, error)
+                else:
+                    # What was collected is gone.
+                    room.resize(0)
                     is_its_own = isinstance(error, UnavailableError | QuotaExceededError)
                     await self._pause((job.job_id, index), max(error.retry_delay_s, LOOK_S), is_its_own=is_its_own)
                     continue
-                result = work.failed(job, index, item, error)
             except UnknownModelError:
                 # It was known when the job came: its adapter's worker is away, or this gateway knows of none yet.
                 await self._pause((job.job_id, index), LOOK_S, is_its_own=True)

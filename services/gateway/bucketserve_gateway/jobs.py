@@ -17,6 +17,7 @@ from bucketserve.core.errors import (
 from bucketserve.rpc.interceptors import first_message
 from bucketserve.store.jobs import JobInfo
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2, job_pb2_grpc
+from bucketserve_gateway.admission import Admission
 from bucketserve_gateway.keys import MAX_TENANT_CHARACTERS
 from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.settings import GatewaySettings
@@ -32,8 +33,10 @@ from bucketserve_gateway.validation import validate
 
 __all__ = ["JobServicer"]
 
-CHUNK = 256
-"""Results read in one round trip at most."""
+CHUNK, CHUNK_BYTES = 256, 64 << 10
+"""Results read in one round trip at most, and their bytes; one may be larger."""
+RESULT_COPIES = 2
+"""Of a result on its way: as it was read, and as a message."""
 SILENCE_S = 30.0
 """A submission that sends nothing for so long is ended: others want its place."""
 FOLLOW_S = 0.5
@@ -61,6 +64,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         submissions: Submissions,
         catalog: ModelCatalog,
         settings: GatewaySettings,
+        admission: Admission,
         *,
         is_leaving: Callable[[], bool],
     ) -> None:
@@ -68,6 +72,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         self._submissions = submissions
         self._catalog = catalog
         self._settings = settings
+        self._admission = admission
         self._is_leaving = is_leaving
 
     async def SubmitJob(self, request_iterator: SubmitRequests, context: SubmitContext) -> job_pb2.SubmitJobResponse:
@@ -103,25 +108,27 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         """Results in order; with follow set, as they come."""
         store, job_id = self._submissions.store, request.job_id
         index = request.first_index
-        while True:
-            # The state first: what is there when the job has ended is all there will be.
-            job = await self._job(job_id, request.tenant)
-            end = min(index + CHUNK, job.num_requests)
-            found = await store.results(job_id, range(index, end))
-            for result in found:
-                if result is None and request.follow and job.state == "running":
-                    break
-                if result is not None:
-                    yield job_pb2.FetchJobResultsResponse.FromString(result)
-                index += 1
-            else:
-                if index < job.num_requests:
-                    continue
-                if not request.follow or job.state in ("completed", "cancelled"):
-                    return
-            if self._is_leaving():
-                raise UnavailableError("the gateway is shutting down", reason="DRAINING", retry_delay_s=1.0)
-            await asyncio.sleep(FOLLOW_S)
+        with self._admission.room() as room:
+            while True:
+                # The state first: what is there when the job has ended is all there will be.
+                job = await self._job(job_id, request.tenant)
+                end = min(index + CHUNK, job.num_requests)
+                found = await store.results(job_id, range(index, end), CHUNK_BYTES)
+                room.resize(sum(len(result or b"") for result in found) * RESULT_COPIES)
+                for result in found:
+                    if result is None and request.follow and job.state == "running":
+                        break
+                    if result is not None:
+                        yield job_pb2.FetchJobResultsResponse.FromString(result)
+                    index += 1
+                else:
+                    if index < job.num_requests:
+                        continue
+                    if not request.follow or job.state in ("completed", "cancelled"):
+                        return
+                if self._is_leaving():
+                    raise UnavailableError("the gateway is shutting down", reason="DRAINING", retry_delay_s=1.0)
+                await asyncio.sleep(FOLLOW_S)
 
     async def CancelJob(self, request: job_pb2.CancelJobRequest, context: CancelContext) -> job_pb2.CancelJobResponse:
         """Runners notice when they renew their leases."""

@@ -28,7 +28,7 @@ from bucketserve.facades import kserve_pb2, kserve_pb2_grpc
 from bucketserve.rpc.convert import finish_reason_from_pb
 from bucketserve.rpc.status import status_of
 from bucketserve.v1 import inference_pb2
-from bucketserve_gateway.admission import Admission
+from bucketserve_gateway.admission import Admission, text_bytes
 from bucketserve_gateway.auth import Identity
 from bucketserve_gateway.kserve_tensors import INPUTS, OUTPUTS, VERSION, Inference, check_version, inference_of
 from bucketserve_gateway.models import ModelCatalog
@@ -284,7 +284,7 @@ class KserveServicer(kserve_pb2_grpc.GRPCInferenceServiceServicer):
                         case "chunk" if asked.is_streamed and event.chunk.text:
                             yield asked.response(model, event.chunk.text)
                         case "chunk":
-                            room.resize(room.num_bytes + len(event.chunk.text.encode()))
+                            room.grow(text_bytes(event.chunk.text))
                             texts.append(event.chunk.text)
                         case "finished":
                             reason = finish_reason_from_pb(event.finished.reason).value

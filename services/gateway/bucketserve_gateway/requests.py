@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from bucketserve.core.errors import (
     BucketServeError,
+    DeadlineError,
     EngineError,
     OverloadedError,
     UnavailableError,
@@ -27,7 +28,7 @@ from bucketserve_gateway.prefixes import block_hashes
 from bucketserve_gateway.quotas import Charge
 from bucketserve_gateway.validation import ValidRequest
 
-__all__ = ["OpenRequest", "OpenRequests"]
+__all__ = ["OpenRequest", "OpenRequests", "too_late"]
 
 
 class OpenRequest:
@@ -207,6 +208,10 @@ class OpenRequest:
         self._is_accepted = True
         self._changed.set()
 
+    def expire(self) -> None:
+        """Ends it since its deadline has passed, unless it is over already."""
+        self.fail(too_late())
+
     def restart(self, cause: str, *, is_fault: bool = True, is_preempted: bool = False) -> None:
         """Starts the next attempt: the prompt and all tokens so far, on whatever worker comes.
 
@@ -367,6 +372,11 @@ class OpenRequest:
         if self._batch is not None:
             self.finished.batch.CopyFrom(self._batch)
         self._changed.set()
+
+
+def too_late() -> DeadlineError:
+    """Returns the error of a request whose deadline has passed."""
+    return DeadlineError("the deadline passed before the request was served")
 
 
 class OpenRequests:

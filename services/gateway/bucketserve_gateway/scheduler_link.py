@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 from bucketserve.core.errors import (
     BucketServeError,
-    DeadlineError,
     EngineError,
     FieldViolation,
     InvalidRequestError,
@@ -215,7 +214,7 @@ def _drop(opened: OpenRequest, reason: scheduler_pb2.DropReason) -> None:
         case scheduler_pb2.DROP_REASON_WORKER_FAILED:
             opened.restart("its worker failed")
         case scheduler_pb2.DROP_REASON_DEADLINE:
-            opened.fail(DeadlineError("the deadline passed before the request was served"))
+            opened.expire()
         case scheduler_pb2.DROP_REASON_CANCELLED:
             # Not by us, or it would not be open: this gateway was away, and its runs were stopped.
             opened.restart("it was stopped while its gateway was away", is_fault=False)

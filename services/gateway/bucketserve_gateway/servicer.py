@@ -20,7 +20,7 @@ from bucketserve_gateway.delivery import DeliveryServicer
 from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.prefixes import prefix_salt
 from bucketserve_gateway.quotas import Quotas
-from bucketserve_gateway.requests import OpenRequest, OpenRequests
+from bucketserve_gateway.requests import OpenRequest, OpenRequests, too_late
 from bucketserve_gateway.scheduler_link import SchedulerLinks
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
@@ -98,6 +98,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             room = end.enter_context(parts.admission.room())
             opened = await self._open(request, remaining_s, span, room)
             end.callback(self._close, opened, span)
+            if opened.deadline_s is not None:
+                # The scheduler drops it as well, unless it is one that took over: of what runs it knows no deadlines.
+                left_s = opened.deadline_s - time.monotonic()
+                end.callback(asyncio.get_running_loop().call_later(left_s, self._expire, opened).cancel)
             scheduler = parts.schedulers.of(opened.model)
             scheduler.submit(opened)
             await opened.accepted(parts.settings.scheduler_wait_s, lambda: scheduler.problem)
@@ -121,7 +125,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         with self._parts.admission.room() as room:
             room.resize(request.ByteSize() * TEXT_COPIES)
             valid = validate(generate, self._parts.catalog, max_prompt_bytes=self._parts.settings.max_prompt_bytes)
-            return inference_pb2.TokenizeResponse(token_ids=await self._tokenize(valid))
+            token_ids = await self._tokenize(valid)
+            room.grow(len(token_ids) * BYTES_PER_TOKEN)
+            return inference_pb2.TokenizeResponse(token_ids=token_ids)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: ListContext
@@ -148,17 +154,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         parts, settings = self._parts, self._parts.settings
         arrival_s, num_bytes = time.monotonic(), request.ByteSize()
         try:
-            room.resize(num_bytes * TEXT_COPIES)
-            valid = validate(request, parts.catalog, max_prompt_bytes=settings.max_prompt_bytes)
-            with parts.telemetry.tokenizing(span):
-                prompt_ids = await self._tokenize(valid)
-            await parts.tokenizers.check_structure(valid.model, valid.structured_output)
-            room.resize(num_bytes * TEXT_COPIES + len(prompt_ids) * BYTES_PER_TOKEN)
-            max_tokens = check_length(prompt_ids, valid.max_tokens, valid.model.card, _input_field(valid))
-            charge = await parts.quotas.take(valid.tenant, len(prompt_ids) + max_tokens)
-        except BucketServeError as error:
+            async with asyncio.timeout(remaining_s):
+                room.resize(num_bytes * TEXT_COPIES)
+                valid = validate(request, parts.catalog, max_prompt_bytes=settings.max_prompt_bytes)
+                with parts.telemetry.tokenizing(span):
+                    prompt_ids = await self._tokenize(valid)
+                await parts.tokenizers.check_structure(valid.model, valid.structured_output)
+                room.resize(num_bytes * TEXT_COPIES + len(prompt_ids) * BYTES_PER_TOKEN)
+                max_tokens = check_length(prompt_ids, valid.max_tokens, valid.model.card, _input_field(valid))
+                charge = await parts.quotas.take(valid.tenant, len(prompt_ids) + max_tokens)
+        except (BucketServeError, TimeoutError) as failed:
+            error = failed if isinstance(failed, BucketServeError) else too_late()
             parts.telemetry.refused("", "", error)
-            raise
+            raise error from None
         ticket, spec = self._describe(valid)
         ticket.traceparent, ticket.tracestate = parts.telemetry.context(span)
         spec.traceparent, spec.tracestate = ticket.traceparent, ticket.tracestate
@@ -180,6 +188,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         parts.telemetry.opened(opened)
         return opened
 
+    def _expire(self, opened: OpenRequest) -> None:
+        """Ends a request whose deadline has passed, and its work, though its client may not look for it."""
+        if not opened.is_over:
+            opened.expire()
+            self._stop(opened)
+
     def _close(self, opened: OpenRequest, span: Span) -> None:
         """Takes a request out of the table; what still runs of it is stopped."""
         parts = self._parts
@@ -187,9 +201,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         is_begun = opened.worker_id or opened.tokens
         parts.quotas.settle(opened.charge, len(opened.prompt_ids) + len(opened.tokens) if is_begun else 0)
         if opened.finished is None:
-            parts.schedulers.of(opened.model).cancel(opened.run_id)
-            parts.delivery.stop(opened)
+            self._stop(opened)
         parts.telemetry.closed(opened, span)
+
+    def _stop(self, opened: OpenRequest) -> None:
+        """Tells scheduler and worker that a request is over."""
+        self._parts.schedulers.of(opened.model).cancel(opened.run_id)
+        self._parts.delivery.stop(opened)
 
     def _resume(self, opened: OpenRequest, former: str) -> None:
         """Submits the next attempt: the second at once, further ones after a while, since something may be wrong.

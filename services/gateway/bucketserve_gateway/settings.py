@@ -72,7 +72,10 @@ class GatewaySettings(Section):
         "many as are still free. Each may hold two of the largest messages, of 12 MB or more",
     )
     max_held_bytes: int = Field(
-        256 * 1024 * 1024, ge=1024, description="most bytes of prompts that open requests hold, as text and as tokens"
+        256 * 1024 * 1024,
+        ge=1024,
+        description="most bytes of prompts that open requests hold, as text and as tokens, and of answers that are "
+        "collected",
     )
     max_connections: int = Field(4_096, ge=1, le=1_000_000, description="clients' connections; further ones are closed")
     max_metadata_bytes: int = Field(16_384, ge=1024, le=1 << 20, description="most metadata of a call")

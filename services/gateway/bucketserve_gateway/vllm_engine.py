@@ -48,6 +48,8 @@ TOKENIZER_FILES = (
     *("chat_template.jinja", "chat_template.json", "config.json", "generation_config.json"),
 )
 PIECE_BYTES = 64 << 10
+CHUNK_COPIES = 3
+"""Of a chunk's bytes while the whole is collected and sent: a message whose arrays grow by doubling, and bytes."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -184,25 +186,26 @@ class VllmEngineServicer(vllm_pb2_grpc.VllmEngineServicer):
             raise
         with_top = bool(asked.response.num_logprobs)
         complete = vllm_pb2.GenerateComplete(finish_reason="abort")
-        with self._run(context.peer(), request.request_id) as run, self._admission.room() as room:
-            del request
-            events = self._generate(asked, text_metadata(context), context.time_remaining())
-            async with contextlib.aclosing(events):  # type: ignore[type-var]
-                while (event := await run.following(events)) is not None:
-                    match event.WhichOneof("event"):
-                        case "started":
-                            complete.prompt_tokens = event.started.prompt_tokens
-                        case "chunk":
-                            complete.completion_tokens += len(event.chunk.token_ids)
-                            if is_streamed and event.chunk.token_ids:
-                                yield _chunk(event.chunk, complete.prompt_tokens, with_top)
-                            elif not is_streamed:
-                                room.resize(room.num_bytes + event.chunk.ByteSize())
-                                complete.output_ids.extend(event.chunk.token_ids)
-                                _add_logprobs(complete, event.chunk, with_top)
-                        case "finished":
-                            _finish(complete, event.finished)
-        yield vllm_pb2.GenerateResponse(complete=complete)
+        with self._admission.room() as room:
+            with self._run(context.peer(), request.request_id) as run:
+                del request
+                events = self._generate(asked, text_metadata(context), context.time_remaining())
+                async with contextlib.aclosing(events):  # type: ignore[type-var]
+                    while (event := await run.following(events)) is not None:
+                        match event.WhichOneof("event"):
+                            case "started":
+                                complete.prompt_tokens = event.started.prompt_tokens
+                            case "chunk":
+                                complete.completion_tokens += len(event.chunk.token_ids)
+                                if is_streamed and event.chunk.token_ids:
+                                    yield _chunk(event.chunk, complete.prompt_tokens, with_top)
+                                elif not is_streamed:
+                                    room.grow(event.chunk.ByteSize() * CHUNK_COPIES)
+                                    complete.output_ids.extend(event.chunk.token_ids)
+                                    _add_logprobs(complete, event.chunk, with_top)
+                            case "finished":
+                                _finish(complete, event.finished)
+            yield vllm_pb2.GenerateResponse(complete=complete)
 
     async def Abort(self, request: vllm_pb2.AbortRequest, context: Context) -> vllm_pb2.AbortResponse:
         """Ends requests of the same connection; nobody learns whether an id names anything."""

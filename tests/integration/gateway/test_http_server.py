@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Mapping
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway import reads
 from bucketserve_gateway.admission import Admission
 from bucketserve_gateway.auth import Keys
-from bucketserve_gateway.openai import Batches, BatchLines, Files, HttpServer, OpenAIFacade, server
+from bucketserve_gateway.openai import Batches, BatchLines, Files, HttpServer, OpenAIFacade, exchange, server
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.submissions import Submissions
 from tests.e2e.observe import eventually
@@ -71,13 +72,13 @@ class Runs:
 class Served:
     """A server and what is behind it."""
 
-    def __init__(self, runs: Runs, *, max_connections: int = 100) -> None:
+    def __init__(self, runs: Runs, *, max_connections: int = 100, max_bytes: int = 1 << 20) -> None:
         self.runs = runs
         self.telemetry = Telemetry()
         self.admission = Admission(
             max_calls=100,
             max_calls_per_connection=100,
-            max_bytes=1 << 20,
+            max_bytes=max_bytes,
             on_refused=lambda reason: None,
         )
         self.port = free_port()
@@ -105,7 +106,8 @@ class Served:
     def is_quiet(self) -> bool:
         """Whether nothing of anybody is left."""
         state = self.http._state
-        return not (state.connections or state.tasks or self.admission.num_calls or self.runs.num_open)
+        left = (self.admission.num_calls, self.admission.num_bytes, self.runs.num_open)
+        return not (state.connections or state.tasks or any(left))
 
 
 @contextlib.asynccontextmanager
@@ -189,7 +191,7 @@ async def test_the_rest_of_a_refused_body_is_thrown_away_and_may_not_take_for_ev
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_who_does_not_read_is_cut(is_stream: bool) -> None:
     runs = Runs(num_chunks=200, text="x" * 100_000)
-    async with serving(runs) as served:
+    async with serving(runs, max_bytes=1 << 26) as served:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=1)
         writer.write(asking(stream=is_stream))
         await reader.readexactly(10)
@@ -199,6 +201,102 @@ async def test_who_does_not_read_is_cut(is_stream: bool) -> None:
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+@pytest.mark.parametrize("num_choices", [1, 5])
+async def test_an_answer_for_which_there_is_no_room_is_refused_and_its_runs_end(path: str, num_choices: int) -> None:
+    runs = ManyLogprobs(num_chunks=100)
+    is_chat = path.startswith("chat")
+    members: dict[str, object] = {"n": num_choices, "logprobs": is_chat or 3}
+    members |= {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3} if is_chat else {"prompt": "a"}
+    body = json.dumps(members).encode()
+    start = HEAD.replace(b"completions", path.encode(), 1) + b"Connection: close\r\n"
+    async with serving(runs) as served:
+        async with served.connected() as (reader, writer):
+            writer.write(start + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            head, _, answer = (await rest(reader)).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 429 ")
+        assert b"retry-after: 1\r\n" in head
+        error = json.loads(answer)["error"]
+        assert (error["code"], error["type"]) == ("max_held_bytes", "rate_limit_error")
+        # They had only begun.
+        assert runs.num_sent < 100
+        assert (served.admission.num_bytes, runs.num_open) == (0, 0)
+
+
+async def test_what_is_gathered_is_held_until_its_client_has_it_or_has_gone() -> None:
+    for is_read in (True, False):
+        runs = Runs(num_chunks=20, text="x" * 100_000)
+        async with serving(runs, max_bytes=1 << 26) as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=1)
+            writer.write(asking())
+            await reader.readexactly(10)
+            assert 2_000_000 < served.admission.num_bytes < 2_500_000
+            assert runs.num_open == 0
+            if is_read:
+                assert len(await rest(reader)) > 2_000_000
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+            await eventually(lambda served=served: served.admission.num_bytes == 0, 10)
+
+
+async def test_a_client_that_goes_while_its_answer_is_gathered_leaves_nothing() -> None:
+    runs = Runs(num_chunks=10**9)
+    async with serving(runs) as served, served.connected() as (_, writer):
+        writer.write(asking(n=3))
+        await eventually(lambda: served.admission.num_bytes > 1000)
+        writer.close()
+        await eventually(served.is_quiet, 10)
+
+
+async def test_who_takes_an_answer_bit_by_bit_does_not_hold_it_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "TAKE_S", SHORT_S)
+    monkeypatch.setattr(exchange, "TAKE_BYTES_S", 10**9)
+    runs = Runs(num_chunks=200, text="x" * 100_000)
+    async with serving(runs, max_bytes=1 << 26) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=65_536)
+
+        async def taking() -> int:
+            num_bytes = 0
+            while piece := await reader.read(100_000):
+                num_bytes += len(piece)
+                await asyncio.sleep(0.01)
+            return num_bytes
+
+        writer.write(asking())
+        task = asyncio.create_task(taking())
+        await eventually(lambda: runs.num_sent == 200)
+        await eventually(lambda: served.admission.num_bytes == 0, 10)
+        assert not task.done()
+        # What was on its way comes, and then no more.
+        assert await task < 20_000_000
+        writer.close()
+
+
+async def test_others_have_their_turn_while_a_large_answer_is_made_and_sent() -> None:
+    runs, num_tokens = ManyLogprobs(num_chunks=200), 200_000
+    longest_s = 0.0
+
+    async def watch() -> None:
+        nonlocal longest_s
+        last_s = time.thread_time()
+        while True:
+            await asyncio.sleep(0)
+            now_s = time.thread_time()
+            # What takes the time of the processor: others on this machine do not count.
+            longest_s, last_s = max(longest_s, now_s - last_s), now_s
+
+    async with serving(runs, max_bytes=1 << 27) as served, served.connected() as (reader, writer):
+        watching = asyncio.create_task(watch())
+        writer.write(asking(logprobs=3))
+        num_bytes = 0
+        while piece := await reader.read(1 << 20):
+            num_bytes += len(piece)
+        watching.cancel()
+    assert num_bytes > 50 * num_tokens
+    assert longest_s < 0.05
 
 
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"

@@ -8,6 +8,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,12 @@ from bucketserve.store.redis import connect
 from bucketserve.store.sealing import Sealer
 from bucketserve.v1 import inference_pb2, job_pb2
 from bucketserve_gateway import job_runner
+from bucketserve_gateway.admission import Room
 from bucketserve_gateway.job_runner import JobRunner
 from bucketserve_gateway.settings import GatewaySettings
 from bucketserve_gateway.telemetry import GatewayTelemetry
 from tests.e2e.observe import eventually
+from tests.unit.gateway.builders import an_admission
 
 pytestmark = pytest.mark.redis
 
@@ -116,7 +119,7 @@ async def test_a_request_that_fails_as_nobody_foresaw_has_a_result_and_is_not_ru
     model, heard = Model(), Heard()
     model.failures["b"] = [ValueError("with details that are nobody's business")] * 10
     await submit(store, ["a", "b", "c"])
-    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())):
         found = await results(store, 3)
     assert [result.error_reason for result in found] == ["", "INTERNAL", ""]
     assert "business" not in found[1].error_message
@@ -130,7 +133,7 @@ async def test_requests_that_the_store_has_lost_have_a_result_that_says_so(store
     await submit(store, ["a", "b"])
     # Evicted, or what is left after it.
     await (store._client.delete("bs:{j}:item") if what == "all" else store._client.hdel("bs:{j}:item", "1"))
-    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())):
         found = await results(store, 2)
     lost = ("", "REQUEST_LOST")
     wanted = [("a", "") if what == "one" else lost, lost]
@@ -142,7 +145,7 @@ async def test_a_model_that_is_unknown_for_a_while_is_waited_for(store: JobStore
     model, heard = Model(), Heard()
     model.failures["b"] = [UnknownModelError("demo:one", ["demo"])] * 2
     await submit(store, ["a", "b"])
-    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())):
         found = await results(store, 2)
     assert [(result.text, result.error_reason) for result in found] == [("a", ""), ("b", "")]
     assert model.failures["b"] == []
@@ -160,7 +163,7 @@ async def test_what_nobody_foresaw_in_the_store_does_not_end_the_runner(store: J
 
     store.open_jobs = open_jobs  # type: ignore[method-assign]
     await submit(store, ["a"])
-    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)) as task:
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())) as task:
         assert [result.text for result in await results(store, 1)] == ["a"]
         assert not task.done()
     assert [type(error) for error in heard.errors] == [RuntimeError]
@@ -178,7 +181,7 @@ async def test_jobs_that_can_not_be_opened_here_do_not_stop_the_others(store: Jo
     await other.start("over", "u", 1, "d")
     await other.stop("over")
     await submit(store, ["a", "b"])
-    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())):
         assert [result.text for result in await results(store, 2)] == ["a", "b"]
     assert heard.errors == []
     assert any("a key that this gateway does not have" in detail for detail in heard.unavailable)
@@ -192,7 +195,7 @@ async def test_a_request_lost_and_claimed_again_is_the_runners_own_still(store: 
     model, heard = Model(), Heard()
     model.may_answer.clear()
     model.takes_to_end_s = 0.1
-    runner = JobRunner(store, model.generate, "g", SETTINGS, heard)
+    runner = JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())
     await submit(store, ["a"])
     await runner._claim()
     await eventually(lambda: model.num_open == 1)
@@ -218,7 +221,7 @@ async def test_what_has_not_finished_is_given_back_at_once(store: JobStore) -> N
     model, heard = Model(), Heard()
     model.may_answer.clear()
     await submit(store, ["a", "b"])
-    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())):
         await eventually(lambda: model.num_open == 2)
     assert model.num_open == 0
     assert [index for index, _ in await store.claim("j", "another", 10, 1.0)] == [0, 1]
@@ -228,7 +231,7 @@ async def test_a_cancelled_job_stops_its_requests(store: JobStore) -> None:
     model, heard = Model(), Heard()
     model.may_answer.clear()
     await submit(store, ["a", "b"])
-    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())):
         await eventually(lambda: model.num_open == 2)
         await store.cancel("j")
         await eventually(lambda: model.num_open == 0, 5)
@@ -249,7 +252,7 @@ async def test_a_job_that_can_not_be_served_takes_no_place_from_another(
 ) -> None:
     model, heard = Model(), Heard()
     model.failures["gone"] = [error] * 10_000
-    runner = JobRunner(store, model.generate, "g", SETTINGS, heard)
+    runner = JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())
     await submit(store, ["gone"] * 20)
     async with running(runner):
         await eventually(lambda: Counter(job for job, _ in runner._tasks) == {"j": 7})
@@ -263,7 +266,7 @@ async def test_a_small_job_does_not_wait_for_a_large_one(store: JobStore) -> Non
     model, heard = Model(), Heard()
     model.may_answer.clear()
     await submit(store, [f"large-{i}" for i in range(500)], "large", "a")
-    runner = JobRunner(store, model.generate, "g", SETTINGS, heard)
+    runner = JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())
     await runner._claim()
     # The large one has all places but one.
     assert len(runner._tasks) == SETTINGS.job_concurrency - 1
@@ -287,7 +290,7 @@ async def test_tenants_have_equal_shares_however_many_jobs_they_have(store: JobS
         await submit(store, [f"{i}-{k}" for k in range(20)], f"a{i}", "a")
     await submit(store, [f"b-{k}" for k in range(20)], "b0", "b")
     settings = SETTINGS.model_copy(update={"job_concurrency": 16})
-    runner = JobRunner(store, model.generate, "g", settings, heard)
+    runner = JobRunner(store, model.generate, "g", settings, heard, an_admission())
     await runner._claim()
     tenants = [tenant for tenant, _ in runner._running.values()]
     assert abs(tenants.count("a") - tenants.count("b")) <= 3
@@ -304,7 +307,7 @@ async def test_a_store_that_does_not_answer_does_not_keep_a_gateway_that_ends(
     model.may_answer.clear()
     for name in ("j", "k", "l"):
         await submit(store, ["x", "y"], name)
-    runner = JobRunner(store, model.generate, "g", SETTINGS, heard)
+    runner = JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())
     task = asyncio.create_task(runner.run())
     await eventually(lambda: len({job_id for job_id, _ in runner._tasks}) == 3, 10)
     os.kill(valkey.pid, signal.SIGSTOP)
@@ -325,7 +328,7 @@ async def test_a_request_that_ends_its_gateways_is_given_up_and_the_others_run(s
     for name in ("first", "second"):
         assert [index for index, _ in await store.claim("j", name, 1, 0.05)] == [0]
         await asyncio.sleep(0.1)
-    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard)):
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())):
         found = await results(store, 2)
     assert [(result.request_id, result.error_reason, result.text) for result in found] == [
         ("deadly", "ATTEMPTS_EXHAUSTED", ""),
@@ -338,7 +341,7 @@ async def test_what_runs_at_once_is_bounded_in_bytes(store: JobStore, monkeypatc
     model, heard = Model(), Heard()
     model.may_answer.clear()
     await submit(store, ["x" * 4000 for _ in range(6)])
-    runner = JobRunner(store, model.generate, "g", SETTINGS, heard)
+    runner = JobRunner(store, model.generate, "g", SETTINGS, heard, an_admission())
     for _ in range(3):
         await runner._claim()
     assert len(runner._tasks) == 3
@@ -347,13 +350,50 @@ async def test_what_runs_at_once_is_bounded_in_bytes(store: JobStore, monkeypatc
         assert len(await results(store, 6)) == 6
 
 
+async def test_what_is_collected_counts_until_it_is_stored(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, heard, admission = Model(), Heard(), an_admission(max_bytes=100_000)
+    await submit(store, ["a" * 10_000])
+    may_store = asyncio.Event()
+    finish = store.finish
+
+    async def slow(*args: Any, **more: Any) -> bool:
+        await may_store.wait()
+        return await finish(*args, **more)
+
+    monkeypatch.setattr(store, "finish", slow)
+    async with running(JobRunner(store, model.generate, "g", SETTINGS, heard, admission)):
+        await eventually(lambda: admission.num_bytes > 0)
+        assert 4 * 10_000 < admission.num_bytes < 5 * 10_000
+        may_store.set()
+        found = await results(store, 1)
+        await eventually(lambda: admission.num_bytes == 0)
+    assert found[0].text == "a" * 10_000
+
+
+async def test_a_request_waits_for_room_and_fails_where_there_never_is_enough(store: JobStore) -> None:
+    model, heard, admission = Model(), Heard(), an_admission(max_bytes=100_000)
+    await submit(store, ["a" * 10_000, "b" * 30_000])
+    with admission.room() as others:
+        others.resize(90_000)
+        async with running(JobRunner(store, model.generate, "g", SETTINGS, heard, admission)):
+            await eventually(lambda: heard.stored == [True])
+            # The other one has given back what it had, and is tried again.
+            await eventually(lambda: (admission.num_bytes, model.num_open) == (90_000, 0))
+            assert (await store.get("j")).num_done == 1
+            others.resize(0)
+            found = await results(store, 2)
+    assert [(result.text[:1], result.error_reason) for result in found] == [("a", ""), ("", "TOO_LARGE")]
+    assert admission.num_bytes == 0
+    assert heard.errors == []
+
+
 class Lines:
     """Work that never ends by itself; says for each request what became of it."""
 
     def __init__(self) -> None:
         self.num_open = 0
 
-    async def run(self, job: JobInfo, index: int, item: bytes) -> bytes:
+    async def run(self, job: JobInfo, index: int, item: bytes, room: Room) -> bytes:
         self.num_open += 1
         try:
             await asyncio.Event().wait()
@@ -375,7 +415,9 @@ async def test_a_batch_that_is_over_has_a_result_for_each_request(
     await store.begin("j", "t", 60, note=b"a batch", window_s=3600 if how == "stopped" else 2)
     await store.put("j", "u", 0, [b"%d" % i for i in range(100)])
     await store.start("j", "u", 100, "d")
-    runners = [JobRunner(store, model.generate, f"g{i}", SETTINGS, heard, batches=lines) for i in range(2)]
+    runners = [
+        JobRunner(store, model.generate, f"g{i}", SETTINGS, heard, an_admission(), batches=lines) for i in range(2)
+    ]
     async with running(runners[0]), running(runners[1]):
         await eventually(lambda: lines.num_open > 0)
         if how == "stopped":

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bucketserve.core.errors import OverloadedError
 from bucketserve_gateway import reads as module
-from bucketserve_gateway.admission import Admission, _requests_of
+from bucketserve_gateway.admission import Admission, _requests_of, text_bytes
 from bucketserve_gateway.reads import Reads
 
 
@@ -75,6 +75,25 @@ def test_bytes_are_bounded_and_given_back(sizes: list[int]) -> None:
         assert admission.num_bytes <= 1000 or before in (0, admission.num_bytes)
     rooms.close()
     assert admission.num_bytes == 0
+
+
+def test_what_would_not_even_fit_alone_is_known() -> None:
+    admission = new()
+    with admission.room() as others, admission.room() as room:
+        others.resize(600)
+        room.grow(300)
+        for by, is_too_small in ((200, False), (701, True)):
+            with pytest.raises(OverloadedError):
+                room.grow(by)
+            assert (room.num_bytes, room.is_too_small) == (300, is_too_small)
+        room.grow(-100)
+        assert (room.num_bytes, room.is_too_small, admission.num_bytes) == (200, False, 800)
+
+
+def test_a_piece_of_a_text_counts_as_an_object_and_as_text() -> None:
+    assert text_bytes("a") > 49
+    assert text_bytes("a" * 1000) > 4000
+    assert text_bytes("日" * 1000) > 2000 + 3 * 3000
 
 
 def test_refusals_are_counted_and_say_why() -> None:

@@ -271,6 +271,14 @@ async def test_one_response_of_a_request_that_is_no_stream() -> None:
 
 
 async def test_what_is_collected_counts_as_held() -> None:
+    site = Site()
+    asking = asyncio.create_task(site.servicer.ModelInfer(a_request(id="a"), Caller()))
+    await settle()
+    # A piece of a text is an object, however short it is.
+    assert site.admission.num_bytes >= 50
+    site.generate.may_end.set()
+    await asking
+    assert site.is_empty()
     site = Site(max_bytes=1)
     site.generate.may_end.set()
     with pytest.raises(OverloadedError):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
 import pytest
 
+from bucketserve.core.errors import OverloadedError
 from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway.detokenizer import Detokenizer, TokenBytes
 from bucketserve_gateway.models import ModelCard, ServedModel
-from bucketserve_gateway.openai.answers import Answer
+from bucketserve_gateway.openai.answers import Answer, gather
+from bucketserve_gateway.openai.bodies import pieces_of
 from bucketserve_gateway.openai.caller import caller_of
 from bucketserve_gateway.openai.translation import chat_completion, completion
-from tests.unit.gateway.builders import byte_fallback_bpe, byte_level_bpe, metaspace_unigram
+from tests.unit.gateway.builders import an_admission, byte_fallback_bpe, byte_level_bpe, metaspace_unigram
 
 STARTED = inference_pb2.GenerateStarted(model="demo", prompt_tokens=3)
 FINISHED = inference_pb2.GenerateFinished(
@@ -40,6 +43,11 @@ def answer(model: ServedModel, *, is_chat: bool = False, **members: Any) -> Answ
     else:
         wanted = completion({"prompt": "a", **members}, caller_of({}))
     return Answer(wanted, model, [STARTED] * wanted.num_choices)
+
+
+def read(document: Any) -> Any:
+    """Returns a document as its client reads it."""
+    return orjson.loads(b"".join(pieces_of(document)))
 
 
 def position(token_id: int, *top: tuple[int, float], logprob: float = -0.5) -> common_pb2.PositionLogprobs:
@@ -139,7 +147,7 @@ def test_a_call_is_the_same_in_whatever_pieces_it_comes(size: int, cut: int | No
     assert [call["function"].get("name") for call in calls] == ["find"] + [None] * (len(calls) - 1)
     assert ["id" in call for call in calls] == [True] + [False] * (len(calls) - 1)
     assert "".join(call["function"]["arguments"] for call in calls) == arguments
-    shown = whole.whole()
+    shown = read({"choice": whole.whole})["choice"]
     assert shown["message"]["content"] is None
     assert shown["message"]["tool_calls"][0]["function"] == {"name": "find", "arguments": arguments}
     assert shown["finish_reason"] == pieces[-1]["finish_reason"] == ("tool_calls" if cut is None else "length")
@@ -150,7 +158,8 @@ def test_a_call_that_is_cut_before_it_says_whose_it_is_is_text() -> None:
     choice.gather(inference_pb2.GenerateResponse(chunk=chunk('{"name":"fi')))
     end = inference_pb2.GenerateFinished(reason=common_pb2.FINISH_REASON_LENGTH)
     choice.gather(inference_pb2.GenerateResponse(finished=end))
-    assert choice.whole()["message"] == {"role": "assistant", "content": '{"name":"fi', "refusal": None}
+    message = read({"choice": choice.whole})["choice"]["message"]
+    assert message == {"role": "assistant", "content": '{"name":"fi', "refusal": None}
 
 
 def test_an_answer_without_a_word_is_whole() -> None:
@@ -158,16 +167,70 @@ def test_an_answer_without_a_word_is_whole() -> None:
     for members, text in (({}, ""), ({"echo": True}, "a")):
         whole = answer(model, **members)
         whole.choices[0].gather(inference_pb2.GenerateResponse(finished=FINISHED))
-        document = whole.whole()
+        document = read(whole.whole())
         assert document["choices"] == [{"index": 0, "text": text, "logprobs": None, "finish_reason": "stop"}]
         details = {"cached_tokens": 2}
         usage = {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3, "prompt_tokens_details": details}
         assert document["usage"] == usage
     chat = answer(model, is_chat=True, logprobs=True)
     chat.choices[0].gather(inference_pb2.GenerateResponse(finished=FINISHED))
-    (shown,) = chat.whole()["choices"]
+    (shown,) = read(chat.whole())["choices"]
     assert shown["message"] == {"role": "assistant", "content": "", "refusal": None}
     assert shown["logprobs"] == {"content": []}
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_the_whole_is_what_a_stream_would_be_and_takes_as_much_as_it_says(is_chat: bool, size: int) -> None:
+    model = served(byte_level_bpe())
+    members: dict[str, Any] = {"logprobs": True, "top_logprobs": 3} if is_chat else {"logprobs": 3}
+    whole, streamed = answer(model, is_chat=is_chat, **members), answer(model, is_chat=is_chat, **members)
+    positions = [position(5 + i, *((5 + j, -1.0 - j) for j in range(i, i + 3))) for i in range(100)]
+    text, entries = "", dict[str, list[Any]]()
+    choice = whole.choices[0]
+    for start in range(0, len(positions), size):
+        some = chunk('"\\é\0' * start, *positions[start : start + size])
+        before = choice.num_bytes
+        choice.gather(inference_pb2.GenerateResponse(chunk=some))
+        piece = streamed.choices[0].piece(some)
+        assert piece is not None
+        text += piece["delta"]["content"] if is_chat else piece["text"]
+        for name, values in piece["logprobs"].items():
+            entries.setdefault(name, []).extend(values)
+        assert choice.num_bytes >= before
+    as_pieces = choice.num_bytes
+    choice.gather(inference_pb2.GenerateResponse(finished=FINISHED))
+    (shown,) = read(whole.whole())["choices"]
+    assert (shown["message"]["content"] if is_chat else shown["text"]) == text
+    assert shown["logprobs"] == entries
+    num_bytes = len(b"".join(choice.whole.pieces))
+    # A buffer that grows has some room to spare.
+    assert num_bytes < choice.num_bytes < as_pieces + 1000 < num_bytes * 1.2 + 2000
+
+
+async def test_what_is_gathered_counts_until_there_is_no_room() -> None:
+    model, admission = served(byte_level_bpe()), an_admission(max_bytes=10_000)
+    whole = answer(model, is_chat=True, n=2, logprobs=True, top_logprobs=20)
+    some = position(5, *((5 + i, -1.0) for i in range(20)))
+    closed = []
+
+    async def run(number: int) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        try:
+            for _ in range(number):
+                yield inference_pb2.GenerateResponse(chunk=chunk("a", some))
+            yield inference_pb2.GenerateResponse(finished=FINISHED)
+        finally:
+            closed.append(number)
+
+    with admission.room() as room:
+        await gather(whole.choices[0], run(3), room)
+        held = room.num_bytes
+        assert held == admission.num_bytes > 3 * 21 * len('{"token":"","logprob":-1.0,"bytes":[1]}')
+        with pytest.raises(OverloadedError) as caught:
+            await gather(whole.choices[1], run(1000), room)
+        assert (caught.value.reason, caught.value.retry_delay_s) == ("MAX_HELD_BYTES", 1.0)
+        assert held < admission.num_bytes <= 10_000
+    assert admission.num_bytes == 0
 
 
 def test_usage_in_every_chunk_or_in_the_last() -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bucketserve_gateway.openai.bodies import MAX_PARTS, object_of
+from bucketserve_gateway.openai.bodies import MAX_PARTS, Written, object_of, pieces_of
 from bucketserve_gateway.openai.errors import HttpError
 
 MANY = MAX_PARTS + 1
@@ -60,3 +60,14 @@ def test_what_is_no_object_is_refused(body: bytes) -> None:
     with pytest.raises(HttpError) as caught:
         object_of(body)
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+
+
+def test_what_is_written_already_stays_as_it_is() -> None:
+    large = bytearray(b'"' + b"a" * 1000 + b'"')
+    inner = Written(pieces_of({"x": Written([large]), "y": "\0"}))
+    pieces = list(pieces_of({"\0": [inner, None, Written([b"[", b"1]"])], "é": "\0"}))
+    assert json.loads(b"".join(pieces)) == {"\0": [{"x": "a" * 1000, "y": "\0"}, None, [1]], "é": "\0"}
+    assert any(piece is large for piece in pieces)
+    assert list(pieces_of({"a": 1})) == [b'{"a":1}']
+    with pytest.raises(TypeError):
+        list(pieces_of({"a": object()}))

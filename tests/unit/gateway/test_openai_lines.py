@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from bucketserve.core.errors import UnavailableError
+from bucketserve.core.errors import OverloadedError, UnavailableError
 from bucketserve.store.jobs import JobInfo
 from bucketserve.v1 import common_pb2, inference_pb2
 from bucketserve_gateway.auth import Identity, Keys
 from bucketserve_gateway.models import ModelCatalog
 from bucketserve_gateway.names import ModelNames
 from bucketserve_gateway.openai.lines import DONE, FAILED, BatchLines, LineError, Note
-from tests.unit.gateway.builders import catalog
+from tests.unit.gateway.builders import an_admission, catalog
 
 TEXT = "/v1/completions"
 NOTE = Note(endpoint=TEXT, input_file_id="file-x", window_s=60)
@@ -40,6 +40,7 @@ class Model:
     def __init__(self) -> None:
         self.asked: list[inference_pb2.GenerateRequest] = []
         self.num_open = self.most_open = 0
+        self.num_chunks = 1
 
     async def generate(
         self, request: inference_pb2.GenerateRequest, metadata: Mapping[str, str], remaining_s: float | None
@@ -47,14 +48,18 @@ class Model:
         self.asked.append(request)
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
-        started = inference_pb2.GenerateStarted(request_id=request.request_id, model="demo", prompt_tokens=3)
-        yield inference_pb2.GenerateResponse(started=started)
-        await asyncio.sleep(0)
-        chunk = inference_pb2.GenerateChunk(text=f"{request.sampling.seed}", token_ids=[1, 2])
-        yield inference_pb2.GenerateResponse(chunk=chunk)
-        finished = inference_pb2.GenerateFinished(reason=common_pb2.FINISH_REASON_LENGTH)
-        yield inference_pb2.GenerateResponse(finished=finished)
-        self.num_open -= 1
+        try:
+            started = inference_pb2.GenerateStarted(request_id=request.request_id, model="demo", prompt_tokens=3)
+            yield inference_pb2.GenerateResponse(started=started)
+            for _ in range(self.num_chunks):
+                await asyncio.sleep(0)
+                text = f"{request.sampling.seed}" * self.num_chunks
+                chunk = inference_pb2.GenerateChunk(text=text, token_ids=[1, 2])
+                yield inference_pb2.GenerateResponse(chunk=chunk)
+            finished = inference_pb2.GenerateFinished(reason=common_pb2.FINISH_REASON_LENGTH)
+            yield inference_pb2.GenerateResponse(finished=finished)
+        finally:
+            self.num_open -= 1
 
 
 def anybody() -> Identity:
@@ -66,10 +71,33 @@ def line(**body: Any) -> bytes:
     return json.dumps({"custom_id": "c", "method": "POST", "url": TEXT, "body": members}).encode()
 
 
+async def run(lines: BatchLines, job: JobInfo, index: int, item: bytes) -> bytes:
+    """Returns the answer to a line, which counts in full until it is stored."""
+    admission = an_admission()
+    with admission.room() as room:
+        answer = await lines.run(job, index, item, room)
+        # As what it was made of, too.
+        assert 2 * len(answer) - 1000 < room.num_bytes < 2 * len(answer) + 2000
+    return answer
+
+
+async def test_a_line_for_whose_answer_there_is_no_room_ends_its_run() -> None:
+    model, admission = Model(), an_admission(max_bytes=1000)
+    model.num_chunks = 100
+    with admission.room() as room:
+        with pytest.raises(OverloadedError) as caught:
+            await BatchLines(model.generate, catalog()).run(JOB, 0, line(n=3), room)
+        assert caught.value.reason == "MAX_HELD_BYTES"
+        # It would not even fit alone.
+        assert room.is_too_small
+    assert (len(model.asked), model.num_open, admission.num_bytes) == (1, 0, 0)
+
+
 async def test_choices_of_a_line_run_one_after_the_other_and_are_the_same_again() -> None:
     model = Model()
     lines = BatchLines(model.generate, catalog())
-    first, second = [await lines.run(JOB, 6, line(prompt=["a", "b"], n=2, service_tier="priority")) for _ in range(2)]
+    asked = line(prompt=["a", "b"], n=2, service_tier="priority")
+    first, second = [await run(lines, JOB, 6, asked) for _ in range(2)]
     assert model.most_open == 1
     found = json.loads(first.removeprefix(DONE))
     assert [choice["text"] for choice in found["response"]["body"]["choices"]] == ["7", "8", "7", "8"]
@@ -118,7 +146,7 @@ async def test_a_line_runs_on_the_model_that_its_name_meant_when_it_was_sent() -
     model, (before, after) = Model(), (ModelCatalog(models, ModelNames(models, {"latest": name})) for name in models)
     lines = BatchLines(model.generate, before)
     _, item = await lines.check(line(model="latest", user="größe"), TEXT, anybody())
-    await BatchLines(model.generate, after).run(JOB, 0, item.data)
+    await run(BatchLines(model.generate, after), JOB, 0, item.data)
     assert [request.model for request in model.asked] == ["demo"]
     for name in models:
         # What has the model's own name stays as it was sent.

@@ -270,6 +270,14 @@ async def test_what_is_collected_counts_as_held() -> None:
         await _rest(site.run("x", sampling_params=vllm_pb2.SamplingParams(logprobs=2)))
     assert len(await _rest(site.run("x", stream=True, sampling_params=vllm_pb2.SamplingParams(logprobs=2)))) == 3
     assert site.is_empty()
+    # Until it has been taken, and for more than its bytes: it is an object as well.
+    site = Site()
+    site.generate.may_end.set()
+    run = site.run("x", sampling_params=vllm_pb2.SamplingParams(logprobs=2))
+    answer = await anext(run)
+    assert site.admission.num_bytes > 2 * answer.ByteSize()
+    assert await _rest(run) == []
+    assert site.is_empty()
 
 
 async def test_a_gateway_with_several_models_says_why_it_can_not() -> None:

@@ -1,37 +1,47 @@
 """Answers in OpenAI's shapes: of each choice what its run brings, as chunks of a stream or gathered to a whole.
 
-Chunks are dictionaries that become JSON once; nothing else is made for each of them.
+Chunks are dictionaries that become JSON once; nothing else is made for each of them. What is gathered becomes JSON as
+it comes: that is what the client gets, and a third of what the same takes as objects.
 """
 
 from __future__ import annotations
 
+import asyncio
 import codecs
+import sys
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import orjson
+
 from bucketserve.v1 import common_pb2, inference_pb2
+from bucketserve_gateway.admission import Room
 from bucketserve_gateway.detokenizer import Detokenizer
 from bucketserve_gateway.models import ServedModel
+from bucketserve_gateway.openai.bodies import Written, pieces_of
 from bucketserve_gateway.openai.structure import CALL
 from bucketserve_gateway.openai.translation import Wanted
 
-__all__ = ["Answer", "Choice"]
+__all__ = ["Answer", "Choice", "gather", "small"]
 
 REASONS: dict[int, str] = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
 LEAST_LOGPROB = -9999.0
 """What OpenAI says where the logarithm is of nothing: JSON has no infinity."""
+MAX_LOGPROBS = 128
+"""Log-probabilities that are written down at once."""
 
 Json = dict[str, Any]
+Events = AsyncIterator[inference_pb2.GenerateResponse]
 
 
 class Answer:
     """What all choices of an answer have in common."""
 
     def __init__(self, wanted: Wanted, model: ServedModel, started: Sequence[inference_pb2.GenerateStarted]) -> None:
-        """Takes what was asked for, the model that answers, and how each choice began."""
+        """Takes what was asked for, the model that answers, and how each choice began, when it has."""
         self._wanted = wanted
         kind = "chat.completion" if wanted.is_chat else "text_completion"
         is_chat_stream = wanted.is_chat and wanted.is_stream
@@ -45,8 +55,10 @@ class Answer:
             is_batch = wanted.prompts[0].request_class == common_pb2.REQUEST_CLASS_BATCH
             self._frame["service_tier"] = "flex" if is_batch else "default"
         shown = [_shown(prompt, model) if wanted.is_echo else "" for prompt in wanted.prompts]
-        self.choices = [Choice(index, wanted, model, shown[index // wanted.num_each]) for index in range(len(started))]
-        self._prompt_tokens = [each.prompt_tokens for each in started]
+        self.choices = [
+            Choice(index, wanted, model, shown[index // wanted.num_each]) for index in range(wanted.num_choices)
+        ]
+        self._started = started
 
     def chunk(self, choice: Json) -> Json:
         """Returns a chunk of a stream with a piece of one choice."""
@@ -61,12 +73,12 @@ class Answer:
 
     def whole(self) -> Json:
         """Returns all of it, when every choice has ended."""
-        return {**self._frame, "choices": [choice.whole() for choice in self.choices], "usage": self.usage()}
+        return {**self._frame, "choices": [choice.whole for choice in self.choices], "usage": self.usage()}
 
     def usage(self) -> Json:
         """Returns the tokens used so far. A prompt counts once, however many choices it has."""
         each = self._wanted.num_each
-        num_prompt = sum(self._prompt_tokens[::each])
+        num_prompt = sum(started.prompt_tokens for started in self._started[::each])
         num_output = sum(choice.num_tokens for choice in self.choices)
         return {
             "prompt_tokens": num_prompt,
@@ -83,6 +95,8 @@ class Choice:
         """Takes its place, and what is shown before its output: the prompt, if that was asked for."""
         self.num_tokens = 0
         self.num_cached = 0
+        self.whole = Written([])
+        """All of it, when it has been gathered and has ended."""
         self._index = index
         self._is_chat = wanted.is_chat
         self._has_logprobs = wanted.prompts[0].response.HasField("num_logprobs")
@@ -90,8 +104,9 @@ class Choice:
         self._call = None if wanted.call_reason is None else _Call(wanted.call_reason)
         self._tokens = _Tokens(model)
         self._is_first = True
-        self._texts: list[str] = []
-        self._logprobs: dict[str, list[Any]] = {}
+        self._text = bytearray(b'"')
+        """What was gathered, as JSON without its end; so are the arrays of log-probabilities."""
+        self._logprobs: dict[str, bytearray] = {}
         self._reason: str | None = None
         self._is_cut = False
         """Whether it has ended before it was whole."""
@@ -106,30 +121,47 @@ class Choice:
         self._finish(finished)
         return self._delta(self._lead(), None, self._reason)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that what was gathered takes."""
+        return sum(map(sys.getsizeof, (*self.whole.pieces, self._text, *self._logprobs.values())))
+
     def gather(self, event: inference_pb2.GenerateResponse) -> None:
         """Takes an event of the run for the whole."""
         if event.HasField("finished"):
             self._finish(event.finished)
-            self._texts.append(self._lead())
+            self._add(self._lead())
+            self.whole = Written(pieces_of(self._shown()))
+            self._text, self._logprobs = bytearray(), {}
             return
         text, logprobs = self._take(event.chunk)
-        self._texts.append(text)
+        self._add(text)
         for name, values in (logprobs or {}).items():
-            self._logprobs.setdefault(name, []).extend(values)
+            if name in self._logprobs:
+                self._logprobs[name] += b"," + orjson.dumps(values)[1:-1]
+            else:
+                self._logprobs[name] = bytearray(orjson.dumps(values)[:-1])
 
-    def whole(self) -> Json:
-        """Returns all of it."""
-        text = "".join(self._texts)
+    def _add(self, text: str) -> None:
+        self._text += orjson.dumps(text)[1:-1]
+
+    def _shown(self) -> Json:
+        """Returns what was gathered, all of it."""
         shown: Json = {"index": self._index}
+        text = Written([self._text, b'"'])
         if self._is_chat:
-            calls = None if self._call is None else self._call.whole(text, is_cut=self._is_cut)
+            calls = None
+            if self._call is not None:
+                calls = self._call.whole(orjson.loads(b"".join(text.pieces)), is_cut=self._is_cut)
             shown["message"] = {"role": "assistant", "content": None if calls else text, "refusal": None}
             if calls:
                 shown["message"]["tool_calls"] = calls
         else:
             shown["text"] = text
-        logprobs = self._logprobs or self._no_tokens()
-        return {**shown, "logprobs": logprobs if self._has_logprobs else None, "finish_reason": self._reason}
+        logprobs: Json | None = None
+        if self._has_logprobs:
+            logprobs = {name: Written([values, b"]"]) for name, values in self._logprobs.items()} or self._no_tokens()
+        return {**shown, "logprobs": logprobs, "finish_reason": self._reason}
 
     def _lead(self) -> str:
         """Returns what stands before the output, the first time."""
@@ -171,6 +203,40 @@ class Choice:
     def _no_tokens(self) -> dict[str, list[Any]]:
         write = self._tokens.of_chat if self._is_chat else self._tokens.of_completion
         return write(())
+
+
+async def gather(choice: Choice, run: Events, room: Room) -> None:
+    """Takes the events of a run for the whole of a choice, which counts in a room.
+
+    Raises:
+        OverloadedError: there is no room.
+        BucketServeError: as the run raises it.
+    """
+    async for event in small(run):
+        before = choice.num_bytes
+        choice.gather(event)
+        room.grow(choice.num_bytes - before)
+
+
+async def small(run: Events) -> Events:
+    """Yields a run's events, those with many log-probabilities in parts between which others have their turn.
+
+    What waited for a client that does not read may be thousands of them, which take time to write down.
+    """
+    async for event in run:
+        chunk = event.chunk
+        most = max(MAX_LOGPROBS // (1 + len(chunk.logprobs[0].top)), 1) if chunk.logprobs else 0
+        if len(chunk.logprobs) <= most:
+            yield event
+            continue
+        for start in range(0, len(chunk.logprobs), most):
+            part = slice(start, start + most)
+            yield inference_pb2.GenerateResponse(
+                chunk=inference_pb2.GenerateChunk(
+                    text="" if start else chunk.text, token_ids=chunk.token_ids[part], logprobs=chunk.logprobs[part]
+                )
+            )
+            await asyncio.sleep(0)
 
 
 class _Call:

@@ -14,6 +14,7 @@ from bucketserve.core.errors import NotFoundError
 from bucketserve.store.files import FileInfo
 from bucketserve.store.jobs import JobInfo
 from bucketserve.store.listing import ID_CHARACTERS, Listing, new_id
+from bucketserve_gateway.admission import Room
 from bucketserve_gateway.auth import Identity
 from bucketserve_gateway.openai.bodies import object_of
 from bucketserve_gateway.openai.errors import HttpError, ParameterError
@@ -27,7 +28,10 @@ __all__ = ["BATCHES", "Batches"]
 
 BATCHES = "/v1/batches"
 WINDOW, WINDOW_S = "24h", 86_400
-MOST_LISTED, LISTED = 100, 20
+MOST_LISTED, LISTED, LISTED_BYTES = 100, 20, 4096
+"""Batches of a page, and what each takes until it is sent, beside its note."""
+JSON_COPIES = 4
+"""Of JSON that is read: it, and what it says as objects."""
 MAX_ERRORS, MAX_ERROR_CHARACTERS = 50, 256
 """Of a batch that is refused."""
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
@@ -75,15 +79,16 @@ class Batches:
         self._max_lines = max_lines
         self._max_line_bytes = max_line_bytes
 
-    async def serve(self, exchange: Exchange, tenant: str, identity: Identity, body: bytes) -> None:
-        """One exchange. The body is that of a batch to be made."""
+    async def serve(self, exchange: Exchange, tenant: str, identity: Identity, body: bytes, room: Room) -> None:
+        """One exchange. The body is that of a batch to be made; what is held of it counts in a room."""
+        room.resize(len(body) * JSON_COPIES)
         name, _, action = exchange.path.removeprefix(BATCHES).removeprefix("/").partition("/")
         if not name and exchange.method == "POST":
             exchange.query()
             await exchange.while_connected(self._create(exchange, tenant, identity, body))
         elif not name:
             exchange.check_method("GET", "POST")
-            await self._list(exchange, tenant)
+            await self._list(exchange, tenant, room)
         elif not action:
             exchange.check_method("GET")
             exchange.query()
@@ -204,7 +209,7 @@ class Batches:
                     return job
         raise NotFoundError("batch", batch_id[:64], "there is no such batch, or not any more")
 
-    async def _list(self, exchange: Exchange, tenant: str) -> None:
+    async def _list(self, exchange: Exchange, tenant: str, room: Room) -> None:
         query = exchange.query("after", "limit")
         limit, after = limit_of(query, MOST_LISTED, LISTED), query.get("after", "")
         if after and _ID.fullmatch(after) is None:
@@ -212,6 +217,7 @@ class Batches:
         found, after = list[Json](), after.removeprefix(BATCH_PREFIX)
         while len(found) <= limit and (page := await self._listing.page(tenant, after, limit + 1)):
             jobs = await self._submissions.store.get_many([BATCH_PREFIX + each for each in page])
+            room.grow(sum(LISTED_BYTES + len(job.note) * JSON_COPIES for job in jobs if job is not None))
             found += [_shown(job) for job in jobs if job is not None]
             after = page[-1]
         await exchange.answer(200, page_of(found, limit))

@@ -1,20 +1,47 @@
-"""A body's bytes as a JSON object, unless reading it would take long: the event loop waits meanwhile."""
+"""Bodies as JSON objects and back: none is read, or written, that the event loop would have to wait for."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import orjson
 
 from bucketserve_gateway.openai.errors import HttpError
 
-__all__ = ["object_of"]
+__all__ = ["Written", "object_of", "pieces_of"]
 
 MAX_PARTS = 100_000
 """Strings, arrays and objects of a body: several times as many as the longest conversation has."""
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 """A string, or one without an end to the end: so that no byte is looked at twice."""
+
+
+class Written:
+    """JSON that is written already, in pieces."""
+
+    def __init__(self, pieces: Iterable[bytes | bytearray]) -> None:
+        """Takes the pieces."""
+        self.pieces = list(pieces)
+
+
+def pieces_of(document: Mapping[str, Any]) -> Iterator[bytes | bytearray]:
+    """Yields a document as JSON; pieces of it that are written already stay as they are."""
+    written: list[Written] = []
+
+    def place(value: Any) -> orjson.Fragment:
+        if not isinstance(value, Written):
+            raise TypeError(type(value))
+        written.append(value)
+        # Nowhere else in JSON: a text has it escaped.
+        return orjson.Fragment(b"\0")
+
+    first, *others = orjson.dumps(document, default=place).split(b"\0")
+    yield first
+    for value, following in zip(written, others, strict=True):
+        yield from value.pieces
+        yield following
 
 
 def object_of(body: bytes) -> dict[str, Any]:

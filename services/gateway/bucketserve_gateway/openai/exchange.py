@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl
 
 import orjson
 
+from bucketserve_gateway.openai.bodies import pieces_of
 from bucketserve_gateway.openai.caller import REQUEST_ID, label_of, metadata_of
 from bucketserve_gateway.openai.errors import Headers, HttpError, ParameterError, body_of, headers_of, status_of
 from bucketserve_gateway.openai.fields import MAX_NAME_CHARACTERS
@@ -34,6 +35,10 @@ EVENT_HEADERS: Headers = [
     (b"x-accel-buffering", b"no"),
 ]
 MAX_QUERY_FIELDS = 16
+PIECE_BYTES = 64 << 10
+"""Of a response, given to the connection at once."""
+TAKE_S, TAKE_BYTES_S = 30.0, 1 << 20
+"""For a client to take a response: so long, and a second more for so many bytes of it. Until then it is held."""
 
 Message = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -150,11 +155,27 @@ class Exchange:
     async def answer(
         self, status: int, document: Mapping[str, Any], headers: Iterable[tuple[bytes, bytes]] = ()
     ) -> None:
-        """Sends a response."""
-        data = orjson.dumps(document)
-        length = (b"content-length", b"%d" % len(data))
-        await self.begin(status, [(b"content-type", JSON_TYPE), length, *headers])
-        await self.write(data, is_last=True)
+        """Sends a response.
+
+        Raises:
+            ClientGoneError: its client takes it too slowly; the connection is cut.
+        """
+        pieces = list(pieces_of(document))
+        num_bytes = sum(map(len, pieces))
+        await self.begin(status, [(b"content-type", JSON_TYPE), (b"content-length", b"%d" % num_bytes), *headers])
+        if num_bytes <= PIECE_BYTES:
+            await self.write(b"".join(pieces), is_last=True)
+            return
+        try:
+            async with asyncio.timeout(TAKE_S + num_bytes / TAKE_BYTES_S):
+                for piece in pieces:
+                    for start in range(0, len(piece), PIECE_BYTES):
+                        await self.write(bytes(piece[start : start + PIECE_BYTES]))
+                        # The connection learns whether its client takes more, and others have their turn.
+                        await asyncio.sleep(0)
+                await self.write(b"", is_last=True)
+        except TimeoutError:
+            raise ClientGoneError from None
 
     async def fail(self, error: Exception) -> None:
         """Sends an error: as the response, or at the end of the stream of events that has begun.

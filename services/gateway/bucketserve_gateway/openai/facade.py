@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
@@ -27,7 +27,7 @@ from bucketserve_gateway.auth import Identity, Keys
 from bucketserve_gateway.keys import MAX_TENANT_CHARACTERS
 from bucketserve_gateway.models import ModelCard, ModelCatalog, ServedModel
 from bucketserve_gateway.names import may_hear
-from bucketserve_gateway.openai.answers import Answer, Choice
+from bucketserve_gateway.openai.answers import Answer, Choice, gather, small
 from bucketserve_gateway.openai.batches import BATCHES, Batches
 from bucketserve_gateway.openai.bodies import object_of
 from bucketserve_gateway.openai.caller import Caller, caller_of
@@ -53,8 +53,6 @@ from bucketserve_gateway.telemetry import GatewayTelemetry
 __all__ = ["OpenAIFacade"]
 
 MODELS = "/v1/models"
-MAX_LOGPROBS = 128
-"""Log-probabilities that are written down at once."""
 
 T = TypeVar("T")
 Events = AsyncGenerator[inference_pb2.GenerateResponse, None]
@@ -98,6 +96,8 @@ class OpenAIFacade:
         except Exception as error:
             if not isinstance(error, BucketServeError):
                 self._telemetry.unexpected(exchange.path, error)
+            # Without the frames that it came through, which have what was gathered and is not counted any more.
+            error.__traceback__ = error.__context__ = None
             await exchange.fail(error)
 
     async def _route(self, exchange: Exchange) -> None:
@@ -176,11 +176,11 @@ class OpenAIFacade:
             await self._files.serve(exchange, _owner(exchange, identity))
 
     async def _serve_batch(self, exchange: Exchange, identity: Identity) -> None:
-        with self._admission.call(exchange.peer):
+        with self._admission.call(exchange.peer), self._admission.room() as room:
             tenant = _owner(exchange, identity)
             is_new = exchange.method == "POST" and exchange.path.rstrip("/") == BATCHES
             body = await self._body(exchange) if is_new else b""
-            await self._batches.serve(exchange, tenant, identity, body)
+            await self._batches.serve(exchange, tenant, identity, body, room)
 
     async def _body(self, exchange: Exchange) -> bytes:
         """Returns the whole body.
@@ -225,7 +225,8 @@ class OpenAIFacade:
             started = await _all(_started(run) for run in runs)
             answer = Answer(wanted, model, started)
             if not wanted.is_stream:
-                await _all(_gather(choice, run) for choice, run in zip(answer.choices, runs, strict=True))
+                room = end.enter_context(self._admission.room())
+                await _all(gather(choice, run, room) for choice, run in zip(answer.choices, runs, strict=True))
                 await exchange.answer(200, answer.whole())
                 return
             await exchange.begin(200, EVENT_HEADERS)
@@ -237,7 +238,7 @@ class OpenAIFacade:
 
     @staticmethod
     async def _stream(exchange: Exchange, answer: Answer, choice: Choice, run: Events) -> None:
-        async for event in _small(run):
+        async for event in small(run):
             is_end = event.HasField("finished")
             piece = choice.end(event.finished) if is_end else choice.piece(event.chunk)
             if piece is not None:
@@ -268,32 +269,6 @@ def _owner(exchange: Exchange, identity: Identity) -> str:
 async def _started(run: Events) -> inference_pb2.GenerateStarted:
     """Returns the first event of a run: it is queued."""
     return (await anext(run)).started
-
-
-async def _gather(choice: Choice, run: Events) -> None:
-    async for event in _small(run):
-        choice.gather(event)
-
-
-async def _small(run: Events) -> AsyncIterator[inference_pb2.GenerateResponse]:
-    """Yields a run's events, those with many log-probabilities in parts between which others have their turn.
-
-    What waited for a client that does not read may be thousands of them, which take time to write down.
-    """
-    async for event in run:
-        chunk = event.chunk
-        most = max(MAX_LOGPROBS // (1 + len(chunk.logprobs[0].top)), 1) if chunk.logprobs else 0
-        if len(chunk.logprobs) <= most:
-            yield event
-            continue
-        for start in range(0, len(chunk.logprobs), most):
-            part = slice(start, start + most)
-            yield inference_pb2.GenerateResponse(
-                chunk=inference_pb2.GenerateChunk(
-                    text="" if start else chunk.text, token_ids=chunk.token_ids[part], logprobs=chunk.logprobs[part]
-                )
-            )
-            await asyncio.sleep(0)
 
 
 async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -38,7 +38,8 @@ FILE_BYTES, PIECE_ROOM_BYTES = 16_384, 128
 FORM_BYTES = 64 << 10
 """Of a form, beside its file."""
 LEAST_TTL_S = 3600
-MOST_LISTED = 10_000
+MOST_LISTED, LISTED_BYTES = 10_000, 1024
+"""Files of a page, and what each takes until it is sent."""
 LOOKED_UP = 256
 """Files or batches that are looked up in one round trip."""
 EXPIRY = ("expires_after[anchor]", "expires_after[seconds]")
@@ -322,14 +323,16 @@ class Files:
             if purpose in (None, name)
         ]
         heads = [await anext(stream, None) for stream in streams]
-        while len(found) <= limit and any(heads):
-            ids = [(head["id"], i) for i, head in enumerate(heads) if head is not None]
-            _, i = max(ids) if is_newest_first else min(ids)
-            head = heads[i]
-            assert head is not None, "it has an id"
-            found.append(head)
-            heads[i] = await anext(streams[i], None)
-        await exchange.answer(200, page_of(found, limit))
+        with self._admission.room() as held:
+            while len(found) <= limit and any(heads):
+                held.grow(LISTED_BYTES)
+                ids = [(head["id"], i) for i, head in enumerate(heads) if head is not None]
+                _, i = max(ids) if is_newest_first else min(ids)
+                head = heads[i]
+                assert head is not None, "it has an id"
+                found.append(head)
+                heads[i] = await anext(streams[i], None)
+            await exchange.answer(200, page_of(found, limit))
 
     async def _uploaded(self, tenant: str, after: str, is_newest_first: bool) -> AsyncIterator[Json]:
         while page := await self._there.file_list.page(tenant, after, LOOKED_UP, is_newest_first=is_newest_first):

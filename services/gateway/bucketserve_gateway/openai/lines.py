@@ -19,10 +19,11 @@ import orjson
 from bucketserve.core.errors import BucketServeError, ForbiddenError, InvalidRequestError, UnknownModelError
 from bucketserve.store.jobs import JobInfo
 from bucketserve.v1 import common_pb2, inference_pb2, job_pb2
+from bucketserve_gateway.admission import Room
 from bucketserve_gateway.auth import Identity
 from bucketserve_gateway.models import ModelCatalog
-from bucketserve_gateway.openai.answers import Answer
-from bucketserve_gateway.openai.bodies import object_of
+from bucketserve_gateway.openai.answers import Answer, gather
+from bucketserve_gateway.openai.bodies import object_of, pieces_of
 from bucketserve_gateway.openai.caller import Caller
 from bucketserve_gateway.openai.errors import HttpError, ParameterError, body_of, status_of
 from bucketserve_gateway.openai.fields import Fields
@@ -135,7 +136,7 @@ class BatchLines:
         of_prompts = len(data) * wanted.num_each if wanted.is_echo else 0
         return custom_id, Item(data, LINE_BYTES + wanted.num_choices * CHOICE_BYTES + of_tokens + of_prompts)
 
-    async def run(self, job: JobInfo, index: int, item: bytes) -> bytes:
+    async def run(self, job: JobInfo, index: int, item: bytes, room: Room) -> bytes:
         """Returns the line that answers one. Its choices run one after the other: other jobs have a turn as well."""
 
         def read() -> tuple[Json, Wanted]:
@@ -152,18 +153,14 @@ class BatchLines:
                 # Fixed, so that a request that is started again elsewhere draws the same.
                 request.sampling.seed = index + 1
         started: list[inference_pb2.GenerateStarted] = []
-        outputs: list[list[inference_pb2.GenerateResponse]] = []
-        model = self._catalog.get(wanted.prompts[0].model)
-        for request in wanted.requests():
+        answer = Answer(wanted, self._catalog.get(wanted.prompts[0].model), started)
+        for request, choice in zip(wanted.requests(), answer.choices, strict=True):
             run = cast(AsyncGenerator[inference_pb2.GenerateResponse, None], self._generate(request, {}, None))
             async with contextlib.aclosing(run):
                 started.append((await anext(run)).started)
-                outputs.append([event async for event in run])
-        answer = Answer(wanted, model, started)
-        for choice, events in zip(answer.choices, outputs, strict=True):
-            for event in events:
-                choice.gather(event)
-                await asyncio.sleep(0)
+                await gather(choice, run, room)
+        # For the line beside the choices that it is made of.
+        room.grow(room.num_bytes)
         response = {"status_code": 200, "request_id": request_id, "body": answer.whole()}
         return DONE + _line(job, index, line, response, None)
 
@@ -227,4 +224,4 @@ def _names(body: Json, endpoint: str) -> Mapping[str, str]:
 def _line(job: JobInfo, index: int, line: Json, response: Json | None, error: Json | None) -> bytes:
     answer_id = f"batch_req_{job.job_id.removeprefix(BATCH_PREFIX)}{index:06x}"
     shown = {"id": answer_id, "custom_id": line["custom_id"], "response": response, "error": error}
-    return orjson.dumps(shown)
+    return b"".join(pieces_of(shown))
