@@ -154,9 +154,7 @@ class FakeEngine:
         """See ports.Engine."""
         for spec in sequences:
             spec.check(self._most_tokens)
-            if spec.structured_output is not None:
-                raise EngineError("the fake engine has no grammars")
-            self._check_adapter(spec)
+            self._check_means(spec)
         self._check_new([spec.request_id for spec in sequences])
         for spec in sequences:
             state = _hash(spec)
@@ -214,7 +212,7 @@ class FakeEngine:
     def _go_on(self, spec: SequenceSpec, generated: Sequence[int], state: int) -> None:
         """Adds a sequence whose KV has come."""
         self._check_new([spec.request_id])
-        self._check_adapter(spec)
+        self._check_means(spec)
         sequence = _Sequence(
             spec,
             state,
@@ -304,7 +302,10 @@ class FakeEngine:
                 raise EngineError(f"sequence {request_id} is already here")
             seen.add(request_id)
 
-    def _check_adapter(self, spec: SequenceSpec) -> None:
+    def _check_means(self, spec: SequenceSpec) -> None:
+        """Raises EngineError: it asks for what is not here."""
+        if spec.structured_output is not None:
+            raise EngineError("the fake engine has no grammars")
         if spec.adapter and spec.adapter not in self._adapters:
             raise NoAdapterError("the adapter is not here any more")
 

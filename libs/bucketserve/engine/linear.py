@@ -9,7 +9,7 @@ from torch import nn
 
 from bucketserve.engine.native.products import Lookup, Product, Products
 
-__all__ = ["PlacedEmbedding", "PlacedLinear", "place_linears"]
+__all__ = ["PlacedEmbedding", "PlacedLinear", "num_multiplied", "place_linears"]
 
 TRIED_ROWS = 64
 """Of an embedding that shares its weights, compared with the lookup that takes its place."""
@@ -63,12 +63,20 @@ def place_linears(model: nn.Module, products: Products, read: Collection[int] = 
     """
     shared = _shared_weights(model)
     placed = []
-    for parent, name, child in list(_children(model)):
+    # By name: what is replaced is freed at once, so that no more than one layer is in memory twice.
+    for parent, name in [(parent, name) for parent, name, _ in _children(model)]:
+        child = getattr(parent, name)
         if type(child) is nn.Linear and id(child.weight) not in {*shared, *read}:
             placed.append(PlacedLinear(child, products.linear([child.weight], child.bias)))
             setattr(parent, name, placed[-1])
     tied = [users for weight, users in shared.items() if weight not in read]
     return placed + [head for users in tied for head in _place_tied(users, products)]
+
+
+def num_multiplied(model: nn.Module) -> int:
+    """Returns how many weights a model has still that are not just looked up."""
+    users = (module for module in model.modules() if not isinstance(module, nn.Embedding))
+    return sum({id(p): p.numel() for user in users for p in user.parameters(recurse=False)}.values())
 
 
 def _place_tied(users: list[tuple[nn.Module, str, nn.Module]], products: Products) -> list[PlacedLinear]:

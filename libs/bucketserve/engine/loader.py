@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import time
@@ -24,18 +25,19 @@ from bucketserve.engine.fingerprint import HAND_OVER, model_fingerprint, tokeniz
 from bucketserve.engine.forward import EagerForward, Forward, run_model
 from bucketserve.engine.grammars import GrammarError, GrammarTokenizer
 from bucketserve.engine.kv_memory import PAGE_TOKENS, KvLayout, KvMemory, bytes_per_token, num_pages
-from bucketserve.engine.linear import place_linears
+from bucketserve.engine.linear import num_multiplied, place_linears
 from bucketserve.engine.model_source import accepted, context_of, model_directory, vocabulary_of
 from bucketserve.engine.native.compiler import KernelBuildError
 from bucketserve.engine.native.kernels import Kernels, load_kernels
 from bucketserve.engine.native.layers import fuse_layers
 from bucketserve.engine.native.products import KernelProducts, Products, choose_products
 from bucketserve.engine.packed import PackedEngine, PackedLimits
-from bucketserve.engine.pretrained import load_model
+from bucketserve.engine.pretrained import FLOATS, load_model
 from bucketserve.engine.probe import Probed, decoder_layers, probe
 from bucketserve.engine.races import race_of
 from bucketserve.engine.sampling import SampleRow, sample
 from bucketserve.engine.self_check import SelfCheck
+from bucketserve.engine.weight_files import WeightFile, weight_files
 from bucketserve.machine import memory as machine_memory
 from bucketserve.machine import num_cpus
 from bucketserve.ports import EngineInfo, Sampling
@@ -48,6 +50,8 @@ DECLARED_REACHES = {"sliding_window": "sliding", "attention_chunk_size": "chunke
 CUDA_KV_SHARE = 0.85
 CPU_STEP_SHARE = 0.25
 """Of the memory that is left, for the activations of the largest step."""
+INT8_LEAST_SHARE = 0.5
+"""Of the weights: whoever asks for 8 bits counts on a quarter of the memory, and on the speed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +88,12 @@ def load_engine(settings: LoadSettings, on_progress: Callable[[str], None] = lam
     device = _device(settings.device)
     on_progress(f"loading weights of {os.path.basename(settings.model.rstrip('/')) or settings.model}")
     try:
+        dtype = _dtype(settings.dtype, device)
+        _check_quantization(settings, device, dtype)
         directory = model_directory(settings.model, with_weights=True)
-        if device.type == "cpu":
-            _check_room(directory)
-        model = load_model(directory, _dtype(settings.dtype, device), on_progress)
+        if isinstance(dtype, torch.dtype) and device.type == "cpu":
+            _check_room(directory, dtype)
+        model = load_model(directory, dtype, on_progress)
         fingerprint = model_fingerprint(
             directory,
             engine=f"{ENGINE}, KV {HAND_OVER}",
@@ -125,19 +131,51 @@ def _grammar_tokenizer(directory: Path, model: Any, on_progress: Callable[[str],
         return None
 
 
-def _check_room(directory: Path) -> None:
-    """Refuses weights that would have the process killed while they are read.
+def _check_quantization(settings: LoadSettings, device: torch.device, dtype: torch.dtype | str) -> None:
+    """Refuses 8-bit weights that nobody here computes with.
 
     Raises:
-        ModelLoadError: their files are larger than the memory that is left.
+        ModelLoadError: what is wanted beside them does not go with them.
     """
-    needed = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    if settings.quantization == "none":
+        return
+    what = f"quantization {settings.quantization}"
+    if device.type != "cpu":
+        raise ModelLoadError(f"{what} is for CPU workers; set quantization to none")
+    if settings.kernels == "torch":
+        raise ModelLoadError(f"{what} is done by the CPU kernels; set kernels to auto, or quantization to none")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ModelLoadError(f"{what} does not go with {_name_of(dtype)}; set dtype to float32 or bfloat16")
+
+
+def _check_room(directory: Path, dtype: torch.dtype) -> None:
+    """Refuses weights that would have the process killed while they are read.
+
+    Args:
+        directory: as model_directory returns it.
+        dtype: in which they are loaded, those in 8 bits as well: they are rounded afterwards, layer by layer.
+
+    Raises:
+        ModelLoadError: they need more than the memory that is left.
+    """
+    needed = sum(_loaded_bytes(file, dtype) for file in weight_files(directory))
     left = machine_memory().available
     if needed > left:
+        smaller = ", set dtype to bfloat16" if dtype.itemsize > torch.bfloat16.itemsize else ""
         raise ModelLoadError(
-            f"its weights take {needed / 2**20:,.0f} MiB and {left / 2**20:,.0f} MiB are left of this "
-            "process's memory; give it more, or choose a smaller model"
+            f"its weights take {needed / 2**20:,.0f} MiB, loaded in {_name_of(dtype)}, and {left / 2**20:,.0f} MiB are "
+            f"left of this process's memory; give it more{smaller}, or choose a smaller model"
         )
+
+
+def _loaded_bytes(file: WeightFile, dtype: torch.dtype) -> int:
+    """Returns the memory that a file's weights take; what is no float, or of another format, as much as in the file."""
+    if not file.tensors:
+        return file.num_bytes
+    return sum(
+        math.prod(tensor.shape) * dtype.itemsize if tensor.dtype in FLOATS else tensor.num_bytes
+        for tensor in file.tensors
+    )
 
 
 def build_engine(
@@ -160,12 +198,13 @@ def build_engine(
         grammar_tokenizer: its vocabulary; without it there is no structured output.
 
     Raises:
-        ModelLoadError: the model's attention can't be served.
+        ModelLoadError: the model can't be served with these settings.
     """
     weight = next(model.parameters())
     device, dtype = weight.device, weight.dtype
     text_config = model.config.get_text_config()
     try:
+        _check_quantization(settings, device, dtype)
         context = context_of(text_config, settings.context_tokens)
         on_progress("looking at its attention")
         probed, self_check = _examine(model, text_config.num_hidden_layers, context)
@@ -174,8 +213,6 @@ def build_engine(
         if device.type == "cpu":
             kernels = _kernels(settings, on_progress)
             placed_bytes = _place(model, probed, context, kernels, settings, on_progress)
-        elif settings.quantization != "none":
-            raise ModelLoadError(f"quantization {settings.quantization} is for CPU workers; set quantization to none")
         on_progress("comparing packed steps with the model by itself")
         is_by_triton = _is_by_triton(device, settings, on_progress)
         planner = _planner(kernels, is_by_triton=is_by_triton)
@@ -322,26 +359,41 @@ def _place(
     """Hands the model's layers to whoever computes them fastest here; returns the bytes of their weights.
 
     Raises:
-        ModelLoadError: 8-bit weights are asked for and there are no kernels.
+        ModelLoadError: 8-bit weights are asked for, and there are no kernels, or less than half of them would be.
     """
     is_int8 = settings.quantization == "int8"
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    if settings.kernels == "torch" or not linears:
-        return 0
     products: Products | None
     if is_int8:
         if kernels is None:
             raise ModelLoadError("quantization int8 needs the CPU kernels; install g++, or set quantization to none")
         products = KernelProducts(kernels, is_int8=True)
     else:
-        largest = max(linears, key=lambda linear: linear.weight.numel())
-        products = choose_products(kernels, largest.weight.dtype, largest.out_features, largest.in_features)
+        products = None if settings.kernels == "torch" else _fastest(model, kernels)
     if products is None:
+        on_progress("products by torch, layers as they are")
         return 0
     fused = fuse_layers(model, probed.calls, context, kernels, products) if kernels is not None else []
     placed = place_linears(model, products, probed.read)
+    num_bytes = sum(layer.num_bytes for layer in fused) + sum(linear.num_bytes for linear in placed)
     on_progress(f"{len(fused)} layers fused, {len(placed)} linear layers placed; products by {products.name}")
-    return sum(layer.num_bytes for layer in fused) + sum(linear.num_bytes for linear in placed)
+    if is_int8:
+        share = num_bytes / (num_bytes + num_multiplied(model))
+        if share < INT8_LEAST_SHARE:
+            raise ModelLoadError(
+                f"quantization int8 would round {share:.0%} of the weights that are multiplied with: only those of "
+                "linear layers (torch.nn.Linear) can be, not experts in one tensor, for one; set quantization to none"
+            )
+        on_progress(f"{share:.0%} of the weights that are multiplied with are in 8 bits")
+    return num_bytes
+
+
+def _fastest(model: torch.nn.Module, kernels: Kernels | None) -> Products | None:
+    """Returns who does the products of the largest linear layer fastest; None to leave the model as it is."""
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    if not linears:
+        return None
+    largest = max(linears, key=lambda linear: linear.weight.numel())
+    return choose_products(kernels, largest.weight.dtype, largest.out_features, largest.in_features)
 
 
 def _device(name: str) -> torch.device:
@@ -357,7 +409,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def _name_of(dtype: torch.dtype) -> str:
+def _name_of(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 

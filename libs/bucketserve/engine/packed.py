@@ -127,10 +127,7 @@ class PackedEngine:
             spec.check(self._most_tokens)
             if spec.request_id in seen:
                 raise EngineError(f"sequence {spec.request_id} is already here")
-            if spec.structured_output is not None and self._compiler is None:
-                raise EngineError("this engine has no grammars: the model's tokenizer is of no kind that they know")
-            if spec.adapter:
-                raise NoAdapterError(NO_ADAPTERS)
+            self._check_means(spec)
             seen.add(spec.request_id)
         for spec in sequences:
             sequence = EngineSequence(spec, max_chunk_tokens, list(spec.token_ids))
@@ -180,6 +177,7 @@ class PackedEngine:
         """See ports.Engine."""
         if spec.request_id in self._table:
             raise EngineError(f"sequence {spec.request_id} is already here")
+        self._check_means(spec)
         if not spec.is_known(self._limits.vocabulary, generated):
             raise EngineError(UNKNOWN_TOKEN)
         sequence = EngineSequence(
@@ -223,6 +221,13 @@ class PackedEngine:
         if self._compiler is not None and sequence.spec.structured_output is not None:
             self._compiler.begin(sequence)
 
+    def _check_means(self, spec: SequenceSpec) -> None:
+        """Raises EngineError: it asks for what this engine does not have."""
+        if spec.structured_output is not None and self._compiler is None:
+            raise EngineError("this engine has no grammars: the model's tokenizer is of no kind that they know")
+        if spec.adapter:
+            raise NoAdapterError(NO_ADAPTERS)
+
     def _check_length(self, num_tokens: int, data: memoryview) -> None:
         if len(data) != num_tokens * self._info.kv_bytes_per_token:
             raise EngineError(f"{len(data)} bytes are not the KV of {num_tokens} tokens")
@@ -264,6 +269,7 @@ class PackedEngine:
         failures = [*map(self._give_up, self._never_to_run())]
         entries = self._compose()
         if not entries:
+            self._pressure.idle()
             if self._compiler is not None:
                 self._compiler.wait()
             return StepOutput(preempted=preempted, failures=tuple(failures))

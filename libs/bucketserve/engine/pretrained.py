@@ -14,7 +14,7 @@ from bucketserve.engine.attention import NAME
 from bucketserve.engine.model_source import accepted, load_config
 from bucketserve.engine.weight_files import weight_files
 
-__all__ = ["load_model", "refusing_other_attention"]
+__all__ = ["FLOATS", "load_model", "refusing_other_attention"]
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 """Types of numbers, as safetensors calls them, in which weights are stored that nobody has quantised."""

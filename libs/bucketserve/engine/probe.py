@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,8 @@ class Probed:
 
     context: int
     calls: dict[int, AttentionCall] = field(default_factory=dict)
-    modules: dict[int, torch.nn.Module] = field(default_factory=dict)
-    """The layers' attention."""
+    modules: WeakValueDictionary[int, torch.nn.Module] = field(default_factory=WeakValueDictionary)
+    """The layers' attention, as long as the model has it: its weights are freed when its layer is placed."""
     rules: dict[int, MaskRule] = field(default_factory=dict)
     """By the address of the mask that was made."""
     masks: list[torch.Tensor] = field(default_factory=list)

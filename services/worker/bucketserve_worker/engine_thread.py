@@ -26,6 +26,8 @@ STOP_S = 10.0
 SLOWER_THAN_EVER, SLOWER_AT_FIRST = 10, 4
 LOOK_S = 1.0
 """Most that counts between two looks at a turn: who did not look for longer was stopped, and so was the engine."""
+IDLE_S = 1.0
+"""An engine that has nothing to do makes a turn that often: what it has room for may change all the same."""
 MAX_TURNS_AHEAD = 64
 """Turns that the event loop may be behind before the engine waits for it."""
 
@@ -134,7 +136,7 @@ _Order = _Add | _Cancel | _Preempt | _Import | _Load | _Unload
 
 
 class EngineThread:
-    """Runs `step` while there is work and sleeps otherwise.
+    """Runs `step` while there is work, and every IDLE_S otherwise.
 
     on_turn is called in the event loop, in order, for every turn that did something. A failure of the engine itself
     ends the thread and makes `failed` raise it.
@@ -316,10 +318,11 @@ class EngineThread:
             self._loop.call_soon_threadsafe(self._deliver, turn)
 
     def _take(self, engine: Engine) -> list[_Order] | None:
-        """Returns new orders, waiting for some if the engine has no work; None to stop."""
+        """Returns new orders, waiting a while for some if the engine has no work; None to stop."""
         with self._wake:
             while not (self._orders or self._is_stopping or engine.has_work()):
-                self._wake.wait()
+                if not self._wake.wait(IDLE_S):
+                    break
             if self._is_stopping:
                 return None
             orders = list(self._orders)

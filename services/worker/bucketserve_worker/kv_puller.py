@@ -103,6 +103,10 @@ class KvPuller:
         """Calls everything off: a scheduler that does not know of a transfer orders it again."""
         self.cancel([*self._tasks, *(given.pull.run_id for given in self._at_engine.values())])
 
+    async def sweep(self) -> None:
+        """Lets go of what is kept of sources that are gone."""
+        await self._sources.sweep()
+
     async def close(self) -> None:
         """Calls everything off and waits for it."""
         tasks = list(self._tasks.values())

@@ -11,11 +11,13 @@ import contextlib
 import mmap
 import os
 import re
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import grpc
+import numpy as np
 
 from bucketserve.addresses import AddressError
 from bucketserve.core.errors import BucketServeError
@@ -36,6 +38,8 @@ MAX_TRAILER_BYTES = 64 << 20
 """Of what comes with the KV: its RunSpec holds the prompt."""
 SILENCE_S = 5.0
 """How long a source may be silent, or away: one that was started again is reached within the channel's backoff."""
+PEER_IDLE_S = 300.0
+"""After which a channel that nobody used is closed."""
 INLINE_BYTES = 4 << 20
 """Up to here a copy holds the event loop up for less than half a millisecond; a thread would cost as much again."""
 
@@ -64,6 +68,8 @@ class _Peer:
     channel: grpc.aio.Channel
     num_calls: int = 0
     """That use it now: it is closed under none of them."""
+    used_s: float = field(default_factory=time.monotonic)
+    """When the last call ended."""
 
 
 class KvSources:
@@ -141,6 +147,13 @@ class KvSources:
             raise
         return Fetched(block, len(block.data), trailer, transport, num_known)
 
+    async def sweep(self) -> None:
+        """Lets go of what belonged to workers that have ended, and of channels that nobody has used for long."""
+        self._files.forget_dead()
+        long_ago_s = time.monotonic() - PEER_IDLE_S
+        idle = [address for address, one in self._peers.items() if not one.num_calls and one.used_s < long_ago_s]
+        await asyncio.gather(*(self._peers.pop(address).channel.close() for address in idle))
+
     async def close(self) -> None:
         """Closes channels and mappings."""
         await asyncio.gather(*(peer.channel.close() for peer in self._peers.values()))
@@ -163,7 +176,8 @@ class KvSources:
             return
 
         def copy() -> None:
-            into[:] = source[begin : begin + len(into)]
+            # A memoryview's own assignment would hold the interpreter's lock all the time.
+            np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8, len(into), begin))
 
         await _computed(copy, len(into))
 
@@ -201,6 +215,7 @@ class KvSources:
         finally:
             call.cancel()
             peer.num_calls -= 1
+            peer.used_s = time.monotonic()
             if not peer.num_calls and self._peers.get(pull.source_address) is not peer:
                 await peer.channel.close()
         if num_bytes != len(into):
@@ -216,8 +231,18 @@ class KvSources:
 
 
 async def _computed(compute: Callable[[], T], num_bytes: int) -> T:
-    """Returns what `compute` returns, which passes over so many bytes."""
-    return compute() if num_bytes <= INLINE_BYTES else await asyncio.to_thread(compute)
+    """Returns what `compute` returns, which passes over so many bytes; it has ended when this is left, however."""
+    if num_bytes <= INLINE_BYTES:
+        return compute()
+    thread = asyncio.ensure_future(asyncio.to_thread(compute))
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        # The memory may be another's as soon as this is left.
+        while not thread.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([thread])
+        raise
 
 
 class _SharedFiles:
@@ -245,7 +270,6 @@ class _SharedFiles:
         # The inode tells a worker from one that later has the same process id.
         key = (path, os.stat(path).st_ino)
         if key not in self._maps:
-            self._forget_dead()
             file = os.open(path, os.O_RDONLY)
             try:
                 self._maps[key] = mmap.mmap(file, 0, prot=mmap.PROT_READ)
@@ -253,7 +277,7 @@ class _SharedFiles:
                 os.close(file)
         return self._maps[key]
 
-    def _forget_dead(self) -> None:
+    def forget_dead(self) -> None:
         """Lets go of what belonged to workers that have ended: the mapping would keep their memory."""
         for path, inode in list(self._maps):
             with contextlib.suppress(OSError):

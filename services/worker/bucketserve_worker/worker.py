@@ -133,9 +133,13 @@ class Worker:
         await self.delivery.close()
 
     async def sweep(self) -> None:
-        """Frees held KV whose lease is over, for ever: its scheduler is gone, and whoever wanted it starts anew."""
+        """Frees for ever held KV whose lease is over, and what is kept of other workers that are gone.
+
+        Of the former the scheduler is gone, and whoever wanted it starts anew.
+        """
         while True:
             await asyncio.sleep(SWEEP_S)
+            await self._puller.sweep()
             if expired := self.holder.expired(self._info.kv_kept_s):
                 self._telemetry.kv_expired(len(expired))
                 for key in expired:

@@ -11,13 +11,14 @@ import pytest
 
 from bucketserve.core.errors import EngineError, KvGoneError, NoAdapterError
 from bucketserve.core.types import MAX_PREEMPTIONS, FinishReason, RequestId
-from bucketserve.ports import Adapter, Engine, Sampling, SequenceSpec, StepOutput
+from bucketserve.ports import Adapter, Engine, Sampling, SequenceSpec, StepOutput, StructuredOutput, StructureKind
 from tests.contract.engine.conftest import CONTEXT, STEP_TOKENS
 from tests.integration.engine.models import VOCAB
 
 Build = Callable[..., Engine]
 RANDOM = Sampling(temperature=0.9, top_k=50, seed=11)
 PENALISED = Sampling(presence_penalty=0.5, frequency_penalty=1.5, logit_bias=((7, 2.0), (9, -100.0)))
+STRUCTURED = StructuredOutput(StructureKind.REGEX, "[a-z]+")
 BOOKS = ("kv_total_tokens", "kv_free_tokens", "num_running", "num_waiting", "waiting_prefill_tokens")
 
 
@@ -467,3 +468,26 @@ def test_what_names_an_adapter_that_is_not_here_is_refused(build: Build, tmp_pat
     assert engine.info.max_adapters == 0
     with pytest.raises(EngineError):
         engine.load_adapter(Adapter(fingerprint="F", directory=tmp_path))
+
+
+def test_structured_output_is_refused_where_there_are_no_grammars(build: Build) -> None:
+    engine = build()
+    assert not engine.info.has_grammars
+    before = books(engine)
+    with pytest.raises(EngineError, match="grammars"):
+        engine.add([spec("a"), spec("b", structured_output=STRUCTURED)])
+    assert books(engine) == before
+    assert not engine.has_work()
+
+
+def test_kv_of_structured_output_is_refused_where_there_are_no_grammars(handing_over: Build) -> None:
+    source, target = handing_over(), handing_over()
+    before = books(target)
+    handed = spec("handed", 90)
+    tokens, kv = handed_over(source, handed)
+    with pytest.raises(EngineError, match="grammars"):
+        target.import_kv(replace(handed, structured_output=STRUCTURED), tokens, kv)
+    assert books(target) == before
+    assert not target.has_work()
+    target.import_kv(handed, tokens, kv)
+    assert [*tokens, *tokens_of(drain(target))["handed"]] == alone(handing_over, handed)["handed"]

@@ -13,6 +13,7 @@ from tests.contract.engine.conftest import STEP_TOKENS
 from tests.contract.engine.test_engine import (
     PENALISED,
     RANDOM,
+    STRUCTURED,
     Build,
     alone,
     books,
@@ -100,6 +101,20 @@ def test_room_is_made_for_what_is_fetched_or_it_is_refused(by_handle: Build) -> 
     outputs = drain(target)
     assert [name for output in outputs for name in output.preempted] == ["goes"]
     assert tokens + tokens_of(outputs)["handed"] == alone(by_handle, handed)["handed"]
+
+
+def test_a_handle_of_structured_output_is_refused_where_there_are_no_grammars(by_handle: Build) -> None:
+    source, target = by_handle(), by_handle()
+    assert not target.info.has_grammars
+    before = books(target)
+    handed = spec("handed", 90)
+    tokens, handle = handed_over(source, handed)
+    with pytest.raises(EngineError, match="grammars"):
+        target.take_over(replace(handed, structured_output=STRUCTURED), tokens, handle)
+    assert books(target) == before
+    assert not target.has_work()
+    target.take_over(handed, tokens, handle)
+    assert [*tokens, *tokens_of(drain(target))["handed"]] == alone(by_handle, handed)["handed"]
 
 
 def test_an_engine_that_hands_over_bytes_has_no_handles(handing_over: Build) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
+import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +93,35 @@ def test_out_of_memory_splits_the_step_loses_nothing_and_is_got_over(
     assert under_test.headroom().kv_total_tokens == before.kv_total_tokens
     assert under_test._pressure.max_step_tokens == 512
     check_free(under_test)
+
+
+def test_an_engine_that_is_idle_after_a_shortage_gets_its_budget_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_test = engine("llama", prefix_cache=False)
+    before = under_test.headroom().kv_total_tokens
+    run, tries = under_test._runner._run_model, itertools.count()
+
+    def short_at_first(entries):
+        if next(tries) < 2:
+            run_out("python")
+        return run(entries)
+
+    monkeypatch.setattr(under_test._runner, "_run_model", short_at_first)
+    add_all(under_test)
+    drain(under_test, {})
+    assert not under_test.has_work()
+    now_s = [time.monotonic()]
+    monkeypatch.setattr(pressure, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    under_test.step()
+    lowered = under_test.headroom().kv_total_tokens
+    assert lowered < before
+    now_s[0] += pressure.CALM_S
+    under_test.step()
+    assert under_test.headroom().kv_total_tokens > lowered
+    for _ in range(5):
+        now_s[0] += pressure.CALM_S
+        under_test.step()
+    assert under_test.headroom().kv_total_tokens == before
+    assert under_test._pressure.max_step_tokens == 512
 
 
 def test_the_failed_try_s_tensors_are_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.perplexity import HELD_OUT, perplexity
 from bucketserve.core.errors import ModelLoadError
+from bucketserve.engine import loader
 from bucketserve.engine.attention import NAME
 from bucketserve.engine.linear import PlacedEmbedding, place_linears
 from bucketserve.engine.loader import LoadSettings, build_engine, load_engine
 from bucketserve.engine.native import library
-from bucketserve.engine.native.kernels import load_kernels
+from bucketserve.engine.native.kernels import Kernels, PackedWeights, load_kernels
 from bucketserve.engine.native.layers import FusedLayer
 from bucketserve.engine.native.products import KernelProducts
 from bucketserve.engine.packed import PackedEngine
@@ -90,6 +92,44 @@ def test_8_bit_weights_take_a_quarter_of_the_memory() -> None:
     # The embedding is not rounded, and the head, which shares its numbers, has them once more in 8 bits.
     embedding = 4096 * 256 * 4
     assert (weights(quantization="int8") - embedding) / weights() == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [({"dtype": "float16"}, "set dtype to float32 or bfloat16"), ({"kernels": "torch"}, "set kernels to auto")],
+)
+def test_8_bit_weights_that_nobody_computes_with_are_refused(more: dict[str, str], remedy: str) -> None:
+    settings = LoadSettings(model=DEMO, quantization="int8", kv_budget_tokens=100, **more)
+    with pytest.raises(ModelLoadError, match=remedy):
+        load_engine(settings)
+    model = copy.deepcopy(reference("llama")).to(getattr(torch, more.get("dtype", "float32")))
+    with pytest.raises(ModelLoadError, match=remedy):
+        build_engine(model, settings)
+
+
+def test_8_bit_weights_are_most_of_a_model_or_none() -> None:
+    told: list[str] = []
+    engine("llama", quantization="int8", on_progress=told.append)
+    # All but norms.
+    assert "100% of the weights that are multiplied with are in 8 bits" in told
+    # Its layers are no nn.Linear; its head is.
+    with pytest.raises(ModelLoadError, match=r"would round \d\d% of the weights"):
+        engine("gpt2", quantization="int8")
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_layer_is_freed_before_the_next_but_one_is_placed(monkeypatch: pytest.MonkeyPatch, quantization: str) -> None:
+    pack, alive = Kernels.pack, list[int]()
+
+    def counting(*args: object, **more: object) -> PackedWeights:
+        alive.append(sum(type(one) is torch.nn.Linear for one in gc.get_objects()))
+        return pack(*args, **more)
+
+    monkeypatch.setattr(Kernels, "pack", counting)
+    monkeypatch.setattr(loader, "choose_products", lambda kernels, *of: KernelProducts(kernels))
+    engine("llama", quantization=quantization)
+    # Of three layers with seven each all are freed but the last one, whose place is taken.
+    assert alive[0] - alive[-1] >= 14
 
 
 @torch.inference_mode()

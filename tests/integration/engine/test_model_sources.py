@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from bucketserve.core.errors import ModelLoadError
+from bucketserve.engine import loader
 from bucketserve.engine.loader import LoadSettings, load_engine
 from bucketserve_gateway.models import load_models
 from scripts.model_families import small_config
@@ -305,6 +307,25 @@ def test_the_service_ends_with_that_sentence_and_a_status(model: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"error: model {str(model)!r} can't be loaded: {WEIGHTS} is empty"
+
+
+@pytest.mark.parametrize("settings", [{}, {"quantization": "int8"}, {"dtype": "bfloat16"}])
+def test_weights_need_room_as_they_are_loaded_not_as_they_are_stored(
+    model: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
+) -> None:
+    stored = {name: tensor.bfloat16() for name, tensor in load_file(model / WEIGHTS).items()}
+    save_file(stored, model / WEIGHTS, metadata={"format": "pt"})
+    # Some repositories have the same once more, by another name.
+    shutil.copy(model / WEIGHTS, model / "consolidated.safetensors")
+    size = 2 * sum(tensor.numel() for tensor in stored.values())
+    needed = size if "dtype" in settings else 2 * size
+    given = LoadSettings(model=str(model), kv_budget_tokens=100, **settings)
+    memory = loader.machine_memory
+    monkeypatch.setattr(loader, "machine_memory", lambda: replace(memory(), available=needed - 1))
+    with pytest.raises(ModelLoadError, match=r"loaded in (float32.*set dtype to bfloat16|bfloat16.*more, or)"):
+        load_engine(given)
+    monkeypatch.setattr(loader, "machine_memory", lambda: replace(memory(), available=needed))
+    loader._check_room(model, getattr(torch, settings.get("dtype", "float32")))
 
 
 # --- which tokens end a text ------------------------------------------------------------------------------------------

@@ -119,7 +119,9 @@ def test_a_model_that_packed_steps_would_change_is_refused_with_what_differs(
 @pytest.mark.parametrize(
     "name", ["llama", "qwen3", "gpt2", "gemma2", "mixtral", "gpt_oss", "deepseek_v3", "llama4_text"]
 )
-def test_a_right_model_is_accepted_however_it_is_served(name: str, way: str) -> None:
+def test_a_right_model_is_accepted_however_it_is_served(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of some less would be rounded than is worth it.
+    monkeypatch.setattr(loader, "INT8_LEAST_SHARE", 0.0)
     assert serve(small_model(small_config(name), NAME), **WAYS[way]).info.kv_bytes_per_token > 0
 
 
@@ -164,7 +166,11 @@ def test_a_layer_that_scales_late_positions_is_not_fused_and_right() -> None:
     assert any(isinstance(module, FusedLayer) for module in model.modules())
 
 
-def test_a_layer_that_counts_late_positions_by_itself_is_served_up_to_where_they_matter() -> None:
+def test_a_layer_that_counts_late_positions_by_itself_is_served_up_to_where_they_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loader, "INT8_LEAST_SHARE", 0.0)
+
     def made() -> nn.Module:
         config = small_config("llama4_text")
         config.attn_temperature_tuning, config.floor_scale = True, 200

@@ -14,7 +14,7 @@ from bucketserve.core.errors import EngineError
 from bucketserve.core.types import RequestId
 from bucketserve.engine.fake import FakeEngine, FakeSettings
 from bucketserve.engine.kv_staging import StagedKv
-from bucketserve.ports import SequenceSpec
+from bucketserve.ports import SequenceSpec, StepOutput
 from bucketserve_worker import engine_thread
 from bucketserve_worker.engine_thread import EngineThread, EngineTurn
 from tests.e2e.observe import eventually
@@ -132,4 +132,17 @@ async def test_kv_for_which_there_is_no_memory_fails_its_sequence_alone(
     assert engine.staging.num_blocks == 2
     assert turns[-1].headroom.kv_free_tokens == before.kv_free_tokens
     assert not engine.ended.done()
+    await engine.stop()
+
+
+async def test_what_an_idle_engine_has_room_for_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_thread, "IDLE_S", 0.01)
+    turns: list[EngineTurn] = []
+    under_test = FakeEngine()
+    engine = EngineThread(lambda: under_test, turns.append)
+    engine.start()
+    await engine.started
+    under_test.settings = FakeSettings(kv_total_tokens=777)
+    await eventually(lambda: bool(turns) and turns[-1].headroom.kv_total_tokens == 777, 10)
+    assert turns[-1].output == StepOutput()
     await engine.stop()

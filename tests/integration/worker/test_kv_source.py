@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import grpc
+import numpy as np
 import pytest
 
 from bucketserve.core.types import RequestId
@@ -256,6 +260,95 @@ async def test_a_transfer_that_is_called_off_leaves_nothing(has_memory: bool) ->
         if not fetch.cancelled():
             # It was through before.
             fetch.result().block.release()
+        assert staging.num_blocks == 0
+
+
+async def test_memory_is_given_back_only_when_nobody_copies_into_it_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_source, "INLINE_BYTES", PAGE_BYTES)
+    theirs = KvStaging(2 * len(DATA))
+    kv = held_in(theirs).describe("L", theirs.path)
+    is_copying, may_go_on, copy = threading.Event(), threading.Event(), np.copyto
+
+    def slow(to: np.ndarray, source: np.ndarray) -> None:
+        if len(to) > PAGE_BYTES:
+            is_copying.set()
+            may_go_on.wait(30)
+        copy(to, source)
+
+    monkeypatch.setattr(np, "copyto", slow)
+    async with fetching(Source()) as (sources, address, staging):
+        fetch = asyncio.create_task(sources.fetch(pull(kv, address)))
+        await asyncio.to_thread(is_copying.wait, 30)
+        for _ in range(3):
+            fetch.cancel()
+            await asyncio.sleep(0.01)
+        assert not fetch.done()
+        assert staging.num_blocks == 1
+        may_go_on.set()
+        await asyncio.wait([fetch])
+        assert fetch.cancelled()
+        assert staging.num_blocks == 0
+
+
+async def test_other_threads_go_on_while_kv_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress, is_done = [0], threading.Event()
+
+    def beside() -> None:
+        while not is_done.is_set():
+            progress[0] += 1
+            time.sleep(0)
+
+    made = list[int]()
+
+    async def here(compute: Callable[[], None], num_bytes: int) -> None:
+        before = progress[0]
+        compute()
+        made.append(progress[0] - before)
+
+    monkeypatch.setattr(kv_source, "_computed", here)
+    source, into = (memoryview(bytearray(32 << 20)) for _ in range(2))
+    before_s = sys.getswitchinterval()
+    thread = threading.Thread(target=beside)
+    # Nobody is made to give way: another thread runs only if whoever runs lets it.
+    sys.setswitchinterval(1000)
+    thread.start()
+    try:
+        sources = reading(KvStaging(1))
+        while not any(made) and len(made) < 200:
+            await sources._read(scheduler_pb2.PullKv(), source, 0, into)
+            await asyncio.sleep(0.001)
+    finally:
+        is_done.set()
+        sys.setswitchinterval(before_s)
+        thread.join()
+    assert any(made)
+
+
+async def test_memory_of_a_worker_that_has_ended_is_let_go() -> None:
+    theirs, others = KvStaging(2 * len(DATA)), KvStaging(2 * len(DATA))
+    async with fetching(Source()) as (sources, address, _):
+        for staging in (theirs, others):
+            (await sources.fetch(pull(held_in(staging).describe("L", staging.path), address))).block.release()
+        await sources.sweep()
+        assert len(sources._files._maps) == 2
+        theirs.close()
+        await sources.sweep()
+        assert [path for path, _ in sources._files._maps] == [others.path]
+
+
+async def test_a_channel_that_nobody_uses_is_closed_and_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = held_in(KvStaging(2 * len(DATA))).describe("L", None)
+    async with fetching(Source()) as (sources, address, staging):
+        for idle_s, number in ((60.0, 1), (0.0, 0)):
+            monkeypatch.setattr(kv_source, "PEER_IDLE_S", idle_s)
+            fetch = asyncio.create_task(sources.fetch(pull(kv, address)))
+            while not fetch.done():
+                # Under nobody's call.
+                await sources.sweep()
+                await asyncio.sleep(0.001)
+            fetch.result().block.release()
+            await sources.sweep()
+            assert len(sources._peers) == number
         assert staging.num_blocks == 0
 
 

@@ -7,13 +7,17 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import pytest
+
 from bucketserve.core.types import MAX_PREEMPTIONS, WorkerRole
 from bucketserve.engine.fake import FakeEngine, FakeSettings
+from bucketserve.engine.kv_staging import KvStaging
 from bucketserve.rpc.deployment import Deployment
 from bucketserve.store.embedded import free_port
 from bucketserve.telemetry.names import Service
 from bucketserve.telemetry.process import open_telemetry
 from bucketserve.v1 import common_pb2, delivery_pb2, scheduler_pb2
+from bucketserve_worker import worker as worker_module
 from bucketserve_worker.engine_thread import EngineThread, EngineTurn
 from bucketserve_worker.settings import WorkerSettings
 from bucketserve_worker.telemetry import WorkerTelemetry
@@ -79,6 +83,19 @@ def a_batch(number: int, run_id: str, max_new_tokens: int, **more) -> scheduler_
     spec = scheduler_pb2.RunSpec(max_new_tokens=max_new_tokens, **values)
     run = scheduler_pb2.AssignedRun(run_id=run_id, spec=spec.SerializeToString())
     return scheduler_pb2.BatchAssignment(assignment=number, batch=common_pb2.BatchInfo(batch_id="b"), runs=[run])
+
+
+async def test_what_is_kept_of_other_workers_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "SWEEP_S", 0.01)
+    theirs = KvStaging(1 << 16)
+    async with a_worker([]) as worker:
+        files = worker._puller._sources._files
+        assert theirs.path is not None
+        files._open(theirs.path)
+        sweeper = asyncio.create_task(worker.sweep())
+        theirs.close()
+        await eventually(lambda: not files._maps, 10)
+        sweeper.cancel()
 
 
 async def test_the_numbers_of_orders_go_on_over_streams() -> None:

@@ -9,12 +9,47 @@ from enum import IntEnum
 
 import torch
 
+from bucketserve.core.errors import EngineError
 from bucketserve.engine.native.library import load_library
 
 __all__ = ["Epilogue", "Kernels", "PackedWeights", "load_kernels"]
 
 _HALF = torch.bfloat16
 _DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _is_half(*tensors: torch.Tensor) -> bool:
+    """Whether tensors are bfloat16; else they are float32.
+
+    Raises:
+        EngineError: they are something else, or not all the same: the kernels would read past their ends.
+    """
+    dtype = tensors[0].dtype
+    if dtype not in _DTYPES or any(tensor.dtype is not dtype for tensor in tensors):
+        raise EngineError(f"the CPU kernels take float32 or bfloat16, not {_names(tensors)}")
+    return dtype is _HALF
+
+
+def _types(*tensors: torch.Tensor) -> tuple[bool, bool]:
+    """Whether activations are bfloat16, and whether KV is, which comes last as keys and values.
+
+    Raises:
+        EngineError: a kernel takes no such types together.
+    """
+    is_half, is_kv_half = _is_half(*tensors[:-2]), _is_half(*tensors[-2:])
+    if is_half and not is_kv_half:
+        raise EngineError("the CPU kernels take no bfloat16 beside KV in float32")
+    return is_half, is_kv_half
+
+
+def _check(dtype: torch.dtype, *tensors: torch.Tensor) -> None:
+    """Raises EngineError: not all tensors are of that type."""
+    if any(tensor.dtype is not dtype for tensor in tensors):
+        raise EngineError(f"the CPU kernels take {dtype} here, not {_names(tensors)}")
+
+
+def _names(tensors: Sequence[torch.Tensor]) -> str:
+    return " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 
 class Epilogue(IntEnum):
@@ -130,7 +165,8 @@ class PackedWeights:
 class Kernels:
     """The kernels. All tensors are on the CPU, with rows of contiguous numbers.
 
-    Activations are float32 with weights and KV in either type, or everything is bfloat16.
+    Activations are float32 with weights and KV in either type, or everything is bfloat16. Whatever is given another
+    type raises EngineError.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -156,6 +192,8 @@ class Kernels:
             is_pair: for Epilogue.SILU_MUL and GELU_MUL.
             is_int8: round to 8 bits, with one scale per column: max |w| / 127.
         """
+        if not is_int8:
+            _is_half(*weights)
         depth, wide = weights[0].shape[1], self.panel_columns
         joined = list(weights) if is_pair else [torch.cat(list(weights)) if len(weights) > 1 else weights[0]]
         columns = joined[0].shape[0]
@@ -190,6 +228,7 @@ class Kernels:
 
     def product(self, x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, epilogue: Epilogue) -> None:
         """Computes out [rows, columns] from x [rows, depth] and weights, see Epilogue."""
+        is_half = _is_half(x, out)
         call = _Product(
             x.data_ptr(),
             x.stride(0),
@@ -203,9 +242,7 @@ class Kernels:
             out.stride(0),
             epilogue,
         )
-        self._library.bs_product(
-            ctypes.byref(call), x.dtype is _HALF, weights.data.element_size(), torch.get_num_threads()
-        )
+        self._library.bs_product(ctypes.byref(call), is_half, weights.data.element_size(), torch.get_num_threads())
 
     def attention(
         self,
@@ -236,6 +273,8 @@ class Kernels:
             window: tokens to look back to, itself included; None for all.
             softcap: scores are bent to (-softcap, softcap) by tanh; None for none.
         """
+        is_half, is_kv_half = _types(query, out, keys, values)
+        _check(torch.int64, segments, pages)
         call = _Attention(
             query.data_ptr(),
             query.stride(0),
@@ -256,9 +295,7 @@ class Kernels:
             window or 0,
             softcap or 0.0,
         )
-        self._library.bs_attention(
-            ctypes.byref(call), query.dtype is _HALF, keys.dtype is _HALF, torch.get_num_threads()
-        )
+        self._library.bs_attention(ctypes.byref(call), is_half, is_kv_half, torch.get_num_threads())
 
     def rotate_and_store(
         self,
@@ -283,7 +320,11 @@ class Kernels:
             values: likewise.
             slots: int64 [tokens].
         """
+        is_half, is_kv_half = _types(qkv, cos, sin, keys, values)
+        _check(torch.int64, slots)
         q_norm, k_norm, eps = norms or (None, None, 0.0)
+        if norms is not None:
+            _check(torch.float32, *norms[:2])
         call = _Rotation(
             qkv.data_ptr(),
             qkv.stride(0),
@@ -301,9 +342,7 @@ class Kernels:
             keys.shape[0],
             keys.shape[2],
         )
-        self._library.bs_rotate_and_store(
-            ctypes.byref(call), qkv.dtype is _HALF, keys.dtype is _HALF, torch.get_num_threads()
-        )
+        self._library.bs_rotate_and_store(ctypes.byref(call), is_half, is_kv_half, torch.get_num_threads())
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, *, is_added: bool = False
@@ -312,6 +351,8 @@ class Kernels:
 
         With is_added it is added to what is in `out`.
         """
+        is_half = _is_half(x, out)
+        _check(torch.float32, weight)
         self._library.bs_rms_norm(
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_void_p(weight.data_ptr()),
@@ -320,24 +361,29 @@ class Kernels:
             ctypes.c_long(x.shape[0]),
             ctypes.c_long(x.shape[1]),
             is_added,
-            x.dtype is _HALF,
+            is_half,
             torch.get_num_threads(),
         )
 
     def gate(self, both: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> None:
         """Computes out [rows, size] = activation(both[:, :size]) x both[:, size:], contiguous."""
+        is_half = _is_half(both, out)
         self._library.bs_gate(
             ctypes.c_void_p(both.data_ptr()),
             ctypes.c_void_p(out.data_ptr()),
             ctypes.c_long(out.shape[0]),
             ctypes.c_long(out.shape[1]),
             epilogue,
-            both.dtype is _HALF,
+            is_half,
             torch.get_num_threads(),
         )
 
     def race(self, scores: torch.Tensor, temperatures: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """Returns the winner of each row; see drawing.race."""
+        if scores.dtype is not torch.float64:
+            _check(torch.float32, scores)
+        _check(torch.float64, temperatures)
+        _check(torch.int64, starts)
         scores = scores if scores.stride(1) == 1 else scores.contiguous()
         tops = scores.amax(dim=-1).double()
         temperatures, starts = temperatures.contiguous(), starts.contiguous()

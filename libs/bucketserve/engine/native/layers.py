@@ -267,7 +267,7 @@ def fuse_layers(
         ModelLoadError: the model fails in a packed step.
     """
     candidates = [
-        (parent, name, child)
+        (parent, name)
         for parent in model.modules()
         if isinstance(parent, nn.ModuleList)
         for name, child in parent.named_children()
@@ -276,15 +276,16 @@ def fuse_layers(
     if not candidates:
         return []
     dtype = next(model.parameters()).dtype
-    trial = _Trial(model, [layer for _, _, layer in candidates], calls, context, kernels)
+    trial = _Trial(model, [getattr(parent, name) for parent, name in candidates], calls, context, kernels)
     workspace = Workspace()
     fused: list[FusedLayer] = []
-    for parent, name, layer in candidates:
+    for parent, name in candidates:
+        layer = getattr(parent, name)
         call = calls.get(getattr(layer.self_attn, "layer_idx", -1))
         if call is None or not trial.has_run(layer):
             continue  # it attends otherwise, or is part of what looks at images
         try:
-            # One at a time, so that no more than one layer is in memory more than once.
+            # One at a time, and nobody else has it, so that no more than one layer is in memory more than once.
             if trial.difference(layer, call) <= TOLERANCE:
                 fused.append(FusedLayer(layer, call, kernels, products, workspace))
                 setattr(parent, name, fused[-1])

@@ -29,6 +29,8 @@ ROOM_BYTES = 16 * 2**20
 """Of a folder, to compile in: it takes about 2 MiB."""
 DIGEST_BYTES = 32
 SCRATCH = "compiling-"
+OLD_S = 30 * 24 * 3600.0
+"""After which a library of other sources is removed: another version that is still in use compiles once more."""
 
 Progress = Callable[[str], None]
 
@@ -71,7 +73,8 @@ def build_into(folder: Path, instruction_set: InstructionSet) -> Path:
     path = folder / library_name(instruction_set)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _scratch(folder) as scratch:
+        # So that no worker takes it for what somebody left.
+        with _lock(folder), _scratch(folder) as scratch:
             _store(path, compiler.compile_library(compiler.find_compiler(), instruction_set, scratch), scratch)
         path.chmod(0o644)
         if instruction_set.name in supported():
@@ -116,7 +119,7 @@ def _build(
                     with contextlib.suppress(OSError, KernelBuildError):
                         return _open(path), False
                 if is_locked:
-                    _clear(folder)
+                    _clear(folder, path)
                 with _scratch(folder) as scratch:
                     if not compiled:
                         on_progress(f"compiling CPU kernels for {instruction_set.name}, once for this machine")
@@ -233,10 +236,19 @@ def _scratch(folder: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _clear(folder: Path) -> None:
-    """Removes what somebody left who was killed while compiling."""
-    for left in folder.glob(f"{SCRATCH}*"):
-        shutil.rmtree(left, ignore_errors=True)
+def _clear(folder: Path, path: Path) -> None:
+    """Removes what somebody left who was killed while compiling, and libraries that `path` has taken the place of.
+
+    Whoever compiles without a lock leaves nothing untouched for TIMEOUT_S. Who has an old library loaded keeps it.
+    """
+    now_s = time.time()
+    with contextlib.suppress(OSError):
+        for left in folder.glob(f"{SCRATCH}*"):
+            if now_s - left.stat().st_mtime > compiler.TIMEOUT_S:
+                shutil.rmtree(left, ignore_errors=True)
+        for old in folder.glob(f"{path.name.rpartition('-')[0]}-*.so"):
+            if old != path and now_s - old.stat().st_mtime > OLD_S:
+                old.unlink()
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from bucketserve.core.errors import EngineError
 from bucketserve.engine.native.kernels import Epilogue, Kernels, load_kernels
 from bucketserve.engine.native.products import ACTIVATIONS
 from tests.kernel_paths import INSTRUCTION_SETS
@@ -292,3 +293,45 @@ def test_race(kernels: Kernels, size: int, scale: float, dtype: torch.dtype) -> 
 
 def test_a_race_of_what_is_not_finite_has_some_winner(kernels: Kernels) -> None:
     check_not_finite(kernels.race)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])
+def test_what_is_of_another_type_is_refused_and_not_read_as_something_else(
+    kernels: Kernels, dtype: torch.dtype
+) -> None:
+    def ones(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.ones(shape, dtype=dtype)
+
+    weights, right = kernels.pack([ones(16, 16, dtype=FLOAT)], is_int8=False), ones(1, 16, dtype=FLOAT)
+    whole, keys = torch.zeros(1, dtype=torch.int64), ones(1, 1, 16, dtype=FLOAT)
+    segments = torch.tensor([[0, 1, 0, 1]])
+    sizes = {"page_tokens": 1, "scale": 1.0, "window": None, "softcap": None}
+    norms = ones(16), ones(16), 1e-6
+    query, qkv = keys.clone(), ones(1, 48, dtype=FLOAT)
+    calls = [
+        lambda: kernels.pack([ones(16, 16)], is_int8=False),
+        lambda: kernels.pack([ones(16, 16), ones(16, 16, dtype=HALF)], is_pair=True, is_int8=False),
+        lambda: kernels.product(ones(1, 16), weights, ones(1, 16), Epilogue.WRITE),
+        lambda: kernels.product(right, weights, ones(1, 16), Epilogue.WRITE),
+        lambda: kernels.product(right, weights, ones(1, 16, dtype=HALF), Epilogue.WRITE),
+        lambda: kernels.attention(ones(1, 1, 16), keys, keys, segments, whole, ones(1, 1, 16), **sizes),
+        lambda: kernels.attention(query, ones(1, 1, 16), ones(1, 1, 16), segments, whole, query, **sizes),
+        lambda: kernels.attention(query.bfloat16(), keys, keys, segments, whole, query.bfloat16(), **sizes),
+        lambda: kernels.attention(query, keys, keys, segments.int(), whole, query, **sizes),
+        lambda: kernels.rotate_and_store(ones(1, 48), 1, right, right, None, keys, keys, whole),
+        lambda: kernels.rotate_and_store(qkv, 1, ones(1, 16), right, None, keys, keys, whole),
+        lambda: kernels.rotate_and_store(qkv, 1, right, right, norms, keys, keys, whole),
+        lambda: kernels.rotate_and_store(qkv, 1, right, right, None, keys, keys, whole.int()),
+        lambda: kernels.rms_norm(ones(1, 16), right[0], 1e-6, ones(1, 16)),
+        lambda: kernels.rms_norm(right, ones(16), 1e-6, right),
+        lambda: kernels.gate(ones(1, 32), ones(1, 16), Epilogue.SILU_MUL),
+        lambda: kernels.race(right, torch.ones(1, 1), whole),
+        lambda: kernels.race(right.half(), torch.ones(1, 1, dtype=torch.float64), whole),
+    ]
+    for number, call in enumerate(calls):
+        try:
+            call()
+        except EngineError as error:
+            assert "take" in str(error)
+        else:
+            pytest.fail(f"call {number} was taken")

@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +120,7 @@ def test_a_compiler_that_does_not_know_the_best_instructions_compiles_for_others
     # Ahead, likewise; who asks for that very set is told.
     place.monkeypatch.setattr(library, "supported", lambda: ())
     assert build.main(["--into", str(place.cache)]) == 0
-    assert {path.name for path in place.cache.iterdir()} == {
+    assert {path.name for path in place.cache.glob("*.so")} == {
         library_name(ALL[name]) for name in ("avx512", "avx2", "baseline")
     }
     assert build.main(["--into", str(place.cache), "--for", "avx512vnni"]) == 1
@@ -293,10 +295,44 @@ def test_a_lock_that_is_never_let_go_is_waited_for_only_so_long(place: Place) ->
 
 
 def test_what_a_killed_compilation_left_is_removed(place: Place) -> None:
-    (place.named / f"{library.SCRATCH}x").mkdir(parents=True)
+    left, theirs = place.named / f"{library.SCRATCH}x", place.named / f"{library.SCRATCH}y"
+    for folder in (left, theirs):
+        folder.mkdir(parents=True)
     place.named.chmod(0o700)
+    age(left, compiler.TIMEOUT_S)
     place.load()
-    assert not list(place.named.glob(f"{library.SCRATCH}*"))
+    # Who compiles without a lock is at it still.
+    assert list(place.named.glob(f"{library.SCRATCH}*")) == [theirs]
+
+
+def age(path: Path, seconds: float) -> None:
+    then_s = time.time() - seconds - 10
+    os.utime(path, (then_s, then_s))
+
+
+def test_libraries_of_former_sources_are_removed_once_nobody_is_likely_to_want_them(place: Place) -> None:
+    place.named.mkdir(mode=0o700)
+    kept = {f"kernels-{BEST.name}-new.so": 60.0, "kernels-other-old.so": library.OLD_S}
+    ages = {f"kernels-{BEST.name}-old.so": library.OLD_S, **kept}
+    for name, seconds in ages.items():
+        (place.named / name).write_bytes(b"")
+        age(place.named / name, seconds)
+    place.load()
+    assert {path.name for path in place.named.glob("*.so")} == {place.entry.name, *kept}
+
+
+def test_a_worker_that_starts_leaves_alone_what_is_being_built_ahead(place: Place) -> None:
+    place.compiler(f'echo "$@" >> {place.calls}; sleep 0.3; cp {place.prebuilt} "$out"')
+    place.named.mkdir(mode=0o700)
+    building = threading.Thread(target=library.build_into, args=(place.named, BEST))
+    building.start()
+    while not list(place.named.glob(f"{library.SCRATCH}*")):
+        time.sleep(0.01)
+    # As if it had taken very long.
+    age(next(place.named.glob(f"{library.SCRATCH}*")), compiler.TIMEOUT_S)
+    assert place.load() == place.named
+    building.join()
+    assert place.num_compiled == 1
 
 
 COMPILERS = {
@@ -372,8 +408,8 @@ def test_a_lesser_instruction_set_that_is_ready_is_better_than_none(place: Place
 def test_ready_kernels_on_a_read_only_noexec_free_image_need_nothing_else(place: Place) -> None:
     """As in an image: filled by root, and the worker may write nowhere."""
     assert build.main(["--into", str(place.named)]) == 0
-    assert {path.name for path in place.named.iterdir()} == {library_name(one) for one in ALL.values()}
-    assert {path.stat().st_mode & 0o777 for path in place.named.iterdir()} == {0o644}
+    assert {path.name for path in place.named.iterdir()} == {"lock", *(library_name(one) for one in ALL.values())}
+    assert {path.stat().st_mode & 0o777 for path in place.named.glob("*.so")} == {0o644}
     place.monkeypatch.setenv("CXX", "no-such-compiler")
     place.monkeypatch.setattr(library, "_check_usable", lambda folder: pytest.fail("nothing may be written"))
     assert place.load() == place.named
