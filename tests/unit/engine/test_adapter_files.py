@@ -63,5 +63,5 @@ def test_a_damaged_file_is_said(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     adapter = write_adapter(tmp_path / "adapter", model, 1)
     (adapter / "adapter_model.safetensors").write_bytes(b"\x08")
-    with pytest.raises(ModelLoadError, match="truncated|no safetensors"):
+    with pytest.raises(ModelLoadError, match=r"truncated|no safetensors"):
         check_adapter(adapter, model)
