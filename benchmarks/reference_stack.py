@@ -47,10 +47,19 @@ def end_on_signals() -> None:
 
 
 class ReferenceStack:
-    """A gateway, a scheduler, a worker and Valkey. It runs between go and halt, else it is stopped by SIGSTOP."""
+    """A gateway, a scheduler, workers and Valkey. It runs between go and halt, else it is stopped by SIGSTOP."""
 
-    def __init__(self, model: Path, mode: str, kv_tokens: int | None = None, *, keeps_prefixes: bool = False) -> None:
-        """Starts nothing yet. Without kv_tokens it has room for all of the reference work.
+    def __init__(
+        self,
+        model: Path,
+        mode: str,
+        kv_tokens: int | None = None,
+        *,
+        keeps_prefixes: bool = False,
+        num_workers: int = 1,
+        policy: str = "adaptive",
+    ) -> None:
+        """Starts nothing yet. Without kv_tokens a worker has room for all of the reference work.
 
         keeps_prefixes: not beside peers, which keep none either: the same requests come in every round.
         """
@@ -59,8 +68,9 @@ class ReferenceStack:
             **MODES[mode],
             "BUCKETSERVE_WORKER_KV_BUDGET_TOKENS": str(kv_tokens or KV_BUDGET_TOKENS),
             "BUCKETSERVE_WORKER_PREFIX_CACHE": str(keeps_prefixes).lower(),
+            "BUCKETSERVE_SCHEDULER_POLICY": policy,
         }
-        self._model = str(model)
+        self._model, self._num_workers = str(model), num_workers
         self._exit = ExitStack()
 
     def __enter__(self) -> ReferenceStack:
@@ -71,7 +81,9 @@ class ReferenceStack:
         """
         with ExitStack() as opening:
             self._store = opening.enter_context(EmbeddedServer())
-            spec = StackSpec(model=self._model, redis_url=self._store.url, environ=self._environ)
+            spec = StackSpec(
+                model=self._model, num_workers=self._num_workers, redis_url=self._store.url, environ=self._environ
+            )
             self._stack = opening.enter_context(LocalStack(spec))
             opening.callback(self._signal, signal.SIGCONT)
             self.go()
