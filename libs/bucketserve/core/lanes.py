@@ -61,6 +61,11 @@ class Lanes:
         """Prefill tokens of the requests that can still meet their target."""
         return self._cells[Lane.IN_TIME].num_tokens
 
+    @property
+    def num_interactive_tokens(self) -> int:
+        """Prefill tokens of interactive requests; of all if the queue's order is first come, first served."""
+        return self.num_in_time_tokens + self._cells[Lane.LATE].num_tokens
+
     def of(self, lane: Lane) -> WaitingCells:
         """Returns a lane's requests."""
         return self._cells[lane]

@@ -82,7 +82,8 @@ class RoleBalancer:
 
     def prefill_queue_s(self, num_workers: int) -> float:
         """Returns how long that many workers would compute prompts that wait, in seconds."""
-        tokens = self._lanes.num_in_time_tokens + sum(w.backlog_tokens() for w in self._side(WorkerRole.PREFILL))
+        # Those that are late as well: that they are says that prefill is short.
+        tokens = self._lanes.num_interactive_tokens + sum(w.backlog_tokens() for w in self._side(WorkerRole.PREFILL))
         return tokens * self._fleet.times.prefill_token_s() / max(num_workers, 1)
 
     def decode_use(self, num_workers: int) -> float:

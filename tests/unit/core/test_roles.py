@@ -44,9 +44,11 @@ def switches(core: SchedulerCore, now_s: float) -> list[tuple[str, WorkerRole]]:
     return [(c.worker_id, c.role) for c in core.step([], now_s).commands if isinstance(c, SwitchRole)]
 
 
-def flood(core: SchedulerCore, number: int, now_s: float, prompt: int = 400) -> list[Batch]:
+def flood(
+    core: SchedulerCore, number: int, now_s: float, prompt: int = 400, ttft_slo_s: float = 100.0
+) -> list[Batch]:
     requests = [
-        RequestSubmitted(a_request(f"r{now_s}-{i}", prompt, 100, now_s, ttft_slo_s=100.0)) for i in range(number)
+        RequestSubmitted(a_request(f"r{now_s}-{i}", prompt, 100, now_s, ttft_slo_s=ttft_slo_s)) for i in range(number)
     ]
     return [c.batch for c in core.step(requests, now_s).commands if isinstance(c, DispatchBatch)]
 
@@ -62,6 +64,15 @@ def test_a_decode_worker_joins_a_prefill_side_that_stays_short() -> None:
     assert {c.batch.worker_id for c in commands if isinstance(c, DispatchBatch)} == {WorkerId("d0")}
     # The last decode worker stays, for how long the shortage may last.
     assert not any(switches(core, 5.0 + i) for i in range(40))
+
+
+def test_prompts_that_are_late_already_say_that_prefill_is_short() -> None:
+    core = world(1, 2)
+    # The prefill worker is full, and soon nobody is in time any more.
+    core.step([reported("p0", free=0, total=2000)], 0.9)
+    assert flood(core, 10, 1.0, ttft_slo_s=0.5) == []
+    assert not any(switches(core, 1.0 + 0.5 * i) for i in range(1, 4))
+    assert switches(core, 4.0) == [("d0", WorkerRole.PREFILL)]
 
 
 def test_nothing_switches_unless_it_is_asked_for_or_if_the_shortage_does_not_last() -> None:
