@@ -241,5 +241,5 @@ def test_a_kv_budget_that_can_not_be_is_refused_in_a_sentence() -> None:
 @pytest.mark.engine
 def test_weights_that_can_not_fit_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bucketserve.engine.loader.machine_memory", lambda: Memory(GIB, MIB))
-    with pytest.raises(ModelLoadError, match=r"take [\d,]+ MiB .* 1 MiB are left"):
+    with pytest.raises(ModelLoadError, match=r"take [\d,]+ MiB, loaded in float32, and 1 MiB are left"):
         load_engine(LoadSettings(model=DEMO))

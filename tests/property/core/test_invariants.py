@@ -123,7 +123,7 @@ def test_in_a_lane_nothing_that_arrives_after_a_request_s_key_goes_before_it(
     assert key >= request.arrival_s
     # However many wait, what it costs them puts it off by no more than a minute.
     dear = order_key(request, config, prefill_s=own[0], cost_s=1e9, lead_s=own[2])
-    assert dear <= order_key(request, config, prefill_s=own[0], lead_s=own[2]) + 60.0
+    assert dear <= order_key(request, config, prefill_s=own[0], lead_s=own[2]) + 60.001
     if other.arrival_s > key:
         assert order_key(other, config, **dict(zip(names, others, strict=True))) > key
 
