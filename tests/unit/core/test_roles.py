@@ -44,9 +44,7 @@ def switches(core: SchedulerCore, now_s: float) -> list[tuple[str, WorkerRole]]:
     return [(c.worker_id, c.role) for c in core.step([], now_s).commands if isinstance(c, SwitchRole)]
 
 
-def flood(
-    core: SchedulerCore, number: int, now_s: float, prompt: int = 400, ttft_slo_s: float = 100.0
-) -> list[Batch]:
+def flood(core: SchedulerCore, number: int, now_s: float, prompt: int = 400, ttft_slo_s: float = 100.0) -> list[Batch]:
     requests = [
         RequestSubmitted(a_request(f"r{now_s}-{i}", prompt, 100, now_s, ttft_slo_s=ttft_slo_s)) for i in range(number)
     ]
