@@ -144,16 +144,17 @@ async def test_a_worker_changes_sides_under_load_and_nothing_is_lost(new_stack: 
     )
     async with BucketServeClient(stack.gateway_address) as client:
         wanted, _ = await run(client, 200, 60)
-        # 60 prompts of 0.4 s each: prefill is short for long enough.
-        early = [asyncio.create_task(run(client, 200, 60)) for _ in range(60)]
+        # 60 prompts of 0.4 s and more: prefill is short for long enough. No two begin alike, or it would seem less.
+        early = [asyncio.create_task(run(client, 200 + i, 60)) for i in range(60)]
         await eventually(lambda: events(stack, "scheduler", "worker.role_switched"))
         (switch,) = events(stack, "scheduler", "worker.role_switched")
         assert switch["role"] == "prefill"
         roles = {worker.worker_id: worker.role for worker in (await status(stack)).workers}
         assert roles[switch["worker_id"]] == common_pb2.WORKER_ROLE_PREFILL
-        results = await asyncio.gather(*early, *(run(client, 200, 60) for _ in range(20)))
+        results = await asyncio.gather(*early, *(run(client, 200 + i, 60) for i in range(20)))
         assert metric(stack, switch["worker_id"], "bucketserve_worker_prefill_tokens_total") > 0
-    assert [tokens for tokens, _ in results] == [wanted] * 80
+    outputs = [tokens for tokens, _ in results]
+    assert (outputs[0], outputs[60:]) == (wanted, outputs[:20])
     assert {finished.attempts for _, finished in results} == {1}
     await eventually(lambda: is_clean(stack))
 
