@@ -173,10 +173,11 @@ def _device_ids(device: str) -> list[int | str] | None:
     """
     from vllm.platforms import current_platform
 
-    kind, _, number = device.partition(":")
-    if kind not in ("auto", current_platform.device_type) or (number and kind == "cpu"):
+    kind, colon, number = device.partition(":")
+    is_numbered = kind == "cuda" and number.isdecimal()
+    if kind not in ("auto", current_platform.device_type) or (colon and not is_numbered):
         raise ModelLoadError(f"this vLLM is built for {current_platform.device_type}, not for {device}")
-    return [int(number)] if number else None
+    return [int(number)] if is_numbered else None
 
 
 def _engine_args(given: Mapping[str, str]) -> Any:
